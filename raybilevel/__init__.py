@@ -1,0 +1,8 @@
+"""Bilevel hyperparameter optimization on Ray clusters."""
+
+from raybilevel.problem import BilevelProblem
+from raybilevel.searcher import BilevelSearch
+from raybilevel.trainable import lower_level_trainable
+from raybilevel.version import __version__
+
+__all__ = ["BilevelProblem", "BilevelSearch", "__version__", "lower_level_trainable"]

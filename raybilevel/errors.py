@@ -1,0 +1,43 @@
+"""What raybilevel raises.
+
+RaybilevelError
+├── ConfigError      (ValueError)        a config file or a setting is wrong
+├── SpaceError       (ValueError)        a search space cannot be searched
+├── ProblemError     (ValueError)        a BilevelProblem breaks its contract
+├── DataError        (OSError)           a data file is missing or damaged
+├── StateError       (ValueError)        a saved search cannot be read
+├── CheckpointError  (ValueError)        a lower-level checkpoint cannot be read
+└── NotFiniteError   (ArithmeticError)   a loss or a gradient is NaN or infinite
+"""
+
+
+class RaybilevelError(Exception):
+    """Base class of everything raybilevel raises on purpose."""
+
+
+class ConfigError(RaybilevelError, ValueError):
+    """A config file or a setting is wrong."""
+
+
+class SpaceError(RaybilevelError, ValueError):
+    """A search space cannot be searched."""
+
+
+class ProblemError(RaybilevelError, ValueError):
+    """A `BilevelProblem` breaks its contract."""
+
+
+class DataError(RaybilevelError, OSError):
+    """A data file is missing or damaged."""
+
+
+class StateError(RaybilevelError, ValueError):
+    """A saved search cannot be read."""
+
+
+class CheckpointError(RaybilevelError, ValueError):
+    """A lower-level checkpoint cannot be read."""
+
+
+class NotFiniteError(RaybilevelError, ArithmeticError):
+    """A loss or a gradient is NaN or infinite."""

@@ -1,0 +1,200 @@
+"""A Gaussian process that observes values and, at some points, gradients too.
+
+Every observation is one row (x, s, a) of width 2 d + 1: for a value s = 1 and a = 0, for the derivative along
+coordinate j s = 0 and a = e_j. So a point may come with its gradient or without, and the posterior is a BoTorch
+model like any other.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import gpytorch
+import torch
+from botorch.exceptions.warnings import OptimizationWarning
+from botorch.models.gpytorch import GPyTorchModel
+from botorch.optim.fit import fit_gpytorch_mll_scipy
+from botorch.posteriors.gpytorch import GPyTorchPosterior
+from gpytorch.constraints import GreaterThan
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.likelihoods.gaussian_likelihood import _GaussianLikelihoodBase
+from gpytorch.likelihoods.noise_models import Noise
+from gpytorch.priors import LogNormalPrior, NormalPrior
+from linear_operator.operators import DiagLinearOperator
+from torch import Tensor, nn
+
+
+class DerivativeRBFKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
+    """Covariance of values and derivatives of a process with kernel k(x, x') = exp(-|D|^2 / 2), D = (x - x') / l.
+
+    With rows (x, s, a) and (x', s', a'), and L = diag(l):
+
+        k * [s s' + s (a' . L^-2 (x - x')) - s' (a . L^-2 (x - x')) + a . L^-2 a' - (a . L^-2 (x - x'))(a' . L^-2 (x - x'))]
+
+    which is gpytorch's `RBFKernelGrad` (Solak et al. 2003, eq. 3) restricted to the rows that were observed; that
+    kernel insists on a gradient at every point.
+    """
+
+    has_lengthscale = True
+
+    def __init__(self, dimension: int, ard: bool = True) -> None:
+        # The prior of Hvarfner, Hellsten & Nardi (2024), BoTorch's default: length scales grow with sqrt(d).
+        count = dimension if ard else 1
+        prior = LogNormalPrior(math.sqrt(2) + math.log(dimension) / 2, math.sqrt(3))
+        super().__init__(
+            ard_num_dims=count if ard else None,
+            lengthscale_prior=prior,
+            lengthscale_constraint=logarithmic(2.5e-2, math.sqrt(dimension)),
+        )
+        self.dimension = dimension
+
+    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
+        d = self.dimension
+        scale = self.lengthscale  # (1, d) or (1, 1)
+        p1, s1, a1 = x1[..., :d] / scale, x1[..., d : d + 1], x1[..., d + 1 :] / scale
+        p2, s2, a2 = x2[..., :d] / scale, x2[..., d : d + 1], x2[..., d + 1 :] / scale
+        if diag:
+            p, s, a = p1 - p2, (s1 * s2).squeeze(-1), (a1 * a2).sum(-1)
+            k = torch.exp(-0.5 * p.square().sum(-1))
+            along1, along2 = (a1 * p).sum(-1), (a2 * p).sum(-1)
+            diagonal: Tensor = k * (s + s1.squeeze(-1) * along2 - s2.squeeze(-1) * along1 + a - along1 * along2)
+            return diagonal
+        t1, t2 = p2.transpose(-1, -2), a2.transpose(-1, -2)
+        k = torch.exp(-0.5 * self.covar_dist(p1, p2, square_dist=True, diag=False))
+        along1 = (a1 * p1).sum(-1, keepdim=True) - a1 @ t1
+        along2 = p1 @ t2 - (a2 * p2).sum(-1, keepdim=True).transpose(-1, -2)
+        s2 = s2.transpose(-1, -2)
+        full: Tensor = k * (s1 * s2 + s1 * along2 - s2 * along1 + a1 @ t2 - along1 * along2)
+        return full
+
+
+class RowNoise(Noise):  # type: ignore[misc]
+    """One noise variance for values, another for derivatives, both learned.
+
+    Danskin's gradient is exact only at a minimiser, and a hypergradient only for a large multiplier: where these
+    disagree with the values, their noise grows, and the model listens to the values.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.dimension = dimension
+        for name, prior in (("value", LogNormalPrior(-9.0, 2.0)), ("derivative", LogNormalPrior(-5.0, 2.0))):
+            self.register_parameter(f"raw_{name}_noise", nn.Parameter(torch.zeros((), dtype=torch.double)))
+            self.register_constraint(f"raw_{name}_noise", logarithmic(1e-8, prior.mode.item()))
+            self.register_prior(f"{name}_prior", prior, lambda m, name=name: m.variance(name))
+
+    def variance(self, name: str) -> Tensor:
+        value: Tensor = getattr(self, f"raw_{name}_noise_constraint").transform(getattr(self, f"raw_{name}_noise"))
+        return value
+
+    def forward(self, *rows: Tensor, shape: torch.Size | None = None, **_: Any) -> DiagLinearOperator:
+        row = rows[0][0] if isinstance(rows[0], list | tuple) else rows[0]
+        s = row[..., self.dimension]
+        return DiagLinearOperator(s * self.variance("value") + (1 - s) * self.variance("derivative"))
+
+
+def logarithmic(floor: float, start: float) -> GreaterThan:
+    """A positive hyperparameter, optimised on a logarithmic scale: noise spans many orders of magnitude."""
+    return GreaterThan(floor, transform=torch.exp, inv_transform=torch.log, initial_value=start)
+
+
+class DerivativeGP(gpytorch.models.ExactGP, GPyTorchModel):  # type: ignore[misc]
+    """Zero-mean GP on standardised rows; `posterior(X)` is of values at points X, shape (..., q, d)."""
+
+    _num_outputs = 1
+
+    def __init__(self, rows: Tensor, targets: Tensor, dimension: int, ard: bool) -> None:
+        super().__init__(rows, targets, _GaussianLikelihoodBase(RowNoise(dimension)))
+        self.dimension = dimension
+        self.mean_constant = nn.Parameter(torch.zeros((), dtype=torch.double))
+        self.register_prior("mean_prior", NormalPrior(0.0, 1.0), lambda m: m.mean_constant)
+        self.covar_module = gpytorch.kernels.ScaleKernel(
+            DerivativeRBFKernel(dimension, ard),
+            outputscale_prior=LogNormalPrior(0.0, 1.5),
+            outputscale_constraint=logarithmic(1e-6, 1.0),
+        )
+        self.to(torch.double)
+
+    def forward(self, rows: Tensor) -> MultivariateNormal:
+        return MultivariateNormal(self.mean_constant * rows[..., self.dimension], self.covar_module(rows))
+
+    def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> GPyTorchPosterior:
+        with exact():
+            return super().posterior(value_rows(X), *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class FittedGP:
+    """A fitted process together with the shift and scale of what it observed."""
+
+    model: DerivativeGP
+    shift: float
+    scale: float
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Posterior mean at x, shape (d,) -> (), differentiable."""
+        mean: Tensor = self.model.posterior(x.unsqueeze(0)).mean
+        return self.shift + self.scale * mean.squeeze()
+
+    def deviation(self, x: Tensor) -> Tensor:
+        """Posterior standard deviation (noise excluded) at x, shape (d,) -> ()."""
+        variance: Tensor = self.model.posterior(x.unsqueeze(0)).variance
+        return self.scale * variance.squeeze().clamp_min(0).sqrt()
+
+
+def value_rows(x: Tensor) -> Tensor:
+    """Rows that observe values at x, shape (..., n, d) -> (..., n, 2 d + 1)."""
+    return torch.cat([x, torch.ones_like(x[..., :1]), torch.zeros_like(x)], dim=-1)
+
+
+def derivative_rows(x: Tensor) -> Tensor:
+    """Rows that observe the gradient at one point x, shape (d,) -> (d, 2 d + 1)."""
+    d = len(x)
+    return torch.cat([x.expand(d, d), torch.zeros(d, 1, dtype=x.dtype), torch.eye(d, dtype=x.dtype)], dim=-1)
+
+
+def fit(
+    x: Tensor,
+    values: Tensor,
+    gradients: Mapping[int, Tensor],
+    ard: bool = True,
+    max_iterations: int = 50,
+    max_rows: int = 250,
+) -> FittedGP:
+    """Fit to values, shape (n,), at x, shape (n, d), and gradients, shape (d,), at the points whose index is a key.
+
+    Values are standardised; the hyperparameters maximise the marginal likelihood times the priors, always from the
+    same start, so that equal data give an equal model. They are fitted on at most `max_rows` rows (an evenly spaced
+    subset: each likelihood costs their cube, fifty times over), the posterior then conditions on all rows, once.
+    """
+    shift, scale = values.mean().item(), values.std().item() if len(values) > 1 else 1.0
+    scale = scale if scale > 1e-12 * max(1.0, abs(shift)) else 1.0
+    rows = torch.cat([value_rows(x), *(derivative_rows(x[i]) for i in gradients)])
+    targets = torch.cat([(values - shift) / scale, *(gradient / scale for gradient in gradients.values())])
+    chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max_rows)).round().long()
+    model = DerivativeGP(rows[chosen], targets[chosen], x.shape[-1], ard)
+    marginal = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
+    with exact(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", OptimizationWarning)  # an iteration limit is not a failure here
+        fit_gpytorch_mll_scipy(marginal, options={"maxiter": max_iterations})
+    model.eval()
+    if len(chosen) < len(rows):
+        model.set_train_data(rows, targets, strict=False)
+    model.requires_grad_(False)
+    return FittedGP(model, shift, scale)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Dense Cholesky algebra at every size: gpytorch's default switches to conjugate gradients above 800 rows."""
+    with (
+        gpytorch.settings.max_cholesky_size(1_000_000),
+        gpytorch.settings.fast_computations(False, False, False),
+        gpytorch.settings.cholesky_jitter(double_value=1e-9),
+    ):
+        yield

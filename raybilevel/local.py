@@ -1,0 +1,47 @@
+"""A whole search in this process, one training after another: for small problems, tests and benchmarks. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raybilevel.errors import NotFiniteError
+from raybilevel.levels import check_problem
+from raybilevel.lower_level import TrainedLowerLevel, load_checkpoint, train
+from raybilevel.optimizer import BilevelOptimizer, Observation
+from raybilevel.problem import BilevelProblem
+from raybilevel.space import Space, flatten, nest
+
+
+def observe(space: Space, config: Mapping[str, Any], trained: TrainedLowerLevel) -> Observation:
+    """A training's result in the terms of the search: gradients in the unit cube."""
+    gradient = {"/".join(path): value for path, value in flatten(trained.gradient).items()}
+    unit = space.to_unit_gradient(config, gradient)
+    return Observation(trained.upper, trained.value, tuple(unit.tolist()), trained.passes)
+
+
+def search(
+    problem: BilevelProblem, optimizer: BilevelOptimizer, cost: float, constants: Mapping[str, Any] | None = None
+) -> dict[int, bytes]:
+    """Train until the cost (in trainings, upper-level steps included) is spent; the checkpoints by training."""
+    space, constants = optimizer.space, constants or {}
+    check_problem(problem, space, constants)
+    checkpoints: dict[int, bytes] = {}
+    while optimizer.state.cost < cost and not optimizer.exhausted:
+        while (step := optimizer.plan()) is not None:
+            result = optimizer.method.run(
+                problem, space, constants, step, lambda index: load_checkpoint(checkpoints[index]), optimizer.memory
+            )
+            optimizer.tell_step(step.number, result)
+        trial = str(len(optimizer.state.trainings))
+        asked = optimizer.ask(trial)
+        if asked is None:
+            break
+        config = nest({**flatten(constants), **flatten(asked)})
+        try:
+            trained, checkpoints[optimizer.trials[trial]] = train(problem, config, optimizer.seed)
+        except NotFiniteError:
+            optimizer.tell(trial, None)
+        else:
+            optimizer.tell(trial, observe(space, config, trained))
+    return checkpoints

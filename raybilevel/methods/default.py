@@ -1,0 +1,239 @@
+"""The default method: hypergradients from augmented Lagrangian descents, models of v and F, trust regions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raybilevel.acquisition import (
+    UpperModel,
+    expected_improvement,
+    fit_upper_model,
+    largest_deviation,
+    minimise_in_box,
+)
+from raybilevel.errors import ConfigError
+from raybilevel.levels import Levels
+from raybilevel.methods.base import LoadCheckpoint, UpperResult, UpperStep
+from raybilevel.problem import BilevelProblem
+from raybilevel.search_state import Proposal, SearchState, StepRecord, Training, Unit
+from raybilevel.space import Space, sobol_points
+from raybilevel.trust_region import TrustRegion, TrustRegionRule
+from raybilevel.upper_level import Hypergradient, TrainedPoint, hypergradient, joint_descent
+from raybilevel.value_function import ValueFunction, fit_value_function
+
+
+@dataclass(frozen=True)
+class Default:
+    """Trust regions on a model of F with hypergradients; see docs/method.md for the equations and the ablations.
+
+    decrease:      how far below the trained F a descent may end, relative to |F|; decides the multiplier.
+    hypergradients: False for values of F only, where the metric that is searched is not the upper-level loss.
+    upper_share:   gradient evaluations of one descent, as a share of a training's.
+    joint_share:   the same, of a descent in (x, y) jointly; 0 for none.
+    explore_every: one proposal in so many looks at the whole box; one in four of those where least is known.
+    max_regions:   trust regions open at once, where there are slots for them.
+    max_rows:      values and derivatives that a Gaussian process may hold.
+    """
+
+    hypergradients: bool = True
+    decrease: float = 0.05
+    upper_share: float = 0.35
+    joint_share: float = 0.0
+    explore_every: int = 6
+    max_regions: int = 4
+    max_rows: int = 500
+    settled: float = 0.01
+    region: TrustRegionRule = field(default_factory=TrustRegionRule)
+
+    def __post_init__(self) -> None:
+        for name in ("decrease", "upper_share"):
+            if not 0 < getattr(self, name) <= 10:
+                raise ConfigError(f"{name} must be positive (and at most 10), got {getattr(self, name)}")
+        if self.joint_share < 0:
+            raise ConfigError(f"joint_share must not be negative, got {self.joint_share}")
+        for name, least in (("explore_every", 2), ("max_regions", 1), ("max_rows", 20)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def start_design(self, dimension: int, slots: int, seed: int) -> Tensor:
+        """Centre, two more points of the diagonal, and a scrambled Sobol sequence; at least one point a slot."""
+        diagonal = torch.tensor([[0.5], [0.25], [0.75]], dtype=torch.double).expand(3, dimension)
+        count = max(slots, 3 if dimension == 1 else 5) - 3
+        return torch.cat([diagonal, sobol_points(dimension, count, seed)])
+
+    def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
+        done = state.done
+        starting = [t for t in state.pending if t.proposal.origin in ("start", "given")]
+        if len(done) <= len(starting):
+            return None
+        number = len(state.steps) + len(running)
+        pending = tuple(t.unit for t in state.pending)
+        step = UpperStep(number, "region", self._incumbent(state), state, seed + 1000 * number, pending=pending)
+        turn = number % (4 * self.explore_every)
+        if turn == 4 * self.explore_every - 1:
+            return replace(step, origin="fill")
+        regions = self.open_regions(state, running)
+        if turn % self.explore_every == self.explore_every - 1:
+            return replace(step, origin="global")
+        busy = {region.began: self._under_way(region, state, running) for region in regions}
+        if not regions or (min(busy.values()) > 0 and len(regions) < min(slots, self.max_regions)):
+            start = self._next_start(state, running)
+            if start is not None:
+                regions, busy = (*regions, TrustRegion(start, start, self.region.initial)), {**busy, start: 0}
+        if not regions:
+            return replace(step, origin="global")
+        region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper))
+        claimed = {index for step in running for index in step.targets}
+        newest = self._members(region.began, state)[-1]
+        lacking = [i for i in dict.fromkeys((region.centre, newest)) if state.trainings[i].hypergradient is None]
+        if not self.hypergradients:
+            lacking = []
+        return replace(
+            step,
+            centre=region.centre,
+            region=region.began,
+            radius=region.radius,
+            targets=tuple(i for i in lacking if i not in claimed),
+            rank=busy[region.began],
+        )
+
+    def exhausted(self, state: SearchState) -> bool:
+        return False
+
+    def incumbent(self, state: SearchState) -> Training | None:
+        """The lowest F at trained weights."""
+        return state.best
+
+    def open_regions(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[TrustRegion, ...]:
+        """Regions that still promise something: not collapsed, not settled, not beaten by another."""
+        begun = dict.fromkeys(t.proposal.region for t in state.trainings if t.proposal.region is not None)
+        begun |= dict.fromkeys(step.region for step in running if step.region is not None)
+        regions = self.region.replay(state, tuple(begun))
+        return tuple(r for r in regions if not self.region.collapsed(r) and not self._over(r, state))
+
+    def _over(self, region: TrustRegion, state: SearchState) -> bool:
+        done = state.done
+        upper = sorted(t.upper for t in done)
+        gain = self.settled * (upper[len(upper) // 2] - upper[0])
+        members = [state.trainings[i] for i in self._members(region.began, state)][1:]
+        if not members:
+            return False
+        centre, last = state.trainings[region.centre], members[-1]
+        promised = last.proposal.predicted_upper
+        beaten = len(members) >= 3 and centre.upper > upper[0] and (promised is None or promised > upper[0])
+        before = min([state.trainings[region.began].upper, *(t.upper for t in members[:-1])])
+        settled = promised is not None and before - promised < gain and before - last.upper < gain
+        return beaten or settled
+
+    @staticmethod
+    def _members(began: int, state: SearchState) -> list[int]:
+        return [began, *(t.index for t in state.done if t.proposal.region == began and t.index != began)]
+
+    @staticmethod
+    def _under_way(region: TrustRegion, state: SearchState, running: tuple[UpperStep, ...]) -> int:
+        return sum(t.proposal.region == region.began for t in state.pending) + sum(
+            step.region == region.began for step in running
+        )
+
+    @staticmethod
+    def _next_start(state: SearchState, running: tuple[UpperStep, ...]) -> int | None:
+        """The best training outside every region; after the first region, only one that exploration has found."""
+        begun = {t.proposal.region for t in state.trainings} | {step.region for step in running}
+        free = [t for t in state.done if t.proposal.region is None and t.index not in begun]
+        if begun - {None} and not any(step.region is not None for step in running):
+            newest = state.done[-1]
+            free = [t for t in free if t is newest or newest.proposal.region is None]
+        return min(free, key=lambda t: t.upper).index if free else None
+
+    @staticmethod
+    def _incumbent(state: SearchState) -> int:
+        best = state.best
+        assert best is not None
+        return best.index
+
+    def run(
+        self,
+        problem: BilevelProblem,
+        space: Space,
+        constants: Mapping[str, Any],
+        step: UpperStep,
+        load: LoadCheckpoint,
+        memory: bytes | None = None,
+    ) -> UpperResult:
+        state, passes = step.state, 0.0
+        found: dict[int, Unit] = {}
+        record: dict[str, Any] = {}
+        first = self._first_multiplier(state)
+        point = descent = None
+        for index in step.targets:
+            training = state.trainings[index]
+            model = problem.model().to(problem.device, problem.dtype)
+            model.load_state_dict(load(index)["model"])
+            here = TrainedPoint(Levels(problem, model), space, constants, torch.tensor(training.unit).double())
+            estimate = hypergradient(here, self.decrease, self.upper_share * state.passes_per_training, first)
+            if index == step.centre:
+                point, descent = here, estimate
+            found[index] = tuple(estimate.gradient.tolist())
+            state = state.change(index, hypergradient=found[index])
+            passes += here.levels.passes
+            record = {"multiplier": estimate.multiplier, "violation": 0.0, "decrease": estimate.decrease}
+            record["first"] = estimate.first
+        centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
+        pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
+        model_of_upper = fit_upper_model(state.measured, pending, centre, self.max_rows)
+        value_function = fit_value_function(state.done, centre, True, self.max_rows)
+        starts = [centre]
+        if point is not None and descent is not None and self.joint_share > 0:
+            radius = trusted_radius(value_function, centre, descent, step.radius)
+            if radius > 0.1 * step.radius:
+                before = point.levels.passes
+                budget = self.joint_share * state.passes_per_training
+                joint = joint_descent(point, descent, value_function, radius, budget)
+                passes += point.levels.passes - before
+                starts.append(joint.unit)
+                record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
+        unit = self._propose(step, model_of_upper, centre, starts)
+        proposal = Proposal(
+            tuple(unit.tolist()),
+            step.origin,
+            step.region,
+            model_of_upper.mean(unit),
+            value_function.mean(unit).item(),
+            value_function.deviation(unit).item(),
+        )
+        return UpperResult(StepRecord(step.number, step.centre, passes, **record), proposal, found)
+
+    def _first_multiplier(self, state: SearchState) -> float:
+        """Where the last descent ended relative to its Cauchy estimate; 10 before there is one."""
+        last = next((s for s in reversed(state.steps) if s.first is not None and s.decrease is not None), None)
+        if last is None or last.first is None or last.decrease is None:
+            return 10.0
+        too_large = min(1.0, max(0.25, last.decrease / self.decrease))
+        return min(100.0, max(3.0, last.first * too_large))
+
+    def _propose(self, step: UpperStep, model: UpperModel, centre: Tensor, starts: list[Tensor]) -> Tensor:
+        if step.origin == "fill":
+            return largest_deviation(model, len(centre), step.seed)
+        if step.origin == "global":
+            return expected_improvement(model, len(centre), starts, step.seed)
+        low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
+        return minimise_in_box(model, low, high, starts, 0.25 * step.rank, step.seed)
+
+
+def trusted_radius(value_function: ValueFunction, centre: Tensor, descent: Hypergradient, radius: float) -> float:
+    """The largest step along the steepest descent at which v_hat's standard deviation is within the slack.
+
+    An error of v_hat enters the Lagrangian multiplied by the multiplier, so the descent in (x, y) is let only where
+    v_hat is known better than the tolerance of its constraint.
+    """
+    direction = descent.gradient / descent.gradient.abs().max().clamp_min(1e-300)
+    while radius > 1e-4:
+        if value_function.deviation((centre - radius * direction).clamp(0, 1)) <= descent.slack:
+            return radius
+        radius /= 2
+    return 0.0

@@ -1,0 +1,168 @@
+"""The search as ask/tell over plain values: asks trainings and upper-level steps, hears their results. No Ray."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from raybilevel.errors import ConfigError
+from raybilevel.methods.base import Method, UpperResult, UpperStep
+from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
+from raybilevel.space import Space, sobol_points
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an ended training reports; see `TrainedLowerLevel`.
+
+    gradient: df/dx in the unit cube, shape (d,).
+    complete: it ran to its end; otherwise only `upper` and `passes` count.
+    """
+
+    upper: float
+    value: float = math.nan
+    gradient: tuple[float, ...] = ()
+    passes: float = 0.0
+    complete: bool = True
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.upper) and (
+            not self.complete or all(map(math.isfinite, (self.value, *self.gradient)))
+        )
+
+
+class BilevelOptimizer:
+    """Drives one search: `ask` for trainings, `plan` for upper-level steps, `tell` and `tell_step` for their results.
+
+    Every decision is a function of the `SearchState`, which is values only; results may come in any order.
+    """
+
+    def __init__(
+        self, space: Space, method: Method, seed: int = 0, slots: int = 1, points: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        if slots < 1:
+            raise ConfigError(f"a search needs at least one slot, got {slots}")
+        self.space, self.method, self.seed, self.slots = space, method, seed, slots
+        self.state = SearchState()
+        self.trials: dict[str, int] = {}
+        self.running: dict[int, UpperStep] = {}
+        self.lost: set[int] = set()
+        self.memory: bytes | None = None
+        given = [Proposal(tuple(space.encode(point).tolist()), "given") for point in points]
+        design = method.start_design(space.dimension, slots, seed)
+        self.queue = deque([*given, *(Proposal(tuple(unit.tolist()), "start") for unit in design)])
+
+    def ask(self, trial: str) -> dict[str, Any] | None:
+        """The hyperparameters to train next, nested as the space is; None while there are none."""
+        if trial in self.trials:
+            return self.config(trial)
+        if not self.queue:
+            return None
+        # The step of a quantised hyperparameter moves the point: keep the one that is trained.
+        proposal = self.queue.popleft()
+        exact = self.space.encode(self.space.suggest(torch.tensor(proposal.unit, dtype=torch.double)))
+        self.trials[trial] = len(self.state.trainings)
+        self.state = self.state.add(replace(proposal, unit=tuple(exact.tolist())))
+        return self.config(trial)
+
+    def config(self, trial: str) -> dict[str, Any]:
+        """What a known trial was asked to train."""
+        return self.config_of(self.state.trainings[self.trials[trial]])
+
+    def config_of(self, training: Training) -> dict[str, Any]:
+        """A training's hyperparameters, nested as the space is."""
+        return self.space.suggest(torch.tensor(training.unit, dtype=torch.double))
+
+    def without_running(self) -> BilevelOptimizer:
+        """A copy in which the upper-level steps under way are to be planned again."""
+        other = copy.copy(self)
+        other.running, other.queue, other.trials = {}, deque(self.queue), dict(self.trials)
+        return other
+
+    def tell(self, trial: str, observation: Observation | None) -> None:
+        """A training's result; None if it failed. Unknown trials and repeated results are ignored.
+
+        A result whose numbers are not all finite counts as a failure.
+        """
+        index = self.trials.get(trial)
+        if index is None or self.state.trainings[index].status != "pending":
+            return
+        self.lost.discard(index)
+        finished = len(self.state.trainings) - len(self.state.pending)
+        if observation is None or not observation.finite:
+            self.state = self.state.change(index, status="failed", finished=finished)
+            return
+        self.state = self.state.change(
+            index,
+            status="done" if observation.complete else "stopped",
+            finished=finished,
+            value=observation.value,
+            upper=observation.upper,
+            gradient=tuple(observation.gradient),
+            passes=observation.passes,
+        )
+
+    def add(self, trial: str, config: Mapping[str, Any], observation: Observation | None) -> None:
+        """A training that this search did not ask for, e.g. of an earlier experiment."""
+        if trial not in self.trials:
+            self.trials[trial] = len(self.state.trainings)
+            self.state = self.state.add(Proposal(tuple(self.space.encode(config).tolist()), "unknown"))
+        self.tell(trial, observation)
+
+    def plan(self) -> UpperStep | None:
+        """The next upper-level step to run, None while there is none; it counts as running until `tell_step`.
+
+        Trainings asked, proposals waiting and steps running together never exceed the slots.
+        """
+        if self.queue or len(self.live) + len(self.running) >= self.slots:
+            return None
+        step = self.method.plan(self.state, tuple(self.running.values()), self.slots, self.seed)
+        if step is not None:
+            self.running[step.number] = step
+        return step
+
+    def tell_step(self, number: int, result: UpperResult | None) -> None:
+        """What a step found; None if it failed: its proposal is replaced by a space-filling one."""
+        step = self.running.pop(number, None)
+        if step is None:
+            return
+        if result is None:
+            unit = tuple(sobol_points(self.space.dimension, 1, step.seed)[0].tolist())
+            self._record(StepRecord(number, step.centre, 0.0, failed=True))
+            self.queue.append(Proposal(unit, "fill"))
+            return
+        for index, gradient in result.hypergradients.items():
+            self.state = self.state.change(index, hypergradient=tuple(gradient))
+        self._record(result.record)
+        if result.memory is not None:
+            self.memory = result.memory
+        if result.proposal is not None:
+            self.queue.append(result.proposal)
+
+    def _record(self, record: StepRecord) -> None:
+        record = replace(record, finished=len(self.state.trainings) - len(self.state.pending))
+        self.state = replace(self.state, steps=(*self.state.steps, record))
+
+    @property
+    def live(self) -> tuple[Training, ...]:
+        """Trainings under way, less those given up by `lose`."""
+        return tuple(t for t in self.state.pending if t.index not in self.lost)
+
+    def lose(self, trial: str) -> None:
+        """Give up a trial that nobody runs any more: its point is asked again; a late result still counts."""
+        index = self.trials[trial]
+        if self.state.trainings[index].status == "pending" and index not in self.lost:
+            self.lost.add(index)
+            self.queue.appendleft(self.state.trainings[index].proposal)
+
+    @property
+    def exhausted(self) -> bool:
+        """Nothing is under way and the method has nothing more to propose."""
+        return not (self.queue or self.running or self.live) and self.method.exhausted(self.state)

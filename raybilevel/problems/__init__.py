@@ -1,0 +1,55 @@
+"""The problems that ship, by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from raybilevel.errors import ConfigError
+from raybilevel.problem import BilevelProblem
+from raybilevel.problems.cifar import CifarLenet
+from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
+from raybilevel.problems.mnist import Mnist, Mnist1K
+
+PROBLEMS: dict[str, type[BilevelProblem]] = {
+    "cifar_lenet": CifarLenet,
+    "digits": DigitsPerceptron,
+    "digits_logistic": DigitsLogistic,
+    "mnist": Mnist,
+    "mnist_1k": Mnist1K,
+}
+
+
+def make_problem(name: str, options: Mapping[str, Any] | None = None, data: str | None = None) -> BilevelProblem:
+    """A problem by name, with options of its constructor; `data`, the folder of data files, for those that read any.
+
+    Raises:
+        ConfigError: there is no such problem, or it has no such option.
+    """
+    if name not in PROBLEMS:
+        raise ConfigError(f"unknown problem {name!r}; choose one of {', '.join(sorted(PROBLEMS))}")
+    known = option_names(PROBLEMS[name])
+    given = dict(options or {})
+    if data is not None and "data" in known:
+        given.setdefault("data", data)
+    for option in given:
+        if option not in known:
+            raise ConfigError(f"problem {name!r} has no option {option!r}; it has {', '.join(known)}")
+    try:
+        return PROBLEMS[name](**given)
+    except TypeError as error:
+        raise ConfigError(f"problem {name!r}: {error}") from error
+
+
+def option_names(problem: type[BilevelProblem]) -> list[str]:
+    """The options of a problem's constructor and, where it passes further ones on, of its base classes'."""
+    names: dict[str, None] = {}
+    for cls in problem.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+        names |= {p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return [name for name in names if name != "self"]

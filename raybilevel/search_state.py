@@ -1,0 +1,152 @@
+"""What a search has asked, heard and learned: plain values, from which every decision follows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Status = Literal["pending", "done", "stopped", "failed"]
+Origin = Literal["start", "given", "region", "global", "fill", "unknown"]
+Unit = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A point that an upper-level step wants trained next.
+
+    unit:            where, in the unit cube, shape (d,).
+    origin:          "region" (a trust region's next point), "global" (acquisition over the box) or "fill".
+    region:          the trust region, named by the index of the training that began it.
+    predicted_upper: F expected there.
+    predicted_value: v_hat there, before it is trained; its error is a diagnostic.
+    deviation:       posterior standard deviation of v_hat there.
+    violation:       of the constraint where the descent ended that proposed it.
+    """
+
+    unit: Unit
+    origin: Origin
+    region: int | None = None
+    predicted_upper: float | None = None
+    predicted_value: float | None = None
+    deviation: float | None = None
+    violation: float | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """One lower-level training, from its proposal on.
+
+    status:   "stopped" is a training that a scheduler ended early: it has an F, but says nothing of v.
+    finished: the order in which results came in, 0, 1, ...; -1 while pending.
+    value, upper:  f and F at the trained weights.
+    gradient:      df/dx there, shape (d,), in the unit cube.
+    passes:        what it cost, in gradient evaluations of f.
+    hypergradient: dF(x, y*(x))/dx there from an upper-level step, shape (d,), in the unit cube.
+    """
+
+    index: int
+    proposal: Proposal
+    status: Status = "pending"
+    finished: int = -1
+    value: float = math.nan
+    upper: float = math.nan
+    gradient: Unit = ()
+    passes: float = 0.0
+    hypergradient: Unit | None = None
+
+    @property
+    def unit(self) -> Unit:
+        return self.proposal.unit
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished upper-level step.
+
+    centre:      index of the training whose weights it started from.
+    multiplier, violation: where its augmented Lagrangian descent ended; None where it had nothing to descend.
+    decrease:    F at the trained weights less F at the descent's, relative to |F|.
+    first:       the multiplier relative to its Cauchy estimate, where the next descent begins.
+    penalty, rate, momentum: of the published scheme, for its next descent.
+    finished:    how many trainings had finished when its result came.
+    failed:      it raised, or its worker died; the search goes on without it.
+    passes:      what it cost, in gradient evaluations of f.
+    """
+
+    number: int
+    centre: int
+    passes: float
+    multiplier: float | None = None
+    violation: float | None = None
+    decrease: float | None = None
+    first: float | None = None
+    penalty: float | None = None
+    rate: float | None = None
+    momentum: float | None = None
+    finished: int = 0
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """Every training and every upper-level step so far."""
+
+    trainings: tuple[Training, ...] = ()
+    steps: tuple[StepRecord, ...] = ()
+
+    @property
+    def told(self) -> tuple[Training, ...]:
+        """Trainings that ended, in whatever way, in the order in which they did."""
+        return tuple(sorted((t for t in self.trainings if t.status != "pending"), key=lambda t: t.finished))
+
+    @property
+    def done(self) -> tuple[Training, ...]:
+        """Trainings that ran to their end."""
+        return tuple(t for t in self.told if t.status == "done")
+
+    @property
+    def measured(self) -> tuple[Training, ...]:
+        """Trainings that have an F: those that ran to their end, and those stopped early."""
+        return tuple(t for t in self.told if t.status in ("done", "stopped"))
+
+    @property
+    def pending(self) -> tuple[Training, ...]:
+        return tuple(t for t in self.trainings if t.status == "pending")
+
+    @property
+    def best(self) -> Training | None:
+        """The incumbent: the lowest F at trained weights."""
+        return min(self.done, key=lambda t: t.upper, default=None)
+
+    @property
+    def passes_per_training(self) -> float:
+        """Gradient evaluations of f that a training takes on average; 1 before the first."""
+        done = self.done
+        return max(1e-12, sum(t.passes for t in done) / len(done)) if done else 1.0
+
+    @property
+    def cost(self) -> float:
+        """What was spent, in trainings."""
+        costs = self.costs()
+        return costs[-1] if costs else 0.0
+
+    def costs(self) -> list[float]:
+        """What had been spent when each training of `told` ended, in trainings.
+
+        Upper-level steps and stopped trainings are charged by their gradient evaluations, failed trainings in full.
+        """
+        unit, told = self.passes_per_training, self.told
+        trainings = [1.0 if t.status != "stopped" else t.passes / unit for t in told]
+        for step in self.steps:
+            if told:
+                trainings[min(step.finished, len(told) - 1)] += step.passes / unit
+        return list(itertools.accumulate(trainings))
+
+    def add(self, proposal: Proposal) -> SearchState:
+        return replace(self, trainings=(*self.trainings, Training(len(self.trainings), proposal)))
+
+    def change(self, index: int, **changes: Any) -> SearchState:
+        changed = replace(self.trainings[index], **changes)
+        return replace(self, trainings=(*self.trainings[:index], changed, *self.trainings[index + 1 :]))

@@ -1,0 +1,446 @@
+"""The Ray Tune searcher: trials are lower-level trainings, upper-level steps are Ray tasks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import pyarrow.fs
+import ray
+from ray.tune.search import Searcher
+from ray.tune.utils.util import flatten_dict
+
+from raybilevel import state_file
+from raybilevel.domains import split_param_space
+from raybilevel.errors import CheckpointError, ConfigError, RaybilevelError, SpaceError, StateError
+from raybilevel.levels import check_problem
+from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint
+from raybilevel.methods import make_method
+from raybilevel.methods.base import Method, UpperResult, UpperStep
+from raybilevel.methods.default import Default
+from raybilevel.optimizer import BilevelOptimizer, Observation
+from raybilevel.problem import BilevelProblem
+from raybilevel.search_state import SearchState, Training
+from raybilevel.space import Space, flatten, nest
+from raybilevel.trainable import FINISHED, GRADIENT, PASSES, checkpoint_path
+
+logger = logging.getLogger(__name__)
+
+UPPER_LOSS = "upper_loss"
+MOST_SLOTS = 16
+FAILED_STEPS_IN_A_ROW = 3
+SECONDS_OF_SILENCE = 60.0
+
+
+class BilevelSearch(Searcher):  # type: ignore[misc]
+    """Bilevel hyperparameter search for `tune.run` and `tune.Tuner`, with `lower_level_trainable(problem)`.
+
+        tune.Tuner(
+            lower_level_trainable(problem),
+            param_space={"weight_decay": {"fc1": tune.loguniform(1e-6, 1e1), "fc2": tune.loguniform(1e-6, 1e1)}},
+            tune_config=tune.TuneConfig(
+                search_alg=BilevelSearch(problem), metric="upper_loss", mode="min", num_samples=40, reuse_actors=True
+            ),
+        ).fit()
+
+    problem: what is searched, the same as the trainable's.
+    space: the search space, for those who do not give it to Tune as `param_space`.
+    metric, mode: likewise; "upper_loss" and "min" unless given. Another metric is searched by its values alone, as
+        hypergradients are those of the upper-level loss.
+    method: "default", "paper" (arXiv:2208.12118), or a method object with settings of your own.
+    seed: of everything the search draws.
+    max_concurrent: trainings and upper-level steps under way at once; by default as many as the cluster has GPUs (or,
+        without any, CPUs), 16 at most.
+    points_to_evaluate: configurations to train first, nested as the space is.
+    upper_resources: Ray resources of an upper-level step, e.g. {"num_gpus": 0.5}; by default one GPU where the problem's
+        device is "cuda", else none: a step takes the place of a training, so it finds a CPU. With reuse_actors=True
+        idle actors keep their GPUs; then leave a step its share, e.g. trainings {"gpu": 0.8}, steps {"num_gpus": 0.2}.
+    storage_filesystem: the pyarrow filesystem of the experiment's storage, where it is not a local or shared folder.
+
+    Raises:
+        ConfigError: an argument is wrong.
+        SpaceError, ProblemError: before anything is trained, when the space becomes known.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        space: Mapping[str, Any] | None = None,
+        metric: str | None = None,
+        mode: str | None = None,
+        method: str | Method = "default",
+        seed: int = 0,
+        max_concurrent: int | None = None,
+        points_to_evaluate: Sequence[Mapping[str, Any]] | None = None,
+        upper_resources: Mapping[str, Any] | None = None,
+        storage_filesystem: pyarrow.fs.FileSystem | None = None,
+    ) -> None:
+        if not isinstance(problem, BilevelProblem):
+            hint = "; pass an instance: BilevelSearch(MyProblem())" if isinstance(problem, type) else ""
+            raise ConfigError(f"problem: expected a BilevelProblem, got {problem!r}{hint}")
+        if mode not in (None, "min", "max"):
+            raise ConfigError(f"mode must be 'min' or 'max', got {mode!r}")
+        if max_concurrent is not None and max_concurrent < 1:
+            raise ConfigError(f"max_concurrent must be at least 1, got {max_concurrent}")
+        super().__init__(metric=metric, mode=mode)
+        self._metric: str | None = metric
+        self._mode: str | None = mode
+        self.problem = problem
+        self.method: Method = make_method(method) if isinstance(method, str) else method
+        self.seed = seed
+        self._slots = max_concurrent
+        self._points = list(points_to_evaluate or ())
+        self._resources = dict(upper_resources) if upper_resources is not None else default_resources(problem)
+        self._filesystem = storage_filesystem
+        self._optimizer: BilevelOptimizer | None = None
+        self._constants: dict[str, Any] = {}
+        self._checkpoints: dict[int, str] = {}
+        self._early: list[tuple[Mapping[str, Any], float | None]] = []
+        self._restored_at: float | None = None
+        self._failed_in_a_row = 0
+        self._idle_since = time.monotonic()
+        self._tasks: dict[int, ray.ObjectRef] = {}
+        self._shared: ray.ObjectRef | None = None
+        if space is not None:
+            self._set_up(space)
+
+    # The contract with Tune.
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        if self._optimizer is not None:
+            return False
+        self._metric = metric or self._metric
+        self._mode = mode or self._mode
+        if not config:
+            return True
+        self._set_up(config)
+        return True
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Tune's `max_concurrent_trials` or a `ConcurrencyLimiter`, which goes on limiting."""
+        if self._slots is None:
+            self._slots = max_concurrent
+            if self._optimizer is not None:
+                self._optimizer.slots = max_concurrent
+        return False
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        optimizer = self._ready()
+        self._collect()
+        self._find_lost()
+        config = optimizer.ask(trial_id)
+        if config is not None:
+            return config
+        self._launch()
+        if optimizer.exhausted:
+            return str(Searcher.FINISHED)
+        if not optimizer.live and self._tasks:
+            # With no live trial Tune sleeps a second after a None; a step that is nearly done is worth a wait.
+            self._collect(timeout=0.9)
+            self._warn_of_starvation()
+            return optimizer.ask(trial_id)
+        return None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._restored_at, self._idle_since = None, time.monotonic()
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._restored_at, self._idle_since = None, time.monotonic()
+        optimizer = self._optimizer
+        if optimizer is None or trial_id not in optimizer.trials:
+            logger.debug("ignoring trial %s, which this search did not suggest", trial_id)
+            return
+        self._tell(trial_id, None if error else result)
+        self._collect()
+        self._launch()
+
+    def add_evaluated_point(
+        self,
+        parameters: Mapping[str, Any],
+        value: float,
+        error: bool = False,
+        pruned: bool = False,
+        intermediate_values: list[float] | None = None,
+    ) -> None:
+        """A configuration whose metric is known from elsewhere; it informs the model of F, not the value function."""
+        if self._optimizer is None:
+            self._early.append((parameters, None if error else value))
+            return
+        nested = unflatten(parameters)
+        observation = None if error else Observation(self._sign * float(value), complete=False)
+        self._optimizer.add(f"evaluated-{len(self._optimizer.state.trainings)}", nested, observation)
+
+    def save(self, checkpoint_path: str) -> None:
+        optimizer = self._optimizer
+        if optimizer is None:
+            return
+        state_file.write(
+            checkpoint_path,
+            state_file.SavedSearch(
+                method=type(self.method).__name__,
+                settings=state_file.as_json(asdict(self.method)),  # type: ignore[call-overload]
+                seed=self.seed,
+                slots=optimizer.slots,
+                metric=self._metric or UPPER_LOSS,
+                mode=self._mode or "min",
+                parameters=optimizer.space.parameters,
+                constants=json.dumps(self._constants, default=str),
+                state=optimizer.state,
+                trials=dict(optimizer.trials),
+                queue=tuple(optimizer.queue),
+                checkpoints=dict(self._checkpoints),
+                memory=state_file.encode(optimizer.memory),
+            ),
+        )
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Go on from a saved search.
+
+        Tune calls this on a fresh searcher and would go on with a single trial if it raised; so a state that cannot
+        be used is reported as an error in the log, and the search begins anew when Tune gives it the space.
+        """
+        try:
+            self._load(state_file.read(checkpoint_path))
+        except RaybilevelError as error:
+            logger.error("the search could not be restored and begins anew: %s", error)
+
+    # What else it shows.
+
+    @property
+    def state(self) -> SearchState:
+        """Every training and upper-level step so far."""
+        return self._optimizer.state if self._optimizer is not None else SearchState()
+
+    @property
+    def space(self) -> Space:
+        return self._ready().space
+
+    @property
+    def constants(self) -> Mapping[str, Any]:
+        return self._constants
+
+    @property
+    def steps_under_way(self) -> int:
+        return len(self._tasks)
+
+    def checkpoint_of(self, training: Training) -> str | None:
+        """Where a training's weights lie on the experiment's filesystem."""
+        return self._checkpoints.get(training.index)
+
+    def config_of(self, training: Training) -> dict[str, Any]:
+        """A training's hyperparameters, nested as the space is."""
+        return self._ready().config_of(training)
+
+    # How it works.
+
+    @property
+    def _sign(self) -> float:
+        return -1.0 if self._mode == "max" else 1.0
+
+    def _ready(self) -> BilevelOptimizer:
+        if self._optimizer is None:
+            raise SpaceError(
+                "BilevelSearch has no search space yet; pass param_space to tune.Tuner (config to tune.run), or space "
+                "to BilevelSearch"
+            )
+        return self._optimizer
+
+    def _set_up(self, param_space: Mapping[str, Any]) -> None:
+        space, constants = split_param_space(param_space)
+        metric, mode = self._metric or UPPER_LOSS, self._mode or "min"
+        if metric == UPPER_LOSS and mode == "max":
+            raise ConfigError("mode='max' with metric='upper_loss': the upper-level loss is minimised; use mode='min'")
+        check_problem(self.problem, space, constants)
+        check_points(self._points, space)
+        if metric != UPPER_LOSS:
+            if not isinstance(self.method, Default):
+                raise ConfigError(f"this method searches 'upper_loss' only, not metric={metric!r}")
+            logger.warning(
+                "searching %r by its values alone: hypergradients are those of 'upper_loss', not of this metric", metric
+            )
+            self.method = replace(self.method, hypergradients=False)
+        self._metric, self._mode, self._constants = metric, mode, constants
+        self._optimizer = BilevelOptimizer(space, self.method, self.seed, self._slots or default_slots(), self._points)
+        for parameters, value in self._early:
+            self.add_evaluated_point(parameters, value if value is not None else 0.0, error=value is None)
+        self._early = []
+
+    def _load(self, saved: state_file.SavedSearch) -> None:
+        if saved.method != type(self.method).__name__:
+            raise StateError(f"the state is of method {saved.method}, this search is of {type(self.method).__name__}")
+        space = Space(saved.parameters)
+        self._metric, self._mode, self.seed = saved.metric, saved.mode, saved.seed
+        self._constants = json.loads(saved.constants)
+        if isinstance(self.method, Default) and saved.metric != UPPER_LOSS:
+            self.method = replace(self.method, hypergradients=False)
+        optimizer = BilevelOptimizer(space, self.method, saved.seed, self._slots or saved.slots)
+        optimizer.state = saved.state
+        optimizer.trials = dict(saved.trials)
+        optimizer.queue.clear()
+        optimizer.queue.extend(saved.queue)
+        optimizer.memory = state_file.decode(saved.memory)
+        self._checkpoints = dict(saved.checkpoints)
+        self._optimizer = optimizer
+        self._restored_at = time.monotonic()
+
+    def _tell(self, trial_id: str, result: Mapping[str, Any] | None) -> None:
+        optimizer = self._ready()
+        index = optimizer.trials[trial_id]
+        observation = self._observation(trial_id, result)
+        optimizer.tell(trial_id, observation)
+        if observation is not None and observation.complete and result is not None:
+            path = checkpoint_path(result)
+            if path is not None:
+                self._checkpoints[index] = path
+        if optimizer.state.trainings[index].status == "failed":
+            logger.warning("trial %s failed or has no finite result; the search goes on without it", trial_id)
+
+    def _observation(self, trial_id: str, result: Mapping[str, Any] | None) -> Observation | None:
+        """A trial's last result in the terms of the search; None where it has nothing to say."""
+        if result is None:
+            return None
+        flat = flatten_dict(dict(result))
+        metric = self._metric or UPPER_LOSS
+        if metric not in flat or "lower_loss" not in flat:
+            missing = metric if metric not in flat else "lower_loss"
+            logger.error(
+                "trial %s reported no %r; is its trainable lower_level_trainable(problem)? It counts as failed",
+                trial_id, missing,
+            )  # fmt: skip
+            return None
+        upper, passes = self._sign * float(flat[metric]), float(flat.get(PASSES, 0.0))
+        if not flat.get(FINISHED, False):
+            return Observation(upper, passes=passes, complete=False)
+        space = self._ready().space
+        gradient = {name: float(flat.get(f"{GRADIENT}/{name}", 0.0)) for name in space.names}
+        unit = space.to_unit_gradient(self._ready().config(trial_id), gradient)
+        return Observation(upper, float(flat["lower_loss"]), tuple(unit.tolist()), passes)
+
+    def _launch(self) -> None:
+        """Start upper-level steps while there are free slots and something to do."""
+        optimizer = self._ready()
+        while (step := optimizer.plan()) is not None:
+            missing = [index for index in step.targets if index not in self._checkpoints]
+            if missing:
+                logger.warning("trainings %s left no checkpoint; their hypergradients are left out", missing)
+            step = replace(step, targets=tuple(index for index in step.targets if index in self._checkpoints))
+            if self._shared is None:
+                self._shared = ray.put((self.problem, optimizer.space, self._constants, self.method, self._filesystem))
+            paths = {index: self._checkpoints[index] for index in step.targets}
+            self._tasks[step.number] = upper_level_step.options(**self._resources).remote(
+                self._shared, step, paths, optimizer.memory
+            )
+
+    def _collect(self, timeout: float = 0.0) -> None:
+        """Hear of finished upper-level steps."""
+        if not self._tasks:
+            return
+        ready, _ = ray.wait(list(self._tasks.values()), num_returns=1 if timeout else len(self._tasks), timeout=timeout)
+        for number in [number for number, task in self._tasks.items() if task in ready]:
+            result: UpperResult | None = None
+            try:
+                result = ray.get(self._tasks.pop(number))
+                self._failed_in_a_row = 0
+            except ray.exceptions.RayError as error:
+                self._failed_in_a_row += 1
+                logger.error("upper-level step %d failed; a space-filling point takes its place: %s", number, error)
+                if self._failed_in_a_row >= FAILED_STEPS_IN_A_ROW:
+                    raise RaybilevelError(
+                        f"{FAILED_STEPS_IN_A_ROW} upper-level steps in a row failed; the search would be a random one. "
+                        f"The last error: {error}"
+                    ) from error
+            self._ready().tell_step(number, result)
+
+    def _warn_of_starvation(self) -> None:
+        if self._tasks and time.monotonic() - self._idle_since > SECONDS_OF_SILENCE:
+            self._idle_since = time.monotonic()
+            logger.warning(
+                "nothing but %d upper-level steps (%s) has been under way for %.0f s; if they wait for resources that "
+                "idle actors hold, use reuse_actors=False or leave them a share", len(self._tasks), self._resources,
+                SECONDS_OF_SILENCE,
+            )  # fmt: skip
+
+    def _find_lost(self) -> None:
+        """After a restore, give up trials that nobody runs: started after Tune's last snapshot, they never report."""
+        if self._restored_at is None or time.monotonic() - self._restored_at < SECONDS_OF_SILENCE:
+            return
+        self._restored_at = None
+        optimizer = self._ready()
+        by_index = {index: trial for trial, index in optimizer.trials.items()}
+        for training in optimizer.live:
+            logger.warning("trial %s was not resumed; its point is trained again", by_index[training.index])
+            optimizer.lose(by_index[training.index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: without what belongs to one Ray session. Steps under way are planned again."""
+        kept = dict(self.__dict__)
+        kept["_tasks"], kept["_shared"] = {}, None
+        if self._optimizer is not None:
+            kept["_optimizer"] = self._optimizer.without_running()
+        return kept
+
+
+@ray.remote(max_retries=3)  # type: ignore[untyped-decorator]
+def upper_level_step(
+    shared: tuple[BilevelProblem, Space, dict[str, Any], Method, pyarrow.fs.FileSystem | None],
+    step: UpperStep,
+    paths: Mapping[int, str],
+    memory: bytes | None,
+) -> UpperResult:
+    """An upper-level step as a Ray task."""
+    problem, space, constants, method, filesystem = shared
+    return method.run(problem, space, constants, step, lambda index: read_checkpoint(paths[index], filesystem), memory)
+
+
+def read_checkpoint(path: str, filesystem: pyarrow.fs.FileSystem | None = None) -> dict[str, Any]:
+    """A lower-level checkpoint from the experiment's storage.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        source = filesystem or pyarrow.fs.LocalFileSystem()
+        with source.open_input_file(f"{path}/{CHECKPOINT_FILE}") as file:
+            return load_checkpoint(file.read())
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {path} ({error}); every node must see the experiment's storage"
+        ) from error
+
+
+def default_slots() -> int:
+    resources = ray.cluster_resources() if ray.is_initialized() else {}
+    return max(1, min(MOST_SLOTS, int(resources.get("GPU", 0) or resources.get("CPU", 1))))
+
+
+def default_resources(problem: BilevelProblem) -> dict[str, Any]:
+    """A step runs in the place of a training, whose (cached) actor may still hold its CPU: so it asks for none."""
+    return {"num_cpus": 0, "num_gpus": 1} if str(problem.device).startswith("cuda") else {"num_cpus": 0}
+
+
+def check_points(points: Sequence[Mapping[str, Any]], space: Space) -> None:
+    """Points to evaluate name every hyperparameter of the space, nested as it is, within its bounds."""
+    for number, point in enumerate(points):
+        names = {"/".join(path) for path in flatten(point)}
+        unknown = names - set(space.names)
+        if unknown:
+            raise SpaceError(
+                f"points_to_evaluate[{number}]: {', '.join(sorted(unknown))} not in the space, which has "
+                f"{', '.join(space.names)}"
+            )
+        for parameter in space.parameters:
+            value = space.value(point, parameter)
+            if not parameter.low <= value <= parameter.high:
+                raise SpaceError(
+                    f"points_to_evaluate[{number}]: {parameter.name} = {value} is outside "
+                    f"[{parameter.low}, {parameter.high}]"
+                )
+
+
+def unflatten(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Tune hands evaluated points over flat ("a/b") or nested; nested is what the space reads."""
+    return nest({tuple(key for part in path for key in part.split("/")): v for path, v in flatten(parameters).items()})

@@ -1,0 +1,166 @@
+"""The box of the upper level: named hyperparameters <-> the unit cube."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raybilevel.errors import SpaceError
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One continuous hyperparameter, searched between `low` and `high`.
+
+    path: where it stands in the (nested) config, e.g. ("weight_decay", "fc1").
+    log:  searched on a logarithmic scale.
+    step: suggestions are multiples of it (Tune's `q`); None for any value.
+    """
+
+    path: tuple[str, ...]
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            raise SpaceError(f"{self.name}: bounds must be finite, got [{self.low}, {self.high}]")
+        if not self.low < self.high:
+            raise SpaceError(
+                f"{self.name}: the lower bound must be below the upper one, got [{self.low}, {self.high}]; "
+                "swap them, or make it a constant"
+            )
+        if self.log and not self.low > 0:
+            raise SpaceError(f"{self.name}: a logarithmic scale needs a positive lower bound, got {self.low}")
+        if self.step is not None and not self.step > 0:
+            raise SpaceError(f"{self.name}: the step must be positive, got {self.step}")
+
+    @property
+    def name(self) -> str:
+        """The path as Tune flattens it: "weight_decay/fc1"."""
+        return "/".join(self.path)
+
+    def decode(self, unit: Tensor) -> Tensor:
+        """The value at a unit-cube coordinate, differentiable, any shape; steps are not applied."""
+        if self.log:
+            return torch.exp(math.log(self.low) + unit * math.log(self.high / self.low))
+        return self.low + unit * (self.high - self.low)
+
+    def encode(self, value: float) -> float:
+        """The unit-cube coordinate of a value, clipped to [0, 1]."""
+        if self.log:
+            if not value > 0:
+                return 0.0
+            unit = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            unit = (value - self.low) / (self.high - self.low)
+        return min(1.0, max(0.0, unit))
+
+    @property
+    def width(self) -> float:
+        """The length of its interval in search coordinates: logarithms for a logarithmic scale."""
+        return math.log(self.high / self.low) if self.log else self.high - self.low
+
+    def slope(self, value: float) -> float:
+        """d value / d unit at a value: turns a gradient in the value into one in the unit cube."""
+        return value * self.width if self.log else self.width
+
+    def round(self, value: float) -> float:
+        """The nearest multiple of `step` within the bounds; the value, clipped, where there is no step."""
+        if self.step is not None:
+            multiple = min(round(value / self.step), math.floor(self.high / self.step + 1e-9))
+            value = max(multiple, math.ceil(self.low / self.step - 1e-9)) * self.step
+        return min(self.high, max(self.low, value))
+
+
+@dataclass(frozen=True)
+class Space:
+    """The box X of the upper level, one `Parameter` a coordinate, d of them."""
+
+    parameters: tuple[Parameter, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parameters:
+            raise SpaceError(
+                "the space has no hyperparameter to search; give at least one, e.g. tune.loguniform(1e-6, 1.0)"
+            )
+        names = [parameter.name for parameter in self.parameters]
+        for name in names:
+            if names.count(name) > 1:
+                raise SpaceError(f"{name}: given twice")
+
+    @property
+    def dimension(self) -> int:
+        return len(self.parameters)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(parameter.name for parameter in self.parameters)
+
+    def decode(self, unit: Tensor) -> dict[str, Any]:
+        """The nested dict of 0-dimensional tensors at a point of the unit cube, shape (d,); differentiable."""
+        return nest({p.path: p.decode(u) for p, u in zip(self.parameters, unit, strict=True)})
+
+    def suggest(self, unit: Tensor) -> dict[str, Any]:
+        """The nested dict of plain floats at a point of the unit cube, with steps applied."""
+        return nest({p.path: p.round(p.decode(u).item()) for p, u in zip(self.parameters, unit, strict=True)})
+
+    def encode(self, config: Mapping[str, Any]) -> Tensor:
+        """The point of the unit cube, shape (d,), of a nested config; other entries are ignored.
+
+        Raises:
+            SpaceError: a hyperparameter is missing or not a finite number.
+        """
+        return torch.tensor([p.encode(self.value(config, p)) for p in self.parameters], dtype=torch.double)
+
+    def to_unit_gradient(self, config: Mapping[str, Any], gradient: Mapping[str, float]) -> Tensor:
+        """A gradient by flat name in the hyperparameters' own units -> shape (d,) in the unit cube."""
+        return torch.tensor(
+            [gradient[p.name] * p.slope(self.value(config, p)) for p in self.parameters], dtype=torch.double
+        )
+
+    @staticmethod
+    def value(config: Mapping[str, Any], parameter: Parameter) -> float:
+        """One hyperparameter's value in a nested config."""
+        entry: Any = config
+        for key in parameter.path:
+            if not isinstance(entry, Mapping) or key not in entry:
+                raise SpaceError(f"{parameter.name}: missing from the configuration {dict(config)}")
+            entry = entry[key]
+        if isinstance(entry, bool) or not isinstance(entry, int | float) or not math.isfinite(entry):
+            raise SpaceError(f"{parameter.name}: expected a finite number, got {entry!r}")
+        return float(entry)
+
+
+def sobol_points(dimension: int, count: int, seed: int) -> Tensor:
+    """Scrambled Sobol points of the unit cube, shape (count, d), in double precision."""
+    if count == 0:
+        return torch.empty(0, dimension, dtype=torch.double)
+    points: Tensor = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed).draw(count, dtype=torch.double)
+    return points
+
+
+def nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """{("a", "b"): 1} -> {"a": {"b": 1}}."""
+    root: dict[str, Any] = {}
+    for path, value in flat.items():
+        node = root
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return root
+
+
+def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """{"a": {"b": 1}} -> {("a", "b"): 1}."""
+    flat: dict[tuple[str, ...], Any] = {}
+    for key, value in tree.items():
+        path = (*prefix, str(key))
+        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
+    return flat

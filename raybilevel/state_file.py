@@ -1,0 +1,98 @@
+"""A search on disk: named fields, a format version, a checksum; written whole or not at all."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from raybilevel.errors import StateError
+from raybilevel.search_state import Proposal, SearchState
+from raybilevel.space import Parameter
+
+FORMAT = 1
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", ser_json_inf_nan="strings"))
+class SavedSearch:
+    """Everything a search needs to go on.
+
+    parameters: of the space, to refuse a state that belongs to another one.
+    trials:     trial id -> index of its training.
+    queue:      proposals not asked yet.
+    checkpoints: index of a training -> where its weights lie.
+    memory:     what the method's last step left for its next, in base64.
+    """
+
+    method: str
+    settings: str
+    seed: int
+    slots: int
+    metric: str
+    mode: str
+    parameters: tuple[Parameter, ...]
+    constants: str
+    state: SearchState
+    trials: dict[str, int]
+    queue: tuple[Proposal, ...]
+    checkpoints: dict[int, str]
+    memory: str | None = None
+
+
+ADAPTER: TypeAdapter[SavedSearch] = TypeAdapter(SavedSearch)
+
+
+def write(path: str | Path, saved: SavedSearch) -> None:
+    """Write atomically: a crash leaves the old file or the new one, never half of one."""
+    payload = ADAPTER.dump_json(saved).decode()
+    document = json.dumps({"format": FORMAT, "sha256": digest(payload), "search": payload})
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(document)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read(path: str | Path) -> SavedSearch:
+    """Read a state file back.
+
+    Raises:
+        StateError: it is missing, damaged, of another format version, or does not hold a search.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(f"{path}: not a readable search state ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else None
+        raise StateError(f"{path}: state format {found!r}; this version reads format {FORMAT}")
+    payload = document.get("search")
+    if not isinstance(payload, str) or digest(payload) != document.get("sha256"):
+        raise StateError(f"{path}: the checksum does not match; the file was truncated or changed")
+    try:
+        return ADAPTER.validate_json(payload)
+    except ValidationError as error:
+        raise StateError(f"{path}: not a search state: {error}") from error
+
+
+def digest(payload: str) -> str:
+    return hashlib.sha256(payload.encode()).hexdigest()
+
+
+def encode(memory: bytes | None) -> str | None:
+    return None if memory is None else base64.b64encode(memory).decode()
+
+
+def decode(memory: str | None) -> bytes | None:
+    return None if memory is None else base64.b64decode(memory)
+
+
+def as_json(settings: Any) -> str:
+    return json.dumps(settings, sort_keys=True, default=str)

@@ -1,0 +1,86 @@
+"""A lower-level training as a Tune trial."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from raybilevel.errors import ConfigError, ProblemError
+from raybilevel.lower_level import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
+from raybilevel.problem import BilevelProblem
+
+FINISHED = "lower_level_finished"
+GRADIENT = "lower_gradient"
+PASSES = "lower_passes"
+TRIAL_PATH = "trial_path"
+
+
+def lower_level_trainable(
+    problem: BilevelProblem, seed: int = 0, checkpoint_every: int | None = None
+) -> Callable[[dict[str, Any]], None]:
+    """A trainable for `tune.run` and `tune.Tuner`: one lower-level training at the trial's config.
+
+    It reports every epoch `lower_loss` (f), `upper_loss` (F at the weights so far) and what the problem's `evaluate`
+    returns; at the end also `lower_gradient` (df/dx, nested as the config is), `lower_level_finished=True` and a
+    checkpoint. A restarted trial goes on from its last checkpoint.
+
+    seed:             of the initial weights and the order of batches; the same for every trial.
+    checkpoint_every: epochs between checkpoints; None for five in a training.
+
+    Raises:
+        ProblemError: `problem` is not a `BilevelProblem` instance.
+        ConfigError: `checkpoint_every` is not positive.
+    """
+    if not isinstance(problem, BilevelProblem):
+        hint = "; pass an instance: lower_level_trainable(MyProblem())" if isinstance(problem, type) else ""
+        raise ProblemError(f"expected a BilevelProblem, got {problem!r}{hint}")
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    every = checkpoint_every or max(1, -(-problem.epochs // 5))
+    trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
+        lower_level, problem=problem, seed=seed, checkpoint_every=every
+    )
+    return trainable
+
+
+def lower_level(config: dict[str, Any], problem: BilevelProblem, seed: int, checkpoint_every: int) -> None:
+    """What a trial runs."""
+    training = LowerLevelTraining(problem, config, seed)
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            training.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
+    while not training.finished:
+        training.run_epoch()
+        metrics = report(training)
+        if not training.finished and training.epoch % checkpoint_every:
+            tune.report(metrics)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / CHECKPOINT_FILE).write_bytes(dump_checkpoint(training))
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def report(training: LowerLevelTraining) -> dict[str, Any]:
+    """The metrics of one epoch; the gradient only where it means something, at the end of the training."""
+    passes = training.levels.passes
+    metrics: dict[str, Any] = {
+        **training.losses(),
+        "epoch": training.epoch,
+        PASSES: passes,
+        FINISHED: training.finished,
+        TRIAL_PATH: tune.get_context().get_storage().trial_fs_path,
+    }
+    if training.finished:
+        metrics[GRADIENT] = training.gradient()
+    return metrics
+
+
+def checkpoint_path(result: Mapping[str, Any]) -> str | None:
+    """Where a trial's checkpoint of this result lies on the experiment's filesystem."""
+    folder, name = result.get(TRIAL_PATH), result.get("checkpoint_dir_name")
+    return f"{folder}/{name}" if folder and name else None

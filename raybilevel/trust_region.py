@@ -1,0 +1,64 @@
+"""Trust regions around trained points: how far the models are believed, replayed from what was observed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from raybilevel.search_state import SearchState, Training
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """A box of half-width `radius` in the unit cube around the best training of one region.
+
+    began:    index of the training that began it, its name.
+    centre:   index of its best training.
+    members:  trainings that it has had results for.
+    """
+
+    began: int
+    centre: int
+    radius: float
+    members: int = 0
+
+
+@dataclass(frozen=True)
+class TrustRegionRule:
+    """Classical radius control (Conn, Gould & Toint 2000, Algorithm 6.1.1), on F at trained weights.
+
+    The ratio of actual to predicted decrease decides: under `poor` the radius halves, over `good` it doubles.
+    """
+
+    initial: float = 0.2
+    smallest: float = 4e-3
+    largest: float = 0.5
+    poor: float = 0.25
+    good: float = 0.75
+
+    def replay(self, state: SearchState, starts: tuple[int, ...]) -> tuple[TrustRegion, ...]:
+        """The regions begun at the trainings `starts`, after all results so far in their order."""
+        regions = {start: TrustRegion(start, start, self.initial) for start in starts}
+        for training in state.told:
+            region = regions.get(training.proposal.region if training.proposal.region is not None else -1)
+            if region is not None and training.index != region.began:
+                regions[region.began] = self.update(region, state.trainings[region.centre], training)
+        return tuple(regions.values())
+
+    def update(self, region: TrustRegion, centre: Training, training: Training) -> TrustRegion:
+        members = region.members + 1
+        predicted = training.proposal.predicted_upper
+        if training.status != "done":
+            return replace(region, radius=region.radius / 2, members=members)
+        decrease = centre.upper - training.upper
+        radius = region.radius
+        if predicted is not None:
+            ratio = decrease / max(centre.upper - predicted, 1e-12 * max(1.0, abs(centre.upper)))
+            step = max(abs(a - b) for a, b in zip(training.unit, centre.unit, strict=True))
+            if ratio < self.poor:
+                radius = min(radius, max(step, radius / 4)) / 2
+            elif ratio > self.good and step > 0.8 * radius:
+                radius = min(self.largest, 2 * radius)
+        return replace(region, centre=training.index if decrease > 0 else region.centre, radius=radius, members=members)
+
+    def collapsed(self, region: TrustRegion) -> bool:
+        return region.radius < self.smallest

@@ -1,0 +1,262 @@
+"""Descents on the augmented Lagrangian from trained weights: hypergradients at fixed x, and steps in (x, y) jointly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raybilevel.augmented_lagrangian import MultiplierState, OneSided
+from raybilevel.levels import Levels
+from raybilevel.space import Space, flatten, nest
+from raybilevel.value_function import ValueFunction
+
+Tensors = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Both levels at (x, y).
+
+    upper, upper_gradient: F and dF/dy.
+    lower, lower_gradient: f, tilted (see `TrainedPoint`), and its gradient in y.
+    unit_gradient:         df/dx, shape (d,), in the unit cube.
+    """
+
+    upper: float
+    upper_gradient: Tensors
+    lower: float
+    lower_gradient: Tensors
+    unit_gradient: Tensor
+
+
+class TrainedPoint:
+    """Both levels around one trained point (x_i, y_i), as functions of x and of the displacement y - y_i.
+
+    A training need not have reached a stationary point (SGD, few epochs). So f is tilted by its gradient there,
+
+        f(x, y) - <df/dy(x_i, y_i), y - y_i>,
+
+    which y_i minimises to first order: a descent then answers to the change of x and to F, and does not go on with
+    the unfinished training.
+    """
+
+    def __init__(self, levels: Levels, space: Space, constants: Mapping[str, Any], unit: Tensor) -> None:
+        self.levels, self.space, self.constants, self.unit = levels, space, flatten(constants), unit
+        self.weights = [w for w in levels.model.parameters() if w.requires_grad]
+        self.trained = [w.detach().clone() for w in self.weights]
+        self.tilt: Tensors = [torch.zeros_like(w) for w in self.weights]
+        here = self.evaluate(unit, self.tilt)
+        self.tilt = here.lower_gradient
+        self.here = here
+
+    def evaluate(self, unit: Tensor, displacement: Sequence[Tensor]) -> Evaluation:
+        """F and tilted f at the point of the unit cube and the displacement, with gradients."""
+        lower, lower_gradient, unit_gradient = self.lower(unit, displacement)
+        upper = self.levels.gradient("upper", {}, self.weights)
+        return Evaluation(upper.value, list(upper.gradient), lower, lower_gradient, unit_gradient)
+
+    def lower(self, unit: Tensor, displacement: Sequence[Tensor]) -> tuple[float, Tensors, Tensor]:
+        """Tilted f, its gradient in y and df/dx in the unit cube."""
+        with torch.no_grad():
+            for weight, start, move in zip(self.weights, self.trained, displacement, strict=True):
+                weight.copy_(start + move)
+        point = unit.detach().requires_grad_(True)
+        decoded = flatten(self.space.decode(point))
+        problem = self.levels.problem
+        searched = {
+            path: value.detach().to(problem.device, problem.dtype).requires_grad_(True)
+            for path, value in decoded.items()
+        }
+        lower = self.levels.gradient("lower", nest({**self.constants, **searched}), [*self.weights, *searched.values()])
+        count = len(self.weights)
+        in_values = [g.to("cpu", torch.double) for g in lower.gradient[count:]]
+        (unit_gradient,) = torch.autograd.grad(list(decoded.values()), point, in_values)
+        tilted = lower.value - inner(self.tilt, displacement)
+        return tilted, [g - t for g, t in zip(lower.gradient, self.tilt, strict=False)], unit_gradient
+
+    @cached_property
+    def evaluation_passes(self) -> float:
+        """What one evaluation costs, in gradient evaluations of f."""
+        problem = self.levels.problem
+        upper = sum(problem.batch_size(batch) for batch in problem.batches("upper", None))
+        return 1 + upper / self.levels.lower_examples
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """dF(x, y*(x))/dx from an augmented Lagrangian descent at fixed x.
+
+    gradient:     shape (d,), in the unit cube.
+    multiplier:   the last one, m.
+    decrease:     how far F at y_m lies below F at the trained weights, relative to |F| there.
+    slack:        f(x, y_m) - v(x) >= 0: y_m minimises F where f <= v + slack.
+    displacement: y_m - y_i.
+    first:        the multiplier relative to the Cauchy estimate, a good start for the next descent.
+    """
+
+    gradient: Tensor
+    multiplier: float
+    decrease: float
+    slack: float
+    displacement: Tensors
+    first: float
+
+
+def hypergradient(
+    point: TrainedPoint, decrease: float, max_passes: float, first: float = 10.0, tolerance: float = 0.05
+) -> Hypergradient:
+    """Minimise F + m f over y at fixed x, from the trained weights; raise m until F falls by about `decrease` |F| only.
+
+    At the minimiser y_m of F + m f the envelope theorem gives d/dx (F + m (f - v)) = m (df/dx(x, y_m) - dv/dx), which
+    tends to the hypergradient, with an error of order 1/m. `first` times the multiplier at which a Cauchy step would
+    lower F by `decrease` |F| is tried first: nothing here depends on the scale of F, f, x or y.
+    """
+    begun = point.levels.passes
+    here = point.here
+    scale = abs(here.upper) or 1.0
+    squared = inner(here.upper_gradient, here.upper_gradient)
+    if squared == 0:
+        return Hypergradient(
+            torch.zeros_like(point.unit), 0.0, 0.0, 0.0, [torch.zeros_like(w) for w in point.trained], first
+        )
+    curvature = _curvature(point, squared)
+    cauchy = squared / (curvature * decrease * scale)
+    multiplier = first * cauchy
+    move: Tensors = [torch.zeros_like(w) for w in point.trained]
+    while True:
+        # In units of the Cauchy step and its decrease, value, gradient and variables of the descent are of order one.
+        step, gain = 1 / (multiplier * curvature), squared / (multiplier * curvature)
+        evaluations = int((max_passes - (point.levels.passes - begun)) / point.evaluation_passes)
+
+        def merit(scaled: Tensors, multiplier: float = multiplier, step: float = step, gain: float = gain) -> Merit:
+            at = point.evaluate(point.unit, [step * s for s in scaled])
+            value = (at.upper - here.upper + multiplier * (at.lower - here.lower)) / gain
+            both = zip(at.upper_gradient, at.lower_gradient, strict=True)
+            return value, [(a + multiplier * b) * (step / gain) for a, b in both]
+
+        reference = max(g.abs().max().item() for g in here.upper_gradient) * step / gain
+        scaled = minimise(merit, [m / step for m in move], max(3, evaluations), tolerance * reference)
+        move = [step * s for s in scaled]
+        at = point.evaluate(point.unit, move)
+        fallen = (here.upper - at.upper) / scale
+        if fallen <= 1.5 * decrease or point.levels.passes - begun + 4 * point.evaluation_passes >= max_passes:
+            break
+        raised = multiplier * max(2.0, fallen / decrease)
+        move = [m * (multiplier / raised) for m in move]
+        multiplier = raised
+    return Hypergradient(
+        multiplier * (at.unit_gradient - here.unit_gradient),
+        multiplier,
+        fallen,
+        at.lower - here.lower,
+        move,
+        multiplier / cauchy,
+    )
+
+
+def _curvature(point: TrainedPoint, squared: float) -> float:
+    """<g, H g> / <g, g> of f along g = dF/dy at the trained weights, by one difference of gradients."""
+    size = math.sqrt(sum(w.double().square().sum().item() for w in point.trained))
+    root = math.sqrt(torch.finfo(point.trained[0].dtype).eps)
+    step = root * max(1.0, size) / math.sqrt(squared)
+    moved = point.lower(point.unit, [step * g for g in point.here.upper_gradient])[1]
+    return max(inner(moved, point.here.upper_gradient) / step, 1e-12 * squared) / squared
+
+
+Merit = tuple[float, Tensors]
+
+
+def minimise(merit: Callable[[Tensors], Merit], start: Tensors, max_evaluations: int, tolerance: float) -> Tensors:
+    """L-BFGS with strong Wolfe line search on a merit that gives its own gradient, down to a gradient of `tolerance`."""
+    variables = [s.clone().requires_grad_(True) for s in start]
+    optimizer = torch.optim.LBFGS(
+        variables,
+        max_iter=max_evaluations,
+        max_eval=max_evaluations,
+        history_size=20,
+        tolerance_grad=tolerance,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        value, gradient = merit([v.detach() for v in variables])
+        for variable, entry in zip(variables, gradient, strict=True):
+            variable.grad = entry.to(variable.dtype)
+        return value
+
+    optimizer.step(closure)
+    return [v.detach() for v in variables]
+
+
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum((p.double() * q.double()).sum().item() for p, q in zip(a, b, strict=True))
+
+
+@dataclass(frozen=True)
+class JointDescent:
+    """Where an augmented Lagrangian descent in (x, y) ended; `unit` is x, shape (d,)."""
+
+    unit: Tensor
+    multipliers: MultiplierState
+
+
+def joint_descent(
+    point: TrainedPoint,
+    start: Hypergradient,
+    value_function: ValueFunction,
+    radius: float,
+    max_passes: float,
+    method: OneSided = OneSided(),
+    rounds: int = 2,
+) -> JointDescent:
+    """Minimise F over x and y subject to f(x, y) <= v_hat(x) + slack, within `radius` of x_i.
+
+    It begins at (x_i, y_m) with the multiplier and the slack of the descent at fixed x, where these already solve the
+    problem in y: no multiplier has to be guessed. v_hat is shifted to be exact at x_i.
+    """
+    low, high = (point.unit - radius).clamp(0, 1), (point.unit + radius).clamp(0, 1)
+    middle, half = (low + high) / 2, (high - low) / 2
+    shift = value_function.mean(point.unit).item() - point.here.lower
+    slack = max(start.slack, 1e-12 * max(1.0, abs(point.here.lower)))
+    state = MultiplierState(start.multiplier, start.multiplier / slack)
+    size = math.sqrt(inner(start.displacement, start.displacement)) or 1.0
+    gain = max(start.decrease, 1e-6) * (abs(point.here.upper) or 1.0)
+    # x = middle + half sin(angle) stays in the box; y = y_i + size * scaled keeps all variables of order one.
+    inside = ((point.unit - middle) / half).clamp(-0.95, 0.95)
+    variables = [torch.asin(inside), *(move / size for move in start.displacement)]
+
+    def at(variables: Tensors) -> tuple[Tensor, Tensor, Evaluation, float, Tensor]:
+        angle = variables[0].double()
+        unit = middle + half * torch.sin(angle)
+        evaluation = point.evaluate(unit, [size * v for v in variables[1:]])
+        tracked = unit.clone().requires_grad_(True)
+        value = value_function.mean(tracked)
+        (slope,) = torch.autograd.grad(value, tracked)
+        constraint = evaluation.lower - (value.item() - shift) - slack
+        return unit, half * torch.cos(angle), evaluation, constraint, slope
+
+    budget = point.levels.passes + max_passes
+    for remaining in range(rounds, 0, -1):
+        current = state
+
+        def merit(variables: Tensors, current: MultiplierState = current) -> Merit:
+            _, stretch, evaluation, constraint, slope = at(variables)
+            force = method.force(current, constraint)
+            in_x = force * (evaluation.unit_gradient - slope) * stretch
+            both = zip(evaluation.upper_gradient, evaluation.lower_gradient, strict=True)
+            in_y = [(a + force * b) * size for a, b in both]
+            return method.merit(current, evaluation.upper, constraint) / gain, [g / gain for g in [in_x, *in_y]]
+
+        evaluations = int((budget - point.levels.passes) / point.evaluation_passes / remaining)
+        if evaluations < 2:
+            break
+        variables = minimise(merit, variables, evaluations, 1e-2)
+        state = method.update(state, at(variables)[3])
+    return JointDescent(at(variables)[0].detach(), state)

@@ -1,0 +1,42 @@
+"""v_hat: a Gaussian process of the lower level's optimal value v(x) = min_y f(x, y)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raybilevel.gaussian_process import FittedGP, fit
+from raybilevel.search_state import Training
+
+
+@dataclass(frozen=True)
+class ValueFunction:
+    """The posterior of v given trained values and, by Danskin's theorem, dv/dx = df/dx at the trained weights."""
+
+    process: FittedGP
+
+    def mean(self, unit: Tensor) -> Tensor:
+        """v_hat at a point of the unit cube, shape (d,) -> (), differentiable."""
+        return self.process.mean(unit)
+
+    def deviation(self, unit: Tensor) -> Tensor:
+        return self.process.deviation(unit)
+
+
+def fit_value_function(trainings: Sequence[Training], near: Tensor, gradients: bool, max_rows: int) -> ValueFunction:
+    """v_hat of finished trainings; where rows run out, gradients are kept for the points nearest to `near`."""
+    x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
+    values = torch.tensor([t.value for t in trainings], dtype=torch.double)
+    kept = nearest(x, near, (max_rows - len(x)) // x.shape[1]) if gradients else []
+    observed = {i: torch.tensor(trainings[i].gradient, dtype=torch.double) for i in kept}
+    return ValueFunction(fit(x, values, observed))
+
+
+def nearest(x: Tensor, near: Tensor, count: int) -> list[int]:
+    """Indices of the `count` rows of x nearest to a point, in their order."""
+    distance = (x - near).square().sum(-1)
+    chosen: list[int] = distance.argsort(stable=True)[: max(0, count)].sort().values.tolist()
+    return chosen
