@@ -29,12 +29,15 @@ from linear_operator.operators import DiagLinearOperator
 from torch import Tensor, nn
 
 
+NUGGET = 1e-8
+
+
 class DerivativeRBFKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
     """Covariance of values and derivatives of a process with kernel k(x, x') = exp(-|D|^2 / 2), D = (x - x') / l.
 
     With rows (x, s, a) and (x', s', a'), and L = diag(l):
 
-        k * [s s' + s (a' . L^-2 (x - x')) - s' (a . L^-2 (x - x')) + a . L^-2 a' - (a . L^-2 (x - x'))(a' . L^-2 (x - x'))]
+        k * [s s' + s (a' . e) - s' (a . e) + a . L^-2 a' - (a . e)(a' . e)],   e = L^-2 (x - x'),
 
     which is gpytorch's `RBFKernelGrad` (Solak et al. 2003, eq. 3) restricted to the rows that were observed; that
     kernel insists on a gradient at every point.
@@ -120,8 +123,24 @@ class DerivativeGP(gpytorch.models.ExactGP, GPyTorchModel):  # type: ignore[misc
         )
         self.to(torch.double)
 
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Of the hyperparameters (logarithms, but for the mean), so that a line search cannot leave what is sane."""
+        longest = math.log(30 * math.sqrt(self.dimension))
+        return {
+            "mean_constant": (-5.0, 5.0),
+            "covar_module.raw_outputscale": (math.log(1e-3), math.log(1e3)),
+            "covar_module.base_kernel.raw_lengthscale": (math.log(1e-2), longest),
+            "likelihood.noise_covar.raw_value_noise": (math.log(1e-8), 0.0),
+            "likelihood.noise_covar.raw_derivative_noise": (math.log(1e-8), math.log(1e2)),
+        }
+
     def forward(self, rows: Tensor) -> MultivariateNormal:
-        return MultivariateNormal(self.mean_constant * rows[..., self.dimension], self.covar_module(rows))
+        covariance = self.covar_module(rows)
+        # Gradients of a smooth kernel make nearly singular matrices; the nugget is relative to each row's variance.
+        return MultivariateNormal(
+            self.mean_constant * rows[..., self.dimension],
+            covariance + DiagLinearOperator(NUGGET * covariance.diagonal(dim1=-1, dim2=-2)),
+        )
 
     def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> GPyTorchPosterior:
         with exact():
@@ -181,7 +200,7 @@ def fit(
     marginal = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
     with exact(), warnings.catch_warnings():
         warnings.simplefilter("ignore", OptimizationWarning)  # an iteration limit is not a failure here
-        fit_gpytorch_mll_scipy(marginal, options={"maxiter": max_iterations})
+        fit_gpytorch_mll_scipy(marginal, bounds=model.bounds(), options={"maxiter": max_iterations})
     model.eval()
     if len(chosen) < len(rows):
         model.set_train_data(rows, targets, strict=False)

@@ -71,6 +71,7 @@ class StepRecord:
     first:       the multiplier relative to its Cauchy estimate, where the next descent begins.
     penalty, rate, momentum: of the published scheme, for its next descent.
     finished:    how many trainings had finished when its result came.
+    settled:     a trust region in which it found nothing better to propose.
     failed:      it raised, or its worker died; the search goes on without it.
     passes:      what it cost, in gradient evaluations of f.
     """
@@ -86,6 +87,7 @@ class StepRecord:
     rate: float | None = None
     momentum: float | None = None
     finished: int = 0
+    settled: int | None = None
     failed: bool = False
 
 

@@ -56,9 +56,10 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     max_concurrent: trainings and upper-level steps under way at once; by default as many as the cluster has GPUs (or,
         without any, CPUs), 16 at most.
     points_to_evaluate: configurations to train first, nested as the space is.
-    upper_resources: Ray resources of an upper-level step, e.g. {"num_gpus": 0.5}; by default one GPU where the problem's
-        device is "cuda", else none: a step takes the place of a training, so it finds a CPU. With reuse_actors=True
-        idle actors keep their GPUs; then leave a step its share, e.g. trainings {"gpu": 0.8}, steps {"num_gpus": 0.2}.
+    upper_resources: Ray resources of an upper-level step, e.g. {"num_gpus": 0.5}; by default one GPU where the
+        problem's device is "cuda", else none: a step takes the place of a training, so it finds a CPU. With
+        reuse_actors=True idle actors keep their GPUs; then leave a step its share, e.g. trainings {"gpu": 0.8},
+        steps {"num_gpus": 0.2}.
     storage_filesystem: the pyarrow filesystem of the experiment's storage, where it is not a local or shared folder.
 
     Raises:
@@ -218,6 +219,15 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     @property
     def space(self) -> Space:
         return self._ready().space
+
+    @property
+    def exhausted(self) -> bool:
+        """The method has nothing more to propose."""
+        return self._optimizer is not None and self._optimizer.exhausted
+
+    def index_of(self, trial_id: str) -> int | None:
+        """The training that a trial is."""
+        return self._ready().trials.get(trial_id)
 
     @property
     def constants(self) -> Mapping[str, Any]:

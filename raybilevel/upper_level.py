@@ -173,7 +173,7 @@ Merit = tuple[float, Tensors]
 
 
 def minimise(merit: Callable[[Tensors], Merit], start: Tensors, max_evaluations: int, tolerance: float) -> Tensors:
-    """L-BFGS with strong Wolfe line search on a merit that gives its own gradient, down to a gradient of `tolerance`."""
+    """L-BFGS with strong Wolfe line search on a merit that gives its own gradient, until that is below `tolerance`."""
     variables = [s.clone().requires_grad_(True) for s in start]
     optimizer = torch.optim.LBFGS(
         variables,
@@ -213,7 +213,6 @@ def joint_descent(
     value_function: ValueFunction,
     radius: float,
     max_passes: float,
-    method: OneSided = OneSided(),
     rounds: int = 2,
 ) -> JointDescent:
     """Minimise F over x and y subject to f(x, y) <= v_hat(x) + slack, within `radius` of x_i.
@@ -221,6 +220,7 @@ def joint_descent(
     It begins at (x_i, y_m) with the multiplier and the slack of the descent at fixed x, where these already solve the
     problem in y: no multiplier has to be guessed. v_hat is shifted to be exact at x_i.
     """
+    method = OneSided()
     low, high = (point.unit - radius).clamp(0, 1), (point.unit + radius).clamp(0, 1)
     middle, half = (low + high) / 2, (high - low) / 2
     shift = value_function.mean(point.unit).item() - point.here.lower

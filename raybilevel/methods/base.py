@@ -77,5 +77,8 @@ class Method(Protocol):
     def incumbent(self, state: SearchState) -> Training | None:
         """The training whose hyperparameters the method recommends so far."""
 
+    def converged(self, state: SearchState) -> bool:
+        """Whether it expects no better training than the incumbent."""
+
     def exhausted(self, state: SearchState) -> bool:
         """Whether the method has nothing more to do, whatever the budget."""

@@ -27,6 +27,9 @@ from raybilevel.upper_level import Hypergradient, TrainedPoint, hypergradient, j
 from raybilevel.value_function import ValueFunction, fit_value_function
 
 
+SAME = 1e-3
+
+
 @dataclass(frozen=True)
 class Default:
     """Trust regions on a model of F with hypergradients; see docs/method.md for the equations and the ablations.
@@ -37,6 +40,8 @@ class Default:
     joint_share:   the same, of a descent in (x, y) jointly; 0 for none.
     explore_every: one proposal in so many looks at the whole box; one in four of those where least is known.
     max_regions:   trust regions open at once, where there are slots for them.
+    settled:       a region is left when a step promised and brought less than this share of the spread of F.
+    beta:          a region's next point minimises mean - sqrt(beta) deviation of the model of F.
     max_rows:      values and derivatives that a Gaussian process may hold.
     """
 
@@ -48,6 +53,7 @@ class Default:
     max_regions: int = 4
     max_rows: int = 500
     settled: float = 0.01
+    beta: float = 0.25
     region: TrustRegionRule = field(default_factory=TrustRegionRule)
 
     def __post_init__(self) -> None:
@@ -102,6 +108,10 @@ class Default:
             rank=busy[region.began],
         )
 
+    def converged(self, state: SearchState) -> bool:
+        """Every region that was begun has settled or collapsed."""
+        return any(t.proposal.region is not None for t in state.done) and not self.open_regions(state, ())
+
     def exhausted(self, state: SearchState) -> bool:
         return False
 
@@ -111,9 +121,9 @@ class Default:
 
     def open_regions(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[TrustRegion, ...]:
         """Regions that still promise something: not collapsed, not settled, not beaten by another."""
-        begun = dict.fromkeys(t.proposal.region for t in state.trainings if t.proposal.region is not None)
-        begun |= dict.fromkeys(step.region for step in running if step.region is not None)
-        regions = self.region.replay(state, tuple(begun))
+        begun = {t.proposal.region for t in state.trainings} | {step.region for step in running}
+        settled = {step.settled for step in state.steps}
+        regions = self.region.replay(state, tuple(r for r in begun - settled if r is not None))
         return tuple(r for r in regions if not self.region.collapsed(r) and not self._over(r, state))
 
     def _over(self, region: TrustRegion, state: SearchState) -> bool:
@@ -198,6 +208,15 @@ class Default:
                 starts.append(joint.unit)
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
         unit = self._propose(step, model_of_upper, centre, starts)
+        if not is_new(unit, step):
+            # The model expects nothing better here than what is trained already: look elsewhere.
+            if step.origin == "region":
+                record["settled"] = step.region
+            for origin in ("global", "fill"):
+                step = replace(step, origin=origin, region=None)
+                unit = self._propose(step, model_of_upper, centre, starts)
+                if is_new(unit, step):
+                    break
         proposal = Proposal(
             tuple(unit.tolist()),
             step.origin,
@@ -222,7 +241,13 @@ class Default:
         if step.origin == "global":
             return expected_improvement(model, len(centre), starts, step.seed)
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
-        return minimise_in_box(model, low, high, starts, 0.25 * step.rank, step.seed)
+        return minimise_in_box(model, low, high, starts, self.beta + 0.25 * step.rank, step.seed)
+
+
+def is_new(unit: Tensor, step: UpperStep) -> bool:
+    """Whether a point is none of those trained or under way, to a thousandth of the box."""
+    known = [t.unit for t in step.state.trainings] + list(step.pending)
+    return all(max(abs(a - b) for a, b in zip(unit.tolist(), other, strict=True)) > SAME for other in known)
 
 
 def trusted_radius(value_function: ValueFunction, centre: Tensor, descent: Hypergradient, radius: float) -> float:

@@ -77,6 +77,9 @@ class Paper:
             targets=(start.index,) if first else (),
         )
 
+    def converged(self, state: SearchState) -> bool:
+        return self.exhausted(state)
+
     def exhausted(self, state: SearchState) -> bool:
         return len(state.steps) >= self.iterations
 

@@ -38,12 +38,12 @@ class DigitsPerceptron(LayerDecay):
 
     def __init__(
         self,
-        train: int = 300,
+        train: int = 150,
         validation: int = 300,
         hidden: tuple[int, int] = (48, 24),
         batch: int = 50,
-        epochs: int = 30,
-        learning_rate: float = 0.2,
+        epochs: int = 60,
+        learning_rate: float = 0.1,
         momentum: float = 0.9,
         split_seed: int = 0,
     ) -> None:

@@ -1,0 +1,143 @@
+"""The command line: run, check, problems."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from raybilevel.errors import ConfigError, DataError, ProblemError, RaybilevelError, SpaceError
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Config = Annotated[Path, typer.Argument(help="A config file, e.g. configs/digits.yaml.", metavar="CONFIG")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder of the data files (mnist/, mnist_1k/, cifar10/, ...).", metavar="DIR")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one key of the config, e.g. search.trainings=40.", metavar="KEY=VALUE"),
+]
+
+
+@app.callback()
+def root() -> None:
+    """Bilevel hyperparameter optimization on Ray clusters."""
+
+
+@app.command()
+def run(
+    config: Config,
+    data: Data = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; by default runs/<config>-<time>.", metavar="DIR")
+    ] = None,
+    settings: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster, e.g. auto; by default a local one is started.")
+    ] = None,
+) -> None:
+    """Run the experiment of a config file."""
+    from raybilevel import experiment
+    from raybilevel.config import read_config
+
+    if resume and out is None:
+        raise ConfigError("--resume needs --out, the folder of the run to go on with")
+    folder = out or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    console = Console()
+    try:
+        summary = experiment.run(
+            read_config(config, settings or ()), folder, as_text(data), resume=resume, address=address, console=console
+        )
+    except (experiment.InterruptedRunError, KeyboardInterrupt) as error:
+        console.print(f"{error or 'stopped'}; what was observed is kept. To go on:", markup=False)
+        console.print(f"  raybilevel run {config} --out {folder} --resume", markup=False, highlight=False)
+        raise typer.Exit(EXIT_INTERRUPTED) from error
+    show_result(console, summary, folder)
+    if summary["best"] is None:
+        raise RaybilevelError("no training succeeded; see the trials' error files in " + str(folder / "tune"))
+
+
+@app.command()
+def check(config: Config, data: Data = None, settings: Set = None) -> None:
+    """Validate a config file, its problem and its data without training anything."""
+    from raybilevel import experiment
+    from raybilevel.config import read_config
+
+    checked = read_config(config, settings or ())
+    experiment.check(checked, as_text(data))
+    space, _ = checked.split_space()
+    typer.echo(
+        f"{config}: all right: problem {checked.problem}, {space.dimension} hyperparameters "
+        f"({', '.join(space.names)}), method {checked.search.method}, {checked.search.trainings} trainings"
+    )
+
+
+@app.command()
+def problems() -> None:
+    """List the problems that ship."""
+    from raybilevel.problems import PROBLEMS, option_names
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("problem", "what it is", "options"):
+        table.add_column(column, overflow="fold")
+    for name, problem in sorted(PROBLEMS.items()):
+        about = (problem.__doc__ or "").strip().splitlines()[0]
+        table.add_row(name, about, ", ".join(option_names(problem)))
+    Console().print(table)
+
+
+def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    best = summary["best"]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    if best is not None:
+        from raybilevel.space import flatten
+
+        for path, value in flatten(best["hyperparameters"]).items():
+            table.add_row("/".join(path), f"{value:.6g}")
+        for key, label in (
+            ("upper_loss", "F (validation loss)"),
+            ("test_loss", "test loss"),
+            ("test_loss_refit", "test loss after a refit on all data"),
+        ):
+            if best[key] is not None:
+                table.add_row(label, f"{best[key]:.5g}")
+    failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""
+    table.add_row("trainings", f"{summary['trainings']}{failed}; cost {summary['cost']:.1f} trainings in all")
+    table.add_row("verdict", summary["verdict"])
+    table.add_row("results", str(folder))
+    console.print(table, highlight=False)
+
+
+def as_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def main() -> None:
+    """The `raybilevel` command: 0 on success, 1 on failure, 2 on a usage or config error, 130 when interrupted."""
+    # Importing Ray is slow, so the commands import what they need.
+    try:
+        app()
+    except (ConfigError, SpaceError, ProblemError, DataError) as error:
+        fail(error, EXIT_USAGE)
+    except RaybilevelError as error:
+        fail(error, EXIT_FAILURE)
+
+
+def fail(error: Exception, status: int) -> None:
+    typer.echo(f"raybilevel: {error}", err=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

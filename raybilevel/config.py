@@ -1,0 +1,171 @@
+"""One experiment as a YAML file: problem, space, search, resources. Read once, checked whole."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from raybilevel.errors import ConfigError, SpaceError
+from raybilevel.space import Parameter, Space, nest
+
+DOMAINS = {"uniform": (False, 2), "loguniform": (True, 2), "quniform": (False, 3), "qloguniform": (True, 3)}
+"""Name of a domain -> whether it is logarithmic, and how many numbers it takes: low, high and perhaps a step."""
+
+
+class Checked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SearchConfig(Checked):
+    """How to search.
+
+    trainings:      lower-level trainings, the budget.
+    settings:       of the method, other than its defaults.
+    max_concurrent: trainings and upper-level steps at once; by default as many as fit.
+    """
+
+    trainings: int = Field(ge=1)
+    method: str = "default"
+    settings: dict[str, Any] = {}
+    seed: int = 0
+    max_concurrent: int | None = Field(default=None, ge=1)
+    points_to_evaluate: list[dict[str, Any]] = []
+
+
+class ResourcesConfig(Checked):
+    """Ray resources of a lower-level training (cpu, gpu, custom ones) and of an upper-level step (num_gpus, ...)."""
+
+    lower: dict[str, float] = {"cpu": 1}
+    upper: dict[str, float] | None = None
+
+
+class ExperimentConfig(Checked):
+    """A config file.
+
+    problem: one of `raybilevel problems`; options: of its constructor.
+    space:   nested; a domain is {loguniform: [low, high]}, {quniform: [low, high, step]} and so on, the rest constants.
+    """
+
+    problem: str
+    options: dict[str, Any] = {}
+    space: dict[str, Any]
+    search: SearchConfig
+    resources: ResourcesConfig = ResourcesConfig()
+
+    def split_space(self) -> tuple[Space, dict[str, Any]]:
+        """The box that is searched, and the constants around it.
+
+        Raises:
+            SpaceError: a domain is wrong; it is named.
+        """
+        parameters, constants = [], {}
+        for path, entry in entries(self.space).items():
+            if isinstance(entry, Domain):
+                parameters.append(entry.parameter(path))
+            else:
+                constants[path] = entry
+        return Space(tuple(parameters)), nest(constants)
+
+
+class Domain(Checked):
+    kind: str
+    numbers: tuple[float, ...]
+
+    def parameter(self, path: tuple[str, ...]) -> Parameter:
+        log, _ = DOMAINS[self.kind]
+        low, high, *step = self.numbers
+        return Parameter(path, low, high, log, step[0] if step else None)
+
+
+def entries(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The leaves of a space by path: domains and constants."""
+    found: dict[tuple[str, ...], Any] = {}
+    for key, entry in tree.items():
+        path = (*prefix, str(key))
+        if not isinstance(entry, Mapping):
+            found[path] = entry
+        elif len(entry) == 1 and isinstance(next(iter(entry.values())), list):
+            (kind, numbers) = next(iter(entry.items()))
+            found[path] = domain("/".join(path), str(kind), numbers)
+        else:
+            found |= entries(entry, path)
+    return found
+
+
+def domain(name: str, kind: str, numbers: Sequence[Any]) -> Domain:
+    if kind not in DOMAINS:
+        raise SpaceError(f"{name}: unknown domain {kind!r}; choose one of {', '.join(DOMAINS)}")
+    _, count = DOMAINS[kind]
+    if len(numbers) != count or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        wanted = "[low, high, step]" if count == 3 else "[low, high]"
+        raise SpaceError(f"{name}: {kind} takes {wanted}, finite numbers, got {list(numbers)}")
+    return Domain(kind=kind, numbers=tuple(float(n) for n in numbers))
+
+
+class Loader(yaml.SafeLoader):
+    """YAML without code, in which 1e-6 is a number, as in YAML 1.2."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader)  # a SafeLoader
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a config file, with overrides such as "search.trainings=40".
+
+    Raises:
+        ConfigError: it is missing, not YAML, or a key is unknown, missing or wrong; file and key are named.
+    """
+    try:
+        raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config file: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    for override in overrides:
+        apply_override(raw, override)
+    try:
+        config = ExperimentConfig.model_validate(raw)
+        config.split_space()
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path}: {problems}") from error
+    except SpaceError as error:
+        raise ConfigError(f"{path}: space: {error}") from error
+    return config
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted key of a config to a YAML value."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected key=value, e.g. --set search.trainings=40")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {parent} is not a group of keys")
+    try:
+        node[last] = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
+
+
+def resolved(config: ExperimentConfig) -> str:
+    """The config with every default filled in, as YAML."""
+    text: str = yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return text

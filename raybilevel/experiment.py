@@ -1,0 +1,212 @@
+"""A whole run from a config: trials and upper-level steps on Ray, then the refit and the summary."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from rich.console import Console
+
+from raybilevel.config import Domain as ConfigDomain
+from raybilevel.config import ExperimentConfig, entries, resolved
+from raybilevel.errors import ConfigError, RaybilevelError
+from raybilevel.levels import check_problem
+from raybilevel.lower_level import refit
+from raybilevel.methods import make_method
+from raybilevel.problem import BilevelProblem
+from raybilevel.problems import make_problem
+from raybilevel.progress import ProgressCallback, View, make_view
+from raybilevel.search_state import Training
+from raybilevel.searcher import UPPER_LOSS, BilevelSearch
+from raybilevel.space import flatten, nest
+from raybilevel.summary import summarise, write_summary
+from raybilevel.trainable import lower_level_trainable
+
+TUNE_FOLDER = "tune"
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+
+
+class InterruptedRunError(RaybilevelError):
+    """The run was stopped by Ctrl-C; what it observed is kept, and `--resume` goes on."""
+
+
+def check(config: ExperimentConfig, data: str | None = None) -> None:
+    """Everything that can be wrong with a config, found without running it.
+
+    Raises:
+        RaybilevelError: naming what is wrong.
+    """
+    make_method(config.search.method, **config.search.settings)
+    space, constants = config.split_space()
+    check_problem(make_problem(config.problem, config.options, data), space, constants)
+
+
+def run(
+    config: ExperimentConfig,
+    out: Path,
+    data: str | None = None,
+    resume: bool = False,
+    address: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run, or go on with, an experiment in the folder `out`; the summary, which is also written there.
+
+    Raises:
+        ConfigError: the config, the folder or `resume` is wrong; nothing was run.
+        InterruptedRunError: Ctrl-C.
+    """
+    problem = make_problem(config.problem, config.options, data)
+    space, constants = config.split_space()
+    check_problem(problem, space, constants)
+    prepare_folder(out, config, resume)
+    searcher = BilevelSearch(
+        problem,
+        metric=UPPER_LOSS,
+        mode="min",
+        method=make_method(config.search.method, **config.search.settings),
+        seed=config.search.seed,
+        max_concurrent=config.search.max_concurrent,
+        points_to_evaluate=config.search.points_to_evaluate,
+        upper_resources=config.resources.upper,
+    )
+    started = time.monotonic()
+    with cluster(address):
+        title = f"{config.problem}: {space.dimension} hyperparameters, method {config.search.method}"
+        view = make_view(title, config.search.trainings, console)
+        try:
+            analysis = tune_run(config, problem, searcher, out, resume, view)
+        finally:
+            view.update(searcher.state, 0)
+            view.close()
+        if len(searcher.state.told) < config.search.trainings and not searcher.exhausted:
+            # On SIGINT Tune saves and returns as if all were done.
+            raise InterruptedRunError(f"stopped after {len(searcher.state.told)} of {config.search.trainings} trainings")
+        results = trial_results(searcher, analysis)
+        best = searcher.method.incumbent(searcher.state)
+        test_loss_refit = None
+        if best is not None:
+            resources = task_resources(config.resources.lower)
+            refitted = ray.get(
+                refit_task.options(**resources).remote(problem, configuration(searcher, best), config.search.seed)
+            )
+            test_loss_refit = (refitted or {}).get("test_loss")
+        summary = summarise(
+            searcher.state,
+            space,
+            searcher.method,
+            results,
+            {t.index: path for t in searcher.state.done if (path := searcher.checkpoint_of(t))},
+            {"problem": config.problem, "method": config.search.method, "seed": config.search.seed},
+            test_loss_refit,
+            time.monotonic() - started,
+        )
+    write_summary(out / SUMMARY_FILE, summary)
+    return summary
+
+
+def tune_run(
+    config: ExperimentConfig, problem: BilevelProblem, searcher: BilevelSearch, out: Path, resume: bool, view: View
+) -> Any:
+    """The trials. `tune.run` rather than `Tuner`, whose restore does not hand out the searcher that it makes."""
+    return tune.run(
+        tune.with_resources(lower_level_trainable(problem, config.search.seed), dict(config.resources.lower)),
+        name=TUNE_FOLDER,
+        storage_path=str(out.absolute()),
+        config=param_space(config),
+        search_alg=searcher,
+        metric=UPPER_LOSS,
+        mode="min",
+        num_samples=config.search.trainings,
+        resume="AUTO" if resume else None,
+        # An idle actor keeps its GPU, which an upper-level step may be waiting for.
+        reuse_actors=not config.resources.lower.get("gpu"),
+        callbacks=[ProgressCallback(lambda: view.update(searcher.state, searcher.steps_under_way))],
+        raise_on_failed_trial=False,
+        verbose=0,
+    )
+
+
+def param_space(config: ExperimentConfig) -> dict[str, Any]:
+    """The config's space in Tune's own domains."""
+    makers = {
+        "uniform": tune.uniform,
+        "loguniform": tune.loguniform,
+        "quniform": tune.quniform,
+        "qloguniform": tune.qloguniform,
+    }
+    return nest(
+        {
+            path: makers[entry.kind](*entry.numbers) if isinstance(entry, ConfigDomain) else entry
+            for path, entry in entries(config.space).items()
+        }
+    )
+
+
+def prepare_folder(out: Path, config: ExperimentConfig, resume: bool) -> None:
+    saved = out / CONFIG_FILE
+    text = resolved(config)
+    if resume:
+        if not (out / TUNE_FOLDER).is_dir():
+            raise ConfigError(f"--resume: there is no run in {out}; leave --resume out to begin one")
+        if saved.read_text(encoding="utf-8") != text:
+            raise ConfigError(f"--resume: the config differs from the one in {saved}, with which the run began")
+        return
+    if (out / TUNE_FOLDER).exists():
+        raise ConfigError(f"{out} already holds a run; choose another --out, or go on with it by --resume")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        saved.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def trial_results(searcher: BilevelSearch, analysis: Any) -> dict[int, Mapping[str, Any]]:
+    """What each training last reported, by its index."""
+    found = {}
+    for trial in analysis.trials:
+        index = searcher.index_of(trial.trial_id)
+        if index is not None and trial.last_result:
+            found[index] = trial.last_result
+    return found
+
+
+def configuration(searcher: BilevelSearch, training: Training) -> dict[str, Any]:
+    return nest({**flatten(searcher.constants), **flatten(searcher.config_of(training))})
+
+
+@ray.remote  # type: ignore[untyped-decorator]
+def refit_task(problem: BilevelProblem, config: Mapping[str, Any], seed: int) -> dict[str, float] | None:
+    return refit(problem, config, seed)
+
+
+def task_resources(lower: Mapping[str, float]) -> dict[str, Any]:
+    """Tune's resource names -> those of a Ray task."""
+    custom = {name: amount for name, amount in lower.items() if name not in ("cpu", "gpu")}
+    return {"num_cpus": lower.get("cpu", 1), "num_gpus": lower.get("gpu", 0), "resources": custom}
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """A cluster to run on: the one that this process has joined already, the one at `address`, or a local one."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address is None:
+        ray.init(address="local", include_dashboard=False, **options)
+    else:
+        ray.init(address=address, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,100 @@
+"""Data hyper-cleaning on MNIST: training images in groups with more and more wrong labels, one weight per group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from raybilevel import datasets
+from raybilevel.errors import ConfigError
+from raybilevel.problem import Hyperparameters
+from raybilevel.problems.classification import Examples, Minibatch, check_positive, data_folder
+from raybilevel.problems.logistic import Logistic, pooled
+from raybilevel.space import Parameter, Space
+
+
+class GroupedBatch(NamedTuple):
+    """Inputs, class numbers, and the group of each example; the last group is clean and has weight 1."""
+
+    x: Tensor
+    y: Tensor
+    group: Tensor
+    examples: int
+
+
+class HyperCleaning(Logistic):
+    """f = mean_i weight_g(i) * cross-entropy_i + decay |W|^2 / 2, a weight in [0, 1] for each group g of training images.
+
+    The share of wrong labels rises from 0 in the first group to `wrong` in the last. F is the cross-entropy on clean
+    validation images. A refit takes these in with weight 1.
+
+    pool: inputs are the 14 x 14 means of 2 x 2 pixels, not the 784 pixels.
+    """
+
+    def __init__(
+        self,
+        data: str | None = None,
+        train: int = 1000,
+        validation: int = 500,
+        groups: int = 20,
+        wrong: float = 0.8,
+        decay: float = 1e-3,
+        pool: bool = True,
+        split_seed: int = 0,
+    ) -> None:
+        check_positive(train=train, validation=validation, groups=groups, decay=decay)
+        if train + validation > 60_000 or groups > train:
+            raise ConfigError(
+                "MNIST has 60,000 training images for train and validation, and a group needs at least one; "
+                f"got {train} + {validation} in {groups} groups"
+            )
+        if not 0 <= wrong <= 1:
+            raise ConfigError(f"wrong is a share, from 0 to 1, got {wrong}")
+        self.data = data_folder(self, data)
+        self.train, self.validation, self.groups, self.wrong = train, validation, groups, wrong
+        self.decay, self.pool, self.split_seed = decay, pool, split_seed
+        self.features = 196 if pool else 784
+
+    @property
+    def space(self) -> Space:
+        return Space(tuple(Parameter(("weight", f"g{g}"), 0.0, 1.0) for g in range(self.groups)))
+
+    @property
+    def group(self) -> Tensor:
+        """The group of each training image."""
+        return torch.arange(self.train) * self.groups // self.train
+
+    def load(self) -> dict[str, Examples]:
+        (images, labels), test = datasets.mnist(self.data)
+        generator = torch.Generator().manual_seed(self.split_seed)
+        order = torch.randperm(len(labels), generator=generator)
+        lower, upper = order[: self.train], order[self.train : self.train + self.validation]
+        noisy = labels[lower].clone()
+        for g in range(self.groups):
+            members = (self.group == g).nonzero().flatten()
+            share = self.wrong * g / max(1, self.groups - 1)
+            chosen = members[torch.randperm(len(members), generator=generator)[: round(share * len(members))]]
+            noisy[chosen] = (noisy[chosen] + torch.randint(1, 10, (len(chosen),), generator=generator)) % 10
+        return {
+            "lower": (self.inputs(images[lower]), noisy),
+            "upper": (self.inputs(images[upper]), labels[upper]),
+            "test": (self.inputs(test.images), test.labels),
+        }
+
+    def inputs(self, images: Tensor) -> Tensor:
+        return pooled(images, self.dtype) if self.pool else images.flatten(1).to(self.dtype) / 255
+
+    def _minibatches(self, split: str, generator: torch.Generator | None) -> Iterator[Minibatch]:
+        x, y = self.splits[split]
+        group = torch.cat([self.group, torch.full((len(x),), self.groups)])[: len(x)]
+        yield GroupedBatch(x, y, group, len(x))  # type: ignore[misc]
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: GroupedBatch) -> Tensor:
+        weights = [hyperparameters["weight"][f"g{g}"] for g in range(self.groups)]
+        weight = torch.stack([*weights, torch.ones_like(weights[0])])[batch.group]
+        loss = (weight * cross_entropy(model(batch.x), batch.y, reduction="none")).mean()
+        return loss + self.decay / 2 * model.get_parameter("weight").square().sum()

@@ -1,0 +1,80 @@
+"""Adult income (a9a): weight decay per group of features of a logistic model on few examples."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_svmlight_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from raybilevel.datasets import Published
+from raybilevel.errors import ConfigError
+from raybilevel.problem import Hyperparameters
+from raybilevel.problems.classification import Examples, Minibatch, check_positive, data_folder
+from raybilevel.problems.logistic import Logistic
+from raybilevel.space import Parameter, Space
+
+ORIGIN = "take it from https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html"
+# Digests of the unpacked files.
+TRAIN = Published(
+    "a9a", 2_329_875, "sha256:f5d5ffd8d865ff41328e7ee043e4b020816914ff6843ff15b98905ddbedce906", ORIGIN
+)
+TEST = Published(
+    "a9a.t", 1_164_628, "sha256:1f448a153f0320399a7e40836eb207655b0bde0f21fc941cc472193daa9f5de9", ORIGIN
+)
+FEATURES, EXAMPLES = 123, 32_561
+
+
+class Income(Logistic):
+    """f = cross-entropy + sum_g weight_decay_g |W_g|^2 / 2 over groups g of neighbouring binary features.
+
+    data: its folder libsvm/ holds a9a and a9a.t, gzipped or not.
+    """
+
+    features = FEATURES
+    classes = 2
+
+    def __init__(
+        self,
+        data: str | None = None,
+        groups: int = 20,
+        train: int = 500,
+        validation: int = 500,
+        split_seed: int = 0,
+    ) -> None:
+        check_positive(train=train, validation=validation, groups=groups)
+        if train + validation > EXAMPLES or groups > FEATURES:
+            raise ConfigError(
+                f"a9a has {EXAMPLES:,} training rows and {FEATURES} features, "
+                f"got train + validation = {train} + {validation} and {groups} groups"
+            )
+        self.data = data_folder(self, data)
+        self.groups, self.train, self.validation, self.split_seed = groups, train, validation, split_seed
+
+    @property
+    def space(self) -> Space:
+        return Space(tuple(Parameter(("weight_decay", f"g{g}"), 1e-6, 10.0, log=True) for g in range(self.groups)))
+
+    def load(self) -> dict[str, Examples]:
+        x, y = _rows(self.data, TRAIN)
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.split_seed))
+        lower, upper = order[: self.train], order[self.train : self.train + self.validation]
+        return {"lower": (x[lower], y[lower]), "upper": (x[upper], y[upper]), "test": _rows(self.data, TEST)}
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
+        decay = torch.stack([hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)])
+        group = torch.arange(FEATURES, device=decay.device) * self.groups // FEATURES
+        penalty = (decay[group] * model.get_parameter("weight").square().sum(0)).sum() / 2
+        return cross_entropy(model(batch.x), batch.y) + penalty
+
+
+def _rows(folder: str, file: Published) -> Examples:
+    path = file.path(Path(folder) / "libsvm", ".gz", "")
+    content = file.read(path)
+    file.check(path, content)
+    x, y = load_svmlight_file(io.BytesIO(content), n_features=FEATURES)
+    return torch.from_numpy(x.toarray()), torch.from_numpy((y > 0).astype(np.int64))

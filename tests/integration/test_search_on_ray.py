@@ -1,0 +1,224 @@
+"""Real trials on a real local Ray: both entry points, faults, early stopping, restoring."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import ConcurrencyLimiter
+
+from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel.errors import ConfigError, ProblemError, SpaceError
+from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint
+from tests.tiny_problems import Parabola, Unlucky
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+SPACE = {"x": {"a": tune.loguniform(1e-4, 1e2)}}
+
+
+def fit(search: BilevelSearch, folder: Path, samples: int, space: Any = SPACE, **options: Any) -> tune.ResultGrid:
+    trainable = tune.with_resources(lower_level_trainable(search.problem), {"cpu": 1})
+    config = {"metric": "upper_loss", "mode": "min", "reuse_actors": True, **options}
+    run = tune.RunConfig(name="run", storage_path=str(folder), verbose=0)
+    tuner = tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(search_alg=search, num_samples=samples, **config),
+        run_config=run,
+    )
+    return tuner.fit()
+
+
+def test_tuner_finds_the_known_optimum(tmp_path: Path) -> None:
+    search = BilevelSearch(Parabola(("a", "b")), max_concurrent=2)
+    space = {"x": {"a": tune.loguniform(1e-4, 1e2), "b": tune.loguniform(1e-4, 1e2)}, "note": "kept", "size": 3}
+    results = fit(search, tmp_path, 14, space)
+    assert len(results) == 14
+    assert not results.errors
+    best = results.get_best_result()
+    assert best.metrics["upper_loss"] < 1e-2  # of about 3 at the centre
+    assert best.config["x"]["a"] == pytest.approx(0.1, rel=0.5)
+    assert best.config["note"] == "kept"
+    assert best.config["size"] == 3
+    # A trial's config is what was trained: the optimum of f at it is the trained weight.
+    with best.checkpoint.as_directory() as folder:
+        state = load_checkpoint(Path(folder) / CHECKPOINT_FILE)
+    assert 10 ** state["model"]["weight"][0, 0].item() == pytest.approx(best.config["x"]["a"], rel=1e-3)
+    # Danskin: df/dx at the minimiser of this f is 0.
+    assert best.metrics["lower_gradient"]["x"]["a"] == pytest.approx(0, abs=1e-3)
+    assert best.metrics["lower_level_finished"]
+    assert best.metrics["training_iteration"] == 2
+    assert len(search.state.steps) >= 5
+    assert not any(step.failed for step in search.state.steps)
+
+
+def test_tune_run_gives_the_same_search(tmp_path: Path) -> None:
+    problem = Parabola()
+    search = BilevelSearch(problem, seed=3, max_concurrent=1)
+    analysis = tune.run(
+        lower_level_trainable(problem), config=SPACE, search_alg=search, metric="upper_loss", mode="min",
+        num_samples=6, storage_path=str(tmp_path), reuse_actors=True, verbose=0,
+    )  # fmt: skip
+    assert len(analysis.trials) == 6
+    again = BilevelSearch(problem, seed=3, max_concurrent=1)
+    fit(again, tmp_path / "again", 6)
+    assert [t.unit for t in again.state.trainings] == [t.unit for t in search.state.trainings]
+
+
+def test_failed_trainings_are_counted_and_the_search_goes_on(tmp_path: Path) -> None:
+    search = BilevelSearch(Unlucky(limit=0.2), max_concurrent=2)
+    results = fit(search, tmp_path, 12)
+    failed = [t for t in search.state.trainings if t.status == "failed"]
+    assert len(results.errors) == len(failed) > 0
+    assert len(search.state.done) == 12 - len(failed)
+    assert search.state.best is not None
+    assert search.state.best.upper < 0.2
+
+
+def test_trials_that_a_scheduler_stops_are_no_lower_level_optima(tmp_path: Path) -> None:
+    class Slow(Parabola):
+        epochs = 6
+
+        def optimizer(self, model: Any) -> Any:
+            import torch
+
+            return torch.optim.SGD(model.parameters(), lr=0.3)
+
+    search = BilevelSearch(Slow(), max_concurrent=2)
+    scheduler = ASHAScheduler(max_t=6, grace_period=1, reduction_factor=2)
+    fit(search, tmp_path, 12, scheduler=scheduler)
+    stopped = [t for t in search.state.trainings if t.status == "stopped"]
+    assert stopped
+    assert len(stopped) + len(search.state.done) == 12
+    assert not any(t in search.state.done for t in stopped)
+
+
+def test_tune_limits_the_number_of_trials_at_once(tmp_path: Path) -> None:
+    search = BilevelSearch(Parabola())
+    results = fit(search, tmp_path, 6, max_concurrent_trials=1)
+    assert len(results) == 6
+    assert search.state.best is not None
+    problem = Parabola()
+    limited = ConcurrencyLimiter(BilevelSearch(problem, metric="upper_loss", mode="min"), max_concurrent=1)
+    analysis = tune.run(
+        lower_level_trainable(problem), config=SPACE, search_alg=limited, num_samples=5,
+        storage_path=str(tmp_path / "limited"), reuse_actors=True, verbose=0,
+    )  # fmt: skip
+    assert len(analysis.trials) == 5
+
+
+def test_suggest_answers_quickly_while_trials_are_live(tmp_path: Path) -> None:
+    search = BilevelSearch(Parabola(), max_concurrent=2)
+    times: list[tuple[bool, float]] = []
+    inner = search.suggest
+
+    def timed(trial_id: str) -> Any:
+        live = bool(search._ready().live)
+        start = time.process_time()
+        answer = inner(trial_id)
+        times.append((live, time.process_time() - start))
+        return answer
+
+    search.suggest = timed  # type: ignore[method-assign]
+    problem = search.problem
+    tune.run(
+        lower_level_trainable(problem), config=SPACE, search_alg=search, metric="upper_loss", mode="min",
+        num_samples=8, storage_path=str(tmp_path), reuse_actors=True, verbose=0,
+    )  # fmt: skip
+    live = sorted(seconds for was_live, seconds in times if was_live)
+    # CPU time of the driver, so that other load does not count: models are fitted and descents run in tasks.
+    assert live
+    assert live[len(live) // 2] < 0.05
+
+
+def test_maximising_a_metric_flips_it_once(tmp_path: Path) -> None:
+    search = BilevelSearch(Parabola(), max_concurrent=1)
+    results = fit(search, tmp_path, 9, metric="score", mode="max")
+    best = results.get_best_result()
+    # score = -|log10 x|, largest at x = 1
+    assert best.metrics["score"] == pytest.approx(0, abs=0.2)
+    assert search.state.best is not None
+    assert search.state.best.upper == pytest.approx(-best.metrics["score"])
+
+
+def test_points_to_evaluate_come_first(tmp_path: Path) -> None:
+    points = [{"x": {"a": 0.05}}, {"x": {"a": 20.0}}]
+    search = BilevelSearch(Parabola(), points_to_evaluate=points, max_concurrent=1)
+    results = fit(search, tmp_path, 3)
+    tried = sorted(result.config["x"]["a"] for result in results)
+    assert tried[0] == pytest.approx(0.05)
+    assert tried[-1] == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({"x": {"a": tune.choice([1, 2])}}, "x/a.*choice"),
+        ({"x": {"a": tune.randint(1, 3)}}, "x/a.*randint"),
+        ({"x": {"a": tune.randn()}}, "x/a.*not supported"),
+        ({"x": {"a": tune.grid_search([1.0, 2.0])}}, "x/a.*grid_search"),
+        ({"x": {"a": tune.sample_from(lambda _: 1.0)}}, "x/a.*sample_from"),
+        ({"x": {"a": tune.uniform(2.0, 1.0)}}, "x/a.*below"),
+        ({"x": {"a": 1.0}}, "no hyperparameter"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused_before_any_training(
+    space: Any, words: str, tmp_path: Path
+) -> None:
+    search = BilevelSearch(Parabola())
+    with pytest.raises(Exception, match=words) as caught:
+        fit(search, tmp_path, 2, space)
+    assert isinstance(caught.value, SpaceError) or isinstance(caught.value.__cause__, SpaceError)
+    assert not search.state.trainings
+
+
+def test_a_hyperparameter_without_effect_is_refused_before_any_training(tmp_path: Path) -> None:
+    space = {"x": {"a": tune.loguniform(1e-4, 1e2), "b": tune.uniform(0, 1)}}
+    search = BilevelSearch(Parabola())
+    with pytest.raises(Exception, match=r"x/b.*does not depend on it") as caught:
+        fit(search, tmp_path, 2, space)
+    assert isinstance(caught.value, ProblemError) or isinstance(caught.value.__cause__, ProblemError)
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ConfigError, match="expected a BilevelProblem"):
+        BilevelSearch(Parabola)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="unknown method 'asha'"):
+        BilevelSearch(Parabola(), method="asha")
+    with pytest.raises(ConfigError, match="max_concurrent"):
+        BilevelSearch(Parabola(), max_concurrent=0)
+    with pytest.raises(ConfigError, match="mode='max'"):
+        BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="max")
+    with pytest.raises(SpaceError, match=r"points_to_evaluate\[0\].*x/c"):
+        BilevelSearch(Parabola(), space=SPACE, points_to_evaluate=[{"x": {"a": 1.0, "c": 2.0}}])
+    with pytest.raises(ProblemError, match="pass an instance"):
+        lower_level_trainable(Parabola)  # type: ignore[arg-type]
+
+
+def test_an_interrupted_experiment_is_restored_to_exactly_its_samples(tmp_path: Path) -> None:
+    """The whole driver is killed in the middle, and `Tuner.restore` in a new one ends with every sample, once."""
+    import subprocess
+    import sys
+
+    script = Path(__file__).parent / "killed_driver.py"
+    env_root = str(Path(__file__).parents[2])
+    first = subprocess.Popen([sys.executable, str(script), str(tmp_path), "12"], cwd=env_root)
+    state = tmp_path / "run"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(list(state.glob("lower_level_*/result.json"))) < 5:
+        time.sleep(0.2)
+    assert first.poll() is None, "the driver ended before it could be killed"
+    first.kill()
+    first.wait()
+    restored = tune.Tuner.restore(str(state), trainable=lower_level_trainable(Parabola()))
+    results = restored.fit()
+    assert len(results) == 12
+    assert not results.errors
+    configs = [result.config["x"]["a"] for result in results]
+    assert len(set(configs)) == 12
+    assert min(result.metrics["upper_loss"] for result in results) < 1e-2

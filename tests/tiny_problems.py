@@ -1,0 +1,56 @@
+"""Problems that train in milliseconds and whose answers are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raybilevel.problem import BilevelProblem, Hyperparameters, Level
+
+
+class Parabola(BilevelProblem):
+    """f = (y - log10(x))^2 and F = (y - target)^2, so y*(x) = log10(x) and the best x is 10^target, with F = 0."""
+
+    epochs = 2
+    dtype = torch.double
+
+    def __init__(self, names: tuple[str, ...] = ("a",), target: float = -1.0) -> None:
+        self.names, self.target = names, target
+
+    def model(self) -> nn.Module:
+        model = nn.Linear(len(self.names), 1, bias=False)
+        nn.init.zeros_(model.weight)
+        return model
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        x = torch.stack([hyperparameters["x"][name] for name in self.names])
+        return (model.weight[0] - x.log10()).square().sum() / 2
+
+    def upper_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return (model.weight[0] - self.target).square().sum()
+
+    def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Any]:
+        yield (torch.zeros(1, dtype=torch.double),)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(model.parameters(), max_iter=20, line_search_fn="strong_wolfe")
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        weight = model.weight.detach()
+        return {"test_loss": (weight - self.target).square().sum().item(), "score": -float(weight.abs().sum())}
+
+
+class Unlucky(Parabola):
+    """Trainings with x/a above a limit have a loss that is not finite."""
+
+    def __init__(self, limit: float = 1.0) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        loss = super().lower_loss(model, hyperparameters, batch)
+        return loss * math.nan if hyperparameters["x"]["a"].item() > self.limit else loss

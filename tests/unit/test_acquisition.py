@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from problems_for_tests import vector
+from raybilevel.acquisition import (
+    UpperModel,
+    Warp,
+    expected_improvement,
+    fit_upper_model,
+    largest_deviation,
+    minimise_in_box,
+)
+from raybilevel.search_state import Proposal, Training
+from raybilevel.space import sobol_points
+
+EVERYWHERE = vector(0.5, 0.5)
+
+
+def bowl(x: Tensor) -> Tensor:
+    """F of x, shape (n, d) -> (n,): lowest at 0.3."""
+    return 1 + (x - 0.3).square().sum(-1)
+
+
+def trained(x: Tensor, gradients: bool = True) -> list[Training]:
+    made = []
+    for i, (unit, upper) in enumerate(zip(x, bowl(x).tolist(), strict=True)):
+        slope = tuple((2 * (unit - 0.3)).tolist()) if gradients else None
+        proposal = Proposal(tuple(unit.tolist()), "start")
+        made.append(Training(i, proposal, "done", i, upper=upper, hypergradient=slope))
+    return made
+
+
+def model_of(d: int, count: int, gradients: bool = True, pending: tuple[Tensor, ...] = ()) -> UpperModel:
+    return fit_upper_model(trained(sobol_points(d, count, 1), gradients), pending, torch.full((d,), 0.5), 500)
+
+
+def moments(model: UpperModel, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior mean and deviation of warped, standardised F, shape (n, d) -> (n,) each."""
+    with torch.no_grad():
+        posterior = model.process.model.posterior(points.unsqueeze(1))
+        return posterior.mean.flatten(), posterior.variance.flatten().sqrt()
+
+
+def grid(d: int) -> Tensor:
+    return torch.cartesian_prod(*[torch.linspace(0, 1, 201 if d == 1 else 41, dtype=torch.double)] * d).reshape(-1, d)
+
+
+# The warp.
+
+
+def test_the_warp_by_hand():
+    warp = Warp.of(vector(5.0, 2.0, 3.0))  # low 2, median 3
+    assert warp == Warp(2.0, 1.0)
+    assert warp(vector(2.0, 3.0, 5.0)).tolist() == pytest.approx([0.0, math.log(2), math.log(4)], rel=1e-15)
+    assert warp.slope(vector(2.0, 3.0)).tolist() == [1.0, 0.5]
+
+
+def test_the_warps_inverse_and_slope():
+    upper = vector(0.3, 0.31, 1.7, 40.0)
+    warp = Warp.of(upper)
+    for value in upper:
+        assert warp.inverse(warp(value).item()) == pytest.approx(value.item(), rel=1e-12)
+        h = 1e-6 * value.item()
+        difference = (warp(value + h) - warp(value - h)).item() / (2 * h)
+        assert warp.slope(value).item() == pytest.approx(difference, rel=1e-7)  # (h / F)^2 and 1e-16 / 1e-6
+
+
+@pytest.mark.parametrize("upper", [[2.0], [2.0, 2.0, 2.0], [2.0, 2.0, 9.0]])
+def test_without_spread_the_warp_is_still_a_logarithm(upper: list[float]):
+    warp = Warp.of(vector(*upper))
+    assert warp == Warp(2.0, 1.0)
+
+
+def test_shift_and_scale_of_f_leave_the_warp_alone_but_for_a_constant():
+    upper = vector(0.3, 0.5, 1.7, 40.0)
+    a, b = (Warp.of(u)(u) for u in (upper, 1000 * upper - 7))
+    assert (b - a).tolist() == pytest.approx([math.log(1000)] * 4, rel=1e-12)
+
+
+# The model.
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_model_gives_f_back_in_its_own_units(gradients: bool):
+    x, model = sobol_points(2, 8, 1), model_of(2, 8, gradients)
+    for point, upper in zip(x, bowl(x), strict=True):
+        assert model.mean(point) == pytest.approx(upper.item(), abs=1e-2)  # F spreads over 1 to 1.9
+
+
+def test_hypergradients_make_it_better():
+    points = sobol_points(2, 30, 9)
+    errors = []
+    for gradients in (False, True):
+        model = model_of(2, 6, gradients)
+        found = vector(*(model.mean(p) for p in points))
+        errors.append((found - bowl(points)).abs().max().item())
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_rows_run_out_for_the_hypergradients_that_are_far():
+    near = vector(0.9, 0.9)
+    trainings = trained(sobol_points(2, 6, 1))
+    model = fit_upper_model(trainings, (), near, 6 + 2 * 2)
+    closest = sorted(trainings, key=lambda t: sum((a - 0.9) ** 2 for a in t.unit))[:2]
+    kept = {tuple(row) for row in model.process.model.train_inputs[0][6:, :2].tolist()}
+    assert kept == {t.unit for t in closest}
+
+
+def test_a_pending_point_is_believed_at_its_mean():
+    pending = (vector(0.9, 0.1), vector(0.7, 0.7))
+    without, believing = model_of(2, 6, False), model_of(2, 6, False, pending)
+    points = torch.cat([torch.stack(pending), sobol_points(2, 10, 5)])
+    means, deviations = zip(moments(without, points), moments(believing, points), strict=True)
+    # an observation at the mean changes no mean, but for rounding times the condition number
+    assert means[1].tolist() == pytest.approx(means[0].tolist(), abs=1e-6)
+    assert all(deviations[1][:2] < 0.1 * deviations[0][:2])
+    assert all(deviations[1] <= deviations[0] + 1e-9)
+
+
+def test_the_incumbent_is_the_lowest_warped_f():
+    model, x = model_of(2, 8), sobol_points(2, 8, 1)
+    z = (model.warp(bowl(x).min()).item() - model.process.shift) / model.process.scale
+    assert model.best == pytest.approx(z, rel=1e-12)
+
+
+# Where to train next.
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize(("low", "high"), [((0.0, 0.0), (1.0, 1.0)), ((0.5, 0.6), (0.7, 0.65)), ((0.0, 0.2), (0.1, 0.9))])
+def test_minimise_in_box(low: tuple[float, ...], high: tuple[float, ...], beta: float):
+    model, bottom, top = model_of(2, 6), vector(*low), vector(*high)
+    starts = [vector(0.2, 0.2), vector(0.65, 0.62)]
+    found = minimise_in_box(model, bottom, top, starts, beta, seed=0)
+
+    def bound(points: Tensor) -> Tensor:
+        mean, deviation = moments(model, points)
+        return mean - math.sqrt(beta) * deviation
+
+    assert bool(((found >= bottom) & (found <= top)).all())
+    inside = torch.stack([start.clamp(bottom, top) for start in starts])
+    everywhere = bottom + grid(2) * (top - bottom)
+    # as good as its starts and as a grid, to the optimiser's tolerance
+    assert bound(found.unsqueeze(0)).item() <= torch.cat([bound(inside), bound(everywhere)]).min().item() + 1e-4
+
+
+def test_minimise_in_box_finds_the_bottom_of_the_bowl():
+    found = minimise_in_box(model_of(2, 6), vector(0, 0), vector(1, 1), [], 0.0, seed=0)
+    assert found.tolist() == pytest.approx([0.3, 0.3], abs=0.03)  # six points and their gradients know it to some 0.01
+
+
+def closed_form_ei(model: UpperModel, points: Tensor) -> Tensor:
+    """(best - mean) Phi(u) + deviation phi(u), u = (best - mean) / deviation."""
+    mean, deviation = moments(model, points)
+    u = (model.best - mean) / deviation
+    return (model.best - mean) * (1 + torch.erf(u / math.sqrt(2))) / 2 + deviation * torch.exp(-u.square() / 2) / (
+        math.sqrt(2 * math.pi)
+    )
+
+
+def test_expected_improvement_is_the_best_of_a_grid():
+    x = vector(0.0, 0.35, 0.8, 1.0).unsqueeze(1)
+    model = fit_upper_model(trained(x, gradients=False), (), vector(0.5), 500)
+    found = expected_improvement(model, 1, [], seed=0)
+    points = grid(1)
+    best = closed_form_ei(model, points)
+    assert closed_form_ei(model, found.unsqueeze(0)).item() >= 0.999 * best.max().item()
+    # EI is flat at the top: the grid's step is 0.005
+    assert found.item() == pytest.approx(points[best.argmax()].item(), abs=0.01)
+
+
+def test_least_is_known_in_the_middle_of_the_gap():
+    x = vector(0.0, 0.1, 0.2, 0.7, 0.8, 0.9, 1.0).unsqueeze(1)
+    model = fit_upper_model(trained(x, gradients=False), (), vector(0.5), 500)
+    # (the middle of [0.2, 0.7], had the points outside no effect)
+    assert largest_deviation(model, 1, seed=0).item() == pytest.approx(0.45, abs=0.05)
+
+
+def test_equal_calls_give_equal_points():
+    model = model_of(2, 6)
+    first = expected_improvement(model, 2, [], seed=3)
+    torch.manual_seed(99)
+    assert torch.equal(first, expected_improvement(model, 2, [], seed=3))

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import math
+
+import gpytorch
+import pytest
+import torch
+from torch import Tensor
+
+from problems_for_tests import vector
+from raybilevel.gaussian_process import DerivativeRBFKernel, FittedGP, derivative_rows, fit, value_rows
+from raybilevel.space import sobol_points
+
+LENGTHS = [0.3, 0.7, 1.1]
+
+
+def kernel(d: int) -> DerivativeRBFKernel:
+    made = DerivativeRBFKernel(d).double()
+    made.lengthscale = torch.tensor([LENGTHS[:d]], dtype=torch.double)
+    return made
+
+
+def all_rows(x: Tensor) -> Tensor:
+    """Per point its value, then its derivatives: the order of gpytorch's RBFKernelGrad."""
+    return torch.cat([torch.cat([value_rows(p.unsqueeze(0)), derivative_rows(p)]) for p in x])
+
+
+def wave(x: Tensor) -> Tensor:
+    """A smooth function of x, shape (n, d) -> (n,)."""
+    frequency = torch.arange(1.0, x.shape[-1] + 1, dtype=torch.double)
+    return torch.sin(2 * frequency * x).sum(-1) + x.prod(-1)
+
+
+def wave_gradients(x: Tensor) -> Tensor:
+    tracked = x.clone().requires_grad_(True)
+    (gradients,) = torch.autograd.grad(wave(tracked).sum(), tracked)
+    return gradients
+
+
+def fitted(d: int, count: int, which: range | tuple[int, ...] = (), sign: float = 1.0) -> FittedGP:
+    x = sobol_points(d, count, 1)
+    gradients = wave_gradients(x)
+    return fit(x, wave(x), {i: sign * gradients[i] for i in which})
+
+
+# The kernel.
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_the_kernel_is_gpytorchs_where_every_gradient_is_observed(d: int):
+    theirs = gpytorch.kernels.RBFKernelGrad(ard_num_dims=d).double()
+    theirs.lengthscale = torch.tensor([LENGTHS[:d]], dtype=torch.double)
+    x1, x2 = sobol_points(d, 4, 0), sobol_points(d, 3, 1)
+    expected = theirs(x1, x2).to_dense()
+    # the distance is computed as |a|^2 - 2 a.b + |b|^2, whose rounding is some 1e-15 over the squared length 0.09
+    assert torch.allclose(kernel(d).forward(all_rows(x1), all_rows(x2)), expected, rtol=0, atol=1e-12)
+
+
+def test_the_kernel_against_autograd_of_the_plain_one():
+    d, lengths = 2, vector(*LENGTHS[:2])
+
+    def plain(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(-((a - b) / lengths).square().sum() / 2)
+
+    a, b = vector(0.2, 0.9), vector(0.5, 0.4)
+    second = torch.autograd.functional.hessian(lambda z: plain(z[:d], z[d:]), torch.cat([a, b]))
+    first = torch.autograd.functional.jacobian(lambda z: plain(z[:d], z[d:]), torch.cat([a, b]))
+    expected = torch.zeros(d + 1, d + 1, dtype=torch.double)
+    expected[0, 0], expected[1:, 0], expected[0, 1:], expected[1:, 1:] = plain(a, b), first[:d], first[d:], second[:d, d:]
+    found = kernel(d).forward(all_rows(a.unsqueeze(0)), all_rows(b.unsqueeze(0)))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)  # rounding as above
+
+
+def test_the_diagonal_is_that_of_the_matrix():
+    rows = all_rows(sobol_points(3, 4, 0))
+    other = rows.roll(1, 0)
+    covariance = kernel(3).forward  # as ScaleKernel calls it: `__call__` takes rows wider than d for a mistake
+    for a, b in ((rows, rows), (rows, other)):
+        assert torch.allclose(covariance(a, b, diag=True), covariance(a, b).diagonal(), rtol=0, atol=1e-12)
+
+
+def test_one_length_scale_for_all_without_ard():
+    assert DerivativeRBFKernel(3, ard=False).lengthscale.shape == (1, 1)
+    assert DerivativeRBFKernel(3).lengthscale.shape == (1, 3)
+
+
+# The posterior.
+
+
+def dense_posterior(gp: FittedGP, x: Tensor, y: Tensor, gradients: dict[int, Tensor], at: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation at a point, by dense algebra written out row by row."""
+    model = gp.model
+    lengths = model.covar_module.base_kernel.lengthscale.detach().squeeze(0)
+    size = model.covar_module.outputscale.item()
+    noise = model.likelihood.noise_covar
+    observed: list[tuple[Tensor, int | None]] = [(p, None) for p in x]
+    targets = [(value - gp.shift) / gp.scale - model.mean_constant for value in y]
+    for i, gradient in gradients.items():
+        observed += [(x[i], j) for j in range(x.shape[1])]
+        targets += [entry / gp.scale for entry in gradient]
+
+    def covariance(p: Tensor, i: int | None, q: Tensor, j: int | None) -> float:
+        u = (p - q) / lengths**2
+        k = size * torch.exp(-((p - q) / lengths).square().sum() / 2)
+        if i is None:
+            return (k if j is None else k * u[j]).item()
+        if j is None:
+            return (-k * u[i]).item()
+        return (k * (float(i == j) / lengths[i] ** 2 - u[i] * u[j])).item()
+
+    matrix = torch.tensor([[covariance(*a, *b) for b in observed] for a in observed], dtype=torch.double)
+    names = ["value" if j is None else "derivative" for _, j in observed]
+    matrix += torch.diag(torch.tensor([noise.variance(name).item() for name in names], dtype=torch.double))
+    across = torch.tensor([covariance(at, None, *b) for b in observed], dtype=torch.double)
+    solved = torch.linalg.solve(matrix, across)
+    mean = model.mean_constant + solved @ torch.stack([torch.as_tensor(t) for t in targets])
+    variance = size - solved @ across
+    return gp.shift + gp.scale * mean.item(), gp.scale * math.sqrt(max(0.0, variance.item()))
+
+
+@pytest.mark.parametrize("which", [(), (0,), (1, 4), (4, 1), range(7)])
+def test_the_posterior_against_dense_algebra(which: tuple[int, ...]):
+    x, at = sobol_points(2, 7, 1), vector(0.37, 0.61)
+    gp = fitted(2, 7, which)
+    gradients = wave_gradients(x)
+    mean, deviation = dense_posterior(gp, x, wave(x), {i: gradients[i] for i in which}, at)
+    # two ways to solve a system whose condition number is some 1e8
+    assert gp.mean(at).item() == pytest.approx(mean, abs=1e-7)
+    assert gp.deviation(at).item() == pytest.approx(deviation, abs=1e-6)
+
+
+def test_all_rows_count_even_if_few_were_fitted():
+    x, at = sobol_points(2, 9, 1), vector(0.37, 0.61)
+    gradients = wave_gradients(x)
+    gp = fit(x, wave(x), dict(enumerate(gradients)), max_rows=10)
+    assert len(gp.model.train_inputs[0]) == 27
+    mean, deviation = dense_posterior(gp, x, wave(x), dict(enumerate(gradients)), at)
+    assert gp.mean(at).item() == pytest.approx(mean, abs=1e-7)
+    assert gp.deviation(at).item() == pytest.approx(deviation, abs=1e-6)
+
+
+def test_the_mean_is_differentiable():
+    gp, at = fitted(2, 7, range(7)), vector(0.37, 0.61).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(gp.mean(at), at)
+    for j, step in enumerate(1e-5 * torch.eye(2, dtype=torch.double)):
+        difference = (gp.mean(at.detach() + step) - gp.mean(at.detach() - step)) / 2e-5
+        assert gradient[j].item() == pytest.approx(difference.item(), abs=1e-5)  # rounding 1e-10 over 1e-5
+
+
+def test_values_alone_are_interpolated():
+    x = sobol_points(2, 12, 1)
+    gp = fitted(2, 12)
+    for p, value in zip(x, wave(x), strict=True):
+        # the function is smooth: the fitted noise is some 1e-6 of the variance, its deviation 1e-3
+        assert gp.mean(p).item() == pytest.approx(value.item(), abs=1e-3)
+        assert gp.deviation(p).item() < 5e-3
+
+
+def test_gradients_are_interpolated_too():
+    x = sobol_points(2, 7, 1)
+    gp = fitted(2, 7, range(7))
+    for p, expected in zip(x, wave_gradients(x), strict=True):
+        tracked = p.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(gp.mean(tracked), tracked)
+        assert gradient.tolist() == pytest.approx(expected.tolist(), abs=0.02)  # gradients are up to 4, their noise is 1e-5
+
+
+@pytest.mark.parametrize(("d", "count"), [(1, 4), (2, 6), (3, 8)])
+def test_gradients_reduce_the_error(d: int, count: int):
+    points = sobol_points(d, 50, 9)
+    errors = []
+    for which in (range(0), range(count)):
+        gp = fitted(d, count, which)
+        found = torch.stack([gp.mean(p) for p in points])
+        errors.append((found - wave(points)).square().mean().sqrt().item())
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_shift_and_scale_of_the_values_do_not_matter():
+    x, at = sobol_points(2, 7, 1), vector(0.37, 0.61)
+    gradients = wave_gradients(x)
+    plain = fit(x, wave(x), dict(enumerate(gradients)))
+    scaled = fit(x, 1e4 * wave(x) - 3e5, dict(enumerate(1e4 * gradients)))
+    # standardised, both are the same up to rounding, which the fit may amplify
+    assert scaled.mean(at).item() == pytest.approx(1e4 * plain.mean(at).item() - 3e5, abs=1e4 * 1e-4)
+    assert scaled.deviation(at).item() == pytest.approx(1e4 * plain.deviation(at).item(), rel=1e-2)
+
+
+def test_equal_data_give_equal_models():
+    torch.manual_seed(0)
+    first = fitted(2, 7, range(7))
+    torch.manual_seed(1)
+    second = fitted(2, 7, range(7))
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+    assert first.mean(vector(0.1, 0.2)).item() == second.mean(vector(0.1, 0.2)).item()
+
+
+@pytest.mark.parametrize(("d", "count"), [(1, 5), (2, 25)])
+def test_where_derivatives_contradict_the_values_their_noise_grows(d: int, count: int):
+    true, false, none = fitted(d, count, range(count)), fitted(d, count, range(count), -1.0), fitted(d, count)
+    noise = [gp.model.likelihood.noise_covar.variance("derivative").item() for gp in (true, false)]
+    assert noise[0] < 1e-3 and noise[1] > 1  # of standardised derivatives of order one
+    for p in sobol_points(d, 10, 9):
+        # then the model listens to the values: it is as if there were no derivatives
+        assert false.mean(p).item() == pytest.approx(none.mean(p).item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("values", [[2.0], [2.0, 2.0, 2.0]])
+def test_values_without_spread_make_no_division_by_zero(values: list[float]):
+    x = sobol_points(2, len(values), 1)
+    gp = fit(x, vector(*values), {})
+    assert gp.mean(x[0]).item() == pytest.approx(2.0, abs=1e-6)
+    assert math.isfinite(gp.deviation(vector(0.5, 0.5)).item())
