@@ -29,7 +29,7 @@ from linear_operator.operators import DiagLinearOperator
 from torch import Tensor, nn
 
 
-NUGGET = 1e-8
+NUGGET = 1e-9
 
 
 class DerivativeRBFKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
@@ -83,9 +83,10 @@ class RowNoise(Noise):  # type: ignore[misc]
     disagree with the values, their noise grows, and the model listens to the values.
     """
 
-    def __init__(self, dimension: int) -> None:
+    def __init__(self, kernel: gpytorch.kernels.ScaleKernel) -> None:
         super().__init__()
-        self.dimension = dimension
+        self._kernel = (kernel,)  # in a tuple, as it is the model's submodule and not this one's
+        self.dimension = kernel.base_kernel.dimension
         for name, prior in (("value", LogNormalPrior(-9.0, 2.0)), ("derivative", LogNormalPrior(-5.0, 2.0))):
             self.register_parameter(f"raw_{name}_noise", nn.Parameter(torch.zeros((), dtype=torch.double)))
             self.register_constraint(f"raw_{name}_noise", logarithmic(1e-8, prior.mode.item()))
@@ -98,7 +99,13 @@ class RowNoise(Noise):  # type: ignore[misc]
     def forward(self, *rows: Tensor, shape: torch.Size | None = None, **_: Any) -> DiagLinearOperator:
         row = rows[0][0] if isinstance(rows[0], list | tuple) else rows[0]
         s = row[..., self.dimension]
-        return DiagLinearOperator(s * self.variance("value") + (1 - s) * self.variance("derivative"))
+        # Gradients of a smooth kernel make nearly singular matrices: a nugget relative to the prior's variance.
+        (kernel,) = self._kernel
+        nugget = NUGGET * kernel.outputscale
+        steepest = kernel.base_kernel.lengthscale.min().square().reciprocal()
+        return DiagLinearOperator(
+            s * (self.variance("value") + nugget) + (1 - s) * (self.variance("derivative") + nugget * steepest)
+        )
 
 
 def logarithmic(floor: float, start: float) -> GreaterThan:
@@ -112,15 +119,16 @@ class DerivativeGP(gpytorch.models.ExactGP, GPyTorchModel):  # type: ignore[misc
     _num_outputs = 1
 
     def __init__(self, rows: Tensor, targets: Tensor, dimension: int, ard: bool) -> None:
-        super().__init__(rows, targets, _GaussianLikelihoodBase(RowNoise(dimension)))
-        self.dimension = dimension
-        self.mean_constant = nn.Parameter(torch.zeros((), dtype=torch.double))
-        self.register_prior("mean_prior", NormalPrior(0.0, 1.0), lambda m: m.mean_constant)
-        self.covar_module = gpytorch.kernels.ScaleKernel(
+        kernel = gpytorch.kernels.ScaleKernel(
             DerivativeRBFKernel(dimension, ard),
             outputscale_prior=LogNormalPrior(0.0, 1.5),
             outputscale_constraint=logarithmic(1e-6, 1.0),
         )
+        super().__init__(rows, targets, _GaussianLikelihoodBase(RowNoise(kernel)))
+        self.dimension = dimension
+        self.covar_module = kernel
+        self.mean_constant = nn.Parameter(torch.zeros((), dtype=torch.double))
+        self.register_prior("mean_prior", NormalPrior(0.0, 1.0), lambda m: m.mean_constant)
         self.to(torch.double)
 
     def bounds(self) -> dict[str, tuple[float, float]]:
@@ -135,12 +143,7 @@ class DerivativeGP(gpytorch.models.ExactGP, GPyTorchModel):  # type: ignore[misc
         }
 
     def forward(self, rows: Tensor) -> MultivariateNormal:
-        covariance = self.covar_module(rows)
-        # Gradients of a smooth kernel make nearly singular matrices; the nugget is relative to each row's variance.
-        return MultivariateNormal(
-            self.mean_constant * rows[..., self.dimension],
-            covariance + DiagLinearOperator(NUGGET * covariance.diagonal(dim1=-1, dim2=-2)),
-        )
+        return MultivariateNormal(self.mean_constant * rows[..., self.dimension], self.covar_module(rows))
 
     def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> GPyTorchPosterior:
         with exact():

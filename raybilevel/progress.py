@@ -83,15 +83,17 @@ class LiveView:
         self.drawn = 0.0
         self.live = Live(console=console, auto_refresh=False, redirect_stdout=True, redirect_stderr=True)
         self.live.start()
-        self.live.update(self.render(SearchState(), 0), refresh=True)
+        self.newest = (SearchState(), 0)
+        self.live.update(self.render(*self.newest), refresh=True)
 
     def update(self, state: SearchState, steps_under_way: int) -> None:
+        self.newest = (state, steps_under_way)
         if time.monotonic() - self.drawn >= REFRESH_SECONDS:
             self.drawn = time.monotonic()
-            self.live.update(self.render(state, steps_under_way), refresh=True)
+            self.live.update(self.render(*self.newest), refresh=True)
 
     def close(self) -> None:
-        self.live.refresh()
+        self.live.update(self.render(*self.newest), refresh=True)
         self.live.stop()
 
     def render(self, state: SearchState, steps_under_way: int) -> RenderableType:
@@ -109,8 +111,8 @@ class LiveView:
         table.add_row("violation", number(found.violation))
         table.add_row("error of v at the newest point", number(found.value_error))
         table.add_row("time", self.clock.text(len(told)))
-        bar = ProgressBar(total=self.trainings, completed=len(told), width=48)
-        return Group(Text(self.title, style="bold"), bar, table)
+        table.add_row("", ProgressBar(total=self.trainings, completed=len(told), width=40))
+        return Group(Text(self.title, style="bold"), table)
 
 
 class Clock:

@@ -53,7 +53,7 @@ class Default:
     max_regions: int = 4
     max_rows: int = 500
     settled: float = 0.01
-    beta: float = 0.25
+    beta: float = 0.0
     region: TrustRegionRule = field(default_factory=TrustRegionRule)
 
     def __post_init__(self) -> None:
@@ -232,8 +232,8 @@ class Default:
         last = next((s for s in reversed(state.steps) if s.first is not None and s.decrease is not None), None)
         if last is None or last.first is None or last.decrease is None:
             return 10.0
-        too_large = min(1.0, max(0.25, last.decrease / self.decrease))
-        return min(100.0, max(3.0, last.first * too_large))
+        factor = min(2.0, max(0.5, last.decrease / self.decrease))
+        return min(100.0, max(3.0, last.first * factor))
 
     def _propose(self, step: UpperStep, model: UpperModel, centre: Tensor, starts: list[Tensor]) -> Tensor:
         if step.origin == "fill":

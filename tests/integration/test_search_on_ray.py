@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,8 +40,8 @@ def fit(search: BilevelSearch, folder: Path, samples: int, space: Any = SPACE, *
 def test_tuner_finds_the_known_optimum(tmp_path: Path) -> None:
     search = BilevelSearch(Parabola(("a", "b")), max_concurrent=2)
     space = {"x": {"a": tune.loguniform(1e-4, 1e2), "b": tune.loguniform(1e-4, 1e2)}, "note": "kept", "size": 3}
-    results = fit(search, tmp_path, 14, space)
-    assert len(results) == 14
+    results = fit(search, tmp_path, 11, space)
+    assert len(results) == 11
     assert not results.errors
     best = results.get_best_result()
     assert best.metrics["upper_loss"] < 1e-2  # of about 3 at the centre
@@ -53,7 +56,7 @@ def test_tuner_finds_the_known_optimum(tmp_path: Path) -> None:
     assert best.metrics["lower_gradient"]["x"]["a"] == pytest.approx(0, abs=1e-3)
     assert best.metrics["lower_level_finished"]
     assert best.metrics["training_iteration"] == 2
-    assert len(search.state.steps) >= 5
+    assert len(search.state.steps) >= 4
     assert not any(step.failed for step in search.state.steps)
 
 
@@ -72,10 +75,10 @@ def test_tune_run_gives_the_same_search(tmp_path: Path) -> None:
 
 def test_failed_trainings_are_counted_and_the_search_goes_on(tmp_path: Path) -> None:
     search = BilevelSearch(Unlucky(limit=0.2), max_concurrent=2)
-    results = fit(search, tmp_path, 12)
+    results = fit(search, tmp_path, 9)
     failed = [t for t in search.state.trainings if t.status == "failed"]
     assert len(results.errors) == len(failed) > 0
-    assert len(search.state.done) == 12 - len(failed)
+    assert len(search.state.done) == 9 - len(failed)
     assert search.state.best is not None
     assert search.state.best.upper < 0.2
 
@@ -91,10 +94,10 @@ def test_trials_that_a_scheduler_stops_are_no_lower_level_optima(tmp_path: Path)
 
     search = BilevelSearch(Slow(), max_concurrent=2)
     scheduler = ASHAScheduler(max_t=6, grace_period=1, reduction_factor=2)
-    fit(search, tmp_path, 12, scheduler=scheduler)
+    fit(search, tmp_path, 8, scheduler=scheduler)
     stopped = [t for t in search.state.trainings if t.status == "stopped"]
     assert stopped
-    assert len(stopped) + len(search.state.done) == 12
+    assert len(stopped) + len(search.state.done) == 8
     assert not any(t in search.state.done for t in stopped)
 
 
@@ -128,7 +131,7 @@ def test_suggest_answers_quickly_while_trials_are_live(tmp_path: Path) -> None:
     problem = search.problem
     tune.run(
         lower_level_trainable(problem), config=SPACE, search_alg=search, metric="upper_loss", mode="min",
-        num_samples=8, storage_path=str(tmp_path), reuse_actors=True, verbose=0,
+        num_samples=7, storage_path=str(tmp_path), reuse_actors=True, verbose=0,
     )  # fmt: skip
     live = sorted(seconds for was_live, seconds in times if was_live)
     # CPU time of the driver, so that other load does not count: models are fitted and descents run in tasks.
@@ -138,7 +141,7 @@ def test_suggest_answers_quickly_while_trials_are_live(tmp_path: Path) -> None:
 
 def test_maximising_a_metric_flips_it_once(tmp_path: Path) -> None:
     search = BilevelSearch(Parabola(), max_concurrent=1)
-    results = fit(search, tmp_path, 9, metric="score", mode="max")
+    results = fit(search, tmp_path, 8, metric="score", mode="max")
     best = results.get_best_result()
     # score = -|log10 x|, largest at x = 1
     assert best.metrics["score"] == pytest.approx(0, abs=0.2)
@@ -202,23 +205,20 @@ def test_wrong_arguments_are_named() -> None:
 
 def test_an_interrupted_experiment_is_restored_to_exactly_its_samples(tmp_path: Path) -> None:
     """The whole driver is killed in the middle, and `Tuner.restore` in a new one ends with every sample, once."""
-    import subprocess
-    import sys
-
     script = Path(__file__).parent / "killed_driver.py"
-    env_root = str(Path(__file__).parents[2])
-    first = subprocess.Popen([sys.executable, str(script), str(tmp_path), "12"], cwd=env_root)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    first = subprocess.Popen([sys.executable, str(script), str(tmp_path), "9"], env=environment)
     state = tmp_path / "run"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(list(state.glob("lower_level_*/result.json"))) < 5:
-        time.sleep(0.2)
+    while first.poll() is None and time.monotonic() < deadline and len(list(state.glob("lower_level_*"))) < 6:
+        time.sleep(0.1)
     assert first.poll() is None, "the driver ended before it could be killed"
     first.kill()
     first.wait()
     restored = tune.Tuner.restore(str(state), trainable=lower_level_trainable(Parabola()))
     results = restored.fit()
-    assert len(results) == 12
+    assert len(results) == 9
     assert not results.errors
     configs = [result.config["x"]["a"] for result in results]
-    assert len(set(configs)) == 12
+    assert len(set(configs)) == 9
     assert min(result.metrics["upper_loss"] for result in results) < 1e-2
