@@ -67,7 +67,7 @@ def fit_upper_model(
     upper = torch.tensor([t.upper for t in trainings], dtype=torch.double)
     warp = Warp.of(upper)
     slope = warp.slope(upper)
-    known = [i for i, t in enumerate(trainings) if t.hypergradient is not None]
+    known = [i for i, t in enumerate(trainings) if t.hypergradient]
     kept = [known[i] for i in nearest(x[known], near, (max_rows - len(x)) // x.shape[1])] if known else []
     gradients = {i: slope[i] * torch.tensor(trainings[i].hypergradient, dtype=torch.double) for i in kept}
     process = fit(x, warp(upper), gradients)

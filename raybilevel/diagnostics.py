@@ -34,7 +34,7 @@ class Diagnostics:
 def diagnose(state: SearchState) -> Diagnostics:
     errors = [abs(t.proposal.predicted_value - t.value) for t in state.done if t.proposal.predicted_value is not None]
     last = newest_descent(state)
-    norms = [math.hypot(*t.hypergradient) for t in state.done if t.hypergradient is not None]
+    norms = [math.hypot(*t.hypergradient) for t in state.done if t.hypergradient]
     return Diagnostics(
         value_error=errors[-1] if errors else None,
         typical_value_error=median(errors) if errors else None,
@@ -53,7 +53,7 @@ def agreement(state: SearchState) -> float | None:
     """Correlation through the origin of promised and trained changes of F, each relative to the step it belongs to."""
     promised, trained = [], []
     for start, end in neighbours(state):
-        if start.hypergradient is None:
+        if not start.hypergradient:
             continue
         step = [b - a for a, b in zip(start.unit, end.unit, strict=True)]
         length = math.hypot(*step)

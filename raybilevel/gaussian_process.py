@@ -28,7 +28,6 @@ from gpytorch.priors import LogNormalPrior, NormalPrior
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor, nn
 
-
 NUGGET = 1e-9
 
 

@@ -43,7 +43,8 @@ class Training:
     value, upper:  f and F at the trained weights.
     gradient:      df/dx there, shape (d,), in the unit cube.
     passes:        what it cost, in gradient evaluations of f.
-    hypergradient: dF(x, y*(x))/dx there from an upper-level step, shape (d,), in the unit cube.
+    hypergradient: dF(x, y*(x))/dx there from an upper-level step, shape (d,), in the unit cube; empty where the step
+        found none.
     """
 
     index: int

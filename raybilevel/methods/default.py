@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ from raybilevel.acquisition import (
     largest_deviation,
     minimise_in_box,
 )
-from raybilevel.errors import ConfigError
+from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.levels import Levels
 from raybilevel.methods.base import LoadCheckpoint, UpperResult, UpperStep
 from raybilevel.problem import BilevelProblem
@@ -26,6 +27,7 @@ from raybilevel.trust_region import TrustRegion, TrustRegionRule
 from raybilevel.upper_level import Hypergradient, TrainedPoint, hypergradient, joint_descent
 from raybilevel.value_function import ValueFunction, fit_value_function
 
+logger = logging.getLogger(__name__)
 
 SAME = 1e-3
 
@@ -152,12 +154,13 @@ class Default:
 
     @staticmethod
     def _next_start(state: SearchState, running: tuple[UpperStep, ...]) -> int | None:
-        """The best training outside every region; after the first region, only one that exploration has found."""
+        """The best training outside every region. When the last open region has been left, the box is explored once
+        more first: None until a point from outside is the newest."""
         begun = {t.proposal.region for t in state.trainings} | {step.region for step in running}
+        left = bool(begun - {None}) and not any(step.region is not None for step in running)
+        if left and state.done[-1].proposal.region is not None:
+            return None
         free = [t for t in state.done if t.proposal.region is None and t.index not in begun]
-        if begun - {None} and not any(step.region is not None for step in running):
-            newest = state.done[-1]
-            free = [t for t in free if t is newest or newest.proposal.region is None]
         return min(free, key=lambda t: t.upper).index if free else None
 
     @staticmethod
@@ -184,13 +187,20 @@ class Default:
             training = state.trainings[index]
             model = problem.model().to(problem.device, problem.dtype)
             model.load_state_dict(load(index)["model"])
-            here = TrainedPoint(Levels(problem, model), space, constants, torch.tensor(training.unit).double())
-            estimate = hypergradient(here, self.decrease, self.upper_share * state.passes_per_training, first)
+            levels = Levels(problem, model)
+            try:
+                here = TrainedPoint(levels, space, constants, torch.tensor(training.unit, dtype=torch.double))
+                estimate = hypergradient(here, self.decrease, self.upper_share * state.passes_per_training, first)
+            except NotFiniteError as error:
+                logger.warning("no hypergradient at training %d: %s", index, error)
+                found[index] = ()  # tried, and not to be tried again
+                passes += levels.passes
+                continue
             if index == step.centre:
                 point, descent = here, estimate
             found[index] = tuple(estimate.gradient.tolist())
             state = state.change(index, hypergradient=found[index])
-            passes += here.levels.passes
+            passes += levels.passes
             record = {"multiplier": estimate.multiplier, "violation": 0.0, "decrease": estimate.decrease}
             record["first"] = estimate.first
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
@@ -207,14 +217,14 @@ class Default:
                 passes += point.levels.passes - before
                 starts.append(joint.unit)
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
-        unit = self._propose(step, model_of_upper, centre, starts)
+        unit = snap(self._propose(step, model_of_upper, centre, starts), space)
         if not is_new(unit, step):
             # The model expects nothing better here than what is trained already: look elsewhere.
             if step.origin == "region":
                 record["settled"] = step.region
             for origin in ("global", "fill"):
                 step = replace(step, origin=origin, region=None)
-                unit = self._propose(step, model_of_upper, centre, starts)
+                unit = snap(self._propose(step, model_of_upper, centre, starts), space)
                 if is_new(unit, step):
                     break
         proposal = Proposal(
@@ -242,6 +252,11 @@ class Default:
             return expected_improvement(model, len(centre), starts, step.seed)
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
         return minimise_in_box(model, low, high, starts, self.beta + 0.25 * step.rank, step.seed)
+
+
+def snap(unit: Tensor, space: Space) -> Tensor:
+    """The point that is trained: steps of quantised hyperparameters applied."""
+    return space.encode(space.suggest(unit))
 
 
 def is_new(unit: Tensor, step: UpperStep) -> bool:

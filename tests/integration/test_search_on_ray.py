@@ -170,9 +170,7 @@ def test_points_to_evaluate_come_first(tmp_path: Path) -> None:
         ({"x": {"a": 1.0}}, "no hyperparameter"),
     ],
 )
-def test_a_space_that_cannot_be_searched_is_refused_before_any_training(
-    space: Any, words: str, tmp_path: Path
-) -> None:
+def test_a_space_that_cannot_be_searched_is_refused_before_any_training(space: Any, words: str, tmp_path: Path) -> None:
     search = BilevelSearch(Parabola())
     with pytest.raises(Exception, match=words) as caught:
         fit(search, tmp_path, 2, space)

@@ -1,0 +1,199 @@
+"""What Tune may do to a searcher, in whatever order; no cluster is needed for it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import tune
+from ray.tune.search import Searcher
+
+from raybilevel import BilevelSearch, searcher
+from raybilevel.state_file import read
+from tests.tiny_problems import Parabola
+
+SPACE: dict[str, Any] = {"x": {"a": tune.loguniform(1e-4, 1e2)}, "note": "constant", "deep": {"size": 3}}
+
+
+def ready(**options: Any) -> BilevelSearch:
+    search = BilevelSearch(Parabola(), max_concurrent=4, **options)
+    assert search.set_search_properties("upper_loss", "min", SPACE)
+    return search
+
+
+def result(upper: float = 1.0, finished: bool = True, **others: Any) -> dict[str, Any]:
+    return {
+        "upper_loss": upper, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0,
+        "lower_level_finished": finished, "trial_path": "/storage/trial", "checkpoint_dir_name": "checkpoint_000001",
+        **others,
+    }  # fmt: skip
+
+
+def test_the_space_is_set_once_and_not_changed() -> None:
+    space = copy.deepcopy(SPACE)
+    search = BilevelSearch(Parabola())
+    assert search.set_search_properties("upper_loss", "min", space)
+    assert not search.set_search_properties("upper_loss", "min", space)
+    assert set(space) == set(SPACE)
+    assert not BilevelSearch(Parabola(), space=SPACE).set_search_properties("upper_loss", "min", SPACE)
+    with pytest.raises(Exception, match="no search space"):
+        BilevelSearch(Parabola()).suggest("t")
+
+
+def test_suggestions_hold_what_is_searched_and_nothing_else() -> None:
+    suggestion = ready().suggest("t")
+    assert isinstance(suggestion, dict)
+    assert set(suggestion) == {"x"}
+    assert 1e-4 <= suggestion["x"]["a"] <= 1e2
+    assert type(suggestion["x"]["a"]) is float
+
+
+def test_results_stay_with_their_trials_in_any_order() -> None:
+    search = ready()
+    asked = {trial: search.suggest(trial) for trial in "abc"}
+    for trial, upper in (("c", 3.0), ("a", 1.0), ("b", 2.0)):
+        search.on_trial_result(trial, result(upper))
+        search.on_trial_complete(trial_id=trial, result=result(upper), error=False)
+    found = {t.upper: search.config_of(t) for t in search.state.done}
+    assert found == {1.0: asked["a"], 2.0: asked["b"], 3.0: asked["c"]}
+    assert search.checkpoint_of(search.state.done[0]) == "/storage/trial/checkpoint_000001"
+
+
+def test_late_repeated_and_unknown_events_change_nothing() -> None:
+    search = ready()
+    search.suggest("a")
+    search.on_trial_complete("a", result(1.0))
+    before = search.state
+    search.on_trial_complete("a", result(5.0))
+    search.on_trial_complete("a", error=True)
+    search.on_trial_complete("never suggested", result(0.0))
+    search.on_trial_result("never suggested", result(0.0))
+    assert search.state == before
+    assert search.suggest("a") is not None  # a known id gets its own configuration again
+
+
+@pytest.mark.parametrize(
+    ("last", "error", "status"),
+    [
+        (None, True, "failed"),
+        (None, False, "failed"),  # stopped while pending
+        (result(float("nan")), False, "failed"),
+        (result(float("inf")), False, "failed"),
+        (result(1.0, lower_loss=float("nan")), False, "failed"),
+        ({"score": 1.0}, False, "failed"),  # another trainable
+        (result(1.0, finished=False), False, "stopped"),
+        (result(1.0), False, "done"),
+    ],
+)
+def test_how_a_trial_can_end(last: dict[str, Any] | None, error: bool, status: str) -> None:
+    search = ready()
+    search.suggest("a")
+    search.on_trial_complete("a", last, error=error)
+    assert search.state.trainings[0].status == status
+
+
+def test_the_gradient_is_turned_into_the_unit_cube() -> None:
+    search = ready()
+    suggestion = search.suggest("a")
+    search.on_trial_complete("a", result())
+    # d f / d unit = df/dx * x * ln(high / low), with six decades
+    assert search.state.done[0].gradient[0] == pytest.approx(0.25 * suggestion["x"]["a"] * 13.815510557964274)
+
+
+def test_it_pickles_before_and_after_set_up() -> None:
+    assert pickle.loads(pickle.dumps(BilevelSearch(Parabola()))).state.trainings == ()
+    search = ready()
+    search.suggest("a")
+    copied = pickle.loads(pickle.dumps(search))
+    assert repr(copied.state) == repr(search.state)  # NaN is not equal to itself
+    assert copied.suggest("b") == search.suggest("b")
+
+
+def test_a_fresh_searcher_goes_on_where_a_saved_one_stood(tmp_path: Path) -> None:
+    search = ready(seed=5)
+    for trial in "ab":
+        search.suggest(trial)
+    search.on_trial_complete("a", result(1.0))
+    search.save_to_dir(str(tmp_path), "session")
+    fresh = BilevelSearch(Parabola())
+    fresh.restore_from_dir(str(tmp_path))
+    assert repr(fresh.state) == repr(search.state)
+    assert fresh.suggest("c") == search.suggest("c")
+    fresh.on_trial_complete("b", result(2.0))  # in flight when it was saved
+    assert [t.upper for t in fresh.state.done] == [1.0, 2.0]
+    assert fresh.metric == "upper_loss"
+    assert fresh.constants == {"note": "constant", "deep": {"size": 3}}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "tampered", "another method"])
+def test_a_state_that_cannot_be_used_is_reported_and_not_raised(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = ready(method="paper") if damage == "another method" else ready()
+    search.suggest("a")
+    path = tmp_path / "state"
+    search.save(str(path))
+    text = path.read_text()
+    if damage == "truncated":
+        path.write_text(text[:-20])
+    if damage == "tampered":
+        path.write_text(text.replace("pending", "failed"))
+    fresh = BilevelSearch(Parabola())
+    with caplog.at_level(logging.ERROR):
+        fresh.restore(str(path))  # Tune would go on with a single trial if this raised
+    assert "begins anew" in caplog.text
+    assert fresh.set_search_properties("upper_loss", "min", SPACE)
+
+
+def test_a_trial_that_nobody_resumes_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = BilevelSearch(Parabola(), max_concurrent=1)
+    search.set_search_properties("upper_loss", "min", SPACE)
+    lost = search.suggest("lost")
+    search.save(str(tmp_path / "state"))
+    fresh = BilevelSearch(Parabola())
+    fresh.restore(str(tmp_path / "state"))
+    monkeypatch.setattr(searcher, "SECONDS_OF_SILENCE", 0.0)
+    assert fresh.suggest("new")["x"]["a"] == pytest.approx(lost["x"]["a"])
+    fresh.on_trial_complete("lost", result(1.0))  # it was alive after all: nothing that is observed is lost
+    assert len(fresh.state.done) == 1
+
+
+def test_points_known_from_elsewhere_inform_the_search() -> None:
+    search = BilevelSearch(Parabola(), max_concurrent=1)
+    search.add_evaluated_point({"x/a": 0.5}, 0.7)  # before the space is known, and flat
+    search.set_search_properties("upper_loss", "min", SPACE)
+    search.add_evaluated_point({"x": {"a": 0.1}}, 0.1)
+    search.add_evaluated_point({"x": {"a": 0.2}}, 0.0, error=True)
+    assert [t.upper for t in search.state.measured] == [0.7, 0.1]
+    assert search.state.best is None  # no trained weights are known there
+
+
+def test_the_paper_s_method_finishes_by_itself() -> None:
+    search = ready(method="paper")
+    trials = [str(number) for number in range(5)]
+    assert [search.suggest(trial)["x"]["a"] for trial in trials] == pytest.approx([1e-4, 10**-2.5, 0.1, 10**0.5, 100])
+    from dataclasses import replace
+
+    from raybilevel.search_state import StepRecord
+
+    optimizer = search._ready()
+    for trial in trials:
+        optimizer.tell(trial, None)
+    steps = tuple(StepRecord(number, 0, 1.0) for number in range(5))
+    optimizer.state = replace(optimizer.state, steps=steps)
+    assert search.suggest("one more") == Searcher.FINISHED
+
+
+def test_the_saved_state_is_named_fields(tmp_path: Path) -> None:
+    search = ready()
+    search.suggest("a")
+    search.on_trial_complete("a", result(1.0))
+    search.save(str(tmp_path / "state"))
+    saved = read(tmp_path / "state")
+    assert saved.state == search.state
+    assert saved.trials == {"a": 0}
+    assert [p.name for p in saved.parameters] == ["x/a"]
