@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all check format clean
+.PHONY: setup run test test-all bench-algorithm check format clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,11 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Ours against black-box searchers and implicit gradients: records, table and figures in OUT; resumable.
+bench-algorithm: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python -m raybilevel.benchmark configs/bench/algorithm.yaml --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -88,7 +88,9 @@ def run(
             view.close()
         if len(searcher.state.told) < config.search.trainings and not searcher.exhausted:
             # On SIGINT Tune saves and returns as if all were done.
-            raise InterruptedRunError(f"stopped after {len(searcher.state.told)} of {config.search.trainings} trainings")
+            raise InterruptedRunError(
+                f"stopped after {len(searcher.state.told)} of {config.search.trainings} trainings"
+            )
         results = trial_results(searcher, analysis)
         best = searcher.method.incumbent(searcher.state)
         test_loss_refit = None

@@ -7,6 +7,7 @@ model like any other.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -200,9 +201,20 @@ def fit(
     chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max_rows)).round().long()
     model = DerivativeGP(rows[chosen], targets[chosen], x.shape[-1], ard)
     marginal = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
-    with exact(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", OptimizationWarning)  # an iteration limit is not a failure here
-        fit_gpytorch_mll_scipy(marginal, bounds=model.bounds(), options={"maxiter": max_iterations})
+    start = copy.deepcopy(model.state_dict())
+    found: list[tuple[float, dict[str, Tensor]]] = []
+    # Derivatives are exact or they are not: the likelihood has an optimum for each, far apart. The second fit starts
+    # where they are all noise.
+    for believed in (True, False) if gradients else (True,):
+        model.load_state_dict(start)
+        if not believed:
+            noise = targets[len(x) :].square().mean().clamp(1e-6, 10.0)
+            model.likelihood.noise_covar.initialize(raw_derivative_noise=noise.log())
+        with exact(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", OptimizationWarning)  # an iteration limit is not a failure here
+            result = fit_gpytorch_mll_scipy(marginal, bounds=model.bounds(), options={"maxiter": max_iterations})
+        found.append((float(result.fval), copy.deepcopy(model.state_dict())))
+    model.load_state_dict(min(found, key=lambda pair: pair[0])[1])
     model.eval()
     if len(chosen) < len(rows):
         model.set_train_data(rows, targets, strict=False)

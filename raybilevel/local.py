@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from raybilevel.lower_level import TrainedLowerLevel, load_checkpoint, train
 from raybilevel.optimizer import BilevelOptimizer, Observation
 from raybilevel.problem import BilevelProblem
 from raybilevel.space import Space, flatten, nest
+
+logger = logging.getLogger(__name__)
 
 
 def observe(space: Space, config: Mapping[str, Any], trained: TrainedLowerLevel) -> Observation:
@@ -29,9 +32,15 @@ def search(
     checkpoints: dict[int, bytes] = {}
     while optimizer.state.cost < cost and not optimizer.exhausted:
         while (step := optimizer.plan()) is not None:
-            result = optimizer.method.run(
-                problem, space, constants, step, lambda index: load_checkpoint(checkpoints[index]), optimizer.memory
-            )
+            result = None
+            try:
+                result = optimizer.method.run(
+                    problem, space, constants, step, lambda index: load_checkpoint(checkpoints[index]), optimizer.memory
+                )
+            except NotFiniteError as error:
+                logger.error(
+                    "upper-level step %d failed; a space-filling point takes its place: %s", step.number, error
+                )
             optimizer.tell_step(step.number, result)
         trial = str(len(optimizer.state.trainings))
         asked = optimizer.ask(trial)

@@ -53,7 +53,6 @@ class BilevelOptimizer:
         self.state = SearchState()
         self.trials: dict[str, int] = {}
         self.running: dict[int, UpperStep] = {}
-        self.lost: set[int] = set()
         self.memory: bytes | None = None
         given = [Proposal(tuple(space.encode(point).tolist()), "given") for point in points]
         design = method.start_design(space.dimension, slots, seed)
@@ -63,13 +62,18 @@ class BilevelOptimizer:
         """The hyperparameters to train next, nested as the space is; None while there are none."""
         if trial in self.trials:
             return self.config(trial)
+        if not self.queue and not (self.state.done or self.state.pending or self.running or self.exhausted):
+            # The whole start design failed: no method can plan from nothing.
+            self._fill(self.seed + len(self.state.trainings))
         if not self.queue:
             return None
-        # The step of a quantised hyperparameter moves the point: keep the one that is trained.
         proposal = self.queue.popleft()
-        exact = self.space.encode(self.space.suggest(torch.tensor(proposal.unit, dtype=torch.double)))
+        unit = torch.tensor(proposal.unit, dtype=torch.double)
+        trained = self.space.encode(self.space.suggest(unit))
+        if (trained - unit).abs().max() > 1e-9:  # the step of a quantised hyperparameter moved it
+            proposal = replace(proposal, unit=tuple(trained.tolist()))
         self.trials[trial] = len(self.state.trainings)
-        self.state = self.state.add(replace(proposal, unit=tuple(exact.tolist())))
+        self.state = self.state.add(proposal)
         return self.config(trial)
 
     def config(self, trial: str) -> dict[str, Any]:
@@ -92,10 +96,9 @@ class BilevelOptimizer:
         A result whose numbers are not all finite counts as a failure.
         """
         index = self.trials.get(trial)
-        if index is None or self.state.trainings[index].status != "pending":
+        if index is None or self.state.trainings[index].finished >= 0:
             return
-        self.lost.discard(index)
-        finished = len(self.state.trainings) - len(self.state.pending)
+        finished = len(self.state.told)
         if observation is None or not observation.finite:
             self.state = self.state.change(index, status="failed", finished=finished)
             return
@@ -121,7 +124,7 @@ class BilevelOptimizer:
 
         Trainings asked, proposals waiting and steps running together never exceed the slots.
         """
-        if self.queue or len(self.live) + len(self.running) >= self.slots:
+        if self.queue or len(self.state.pending) + len(self.running) >= self.slots:
             return None
         step = self.method.plan(self.state, tuple(self.running.values()), self.slots, self.seed)
         if step is not None:
@@ -134,9 +137,8 @@ class BilevelOptimizer:
         if step is None:
             return
         if result is None:
-            unit = tuple(sobol_points(self.space.dimension, 1, step.seed)[0].tolist())
             self._record(StepRecord(number, step.centre, 0.0, failed=True))
-            self.queue.append(Proposal(unit, "fill"))
+            self._fill(step.seed)
             return
         for index, gradient in result.hypergradients.items():
             self.state = self.state.change(index, hypergradient=tuple(gradient))
@@ -147,22 +149,21 @@ class BilevelOptimizer:
             self.queue.append(result.proposal)
 
     def _record(self, record: StepRecord) -> None:
-        record = replace(record, finished=len(self.state.trainings) - len(self.state.pending))
+        record = replace(record, finished=len(self.state.told))
         self.state = replace(self.state, steps=(*self.state.steps, record))
 
-    @property
-    def live(self) -> tuple[Training, ...]:
-        """Trainings under way, less those given up by `lose`."""
-        return tuple(t for t in self.state.pending if t.index not in self.lost)
+    def _fill(self, seed: int) -> None:
+        unit = sobol_points(self.space.dimension, 1, seed)[0]
+        self.queue.append(Proposal(tuple(unit.tolist()), "fill"))
 
     def lose(self, trial: str) -> None:
         """Give up a trial that nobody runs any more: its point is asked again; a late result still counts."""
         index = self.trials[trial]
-        if self.state.trainings[index].status == "pending" and index not in self.lost:
-            self.lost.add(index)
+        if self.state.trainings[index].status == "pending":
+            self.state = self.state.change(index, status="lost")
             self.queue.appendleft(self.state.trainings[index].proposal)
 
     @property
     def exhausted(self) -> bool:
         """Nothing is under way and the method has nothing more to propose."""
-        return not (self.queue or self.running or self.live) and self.method.exhausted(self.state)
+        return not (self.queue or self.running or self.state.pending) and self.method.exhausted(self.state)

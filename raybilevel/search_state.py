@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-Status = Literal["pending", "done", "stopped", "failed"]
+Status = Literal["pending", "done", "stopped", "failed", "lost"]
 Origin = Literal["start", "given", "region", "global", "fill", "unknown"]
 Unit = tuple[float, ...]
 
@@ -38,7 +38,8 @@ class Proposal:
 class Training:
     """One lower-level training, from its proposal on.
 
-    status:   "stopped" is a training that a scheduler ended early: it has an F, but says nothing of v.
+    status:   "stopped" is a training that a scheduler ended early: it has an F, but says nothing of v;
+              "lost" one that nobody runs any more, whose point was asked again.
     finished: the order in which results came in, 0, 1, ...; -1 while pending.
     value, upper:  f and F at the trained weights.
     gradient:      df/dx there, shape (d,), in the unit cube.
@@ -102,7 +103,7 @@ class SearchState:
     @property
     def told(self) -> tuple[Training, ...]:
         """Trainings that ended, in whatever way, in the order in which they did."""
-        return tuple(sorted((t for t in self.trainings if t.status != "pending"), key=lambda t: t.finished))
+        return tuple(sorted((t for t in self.trainings if t.finished >= 0), key=lambda t: t.finished))
 
     @property
     def done(self) -> tuple[Training, ...]:
@@ -146,6 +147,11 @@ class SearchState:
             if told:
                 trainings[min(step.finished, len(told) - 1)] += step.passes / unit
         return list(itertools.accumulate(trainings))
+
+    @property
+    def failed_steps_in_a_row(self) -> int:
+        """How many of the newest upper-level steps failed."""
+        return len(list(itertools.takewhile(lambda step: step.failed, reversed(self.steps))))
 
     def add(self, proposal: Proposal) -> SearchState:
         return replace(self, trainings=(*self.trainings, Training(len(self.trainings), proposal)))

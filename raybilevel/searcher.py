@@ -102,7 +102,6 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._checkpoints: dict[int, str] = {}
         self._early: list[tuple[Mapping[str, Any], float | None]] = []
         self._restored_at: float | None = None
-        self._failed_in_a_row = 0
         self._idle_since = time.monotonic()
         self._tasks: dict[int, ray.ObjectRef] = {}
         self._shared: ray.ObjectRef | None = None
@@ -139,7 +138,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._launch()
         if optimizer.exhausted:
             return str(Searcher.FINISHED)
-        if not optimizer.live and self._tasks:
+        if not optimizer.state.pending and self._tasks:
             # With no live trial Tune sleeps a second after a None; a step that is nearly done is worth a wait.
             self._collect(timeout=0.9)
             self._warn_of_starvation()
@@ -352,18 +351,18 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         ready, _ = ray.wait(list(self._tasks.values()), num_returns=1 if timeout else len(self._tasks), timeout=timeout)
         for number in [number for number, task in self._tasks.items() if task in ready]:
             result: UpperResult | None = None
+            failure: Exception | None = None
             try:
                 result = ray.get(self._tasks.pop(number))
-                self._failed_in_a_row = 0
             except ray.exceptions.RayError as error:
-                self._failed_in_a_row += 1
                 logger.error("upper-level step %d failed; a space-filling point takes its place: %s", number, error)
-                if self._failed_in_a_row >= FAILED_STEPS_IN_A_ROW:
-                    raise RaybilevelError(
-                        f"{FAILED_STEPS_IN_A_ROW} upper-level steps in a row failed; the search would be a random one. "
-                        f"The last error: {error}"
-                    ) from error
+                failure = error
             self._ready().tell_step(number, result)
+            if self.state.failed_steps_in_a_row >= FAILED_STEPS_IN_A_ROW:
+                raise RaybilevelError(
+                    f"{FAILED_STEPS_IN_A_ROW} upper-level steps in a row failed; the search would be a random one. "
+                    f"The last error: {failure}"
+                ) from failure
 
     def _warn_of_starvation(self) -> None:
         if self._tasks and time.monotonic() - self._idle_since > SECONDS_OF_SILENCE:
@@ -381,7 +380,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._restored_at = None
         optimizer = self._ready()
         by_index = {index: trial for trial, index in optimizer.trials.items()}
-        for training in optimizer.live:
+        for training in optimizer.state.pending:
             logger.warning("trial %s was not resumed; its point is trained again", by_index[training.index])
             optimizer.lose(by_index[training.index])
 

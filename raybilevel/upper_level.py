@@ -131,7 +131,7 @@ def hypergradient(
     move: Tensors = [torch.zeros_like(w) for w in point.trained]
     while True:
         # In units of the Cauchy step and its decrease, value, gradient and variables of the descent are of order one.
-        step, gain = 1 / (multiplier * curvature), squared / (multiplier * curvature)
+        step, gain = math.sqrt(squared) / (multiplier * curvature), squared / (multiplier * curvature)
         evaluations = int((max_passes - (point.levels.passes - begun)) / point.evaluation_passes)
 
         def merit(scaled: Tensors, multiplier: float = multiplier, step: float = step, gain: float = gain) -> Merit:
@@ -164,7 +164,7 @@ def _curvature(point: TrainedPoint, squared: float) -> float:
     """<g, H g> / <g, g> of f along g = dF/dy at the trained weights, by one difference of gradients."""
     size = math.sqrt(sum(w.double().square().sum().item() for w in point.trained))
     root = math.sqrt(torch.finfo(point.trained[0].dtype).eps)
-    step = root * max(1.0, size) / math.sqrt(squared)
+    step = root * (size or 1.0) / math.sqrt(squared)
     moved = point.lower(point.unit, [step * g for g in point.here.upper_gradient])[1]
     return max(inner(moved, point.here.upper_gradient) / step, 1e-12 * squared) / squared
 
@@ -220,6 +220,8 @@ def joint_descent(
     It begins at (x_i, y_m) with the multiplier and the slack of the descent at fixed x, where these already solve the
     problem in y: no multiplier has to be guessed. v_hat is shifted to be exact at x_i.
     """
+    if start.multiplier == 0:  # F does not depend on y: there is nothing to weigh
+        return JointDescent(point.unit, MultiplierState(0.0, 1.0, 0.0))
     method = OneSided()
     low, high = (point.unit - radius).clamp(0, 1), (point.unit + radius).clamp(0, 1)
     middle, half = (low + high) / 2, (high - low) / 2

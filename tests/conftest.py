@@ -1,23 +1,17 @@
-"""Settings of the whole suite. Shared problems lie in `problems_for_tests.py`, next to this file."""
+"""Settings of the whole suite."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import torch
 from hypothesis import settings
 
-# pytest's importlib mode puts nothing on the path, so the shared problems would not be importable.
-sys.path.insert(0, str(Path(__file__).parent))
-
 # The problems are tiny: more threads cost more than they give, and one gives the same sums everywhere.
 torch.set_num_threads(1)
-
-# No deadline: the machine is shared, so times say nothing. Derandomised: a run is repeatable.
-settings.register_profile("raybilevel", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("raybilevel")
 
 # linear_operator builds sparse matrices, at which torch warns once a process unless told whether to check them: the
 # first test to do so would fail, whichever it is.
 torch.sparse.check_sparse_tensor_invariants.disable()
+
+# No deadline: the machine is shared, so times say nothing. Derandomised: a run is repeatable.
+settings.register_profile("raybilevel", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("raybilevel")

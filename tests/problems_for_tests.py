@@ -36,9 +36,6 @@ class Ridge(BilevelProblem):
     optimizer: builds the optimizer; L-BFGS to rounding unless given.
     """
 
-    dtype = torch.double
-    epochs = 1
-
     def __init__(
         self,
         dimension: int = 3,
@@ -154,7 +151,7 @@ class Logistic(Ridge):
         inputs, targets = self.lower
         return nn.functional.softplus(-targets.sign() * (inputs @ y)).mean() + (x * y.square()).sum() / 2
 
-    def F(self, y: Tensor) -> Tensor:
+    def F(self, y: Tensor) -> Tensor:  # noqa: N802
         inputs, targets = self.upper
         return nn.functional.softplus(-targets.sign() * (inputs @ y)).mean()
 
@@ -197,12 +194,18 @@ class Formula(BilevelProblem):
     """
 
     dtype = torch.double
-    epochs = 1
 
     def __init__(
-        self, dimension: int, weights: int, f: Callable[[Tensor, Tensor], Tensor], F: Callable[[Tensor], Tensor]
+        self,
+        dimension: int,
+        weights: int,
+        f: Callable[[Tensor, Tensor], Tensor],
+        F: Callable[[Tensor], Tensor],
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] = exact_optimizer,
+        epochs: int = 1,
     ) -> None:
         self.dimension, self.weights, self.f, self.F = dimension, weights, f, F
+        self.make_optimizer, self.epochs = optimizer, epochs
 
     def model(self) -> nn.Module:
         return nn.Linear(self.weights, 1, bias=False)
@@ -218,7 +221,7 @@ class Formula(BilevelProblem):
         return [torch.ones(1)]
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return exact_optimizer(model)
+        return self.make_optimizer(model)
 
     @property
     def space(self) -> Space:

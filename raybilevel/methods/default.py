@@ -139,7 +139,7 @@ class Default:
         promised = last.proposal.predicted_upper
         beaten = len(members) >= 3 and centre.upper > upper[0] and (promised is None or promised > upper[0])
         before = min([state.trainings[region.began].upper, *(t.upper for t in members[:-1])])
-        settled = promised is not None and before - promised < gain and before - last.upper < gain
+        settled = promised is not None and 0 <= before - promised < gain and before - last.upper < gain
         return beaten or settled
 
     @staticmethod
@@ -242,8 +242,8 @@ class Default:
         last = next((s for s in reversed(state.steps) if s.first is not None and s.decrease is not None), None)
         if last is None or last.first is None or last.decrease is None:
             return 10.0
-        factor = min(2.0, max(0.5, last.decrease / self.decrease))
-        return min(100.0, max(3.0, last.first * factor))
+        factor = min(4.0, max(0.25, last.decrease / self.decrease))
+        return min(1000.0, max(3.0, last.first * factor))
 
     def _propose(self, step: UpperStep, model: UpperModel, centre: Tensor, starts: list[Tensor]) -> Tensor:
         if step.origin == "fill":

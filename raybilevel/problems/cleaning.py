@@ -27,7 +27,7 @@ class GroupedBatch(NamedTuple):
 
 
 class HyperCleaning(Logistic):
-    """f = mean_i weight_g(i) * cross-entropy_i + decay |W|^2 / 2, a weight in [0, 1] for each group g of training images.
+    """f = mean_i weight_g(i) * cross-entropy_i + decay |W|^2 / 2, a weight in [0, 1] per group g of training images.
 
     The share of wrong labels rises from 0 in the first group to `wrong` in the last. F is the cross-entropy on clean
     validation images. A refit takes these in with weight 1.

@@ -20,12 +20,8 @@ from raybilevel.space import Parameter, Space
 
 ORIGIN = "take it from https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html"
 # Digests of the unpacked files.
-TRAIN = Published(
-    "a9a", 2_329_875, "sha256:f5d5ffd8d865ff41328e7ee043e4b020816914ff6843ff15b98905ddbedce906", ORIGIN
-)
-TEST = Published(
-    "a9a.t", 1_164_628, "sha256:1f448a153f0320399a7e40836eb207655b0bde0f21fc941cc472193daa9f5de9", ORIGIN
-)
+TRAIN = Published("a9a", 2_329_875, "sha256:f5d5ffd8d865ff41328e7ee043e4b020816914ff6843ff15b98905ddbedce906", ORIGIN)
+TEST = Published("a9a.t", 1_164_628, "sha256:1f448a153f0320399a7e40836eb207655b0bde0f21fc941cc472193daa9f5de9", ORIGIN)
 FEATURES, EXAMPLES = 123, 32_561
 
 

@@ -102,4 +102,5 @@ class Ridge(BilevelProblem):
 def solve(x: Tensor, target: Tensor, decay: Tensor) -> Tensor:
     """The minimiser of f in closed form, shape (features, 1), for a decay per feature."""
     gram = x.T @ x / len(x) + torch.diag(decay)
-    return torch.linalg.solve(gram, x.T @ target / len(x))
+    weights: Tensor = torch.linalg.solve(gram, x.T @ target / len(x))
+    return weights

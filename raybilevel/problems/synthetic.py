@@ -52,7 +52,7 @@ class SeveralOptima(Analytic):
 
     sharpness = 30.0
 
-    def __init__(self, dimension: int = 2, wells: int = 5, rise: float = 0.08, seed: int = 0) -> None:
+    def __init__(self, dimension: int = 2, wells: int = 5, rise: float = 0.08, seed: int = 2) -> None:
         if dimension < 1 or not 1 <= wells <= 16:
             raise ConfigError(f"dimension must be at least 1 and wells from 1 to 16, got {dimension} and {wells}")
         self.dimension, self.wells, self.rise, self.seed = dimension, wells, rise, seed
@@ -74,14 +74,16 @@ class SeveralOptima(Analytic):
         shape = (self.wells, self.dimension, self.dimension)
         rotation = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.double)).Q
         eigenvalues = 1 + 3 * torch.rand(shape[:2], generator=generator, dtype=torch.double)
-        return rotation * eigenvalues.unsqueeze(1) @ rotation.transpose(1, 2)
+        curvatures: Tensor = rotation * eigenvalues.unsqueeze(1) @ rotation.transpose(1, 2)
+        return curvatures
 
     def value(self, y: Tensor) -> Tensor:
         """F at y, shape (d,) -> ()."""
         offset = y - self.centres
         wells = torch.einsum("ki,kij,kj->k", offset, self.curvatures, offset) / 2
         heights = self.rise * torch.arange(self.wells, dtype=torch.double)
-        return 1 - torch.logsumexp(-self.sharpness * (heights + wells), 0) / self.sharpness
+        value: Tensor = 1 - torch.logsumexp(-self.sharpness * (heights + wells), 0) / self.sharpness
+        return value
 
     @cached_property
     def minimiser(self) -> Tensor:
@@ -107,7 +109,7 @@ class SeveralOptima(Analytic):
 
 
 class ManyMinimisers(Analytic):
-    """f = |B y - x|^2 / 2 with more weights y than x pins: B, shape (2, n), and N, its complement, have orthonormal rows.
+    """f = |B y - x|^2 / 2 with more weights y than x pins; B, shape (2, n), and N, its complement, are orthonormal.
 
         F = 0.1 + |B y - e|^2 / 2 + |N y - P B y|^2 / 2
 
@@ -135,18 +137,21 @@ class ManyMinimisers(Analytic):
         """The lowest F at weights trained from y = 0: the least of a quadratic in x."""
         hessian = torch.eye(2, dtype=torch.double) + self.coupling.T @ self.coupling
         x = torch.linalg.solve(hessian, self.target)
-        return self.best + ((x - self.target).square().sum() + (self.coupling @ x).square().sum()).item() / 2
+        distance = (x - self.target).square().sum() + (self.coupling @ x).square().sum()
+        return self.best + float(distance) / 2
 
     def model(self) -> nn.Module:
         return Point(self.weights)
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Tensor) -> Tensor:
-        return (self.pinned @ model.get_parameter("y") - self.x(hyperparameters)).square().sum() / 2
+        loss: Tensor = (self.pinned @ model.get_parameter("y") - self.x(hyperparameters)).square().sum() / 2
+        return loss
 
     def upper_loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         pinned = self.pinned @ model.get_parameter("y")
         free = self.free @ model.get_parameter("y")
-        return self._optimistic(pinned) + (free - self.coupling @ pinned).square().sum() / 2
+        loss: Tensor = self._optimistic(pinned) + (free - self.coupling @ pinned).square().sum() / 2
+        return loss
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return {"optimistic_loss": self._optimistic(self.pinned @ model.get_parameter("y")).item()}

@@ -121,7 +121,7 @@ def test_suggest_answers_quickly_while_trials_are_live(tmp_path: Path) -> None:
     inner = search.suggest
 
     def timed(trial_id: str) -> Any:
-        live = bool(search._ready().live)
+        live = bool(search.state.pending)
         start = time.process_time()
         answer = inner(trial_id)
         times.append((live, time.process_time() - start))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems_for_tests import vector
 from raybilevel.acquisition import (
     UpperModel,
     Warp,
@@ -17,8 +16,7 @@ from raybilevel.acquisition import (
 )
 from raybilevel.search_state import Proposal, Training
 from raybilevel.space import sobol_points
-
-EVERYWHERE = vector(0.5, 0.5)
+from tests.problems_for_tests import vector
 
 
 def bowl(x: Tensor) -> Tensor:
@@ -92,13 +90,14 @@ def test_the_model_gives_f_back_in_its_own_units(gradients: bool):
         assert model.mean(point) == pytest.approx(upper.item(), abs=1e-2)  # F spreads over 1 to 1.9
 
 
-def test_hypergradients_make_it_better():
+@pytest.mark.parametrize("count", [6, 8])
+def test_hypergradients_make_it_better(count: int):
     points = sobol_points(2, 30, 9)
     errors = []
     for gradients in (False, True):
-        model = model_of(2, 6, gradients)
+        model = model_of(2, count, gradients)
         found = vector(*(model.mean(p) for p in points))
-        errors.append((found - bowl(points)).abs().max().item())
+        errors.append((found - bowl(points)).abs().median().item())  # corners are extrapolated, badly by both
     assert errors[1] < 0.5 * errors[0]
 
 
@@ -132,7 +131,9 @@ def test_the_incumbent_is_the_lowest_warped_f():
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-@pytest.mark.parametrize(("low", "high"), [((0.0, 0.0), (1.0, 1.0)), ((0.5, 0.6), (0.7, 0.65)), ((0.0, 0.2), (0.1, 0.9))])
+@pytest.mark.parametrize(
+    ("low", "high"), [((0.0, 0.0), (1.0, 1.0)), ((0.5, 0.6), (0.7, 0.65)), ((0.0, 0.2), (0.1, 0.9))]
+)
 def test_minimise_in_box(low: tuple[float, ...], high: tuple[float, ...], beta: float):
     model, bottom, top = model_of(2, 6), vector(*low), vector(*high)
     starts = [vector(0.2, 0.2), vector(0.65, 0.62)]

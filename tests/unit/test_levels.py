@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from problems_for_tests import Network, Ridge, vector
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.levels import Levels, as_tensors, check_problem, lower_gradient
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level
 from raybilevel.space import Parameter, Space
+from tests.problems_for_tests import Network, Ridge, vector
 
 X = vector(0.1, 2.0, 0.5)
 ROUNDING = 1e-13  # sums of at most 30 terms of order one
@@ -199,7 +199,7 @@ def test_a_hyperparameter_that_the_lower_loss_does_not_follow_is_named(use: Call
             return super().lower_loss(model, hyperparameters, batch) + use(hyperparameters["extra"])
 
     space = Space((*Ridge().space.parameters, Parameter(("extra",), 0.0, 1.0)))
-    with pytest.raises(ProblemError, match="extra: Deaf.lower_loss does not depend on it"):
+    with pytest.raises(ProblemError, match=r"extra: Deaf\.lower_loss does not depend on it"):
         check_problem(Deaf(), space)
 
 

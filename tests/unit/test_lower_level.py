@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from problems_for_tests import Network, Ridge, vector
 from raybilevel import lower_level
 from raybilevel.errors import CheckpointError, NotFiniteError, ProblemError
 from raybilevel.lower_level import LowerLevelTraining, dump_checkpoint, load_checkpoint, refit, train
 from raybilevel.problem import BilevelProblem, Hyperparameters
+from tests.problems_for_tests import Network, Ridge, vector
 
 X = vector(0.1, 2.0, 0.5)
 NETWORK = {"decay": 0.01}
@@ -66,7 +66,7 @@ def test_metrics_are_the_problems_own():
     class Evaluated(Ridge):
         def evaluate(self, model: nn.Module) -> dict[str, float]:
             assert not model.training and not torch.is_grad_enabled()
-            return {"first_weight": model.get_parameter("weight")[0, 0]}  # type: ignore[dict-item]
+            return {"first_weight": model.get_parameter("weight")[0, 0]}
 
     problem = Evaluated()
     trained, _ = train(problem, problem.config(X))

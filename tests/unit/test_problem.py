@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems_for_tests import Ridge
 from raybilevel.problem import BilevelProblem, leaves, minibatches, move
+from tests.problems_for_tests import Ridge
 
 
 class Pair(NamedTuple):
@@ -20,7 +20,7 @@ BATCH = {"pair": Pair(torch.zeros(3, 2), torch.arange(3)), "list": [torch.ones(3
 
 def test_the_interface_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
-        BilevelProblem()  # type: ignore[abstract]
+        BilevelProblem()
 
 
 def test_leaves_are_the_tensors_in_order():

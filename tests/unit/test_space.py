@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from problems_for_tests import vector
 from raybilevel.errors import SpaceError
 from raybilevel.space import Parameter, Space, flatten, nest, sobol_points
+from tests.problems_for_tests import vector
 
 LINEAR = Parameter(("a",), -1.0, 3.0)
 LOG = Parameter(("b", "c"), 0.01, 100.0, log=True)

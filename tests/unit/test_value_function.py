@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from problems_for_tests import vector
 from raybilevel.search_state import Proposal, Training
 from raybilevel.space import sobol_points
 from raybilevel.value_function import fit_value_function, nearest
+from tests.problems_for_tests import vector
 
 
 def bowl(*unit: float) -> float:

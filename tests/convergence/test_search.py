@@ -1,0 +1,71 @@
+"""Whole searches, without Ray, on problems whose optimum is known on paper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raybilevel import local
+from raybilevel.methods import Default
+from raybilevel.optimizer import BilevelOptimizer
+from raybilevel.space import sobol_points
+from tests.problems_for_tests import Formula, Ridge, vector
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.15)
+
+
+class Orthogonal(Ridge):
+    """A ridge whose inputs are orthogonal, so that each weight is alone: y_j = b_j / (1 + x_j).
+
+    The validation targets are c_j = b_j / (1 + best_j) and a residual of mean square 1 that no weight explains, so
+    F = |y - c|^2 / 2 + 1/2, with its least value 1/2 at x = best.
+    """
+
+    best = vector(0.1, 1.0, 0.03)
+
+    def __init__(self) -> None:
+        super().__init__(dimension=3, optimizer=sgd, epochs=80)  # the slowest error shrinks by 0.85 an epoch
+        b = vector(2.0, -1.0, 1.0)
+        basis = torch.linalg.qr(sobol_points(4, 12, 0) - 0.5).Q * 12**0.5
+        inputs, residual = basis[:, :3], basis[:, 3]
+        self.lower = inputs, inputs @ b
+        self.upper = inputs, inputs @ (b / (1 + self.best)) + residual
+
+
+def test_the_paper_is_right():
+    problem = Orthogonal()
+    y = problem.solution(problem.best)
+    assert problem.F(y).item() == pytest.approx(0.5, abs=1e-12)
+    unit = vector(*(p.encode(x) for p, x in zip(problem.space.parameters, problem.best.tolist(), strict=True)))
+    assert torch.autograd.functional.jacobian(problem.reduced, unit).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_ridge_with_a_decay_for_each_weight(seed: int):
+    problem = Orthogonal()
+    search = BilevelOptimizer(problem.space, Default(), seed)
+    local.search(problem, search, cost=16)
+    best = search.state.best
+    # the median of random points is 0.2 above the optimum, the best of 200 some 0.0015
+    random = [problem.reduced(unit).item() for unit in sobol_points(3, 200, 0)]
+    assert best is not None and 0.5 - 1e-9 <= best.upper < min(random)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_parabola(seed: int):
+    # y*(x) = x, so F = 1 + (x - 0.3)^2
+    def lower(x: Tensor, y: Tensor) -> Tensor:
+        return (y - x).square().sum() / 2
+
+    def upper(y: Tensor) -> Tensor:
+        return 1 + (y - 0.3).square().sum()
+
+    problem = Formula(1, 1, lower, upper, sgd, epochs=80)
+    search = BilevelOptimizer(problem.space, Default(), seed)
+    local.search(problem, search, cost=8)
+    best = search.state.best
+    assert best is not None and len(search.state.trainings) <= 40
+    assert best.unit[0] == pytest.approx(0.3, abs=0.01)  # so F is within 1e-4

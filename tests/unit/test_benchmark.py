@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raybilevel.benchmark import records, report
+from raybilevel.benchmark.__main__ import main
+from raybilevel.benchmark.objective import BudgetSpent, Objective
+from raybilevel.benchmark.reference import ImplicitGradient
+from raybilevel.benchmark.suite import PEERS, MethodEntry, ProblemEntry, Run, execute, read_suite
+from raybilevel.errors import ConfigError, NotFiniteError
+from raybilevel.problems.ridge import Ridge
+from raybilevel.problems.synthetic import SeveralOptima
+
+BENCH = Path(__file__).parents[2] / "configs" / "bench" / "algorithm.yaml"
+
+
+def run_of(method: str, budget: float = 5, seed: int = 0, groups: int = 2, **settings: Any) -> Run:
+    problem = ProblemEntry(problem="ridge", options={"groups": groups})
+    return Run("ridge", problem, method, MethodEntry(method=method, settings=settings), seed, budget, (3, 5), None)
+
+
+def centre(dimension: int) -> torch.Tensor:
+    return torch.full((dimension,), 0.5, dtype=torch.double)
+
+
+def test_cost_counts_trainings_and_shares_of_a_training() -> None:
+    objective = Objective(problem := Ridge(2), problem.space, seed=0, budget=4)
+    objective.value(centre(2))
+    objective.charge(objective.passes_per_training / 2)
+    assert objective.cost == pytest.approx(1.5)
+    objective.value(centre(2))
+    assert [o["cost"] for o in objective.finish()] == pytest.approx([1, 2.5])
+    objective.charge(1.5 * objective.passes_per_training)
+    with pytest.raises(BudgetSpent):
+        objective.value(centre(2))
+
+
+def test_a_diverged_training_costs_one_and_counts_as_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raybilevel.benchmark import objective as module
+
+    objective = Objective(problem := Ridge(2), problem.space, seed=0, budget=9)
+    first, second = objective.value(centre(2)), objective.value(centre(2) / 2)
+
+    def diverges(*_: Any) -> None:
+        raise NotFiniteError
+
+    monkeypatch.setattr(module, "train", diverges)
+    assert objective.value(centre(2)) == max(first, second)
+    observed = objective.finish()
+    assert observed[2]["upper"] is None and observed[2]["cost"] == 3 and observed[2]["incumbent"] in (0, 1)
+
+
+def test_implicit_gradient_agrees_with_differences() -> None:
+    problem = Ridge(3)
+    objective = Objective(problem, problem.space, seed=0, budget=50)
+    unit = torch.tensor([0.3, 0.6, 0.5], dtype=torch.double)
+    _, checkpoint = objective.train(unit)
+    gradient, residual, products = ImplicitGradient(objective, unit, checkpoint, 1e-10, 5.0).gradient()
+    for i, step in enumerate(1e-4 * torch.eye(3, dtype=torch.double)):
+        difference = (objective.value(unit + step) - objective.value(unit - step)) / 2e-4
+        assert gradient[i].item() == pytest.approx(difference, rel=2e-3)  # the quotient's error at this step
+    assert residual <= 1e-10 and products <= 40
+    # One gradient of F, the products, and one for the mixed derivative.
+    assert objective.charged == 0 and objective.observed[1].extra == pytest.approx(products + 2)
+
+
+@pytest.mark.parametrize("method", [*PEERS, "default", "paper"])
+def test_every_method_keeps_to_its_budget_and_repeats_itself(method: str) -> None:
+    if method.startswith("optuna"):
+        pytest.importorskip("optuna", reason="the extra `bench` is not installed")
+    if method == "cma-es":
+        pytest.importorskip("cmaes", reason="the extra `bench` is not installed")
+    first, second = execute(run_of(method)), execute(run_of(method))
+    assert first["status"] == "done", first["error"]
+    assert [o["unit"] for o in first["observations"]] == [o["unit"] for o in second["observations"]]
+    costs = [o["cost"] for o in first["observations"]]
+    assert costs == sorted(costs) and costs[0] >= 1
+    # The last training begins below the budget, and an upper-level step may come with it.
+    assert costs[-1] < 5 + 3
+    assert {"cost", "upper", "lower", "metrics", "hyperparameters", "incumbent"} <= set(first["observations"][0])
+    assert first["versions"]["raybilevel"] and first["settings"]["seed"] == 0
+    assert json.loads(json.dumps(first)) == first
+
+
+def test_seeds_and_ablations_make_a_difference() -> None:
+    units = [[o["unit"] for o in execute(run)["observations"]] for run in (run_of("random"), run_of("random", seed=1))]
+    assert units[0] != units[1]
+    steps = execute(run_of("default", budget=9, hypergradients=False))["steps"]
+    assert steps and all(not step["hypergradients"] for step in steps)
+
+
+def test_a_failure_is_recorded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raybilevel.benchmark import suite
+
+    def fails(*_: Any) -> None:
+        raise ValueError("no such luck")
+
+    monkeypatch.setitem(suite.PEERS, "random", suite.Peer(fails))
+    record = execute(run_of("random"))
+    assert record["status"] == "failed" and "no such luck" in record["error"]
+    assert "FAILED: ValueError: no such luck" in report.markdown([record, execute(run_of("diagonal"))], (3, 5))
+
+
+def small_suite(folder: Path) -> Path:
+    path = folder / "suite.yaml"
+    path.write_text(
+        """
+budget: 4
+seeds: 2
+marks: [2, 4]
+workers: 1
+methods: {random: {method: random}, lbfgsb: {method: lbfgsb-centre}, grid: {method: grid}}
+problems:
+  ridge: {problem: ridge, options: {groups: 3}, caps: {lbfgsb: 2}}
+"""
+    )
+    return path
+
+
+def test_the_command_resumes_and_redoes_what_is_half_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = small_suite(tmp_path), tmp_path / "out"
+    arguments = [str(config), "--out", str(out)]
+    assert main(arguments) == 0
+    written = sorted(out.glob("records/ridge/*.json"))
+    assert len(written) == 4  # no grid in three dimensions
+    assert (out / "figures" / "ridge.svg").stat().st_size > 1000
+    told = capsys.readouterr().out
+    assert "| random |" in told and "(regret)" in told and (out / "table.md").read_text() in told
+    good = written[1].read_text()
+    written[0].write_text(good[: len(good) // 2])
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert f"{written[0]}: half-written" in told and "3 of them have a record" in told
+    assert records.read(written[0])["status"] == "done"
+    assert written[1].read_text() == good
+    assert (written[0].with_name(f"{written[0].name}.old1")).exists()
+
+
+def test_the_command_narrows_the_suite_and_refuses_unknown_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(small_suite(tmp_path))
+    assert main([config, "--out", str(tmp_path), "--methods", "sobol"]) == 2
+    assert "no method 'sobol' in the config; it has random, lbfgsb, grid" in capsys.readouterr().err
+    assert main([config, "--out", str(tmp_path), "--methods", "random", "--seeds", "1", "--budget", "2"]) == 0
+    (record,) = records.read_all(tmp_path)[0]
+    assert record["settings"]["budget"] == 2 and len(record["observations"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("problems: {a: {problem: ridge}}", "methods: Field required"),
+        ("methods: {}\nproblems: {a: {problem: rigde}}", "unknown problem 'rigde'"),
+        ("methods: {m: {method: tpe}}\nproblems: {}", "unknown method 'tpe'"),
+        ("methods: {m: {method: default, settings: {warp: 1}}}\nproblems: {}", "no setting 'warp'"),
+        ("methods: {m: {method: random}}\nproblems: {a: {problem: ridge, caps: {n: 1}}}", "'n'"),
+        ("speed: 1\nmethods: {}\nproblems: {}", "speed: Extra inputs"),
+    ],
+)
+def test_a_wrong_config_names_the_key(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        read_suite(path)
+
+
+def test_the_shipped_suite_is_valid_and_has_the_grid_for_one_and_two_only() -> None:
+    runs = read_suite(BENCH).runs(None)
+    assert {r.problem_name for r in runs if r.method_name == "grid"} <= {
+        "digits-1",
+        "digits-2",
+        "many-minimisers",
+        "mlp-1",
+        "mlp-2",
+        "ridge-1",
+        "several-optima-2",
+    }
+    assert len({run.path for run in runs}) == len(runs)
+
+
+def record(uppers: list[float], budget: float = 10, exhausted: bool = False) -> dict[str, Any]:
+    observations: list[dict[str, Any]] = []
+    for i, upper in enumerate(uppers):
+        best = min(range(i + 1), key=lambda j: uppers[j])
+        observations.append({"upper": upper, "cost": 2.0 * (i + 1), "incumbent": best, "metrics": {"test_loss": upper}})
+    return {
+        "observations": observations,
+        "settings": {"budget": budget, "problem": "p", "options": {}},
+        "status": "done",
+        "exhausted": exhausted,
+        "refits": {},
+        "optimum": None,
+        "space": [{}],
+        "method_name": "m",
+        "problem_name": "p",
+        "seconds": 1.0,
+    }
+
+
+def test_table_worked_out_by_hand() -> None:
+    runs = [record([3.0, 2.0]), record([4.0, 5.0])]
+    assert report.upper_at(runs[0], 1.9) is None
+    assert [report.upper_at(r, 5) for r in runs] == [2, 4]
+    assert report.upper_at(runs[0], 20) is None  # never run that far
+    assert report.upper_at(record([3.0], exhausted=True), 20) == 3
+    interval = report.Interval.of([2.0, 4.0])
+    assert interval.mean == 3 and interval.half == pytest.approx(12.706, rel=1e-4)  # t_{0.975, 1} * sqrt(2) / sqrt(2)
+    assert "3 ±1e+01 (50 %)" in report.markdown(runs, (5, 20))
+    assert report.curve(runs, 2.0) == (
+        [2, 4, 10],
+        [0.5, 1e-6, 1e-6],
+        [0.75, pytest.approx(0.5), pytest.approx(0.5)],
+        [1, 1, 1],
+    )
+
+
+def test_known_optimum_counts_as_best_seen() -> None:
+    problem = SeveralOptima(2)
+    objective = Objective(problem, problem.space, 0, 2)
+    objective.value(centre(2))
+    known = record([3.0]) | {"optimum": problem.optimum}
+    assert report.best_seen([known]) == problem.optimum

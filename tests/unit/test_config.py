@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raybilevel.config import ExperimentConfig, parse_yaml, read_config, resolved
+from raybilevel.errors import ConfigError
+from raybilevel.space import Parameter
+
+MINIMAL = """
+problem: digits
+space:
+  decay: {loguniform: [1e-6, 1.0]}
+  nested: {a: {quniform: [0, 1, 0.25]}, constant: 1e-3}
+search: {trainings: 3}
+"""
+
+
+def config_file(folder: Path, text: str = MINIMAL) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_domains_become_the_box_and_the_rest_constants(tmp_path: Path) -> None:
+    space, constants = read_config(config_file(tmp_path)).split_space()
+    assert space.parameters == (
+        Parameter(("decay",), 1e-6, 1.0, log=True),
+        Parameter(("nested", "a"), 0.0, 1.0, step=0.25),
+    )
+    assert constants == {"nested": {"constant": 1e-3}}
+
+
+def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
+    config = read_config(config_file(tmp_path))
+    assert ExperimentConfig.model_validate(parse_yaml(resolved(config))) == config
+
+
+def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
+    config = read_config(
+        config_file(tmp_path), ["search.trainings=9", "search.settings.decrease=0.1", "options={a: 2}"]
+    )
+    assert config.search.trainings == 9
+    assert config.search.settings == {"decrease": 0.1}
+    assert config.options == {"a": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "words"),
+    [
+        ("problem: digits\nspace: {}\n", None, "search: Field required"),
+        (MINIMAL.replace("trainings: 3", "trainings: 0"), None, "search.trainings"),
+        (MINIMAL.replace("trainings: 3", "trials: 3"), None, "search.trials"),
+        (MINIMAL.replace("loguniform", "lognormal"), None, "decay: unknown domain 'lognormal'"),
+        (MINIMAL.replace("[1e-6, 1.0]", "[1e-6]"), None, r"decay: loguniform takes \[low, high\]"),
+        (MINIMAL.replace("[1e-6, 1.0]", "[1, 1e-6]"), None, "decay: the lower bound"),
+        (MINIMAL.replace("[1e-6, 1.0]", "[0, 1.0]"), None, "decay: .*positive lower bound"),
+        ("problem: digits\nspace: {a: 1}\nsearch: {trainings: 1}", None, "no hyperparameter"),
+        ("- a list", None, "expected keys and values"),
+        ("a: [", None, "not a YAML file"),
+        ("!!python/object/apply:os.system ['true']", None, "not a YAML file"),
+        (MINIMAL, "search.trainings", "expected key=value"),
+        (MINIMAL, "problem.name=1", "not a group of keys"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_file(text: str, override: str | None, words: str, tmp_path: Path) -> None:
+    path = config_file(tmp_path, text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        read_config(path, [override] if override else [])
+    assert str(path) in str(caught.value) or "--set" in str(caught.value)
+
+
+def test_numbers_with_an_exponent_are_numbers() -> None:
+    assert parse_yaml("[1e-6, 1E3, -2.5e-3, 1, 0.5, e5, 1e]") == [1e-6, 1e3, -2.5e-3, 1, 0.5, "e5", "1e"]

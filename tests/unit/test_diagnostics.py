@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from raybilevel.diagnostics import agreement, diagnose, verdict
+from raybilevel.methods import make_method
+from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
+from raybilevel.space import Parameter, Space
+from raybilevel.summary import summarise
+
+
+def training(index: int, x: float, upper: float, **others: object) -> Training:
+    proposal = Proposal((x,), "region" if index else "start", 0 if index else None, predicted_upper=upper + 0.01)
+    done = Training(index, proposal, "done", index, value=2 * upper, upper=upper, gradient=(0.0,), passes=10.0)
+    return replace(done, **others)  # type: ignore[arg-type]
+
+
+def descent() -> SearchState:
+    """F = x^2 followed by exact hypergradients 2 x from 0.9 in steps of 0.2."""
+    points = [0.9, 0.7, 0.5, 0.3, 0.1]
+    trainings = tuple(training(i, x, x * x, hypergradient=(2 * x,)) for i, x in enumerate(points))
+    steps = tuple(StepRecord(i, i, passes=5.0, multiplier=float(i), violation=0.0, finished=i + 1) for i in range(4))
+    return SearchState(trainings, steps)
+
+
+def test_costs_charge_steps_where_they_ended() -> None:
+    # Trainings cost 10 passes, steps 5; a step that ended after n trainings is paid with the next one.
+    assert descent().costs() == pytest.approx([1, 2.5, 4, 5.5, 7])
+    stopped = training(1, 0.5, 1.0, status="stopped", passes=2.5)
+    failed = training(2, 0.5, math.nan, status="failed")
+    assert SearchState((training(0, 0.9, 1.0), stopped, failed)).costs() == pytest.approx([1, 1.25, 2.25])
+
+
+def test_exact_hypergradients_agree_with_trained_differences() -> None:
+    found = agreement(descent())
+    assert found is not None
+    assert found > 0.98  # not 1: the differences are finite
+    wrong = tuple(replace(t, hypergradient=(-2 * t.unit[0],)) for t in descent().trainings)
+    assert agreement(SearchState(wrong)) == pytest.approx(-found)
+    assert agreement(SearchState(wrong[:3])) is None
+
+
+def test_the_newest_descent_and_prediction_are_shown() -> None:
+    trainings = descent().trainings
+    last = replace(trainings[-1], proposal=replace(trainings[-1].proposal, predicted_value=0.05))
+    found = diagnose(replace(descent(), trainings=(*trainings[:-1], last)))
+    assert found.multiplier == 3.0
+    assert found.value_error == pytest.approx(0.05 - 0.02, abs=1e-12)
+    assert found.hypergradient_norm == pytest.approx(0.2)
+    assert diagnose(SearchState()).multiplier is None
+
+
+def test_verdicts() -> None:
+    state = descent()
+    falling = {i: t.upper for i, t in enumerate(state.trainings)}
+    rising = {i: 1 - t.upper for i, t in enumerate(state.trainings)}
+    assert verdict(SearchState(), False, {}) == "no result"
+    assert verdict(state, True, falling) == "converged"
+    assert verdict(state, False, falling) == "budget exhausted"
+    assert verdict(state, True, rising) == "validation set overfitted"
+    blind = tuple(replace(t, proposal=replace(t.proposal, predicted_upper=9.0)) for t in state.trainings)
+    assert verdict(SearchState(blind), False, {}) == "surrogate too poor"
+
+
+def test_the_summary_is_json_with_failures_in_its_history() -> None:
+    failed = training(5, 0.2, math.nan, status="failed", value=math.nan)
+    state = replace(descent(), trainings=(*descent().trainings, failed))
+    space = Space((Parameter(("a",), 0.0, 10.0),))
+    results = {4: {"test_loss": 0.5}}
+    about = {"problem": "p", "method": "default", "seed": 0}
+    summary = summarise(state, space, make_method("default"), results, {4: "/there"}, about, 0.25, 1.0)
+    again = json.loads(json.dumps(summary, allow_nan=False))
+    assert again["best"] == {
+        "hyperparameters": {"a": 1.0}, "lower_loss": pytest.approx(0.02), "upper_loss": pytest.approx(0.01),
+        "test_loss": 0.5, "test_loss_refit": 0.25, "checkpoint": "/there",
+    }  # fmt: skip
+    assert again["trainings"] == 6
+    assert again["failed_trainings"] == 1
+    assert again["history"][-1]["upper_loss"] is None
+    assert again["history"][-1]["best_upper_loss"] == pytest.approx(0.01)
+    assert set(again["versions"]) >= {"python", "ray", "torch", "botorch", "gpytorch", "numpy", "raybilevel"}

@@ -1,0 +1,369 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raybilevel.errors import ConfigError
+from raybilevel.local import observe
+from raybilevel.lower_level import load_checkpoint, train
+from raybilevel.methods import METHODS, Default, Paper, make_method
+from raybilevel.methods.base import UpperResult, UpperStep
+from raybilevel.methods.default import is_new, trusted_radius
+from raybilevel.search_state import Proposal, SearchState, Status, StepRecord, Training
+from raybilevel.space import sobol_points
+from raybilevel.upper_level import Hypergradient
+from tests.problems_for_tests import Ridge, vector
+
+METHOD = Default()
+
+
+def training(
+    index: int,
+    upper: float = 1.0,
+    unit: float | None = None,
+    region: int | None = None,
+    status: Status = "done",
+    known: bool = False,
+    predicted: float | None = None,
+) -> Training:
+    origin = "start" if region is None else "region"
+    where = 0.1 * index if unit is None else unit
+    proposal = Proposal((where,), origin, region, predicted_upper=predicted)
+    finished = -1 if status == "pending" else index
+    return Training(index, proposal, status, finished, 0.5, upper, (0.1,), 10.0, (0.2,) if known else None)
+
+
+def state(*trainings: Training, steps: int = 0) -> SearchState:
+    return SearchState(trainings, tuple(StepRecord(i, 0, 1.0) for i in range(steps)))
+
+
+def plan(
+    found: SearchState, *running: UpperStep, slots: int = 1, method: Default = METHOD, seed: int = 7
+) -> UpperStep | None:
+    return method.plan(found, running, slots, seed)
+
+
+THREE = (training(0, 3.0), training(1, 1.0), training(2, 2.0))
+
+
+# By name.
+
+
+def test_methods_by_name():
+    assert make_method("default") == Default() and make_method("paper") == Paper()
+    assert make_method("default", explore_every=3) == Default(explore_every=3)
+
+
+@pytest.mark.parametrize("name", ["defalt", "", "Default"])
+def test_an_unknown_method_names_those_there_are(name: str):
+    with pytest.raises(ConfigError, match=f"unknown method '{name}'; choose one of {', '.join(sorted(METHODS))}"):
+        make_method(name)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_unknown_setting_names_those_there_are(name: str):
+    with pytest.raises(ConfigError, match=rf"method '{name}' has no setting 'colour'; it has \w+, "):
+        make_method(name, colour="red")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"decrease": 0.0},
+        {"decrease": 11.0},
+        {"upper_share": -1.0},
+        {"joint_share": -0.1},
+        {"explore_every": 1},
+        {"max_regions": 0},
+        {"max_rows": 19},
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        make_method("default", **settings)
+
+
+# The start design.
+
+
+@pytest.mark.parametrize(
+    ("dimension", "slots", "count"), [(1, 1, 3), (1, 5, 5), (2, 1, 5), (2, 5, 5), (2, 9, 9), (20, 1, 5)]
+)
+def test_the_start_design_fills_the_slots(dimension: int, slots: int, count: int):
+    design = METHOD.start_design(dimension, slots, 0)
+    assert design.shape == (count, dimension)
+    assert design[:3].tolist() == [[u] * dimension for u in (0.5, 0.25, 0.75)]
+    assert bool(((design >= 0) & (design <= 1)).all())
+    assert torch.equal(design[3:], sobol_points(dimension, count - 3, 0))
+
+
+# When it plans and what.
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        state(),
+        state(training(0, status="pending")),
+        state(training(0, status="failed"), training(1, status="pending")),
+        state(training(0), training(1, status="pending")),
+        state(training(0), training(1), training(2, status="pending"), training(3, status="pending")),
+    ],
+)
+def test_nothing_is_planned_before_most_of_the_design_is_done(found: SearchState):
+    assert plan(found) is None
+
+
+def test_the_first_step_is_a_region_around_the_best():
+    step = plan(state(*THREE))
+    assert step is not None
+    assert (step.number, step.origin, step.centre, step.region, step.radius) == (0, "region", 1, 1, 0.2)
+    assert (step.targets, step.rank, step.seed, step.pending) == ((1,), 0, 7, ())
+
+
+def test_a_hypergradient_is_asked_for_once():
+    known = state(THREE[0], training(1, 1.0, known=True), THREE[2])
+    step = plan(known)
+    assert step is not None and step.targets == ()
+
+
+def test_a_hypergradient_that_was_not_found_is_not_asked_for_again():
+    tried = state(THREE[0], replace(THREE[1], hypergradient=()), THREE[2])
+    step = plan(tried)
+    assert step is not None and step.targets == ()
+
+
+def test_a_regions_newest_training_is_differentiated_too():
+    better = training(3, 1.2, unit=0.2, region=1, predicted=0.5)
+    step = plan(state(THREE[0], training(1, 1.0, known=True), THREE[2], better, steps=1))
+    assert step is not None
+    assert (step.centre, step.targets) == (1, (3,))
+
+
+def test_the_centre_moves_to_the_best_of_the_region():
+    better = training(3, 0.5, unit=0.2, region=1, predicted=0.5)
+    step = plan(state(*THREE, better, steps=1))
+    assert step is not None
+    assert (step.region, step.centre, step.targets) == (1, 3, (3,))
+
+
+def test_without_hypergradients_nothing_is_differentiated():
+    step = plan(state(*THREE), method=Default(hypergradients=False))
+    assert step is not None and step.targets == ()
+
+
+def test_a_target_is_claimed_by_one_step():
+    first = plan(state(*THREE), slots=1)
+    assert first is not None
+    second = plan(state(*THREE), first, slots=1)
+    assert second is not None
+    assert (second.number, second.region, second.rank, second.targets) == (1, 1, 1, ())
+
+
+def test_more_slots_open_more_regions():
+    found, running = state(*THREE), []
+    for _ in range(5):
+        step = plan(found, *running, slots=5, method=Default(max_regions=2, explore_every=100))
+        assert step is not None
+        running.append(step)
+    assert [step.region for step in running] == [1, 2, 1, 2, 1]
+    assert [step.rank for step in running] == [0, 0, 1, 1, 2]
+
+
+def test_what_is_under_way_is_told():
+    step = plan(state(*THREE, training(3, unit=0.9, status="pending")))
+    assert step is not None and step.pending == ((0.9,),)
+
+
+@pytest.mark.parametrize(
+    ("number", "origin"), [(0, "region"), (4, "region"), (5, "global"), (11, "global"), (23, "fill"), (47, "fill")]
+)
+def test_one_step_in_six_explores(number: int, origin: str):
+    step = plan(state(*THREE, steps=number))
+    assert step is not None
+    assert (step.number, step.origin, step.seed) == (number, origin, 7 + 1000 * number)
+
+
+def region_of(*members: Training) -> list[int]:
+    return [region.began for region in METHOD.open_regions(state(*THREE, *members), ())]
+
+
+def test_a_region_whose_steps_bring_nothing_is_left():
+    # the median lies 1 above the lowest F: settled below a hundredth of that
+    assert region_of(training(3, 0.5, region=1, predicted=0.5)) == [1]
+    assert region_of(training(3, 0.999, region=1, predicted=0.999)) == []
+    assert region_of(training(3, 0.999, region=1, predicted=0.5)) == [1]  # more was promised
+
+
+def test_a_region_that_cannot_beat_another_is_left():
+    members = [training(3 + i, 1.9 - 0.1 * i, region=2, predicted=1.5) for i in range(3)]
+    assert region_of(*members[:2]) == [2]
+    assert region_of(*members) == []
+
+
+def test_a_region_that_a_step_found_settled_is_left():
+    found = state(*THREE, training(3, 0.5, region=1, predicted=0.5))
+    settled = replace(found, steps=(StepRecord(0, 1, 1.0, settled=1),))
+    assert METHOD.open_regions(found, ()) != () and METHOD.open_regions(settled, ()) == ()
+    assert METHOD.converged(settled) and not METHOD.converged(found)
+
+
+def test_the_incumbent_is_the_lowest_f():
+    best = METHOD.incumbent(state(*THREE))
+    assert best is not None and best.index == 1
+    assert METHOD.incumbent(state()) is None
+    assert not METHOD.exhausted(state(*THREE))
+
+
+# What a step does.
+
+
+def trained_state(problem: Ridge, count: int) -> tuple[SearchState, Mapping[int, bytes]]:
+    found, checkpoints = SearchState(), {}
+    for i, unit in enumerate(METHOD.start_design(problem.dimension, count, 0)):
+        config = problem.space.suggest(unit)
+        trained, checkpoints[i] = train(problem, config)
+        seen = observe(problem.space, config, trained)
+        found = found.add(Proposal(tuple(unit.tolist()), "start")).change(
+            i, status="done", finished=i, value=seen.value, upper=seen.upper, gradient=seen.gradient, passes=seen.passes
+        )
+    return found, checkpoints
+
+
+def run(method: Default, step: UpperStep, problem: Ridge, checkpoints: Mapping[int, bytes]) -> UpperResult:
+    return method.run(problem, problem.space, {}, step, lambda index: load_checkpoint(checkpoints[index]))
+
+
+# With this tolerance v_hat is known well enough for a joint descent.
+JOINT = Default(joint_share=1.0, decrease=0.5)
+
+
+@pytest.mark.parametrize(("method", "error"), [(METHOD, 0.05), (JOINT, 0.5)])  # the setting `decrease`
+def test_a_region_step(method: Default, error: float):
+    problem = Ridge(dimension=2)
+    found, checkpoints = trained_state(problem, 6)
+    step = plan(found, method=method)
+    assert step is not None
+    result = run(method, step, problem, checkpoints)
+    centre, proposal = vector(*found.trainings[step.centre].unit), result.proposal
+    assert proposal is not None and (proposal.origin, proposal.region) == ("region", step.region)
+    moved = vector(*proposal.unit) - centre
+    assert 0 < moved.abs().max() <= step.radius + 1e-12
+    (index,) = result.hypergradients
+    gradient, exact = vector(*result.hypergradients[index]), torch.autograd.functional.jacobian(problem.reduced, centre)
+    assert index == step.centre
+    assert (gradient - exact).norm() < error * exact.norm()
+    assert gradient @ moved < 0  # downhill
+    assert result.record.passes > 0 and result.record.multiplier is not None
+
+
+def test_a_joint_descent_is_taken_and_charged():
+    problem = Ridge(dimension=2)
+    found, checkpoints = trained_state(problem, 6)
+    step = plan(found)
+    assert step is not None
+    alone, joint = (run(m, step, problem, checkpoints).record for m in (replace(JOINT, joint_share=0.0), JOINT))
+    assert joint.passes > alone.passes
+    assert joint.violation is not None and joint.violation >= 0
+
+
+def test_a_step_is_a_pure_function():
+    problem = Ridge(dimension=2)
+    found, checkpoints = trained_state(problem, 6)
+    step = plan(found, method=JOINT)
+    assert step is not None
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        results.append(run(JOINT, step, problem, checkpoints))
+    assert results[0] == results[1]
+
+
+class NotFinite(Ridge):
+    """Upper-level steps find no finite F: trainings look at it without gradients."""
+
+    def upper_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return super().upper_loss(model, batch) * (math.nan if torch.is_grad_enabled() else 1.0)
+
+
+def test_a_descent_that_is_not_finite_leaves_its_hypergradient_out():
+    problem = NotFinite(dimension=2)
+    found, checkpoints = trained_state(problem, 6)
+    step = plan(found)
+    assert step is not None
+    result = run(METHOD, step, problem, checkpoints)
+    assert result.hypergradients == {step.centre: ()}
+    assert result.proposal is not None and result.record.multiplier is None
+    assert result.record.passes > 0
+
+
+@pytest.mark.parametrize("origin", ["global", "fill"])
+def test_an_exploring_step_takes_no_descent(origin: str):
+    problem = Ridge(dimension=2)
+    found, checkpoints = trained_state(problem, 6)
+    step = plan(found)
+    assert step is not None
+    result = run(METHOD, replace(step, origin=origin, targets=(), region=None), problem, checkpoints)
+    assert result.proposal is not None and result.proposal.origin == origin
+    assert all(0 <= u <= 1 for u in result.proposal.unit)
+    assert (dict(result.hypergradients), result.record.passes) == ({}, 0.0)
+
+
+def test_a_proposal_is_told_with_what_is_expected_of_it():
+    problem = Ridge(dimension=2)
+    found, checkpoints = trained_state(problem, 12)
+    step = plan(found)
+    assert step is not None
+    proposal = run(METHOD, step, problem, checkpoints).proposal
+    assert proposal is not None and proposal.predicted_upper is not None and proposal.predicted_value is not None
+    unit = vector(*proposal.unit)
+    spread = max(t.upper for t in found.done) - min(t.upper for t in found.done)
+    assert proposal.predicted_upper == pytest.approx(problem.reduced(unit).item(), abs=0.1 * spread)
+    x = problem.values(unit)
+    value = problem.f(x, problem.solution(x)).item()
+    assert proposal.deviation is not None
+    assert abs(proposal.predicted_value - value) < 4 * proposal.deviation
+
+
+def test_a_step_that_would_train_the_same_again_looks_elsewhere():
+    # the only place in a region of no width is its centre
+    problem = Ridge(dimension=2)
+    found, checkpoints = trained_state(problem, 6)
+    step = plan(found)
+    assert step is not None
+    result = run(METHOD, replace(step, radius=1e-4), problem, checkpoints)
+    assert result.record.settled == step.region
+    assert result.proposal is not None and result.proposal.origin in ("global", "fill")
+    assert is_new(vector(*result.proposal.unit), step)
+
+
+@pytest.mark.parametrize(
+    ("unit", "expected"), [(0.1, False), (0.1005, False), (0.102, True), (0.9, False), (0.5, True)]
+)
+def test_what_is_new(unit: float, expected: bool):
+    step = plan(state(*THREE, training(3, unit=0.9, status="pending")))
+    assert step is not None
+    assert is_new(vector(unit), step) == expected
+
+
+class Cone:
+    """A value function that knows less the farther it is from 0.5, by coordinate 0."""
+
+    def deviation(self, unit: Tensor) -> Tensor:
+        return (unit[0] - 0.5).abs()
+
+
+@pytest.mark.parametrize(
+    ("slack", "expected"), [(1.0, 0.2), (0.2, 0.2), (0.15, 0.1), (0.07, 0.05), (1e-9, 0.0), (0.0, 0.0)]
+)
+def test_the_trusted_radius_halves_until_the_value_is_known(slack: float, expected: float):
+    # the steepest coordinate goes the whole way: 0.2, 0.1, 0.05, ... from the centre
+    descent = Hypergradient(vector(-4.0, 1.0), 1.0, 0.05, slack, [], 1.0)
+    found = trusted_radius(Cone(), vector(0.5, 0.5), descent, 0.2)
+    assert found == pytest.approx(expected)

@@ -1,0 +1,120 @@
+"""A search that is saved and read back goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from raybilevel import local, state_file
+from raybilevel.lower_level import load_checkpoint, train
+from raybilevel.methods import Default, Paper
+from raybilevel.optimizer import BilevelOptimizer
+from raybilevel.space import Space
+from raybilevel.state_file import SavedSearch
+from tests.problems_for_tests import Ridge
+
+PROBLEM = Ridge(dimension=2)
+METHODS = {
+    "default": (Default(), 8),
+    "paper": (Paper(iterations=3, steps=5, learning_rates=(0.05,), momenta=(0.5,)), 28),
+}
+
+
+def drive(search: BilevelOptimizer, checkpoints: dict[int, bytes], trainings: int) -> list[str]:
+    """`local.search`, but from wherever it stands and up to so many trainings; the configs it asked for."""
+    asked = []
+    while len(search.state.trainings) < trainings:
+        while (step := search.plan()) is not None:
+            result = search.method.run(
+                PROBLEM, search.space, {}, step, lambda index: load_checkpoint(checkpoints[index]), search.memory
+            )
+            search.tell_step(step.number, result)
+        trial = f"trial_{len(search.state.trainings)}"
+        config = search.ask(trial)
+        assert config is not None
+        asked.append(repr(config))
+        trained, checkpoints[search.trials[trial]] = train(PROBLEM, config, search.seed)
+        search.tell(trial, local.observe(search.space, config, trained))
+    return asked
+
+
+def save(search: BilevelOptimizer, path: Path) -> None:
+    saved = SavedSearch(
+        method=type(search.method).__name__,
+        settings=json.dumps(asdict(search.method)),
+        seed=search.seed,
+        slots=search.slots,
+        metric="upper_loss",
+        mode="min",
+        parameters=search.space.parameters,
+        constants="{}",
+        state=search.state,
+        trials=dict(search.trials),
+        queue=tuple(search.queue),
+        checkpoints={},
+        memory=state_file.encode(search.memory),
+    )
+    state_file.write(path, saved)
+
+
+def restore(path: Path, method: Default | Paper) -> BilevelOptimizer:
+    saved = state_file.read(path)
+    search = BilevelOptimizer(Space(saved.parameters), method, saved.seed, saved.slots)
+    search.state, search.trials = saved.state, dict(saved.trials)
+    search.queue.clear()
+    search.queue.extend(saved.queue)
+    search.memory = state_file.decode(saved.memory)
+    return search
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_restored_search_asks_as_the_uninterrupted_one(tmp_path: Path, name: str):
+    method, total = METHODS[name]
+    checkpoints: dict[int, bytes] = {}
+    search = BilevelOptimizer(PROBLEM.space, method, seed=3)
+    drive(search, checkpoints, total - 2)  # after one upper-level step, so that its record and memory matter
+    save(search, tmp_path / "state.json")
+    restored = restore(tmp_path / "state.json", method)
+    assert restored.state == search.state
+    kept = dict(checkpoints)
+    assert drive(search, checkpoints, total) == drive(restored, kept, total)
+    assert restored.state == search.state
+    assert any(t.proposal.origin == "region" for t in search.state.trainings)
+
+
+def test_a_search_saved_with_a_step_under_way_takes_it_again(tmp_path: Path):
+    checkpoints: dict[int, bytes] = {}
+    search = BilevelOptimizer(PROBLEM.space, Default(), seed=3)
+    drive(search, checkpoints, 5)
+    step = search.plan()
+    assert step is not None
+    save(search, tmp_path / "state.json")
+    assert restore(tmp_path / "state.json", Default()).plan() == step
+
+
+def test_a_search_saved_with_a_training_under_way_knows_it(tmp_path: Path):
+    checkpoints: dict[int, bytes] = {}
+    search = BilevelOptimizer(PROBLEM.space, Default(), seed=3)
+    drive(search, checkpoints, 3)
+    config = search.ask("under way")
+    assert config is not None
+    save(search, tmp_path / "state.json")
+    restored = restore(tmp_path / "state.json", Default())
+    assert restored.ask("under way") == config
+    assert [t.index for t in restored.state.pending] == [3]
+    trained, _ = train(PROBLEM, config, 3)
+    restored.tell("under way", local.observe(restored.space, config, trained))
+    assert not restored.state.pending
+
+
+def test_a_trial_lost_before_a_save_stays_lost(tmp_path: Path):
+    search = BilevelOptimizer(PROBLEM.space, Default(), seed=3)
+    search.ask("lost")
+    search.lose("lost")
+    save(search, tmp_path / "state.json")
+    restored = restore(tmp_path / "state.json", Default())
+    assert restored.state.pending == ()
+    assert list(restored.queue) == list(search.queue)
