@@ -88,7 +88,7 @@ def entries(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple
     found: dict[tuple[str, ...], Any] = {}
     for key, entry in tree.items():
         path = (*prefix, str(key))
-        if not isinstance(entry, Mapping):
+        if not isinstance(entry, Mapping) or not entry:
             found[path] = entry
         elif len(entry) == 1 and isinstance(next(iter(entry.values())), list):
             (kind, numbers) = next(iter(entry.items()))

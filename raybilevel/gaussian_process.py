@@ -79,8 +79,8 @@ class DerivativeRBFKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
 class RowNoise(Noise):  # type: ignore[misc]
     """One noise variance for values, another for derivatives, both learned.
 
-    Danskin's gradient is exact only at a minimiser, and a hypergradient only for a large multiplier: where these
-    disagree with the values, their noise grows, and the model listens to the values.
+    Danskin's gradient is exact only at a minimiser, and a hypergradient only for a large multiplier: where enough
+    values contradict them, their noise grows, and the model listens to the values.
     """
 
     def __init__(self, kernel: gpytorch.kernels.ScaleKernel) -> None:
@@ -229,5 +229,8 @@ def exact() -> Iterator[None]:
         gpytorch.settings.max_cholesky_size(1_000_000),
         gpytorch.settings.fast_computations(False, False, False),
         gpytorch.settings.cholesky_jitter(double_value=1e-9),
+        warnings.catch_warnings(),
     ):
+        # linear_operator builds a sparse matrix without saying whether it should be checked.
+        warnings.filterwarnings("ignore", message="Sparse invariant checks")
         yield

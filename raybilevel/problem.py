@@ -38,7 +38,7 @@ class BilevelProblem(ABC):
 
     @abstractmethod
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
-        """f on one batch, shape (). Numbers in the trial's config arrive as 0-dimensional tensors under their
+        """f on one batch, shape (). Floats in the trial's config arrive as 0-dimensional tensors under their
         names, nested as the space is; differentiable in them and in the model's parameters."""
 
     @abstractmethod

@@ -40,6 +40,8 @@ class Parameter:
             raise SpaceError(f"{self.name}: a logarithmic scale needs a positive lower bound, got {self.low}")
         if self.step is not None and not self.step > 0:
             raise SpaceError(f"{self.name}: the step must be positive, got {self.step}")
+        if self.step is not None and math.ceil(self.low / self.step - 1e-9) * self.step > self.high + 1e-9 * self.step:
+            raise SpaceError(f"{self.name}: no multiple of the step {self.step} lies in [{self.low}, {self.high}]")
 
     @property
     def name(self) -> str:
@@ -162,5 +164,5 @@ def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple
     flat: dict[tuple[str, ...], Any] = {}
     for key, value in tree.items():
         path = (*prefix, str(key))
-        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
+        flat.update(flatten(value, path) if isinstance(value, Mapping) and value else {path: value})
     return flat

@@ -125,7 +125,7 @@ class Default:
         """Regions that still promise something: not collapsed, not settled, not beaten by another."""
         begun = {t.proposal.region for t in state.trainings} | {step.region for step in running}
         settled = {step.settled for step in state.steps}
-        regions = self.region.replay(state, tuple(r for r in begun - settled if r is not None))
+        regions = self.region.replay(state, tuple(sorted(r for r in begun - settled if r is not None)))
         return tuple(r for r in regions if not self.region.collapsed(r) and not self._over(r, state))
 
     def _over(self, region: TrustRegion, state: SearchState) -> bool:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raybilevel.search_state import Proposal, SearchState, Training
-from raybilevel.trust_region import TrustRegionRule
+from raybilevel.trust_region import TrustRegion, TrustRegionRule
 
 # Small whole numbers beside all others, so that predictions often come true and steps are often as long as can be.
 uppers = st.integers(-5, 5).map(float) | st.floats(-1e6, 1e6)
@@ -25,6 +25,13 @@ def build(parts: list[tuple[Proposal, float, str]]) -> SearchState:
     for i, (proposal, upper, status) in enumerate(parts, start=1):
         trainings.append(Training(i, proposal, status, -1 if status == "pending" else i, upper=upper))
     return SearchState(tuple(trainings))
+
+
+@given(parts=members.filter(bool), radius=st.floats(1e-6, 0.5))
+def test_one_result_changes_the_radius_within_bounds(parts: list[tuple[Proposal, float, str]], radius: float):
+    rule, (centre, training, *_) = TrustRegionRule(), build(parts).trainings
+    after = rule.update(TrustRegion(0, 0, radius), centre, training).radius
+    assert radius / 8 <= after <= min(rule.largest, 2 * radius)
 
 
 @given(parts=members)
