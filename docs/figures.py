@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-BLUE, GREY, ORANGE = "#0072b2", "#8c8c8c", "#d55e00"  # safe for colour-blind readers
+BLUE, GREY = "#0072b2", "#8c8c8c"  # safe for colour-blind readers
 
 
 def draw(summary: dict, output: Path) -> None:
@@ -18,16 +18,9 @@ def draw(summary: dict, output: Path) -> None:
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "raybilevel", "font.size": 10}
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
     axes.plot(cost, [e["upper_loss"] for e in history], "o", color=GREY, markersize=5, label="F of each training")
-    axes.step(cost, [e["best_upper_loss"] for e in history], where="post", color=BLUE, linewidth=2, label="best so far")
     best = min(history, key=lambda entry: entry["upper_loss"])
-    axes.annotate(
-        f"{best['upper_loss']:.4f}",
-        (best["cost"], best["upper_loss"]),
-        xytext=(0, 6),
-        textcoords="offset points",
-        ha="left",
-        color=ORANGE,
-    )
+    label = f"best so far, at last {best['upper_loss']:.4f}"
+    axes.step(cost, [e["best_upper_loss"] for e in history], where="post", color=BLUE, linewidth=2, label=label)
     dimension = len(json.dumps(best["hyperparameters"]).split(",")) if best["hyperparameters"] else 0
     axes.set_yscale("log")
     axes.set_xlabel("cost, in trainings (upper-level steps charged)")
