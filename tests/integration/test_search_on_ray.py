@@ -83,6 +83,38 @@ def test_failed_trainings_are_counted_and_the_search_goes_on(tmp_path: Path) -> 
     assert search.state.best.upper < 0.2
 
 
+def test_a_failed_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    class Fragile(Parabola):
+        """Its worker dies at the first third epoch of all."""
+
+        epochs = 4
+
+        def __init__(self, log: str) -> None:
+            super().__init__()
+            self.log = log
+
+        def batches(self, level: Any, generator: Any) -> Any:
+            if generator is not None:  # a training pass
+                with open(self.log, "a") as file:
+                    file.write("epoch\n")
+                if Path(self.log).read_text().count("epoch") == 3:
+                    os._exit(1)
+            return super().batches(level, generator)
+
+    log = tmp_path / "epochs"
+    problem = Fragile(str(log))
+    search = BilevelSearch(problem, max_concurrent=1)
+    analysis = tune.run(
+        lower_level_trainable(problem, checkpoint_every=1), config=SPACE, search_alg=search, metric="upper_loss",
+        mode="min", num_samples=1, storage_path=str(tmp_path), max_failures=1, verbose=0,
+    )  # fmt: skip
+    (trial,) = analysis.trials
+    assert trial.status == "TERMINATED"
+    assert trial.last_result["epoch"] == 4
+    assert log.read_text().count("epoch") == 5  # the third one twice, the first two once
+    assert [t.status for t in search.state.trainings] == ["done"]
+
+
 def test_trials_that_a_scheduler_stops_are_no_lower_level_optima(tmp_path: Path) -> None:
     class Slow(Parabola):
         epochs = 6
