@@ -22,7 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 setup")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[images]" --group dev
+	@echo "installing torch, ray and what they need (a few minutes the first time) ..."
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
+		--editable ".[images]" --group dev
 	touch $(STAMP)
 
 run: $(STAMP)
@@ -36,7 +38,8 @@ test-all: $(STAMP)
 
 # Ours against black-box searchers and implicit gradients: records, table and figures in OUT; resumable.
 bench-algorithm: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
+		--editable ".[bench]"
 	$(BIN)/python -m raybilevel.benchmark configs/bench/algorithm.yaml --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)

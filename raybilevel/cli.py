@@ -59,7 +59,10 @@ def run(
         )
     except (experiment.InterruptedRunError, KeyboardInterrupt) as error:
         console.print(f"{error or 'stopped'}; what was observed is kept. To go on:", markup=False)
-        console.print(f"  raybilevel run {config} --out {folder} --resume", markup=False, highlight=False)
+        # The resolved config holds every --set.
+        given = f" --data {data}" if data is not None else ""
+        again = f"  {sys.argv[0]} run {folder / 'config.yaml'} --out {folder}{given} --resume"
+        console.print(again, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_INTERRUPTED) from error
     show_result(console, summary, folder)
     if summary["best"] is None:
@@ -90,7 +93,7 @@ def problems() -> None:
     for column in ("problem", "what it is", "options"):
         table.add_column(column, overflow="fold")
     for name, problem in sorted(PROBLEMS.items()):
-        about = (problem.__doc__ or "").strip().splitlines()[0]
+        about = (problem.__doc__ or "").strip().splitlines()[0].rstrip(":.")
         table.add_row(name, about, ", ".join(option_names(problem)))
     Console().print(table)
 

@@ -141,7 +141,10 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         config = ExperimentConfig.model_validate(raw)
         config.split_space()
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {'no such key' if e['type'] == 'extra_forbidden' else e['msg']}"
+            for e in error.errors()
+        )
         raise ConfigError(f"{path}: {problems}") from error
     except SpaceError as error:
         raise ConfigError(f"{path}: space: {error}") from error

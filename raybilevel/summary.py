@@ -64,11 +64,11 @@ def summarise(
         "wall_seconds": wall_seconds,
         "verdict": verdict(state, method.converged(state), test_losses),
         "diagnostics": asdict(diagnose(state)),
-        "history": history(state, space),
+        "history": history(state, space, test_losses),
     }
 
 
-def history(state: SearchState, space: Space) -> list[dict[str, Any]]:
+def history(state: SearchState, space: Space, test_losses: Mapping[int, float]) -> list[dict[str, Any]]:
     """One entry per ended training, in the order in which they ended; losses are null where it failed."""
     entries, best = [], math.inf
     for training, cost in zip(state.told, state.costs(), strict=True):
@@ -83,6 +83,7 @@ def history(state: SearchState, space: Space) -> list[dict[str, Any]]:
                 "lower_loss": finite(training.value),
                 "upper_loss": finite(training.upper),
                 "best_upper_loss": finite(best),
+                "test_loss": test_losses.get(training.index),
             }
         )
     return entries

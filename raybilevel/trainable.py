@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ def lower_level_trainable(
 
 def lower_level(config: dict[str, Any], problem: BilevelProblem, seed: int, checkpoint_every: int) -> None:
     """What a trial runs."""
+    logging.getLogger("ray.train._internal.storage").setLevel(logging.WARNING)  # five lines a trial, none of them news
     training = LowerLevelTraining(problem, config, seed)
     checkpoint = tune.get_checkpoint()
     if checkpoint is not None:
