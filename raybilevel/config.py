@@ -41,7 +41,7 @@ class SearchConfig(Checked):
 class ResourcesConfig(Checked):
     """Ray resources of a lower-level training (cpu, gpu, custom ones) and of an upper-level step (num_gpus, ...)."""
 
-    lower: dict[str, float] = {"cpu": 1}
+    lower: dict[str, float] = {"cpu": 1.0}
     upper: dict[str, float] | None = None
 
 

@@ -15,7 +15,7 @@ from ray import tune
 from rich.console import Console
 
 from raybilevel.config import Domain as ConfigDomain
-from raybilevel.config import ExperimentConfig, entries, resolved
+from raybilevel.config import ExperimentConfig, entries, read_config, resolved
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.levels import check_problem
 from raybilevel.lower_level import refit
@@ -154,18 +154,17 @@ def param_space(config: ExperimentConfig) -> dict[str, Any]:
 
 def prepare_folder(out: Path, config: ExperimentConfig, resume: bool) -> None:
     saved = out / CONFIG_FILE
-    text = resolved(config)
     if resume:
         if not (out / TUNE_FOLDER).is_dir():
             raise ConfigError(f"--resume: there is no run in {out}; leave --resume out to begin one")
-        if saved.read_text(encoding="utf-8") != text:
+        if read_config(saved) != config:
             raise ConfigError(f"--resume: the config differs from the one in {saved}, with which the run began")
         return
     if (out / TUNE_FOLDER).exists():
         raise ConfigError(f"{out} already holds a run; choose another --out, or go on with it by --resume")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        saved.write_text(text, encoding="utf-8")
+        saved.write_text(resolved(config), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
 

@@ -34,7 +34,9 @@ def test_domains_become_the_box_and_the_rest_constants(tmp_path: Path) -> None:
 
 def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
     config = read_config(config_file(tmp_path))
-    assert ExperimentConfig.model_validate(parse_yaml(resolved(config))) == config
+    again = ExperimentConfig.model_validate(parse_yaml(resolved(config)))
+    assert again == config
+    assert resolved(again) == resolved(config)
 
 
 def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
