@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 from raybilevel.search_state import SearchState, StepRecord, Training
@@ -114,9 +115,3 @@ def overfitted(state: SearchState, test_losses: Mapping[int, float]) -> bool:
         if risen > max(0.01 * abs(test_losses[last.index]), 0.5 * (earlier.upper - last.upper)):
             return True
     return False
-
-
-def median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from raybilevel.errors import ConfigError
 from raybilevel.problem import Hyperparameters
-from raybilevel.problems.classification import Classification, Examples, LayerDecay, Minibatch
+from raybilevel.problems.classification import Examples, LayerDecay, Minibatch
+from raybilevel.problems.logistic import Logistic
 
 PIXELS, CLASSES, EXAMPLES = 64, 10, 1797
 
@@ -67,14 +68,13 @@ class DigitsPerceptron(LayerDecay):
         )
 
 
-class DigitsLogistic(Classification):
+class DigitsLogistic(Logistic):
     """Multinomial logistic regression, one weight decay per group of neighbouring pixels, trained to the optimum:
 
     f = cross-entropy + sum_g weight_decay_g |W_g|^2 / 2, by full-batch L-BFGS in double precision.
     """
 
-    epochs = 5
-    dtype = torch.double
+    features, classes, iterations = PIXELS, CLASSES, 100
 
     def __init__(self, groups: int = 8, train: int = 300, validation: int = 300, split_seed: int = 0) -> None:
         check_split(train, validation)
@@ -85,25 +85,9 @@ class DigitsLogistic(Classification):
     def load(self) -> dict[str, Examples]:
         return digits_splits(self.train, self.validation, self.split_seed, self.dtype)
 
-    def model(self) -> nn.Module:
-        model = nn.Linear(PIXELS, CLASSES)
-        nn.init.zeros_(model.weight)
-        nn.init.zeros_(model.bias)
-        return model
-
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
         decay = torch.stack([hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)])
         group_of_pixel = torch.arange(PIXELS, device=decay.device) * self.groups // PIXELS
         weight = model.get_parameter("weight")
         penalty = (decay[group_of_pixel] * weight.square().sum(0)).sum() / 2
         return cross_entropy(model(batch.x), batch.y) + penalty
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.LBFGS(
-            model.parameters(),
-            max_iter=100,
-            history_size=20,
-            tolerance_grad=1e-6,
-            tolerance_change=1e-12,
-            line_search_fn="strong_wolfe",
-        )

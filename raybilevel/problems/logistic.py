@@ -1,4 +1,4 @@
-"""Multinomial logistic regression trained to the optimum: what the larger benchmark problems share."""
+"""Multinomial logistic regression trained to the optimum: what the linear problems share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ class Logistic(Classification):
     """A linear model from zero weights, full-batch L-BFGS in double precision; a subclass says what f is.
 
     features, classes: of the inputs and the outputs.
+    iterations:        of L-BFGS in an epoch, at most.
     """
 
     epochs = 5
     dtype = torch.double
     features: int
     classes: int = 10
+    iterations: int = 60
 
     def model(self) -> nn.Module:
         model = nn.Linear(self.features, self.classes)
@@ -30,7 +32,7 @@ class Logistic(Classification):
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(
             model.parameters(),
-            max_iter=60,
+            max_iter=self.iterations,
             history_size=20,
             tolerance_grad=1e-6,
             tolerance_change=1e-12,
