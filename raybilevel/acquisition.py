@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from botorch.acquisition import AcquisitionFunction
-from botorch.acquisition.analytic import LogExpectedImprovement, PosteriorStandardDeviation, UpperConfidenceBound
+from botorch.acquisition.analytic import LogExpectedImprovement, UpperConfidenceBound
 from botorch.exceptions.warnings import BotorchWarning
 from botorch.optim import optimize_acqf
 from torch import Tensor
@@ -94,12 +94,6 @@ def expected_improvement(model: UpperModel, dimension: int, starts: Sequence[Ten
     """The point of the unit cube with the largest (log) expected improvement over the incumbent, shape (d,)."""
     acquisition = LogExpectedImprovement(model.process.model, best_f=model.best, maximize=False)
     return maximise(acquisition, torch.zeros(dimension).double(), torch.ones(dimension).double(), starts, seed)
-
-
-def largest_deviation(model: UpperModel, dimension: int, seed: int) -> Tensor:
-    """The point of the unit cube about which the model knows least, shape (d,)."""
-    acquisition = PosteriorStandardDeviation(model.process.model)
-    return maximise(acquisition, torch.zeros(dimension).double(), torch.ones(dimension).double(), (), seed)
 
 
 def maximise(

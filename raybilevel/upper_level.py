@@ -81,6 +81,11 @@ class TrainedPoint:
         return tilted, [g - t for g, t in zip(lower.gradient, self.tilt, strict=False)], unit_gradient
 
     @cached_property
+    def difference(self) -> float:
+        """How far apart in y two points are whose gradients are subtracted."""
+        return math.sqrt(torch.finfo(self.trained[0].dtype).eps) * (norm(self.trained) or 1.0)
+
+    @cached_property
     def evaluation_passes(self) -> float:
         """What one evaluation costs, in gradient evaluations of f."""
         problem = self.levels.problem
@@ -90,14 +95,15 @@ class TrainedPoint:
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """dF(x, y*(x))/dx from an augmented Lagrangian descent at fixed x.
+    """dF(x, y*(x))/dx from the augmented Lagrangian at fixed x.
 
     gradient:     shape (d,), in the unit cube.
-    multiplier:   the last one, m.
+    multiplier:   m, at which F falls by `decrease`.
     decrease:     how far F at y_m lies below F at the trained weights, relative to |F| there.
     slack:        f(x, y_m) - v(x) >= 0: y_m minimises F where f <= v + slack.
     displacement: y_m - y_i.
-    first:        the multiplier relative to the Cauchy estimate, a good start for the next descent.
+    first:        of a descent, its multiplier relative to the Cauchy estimate, a good start for the next; None where
+                  f is convex at y_i, and the limit of large m was taken.
     """
 
     gradient: Tensor
@@ -105,26 +111,84 @@ class Hypergradient:
     decrease: float
     slack: float
     displacement: Tensors
-    first: float
+    first: float | None = None
 
 
 def hypergradient(
-    point: TrainedPoint, decrease: float, max_passes: float, first: float = 10.0, tolerance: float = 0.05
+    point: TrainedPoint, decrease: float, max_passes: float, first: float = 10.0, tolerance: float = 0.02
 ) -> Hypergradient:
-    """Minimise F + m f over y at fixed x, from the trained weights; raise m until F falls by about `decrease` |F| only.
+    """The hypergradient at a trained point, from gradients of f and F alone.
 
     At the minimiser y_m of F + m f the envelope theorem gives d/dx (F + m (f - v)) = m (df/dx(x, y_m) - dv/dx), which
-    tends to the hypergradient, with an error of order 1/m. `first` times the multiplier at which a Cauchy step would
-    lower F by `decrease` |F| is tried first: nothing here depends on the scale of F, f, x or y.
+    tends to the hypergradient, with an error of order 1/m. Where f is convex about y_i the limit of large m is a linear
+    system, solved to the relative residual `tolerance` (`limit_direction`); where it is not, F + m f is descended at
+    a finite m (`descend`). Either may take `max_passes`.
+    """
+    if inner(point.here.upper_gradient, point.here.upper_gradient) == 0:  # F does not depend on y
+        return Hypergradient(torch.zeros_like(point.unit), 0.0, 0.0, 0.0, [torch.zeros_like(w) for w in point.trained])
+    direction = limit_direction(point, max_passes, tolerance)
+    if direction is None:
+        return descend(point, decrease, max_passes, first, tolerance)
+    # A central difference: where f holds a square of y, as in weight decay, a one-sided one is off by that square.
+    length = point.difference / norm(direction)
+    forward, backward = ([sign * length * u for u in direction] for sign in (1, -1))
+    mixed = (point.lower(point.unit, forward)[2] - point.lower(point.unit, backward)[2]) / (2 * length)
+    fall = -inner(point.here.upper_gradient, direction)  # of F, linearised, along y_m - y_i = direction / m, times m
+    multiplier = fall / (decrease * (abs(point.here.upper) or 1.0))
+    return Hypergradient(mixed, multiplier, decrease, fall / (2 * multiplier**2), [u / multiplier for u in direction])
+
+
+FLAT = 1e-4
+
+
+def limit_direction(point: TrainedPoint, max_passes: float, tolerance: float) -> Tensors | None:
+    """u = lim m (y_m - y_i) for m to infinity, H u = -dF/dy with H = d2f/dy2; None where f is not convex along the way.
+
+    By conjugate residuals (Stiefel 1955), whose residual falls monotonically, so that they may be cut short; each
+    product with H is a difference of two gradients of f. Along directions in which f is flat (many minimisers) a
+    training does not answer to x: there the iteration ends, and u is the least-squares solution.
+    """
+    begun = point.levels.passes
+
+    def product(vector: Tensors) -> Tensors:
+        length = point.difference / norm(vector)
+        return [g / length for g in point.lower(point.unit, [length * v for v in vector])[1]]
+
+    residual = [-g for g in point.here.upper_gradient]
+    start = inner(residual, residual)
+    solution: Tensors = [torch.zeros_like(r) for r in residual]
+    image = product(residual)
+    energy, largest = inner(residual, image), 0.0
+    direction, direction_image = residual, image
+    while True:
+        size = inner(residual, residual)
+        largest = max(largest, abs(energy) / size)
+        if energy <= FLAT * largest * size:
+            return None if energy < -FLAT * largest * size or size == start else solution
+        length = energy / inner(direction_image, direction_image)
+        solution = [s + length * d for s, d in zip(solution, direction, strict=True)]
+        residual = [r - length * h for r, h in zip(residual, direction_image, strict=True)]
+        # two more passes are for the difference in x
+        if inner(residual, residual) <= tolerance**2 * start or point.levels.passes - begun + 3 > max_passes:
+            return solution
+        image, previous = product(residual), energy
+        energy = inner(residual, image)
+        direction = [r + energy / previous * d for r, d in zip(residual, direction, strict=True)]
+        direction_image = [h + energy / previous * d for h, d in zip(image, direction_image, strict=True)]
+
+
+def descend(
+    point: TrainedPoint, decrease: float, max_passes: float, first: float = 10.0, tolerance: float = 0.02
+) -> Hypergradient:
+    """Minimise F + m f over y at fixed x by L-BFGS; raise m until F falls by about `decrease` |F| only.
+
+    `first` times the multiplier at which a Cauchy step would lower F by `decrease` |F| is tried first: nothing here
+    depends on the units of F, f, x or y.
     """
     begun = point.levels.passes
     here = point.here
     scale = abs(here.upper) or 1.0
     squared = inner(here.upper_gradient, here.upper_gradient)
-    if squared == 0:
-        return Hypergradient(
-            torch.zeros_like(point.unit), 0.0, 0.0, 0.0, [torch.zeros_like(w) for w in point.trained], first
-        )
     curvature = _curvature(point, squared)
     cauchy = squared / (curvature * decrease * scale)
     multiplier = first * cauchy
@@ -162,9 +226,7 @@ def hypergradient(
 
 def _curvature(point: TrainedPoint, squared: float) -> float:
     """<g, H g> / <g, g> of f along g = dF/dy at the trained weights, by one difference of gradients."""
-    size = math.sqrt(sum(w.double().square().sum().item() for w in point.trained))
-    root = math.sqrt(torch.finfo(point.trained[0].dtype).eps)
-    step = root * (size or 1.0) / math.sqrt(squared)
+    step = point.difference / math.sqrt(squared)
     moved = point.lower(point.unit, [step * g for g in point.here.upper_gradient])[1]
     return max(inner(moved, point.here.upper_gradient) / step, 1e-12 * squared) / squared
 
@@ -197,6 +259,10 @@ def minimise(merit: Callable[[Tensors], Merit], start: Tensors, max_evaluations:
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return sum((p.double() * q.double()).sum().item() for p, q in zip(a, b, strict=True))
+
+
+def norm(a: Sequence[Tensor]) -> float:
+    return math.sqrt(inner(a, a))
 
 
 @dataclass(frozen=True)

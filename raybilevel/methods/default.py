@@ -14,7 +14,6 @@ from raybilevel.acquisition import (
     UpperModel,
     expected_improvement,
     fit_upper_model,
-    largest_deviation,
     minimise_in_box,
 )
 from raybilevel.errors import ConfigError, NotFiniteError
@@ -24,7 +23,7 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training, Unit
 from raybilevel.space import Space, sobol_points
 from raybilevel.trust_region import TrustRegion, TrustRegionRule
-from raybilevel.upper_level import Hypergradient, TrainedPoint, hypergradient, joint_descent
+from raybilevel.upper_level import Hypergradient, TrainedPoint, descend, hypergradient, joint_descent
 from raybilevel.value_function import ValueFunction, fit_value_function
 
 logger = logging.getLogger(__name__)
@@ -36,25 +35,29 @@ SAME = 1e-3
 class Default:
     """Trust regions on a model of F with hypergradients; see docs/method.md for the equations and the ablations.
 
+    start_points:  size of the start design, if there are not more slots.
     decrease:      how far below the trained F a descent may end, relative to |F|; decides the multiplier.
     hypergradients: False for values of F only, where the metric that is searched is not the upper-level loss.
-    upper_share:   gradient evaluations of one descent, as a share of a training's.
+    linear_solve:  hypergradients in the limit of a large multiplier where f is convex; False for descents always.
+    upper_share:   gradient evaluations of one hypergradient, as a share of a training's.
     joint_share:   the same, of a descent in (x, y) jointly; 0 for none.
-    explore_every: one proposal in so many looks at the whole box; one in four of those where least is known.
+    explore_every: one proposal in so many looks at the whole box, half of those far from all that is known.
     max_regions:   trust regions open at once, where there are slots for them.
     settled:       a region is left when a step promised and brought less than this share of the spread of F.
     beta:          a region's next point minimises mean - sqrt(beta) deviation of the model of F.
     max_rows:      values and derivatives that a Gaussian process may hold.
     """
 
+    start_points: int = 3
     hypergradients: bool = True
+    linear_solve: bool = True
     decrease: float = 0.05
     upper_share: float = 0.35
     joint_share: float = 0.0
     explore_every: int = 6
     max_regions: int = 4
     max_rows: int = 500
-    settled: float = 0.01
+    settled: float = 0.001
     beta: float = 0.0
     region: TrustRegionRule = field(default_factory=TrustRegionRule)
 
@@ -64,15 +67,15 @@ class Default:
                 raise ConfigError(f"{name} must be positive (and at most 10), got {getattr(self, name)}")
         if self.joint_share < 0:
             raise ConfigError(f"joint_share must not be negative, got {self.joint_share}")
-        for name, least in (("explore_every", 2), ("max_regions", 1), ("max_rows", 20)):
+        for name, least in (("start_points", 1), ("explore_every", 2), ("max_regions", 1), ("max_rows", 20)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     def start_design(self, dimension: int, slots: int, seed: int) -> Tensor:
         """Centre, two more points of the diagonal, and a scrambled Sobol sequence; at least one point a slot."""
         diagonal = torch.tensor([[0.5], [0.25], [0.75]], dtype=torch.double).expand(3, dimension)
-        count = max(slots, 3 if dimension == 1 else 5) - 3
-        return torch.cat([diagonal, sobol_points(dimension, count, seed)])
+        count = max(slots, self.start_points)
+        return torch.cat([diagonal, sobol_points(dimension, max(1, count - 3), seed)])[:count]
 
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
         done = state.done
@@ -82,19 +85,18 @@ class Default:
         number = len(state.steps) + len(running)
         pending = tuple(t.unit for t in state.pending)
         step = UpperStep(number, "region", self._incumbent(state), state, seed + 1000 * number, pending=pending)
-        turn = number % (4 * self.explore_every)
-        if turn == 4 * self.explore_every - 1:
-            return replace(step, origin="fill")
+        origins = [t.proposal.origin for t in state.trainings] + [other.origin for other in running]
+        look = replace(step, origin="fill" if origins.count("fill") < origins.count("global") else "global")
         regions = self.open_regions(state, running)
-        if turn % self.explore_every == self.explore_every - 1:
-            return replace(step, origin="global")
+        if number % self.explore_every == self.explore_every - 1:
+            return look
         busy = {region.began: self._under_way(region, state, running) for region in regions}
         if not regions or (min(busy.values()) > 0 and len(regions) < min(slots, self.max_regions)):
             start = self._next_start(state, running)
             if start is not None:
                 regions, busy = (*regions, TrustRegion(start, start, self.region.initial)), {**busy, start: 0}
         if not regions:
-            return replace(step, origin="global")
+            return look
         region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper))
         claimed = {index for step in running for index in step.targets}
         newest = self._members(region.began, state)[-1]
@@ -152,15 +154,25 @@ class Default:
             step.region == region.began for step in running
         )
 
-    @staticmethod
-    def _next_start(state: SearchState, running: tuple[UpperStep, ...]) -> int | None:
-        """The best training outside every region. When the last open region has been left, the box is explored once
-        more first: None until a point from outside is the newest."""
+    def _next_start(self, state: SearchState, running: tuple[UpperStep, ...]) -> int | None:
+        """The best training outside every region that has no better one within a region's first radius (the rule of
+        multi-level single linkage, Rinnooy Kan & Timmer 1987). When the last open region has been left, the box is
+        explored once more first: None until a point from outside is the newest."""
         begun = {t.proposal.region for t in state.trainings} | {step.region for step in running}
+        begun |= {step.settled for step in state.steps}  # some were left before anything was trained in them
         left = bool(begun - {None}) and not any(step.region is not None for step in running)
-        if left and state.done[-1].proposal.region is not None:
+        done = state.done
+        if left and done[-1].proposal.region is not None:
             return None
-        free = [t for t in state.done if t.proposal.region is None and t.index not in begun]
+
+        def overshadowed(training: Training) -> bool:
+            return any(
+                other.upper < training.upper
+                and max(abs(a - b) for a, b in zip(training.unit, other.unit, strict=True)) <= self.region.initial
+                for other in done
+            )
+
+        free = [t for t in done if t.proposal.region is None and t.index not in begun and not overshadowed(t)]
         return min(free, key=lambda t: t.upper).index if free else None
 
     @staticmethod
@@ -190,7 +202,8 @@ class Default:
             levels = Levels(problem, model)
             try:
                 here = TrainedPoint(levels, space, constants, torch.tensor(training.unit, dtype=torch.double))
-                estimate = hypergradient(here, self.decrease, self.upper_share * state.passes_per_training, first)
+                estimate_at = hypergradient if self.linear_solve else descend
+                estimate = estimate_at(here, self.decrease, self.upper_share * state.passes_per_training, first)
             except NotFiniteError as error:
                 logger.warning("no hypergradient at training %d: %s", index, error)
                 found[index] = ()  # tried, and not to be tried again
@@ -247,11 +260,18 @@ class Default:
 
     def _propose(self, step: UpperStep, model: UpperModel, centre: Tensor, starts: list[Tensor]) -> Tensor:
         if step.origin == "fill":
-            return largest_deviation(model, len(centre), step.seed)
+            known = [t.unit for t in step.state.trainings] + list(step.pending)
+            return farthest(torch.tensor(known, dtype=torch.double), step.seed)
         if step.origin == "global":
             return expected_improvement(model, len(centre), starts, step.seed)
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
         return minimise_in_box(model, low, high, starts, self.beta + 0.25 * step.rank, step.seed)
+
+
+def farthest(known: Tensor, seed: int) -> Tensor:
+    """Of 64 scrambled Sobol points the one farthest from all that are known, shape (d,)."""
+    points = sobol_points(known.shape[1], 64, seed)
+    return points[torch.cdist(points, known).amin(1).argmax()]
 
 
 def snap(unit: Tensor, space: Space) -> Tensor:
