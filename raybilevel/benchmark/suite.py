@@ -94,10 +94,11 @@ class ProblemEntry(Entry):
 
 
 class MethodEntry(Entry):
-    """settings: of the method; for an ablation, other than its defaults."""
+    """settings: of the method; for an ablation, other than its defaults. only: the problems on which it runs."""
 
     method: str
     settings: dict[str, Any] = {}
+    only: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def known(self) -> MethodEntry:
@@ -129,6 +130,10 @@ class Suite(Entry):
             for method in (*(entry.methods or ()), *entry.caps):
                 if method not in self.methods:
                     raise ValueError(f"problem {name!r} names the method {method!r}, which is not among `methods`")
+        for name, ablation in self.methods.items():
+            for problem in ablation.only or ():
+                if problem not in self.problems:
+                    raise ValueError(f"method {name!r} names the problem {problem!r}, which is not among `problems`")
         return self
 
     def runs(self, data: str | None) -> list[Run]:
@@ -136,13 +141,21 @@ class Suite(Entry):
         found = []
         for seed in range(max(self.seeds, *(p.seeds or 0 for p in self.problems.values()))):
             for problem, entry in self.problems.items():
-                for method in entry.methods or tuple(self.methods):
+                for method in self._methods_of(problem):
                     low, high = (1, math.inf) if (peer := self._peer(method)) is None else peer.dimensions
                     budget = min(entry.budget or self.budget, entry.caps.get(method, math.inf))
                     if seed >= (entry.seeds or self.seeds) or not low <= dimension_of(entry) <= high:
                         continue
                     found.append(Run(problem, entry, method, self.methods[method], seed, budget, self.marks, data))
         return found
+
+    def _methods_of(self, problem: str) -> list[str]:
+        allowed = self.problems[problem].methods
+        return [
+            name
+            for name, entry in self.methods.items()
+            if (problem in entry.only if entry.only is not None else allowed is None or name in allowed)
+        ]
 
     def _peer(self, method: str) -> Peer | None:
         return PEERS.get(self.methods[method].method)

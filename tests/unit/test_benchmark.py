@@ -162,6 +162,7 @@ def test_the_command_narrows_the_suite_and_refuses_unknown_names(
         ("methods: {m: {method: tpe}}\nproblems: {}", "unknown method 'tpe'"),
         ("methods: {m: {method: default, settings: {warp: 1}}}\nproblems: {}", "no setting 'warp'"),
         ("methods: {m: {method: random}}\nproblems: {a: {problem: ridge, caps: {n: 1}}}", "'n'"),
+        ("methods: {m: {method: random, only: [b]}}\nproblems: {a: {problem: ridge}}", "'b'"),
         ("speed: 1\nmethods: {}\nproblems: {}", "speed: Extra inputs"),
     ],
 )
@@ -184,6 +185,16 @@ def test_the_shipped_suite_is_valid_and_has_the_grid_for_one_and_two_only() -> N
         "several-optima-2",
     }
     assert len({run.path for run in runs}) == len(runs)
+
+
+def test_an_ablation_runs_on_its_own_problems_only(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(
+        "methods: {default: {method: default}, random: {method: random}, part: {method: default, only: [b]}}\n"
+        "problems: {a: {problem: ridge}, b: {problem: ridge, methods: [random]}}"
+    )
+    runs = [(run.problem_name, run.method_name) for run in read_suite(path).runs(None) if run.seed == 0]
+    assert runs == [("a", "default"), ("a", "random"), ("b", "random"), ("b", "part")]
 
 
 def record(uppers: list[float], budget: float = 10, exhausted: bool = False) -> dict[str, Any]:
