@@ -132,7 +132,8 @@ class Objective:
     def finish(self) -> list[dict[str, Any]]:
         """All observations, with their costs."""
         for observed, cost in zip(self.observed, self.costs(), strict=True):
-            observed.cost = round(cost, 4)
+            if math.isnan(observed.cost):
+                observed.cost = round(cost, 4)
         return [observed.plain() for observed in self.observed]
 
 

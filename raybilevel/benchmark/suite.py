@@ -94,11 +94,19 @@ class ProblemEntry(Entry):
 
 
 class MethodEntry(Entry):
-    """settings: of the method; for an ablation, other than its defaults. only: the problems on which it runs."""
+    """One method, or an ablation of one.
+
+    settings: other than the method's defaults.
+    only:     the problems on which it runs; all if not given.
+    budget:   at most; as `caps` of a problem.
+    slots:    trainings and upper-level steps at once, on a simulated clock: its cost is the time, in trainings.
+    """
 
     method: str
     settings: dict[str, Any] = {}
     only: tuple[str, ...] | None = None
+    budget: float = Field(math.inf, gt=0)
+    slots: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def known(self) -> MethodEntry:
@@ -109,6 +117,8 @@ class MethodEntry(Entry):
                 raise ValueError(str(error)) from error
         elif self.method not in PEERS:
             raise ValueError(f"unknown method {self.method!r}; choose one of {', '.join(sorted([*METHODS, *PEERS]))}")
+        elif self.slots > 1:
+            raise ValueError(f"method {self.method!r} runs in one slot")
         elif self.settings and not self.method.startswith("lbfgsb"):
             raise ValueError(f"method {self.method!r} has no settings")
         return self
@@ -143,7 +153,9 @@ class Suite(Entry):
             for problem, entry in self.problems.items():
                 for method in self._methods_of(problem):
                     low, high = (1, math.inf) if (peer := self._peer(method)) is None else peer.dimensions
-                    budget = min(entry.budget or self.budget, entry.caps.get(method, math.inf))
+                    budget = min(
+                        entry.budget or self.budget, entry.caps.get(method, math.inf), self.methods[method].budget
+                    )
                     if seed >= (entry.seeds or self.seeds) or not low <= dimension_of(entry) <= high:
                         continue
                     found.append(Run(problem, entry, method, self.methods[method], seed, budget, self.marks, data))
@@ -200,6 +212,7 @@ class Run:
             "method_settings": self.method.settings,
             "seed": self.seed,
             "budget": self.budget,
+            **({"slots": self.method.slots} if self.method.slots > 1 else {}),
         }
 
     @property
@@ -258,13 +271,13 @@ def execute(run: Run) -> dict[str, Any]:
         ProblemEntry(problem=run.problem.problem, options=run.problem.options).model_dump_json(), run.data
     )
     space = space_of(problem)
-    objective = Objective(problem, space, run.seed, run.budget)
+    objective = Objective(problem, space, run.seed, run.budget * run.method.slots)
     steps: list[dict[str, Any]] = []
     error, exhausted = None, False
     try:
         if run.method.method in METHODS:
-            steps = bilevel(objective, run.seed, run.method.method, run.method.settings)
-            exhausted = objective.cost < run.budget
+            steps = bilevel(objective, run.seed, run.method.method, run.method.settings, run.method.slots)
+            exhausted = run.method.slots == 1 and objective.cost < run.budget
         else:
             PEERS[run.method.method].search(objective, run.seed, **run.method.settings)
             exhausted = True

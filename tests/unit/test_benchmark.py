@@ -10,6 +10,7 @@ import torch
 from raybilevel.benchmark import records, report
 from raybilevel.benchmark.__main__ import main
 from raybilevel.benchmark.objective import BudgetSpent, Objective
+from raybilevel.benchmark.ours import bilevel
 from raybilevel.benchmark.reference import ImplicitGradient
 from raybilevel.benchmark.suite import PEERS, MethodEntry, ProblemEntry, Run, execute, read_suite
 from raybilevel.errors import ConfigError, NotFiniteError
@@ -85,6 +86,22 @@ def test_every_method_keeps_to_its_budget_and_repeats_itself(method: str) -> Non
     assert {"cost", "upper", "lower", "metrics", "hyperparameters", "incumbent"} <= set(first["observations"][0])
     assert first["versions"]["raybilevel"] and first["settings"]["seed"] == 0
     assert json.loads(json.dumps(first)) == first
+
+
+@pytest.mark.parametrize("slots", [2, 5])
+def test_slots_share_the_time(slots: int) -> None:
+    problem = Ridge(groups=2)
+    objective = Objective(problem, problem.space, 0, 8.0 * slots)
+    steps = bilevel(objective, 0, "default", {}, slots)
+    observations = objective.finish()
+    times = [o["cost"] for o in observations]
+    assert times == sorted(times)
+    assert times[-1] <= 8.0 + 3  # what is under way when the time is up is not waited for
+    spent = sum(o["passes"] for o in observations) + sum(step["passes"] for step in steps)
+    mean = sum(o["passes"] for o in observations) / len(observations)
+    assert 0.6 * slots * times[-1] < spent / mean <= slots * (times[-1] + 3)  # few slots stand idle
+    best = [observations[o["incumbent"]]["upper"] for o in observations]
+    assert best == [min(o["upper"] for o in observations[: i + 1]) for i in range(len(observations))]
 
 
 def test_seeds_and_ablations_make_a_difference() -> None:
