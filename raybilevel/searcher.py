@@ -25,6 +25,7 @@ from raybilevel.methods.default import Default
 from raybilevel.optimizer import BilevelOptimizer, Observation
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import SearchState, Training
+from raybilevel.shared import Shared
 from raybilevel.space import Space, flatten, nest
 from raybilevel.trainable import FINISHED, GRADIENT, PASSES, checkpoint_path
 
@@ -338,7 +339,9 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                 logger.warning("trainings %s left no checkpoint; their hypergradients are left out", missing)
             step = replace(step, targets=tuple(index for index in step.targets if index in self._checkpoints))
             if self._shared is None:
-                self._shared = ray.put((self.problem, optimizer.space, self._constants, self.method, self._filesystem))
+                self._shared = ray.put(
+                    (Shared(self.problem), optimizer.space, self._constants, self.method, self._filesystem)
+                )
             paths = {index: self._checkpoints[index] for index in step.targets}
             self._tasks[step.number] = upper_level_step.options(**self._resources).remote(
                 self._shared, step, paths, optimizer.memory
@@ -395,14 +398,16 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
 @ray.remote(max_retries=3)  # type: ignore[untyped-decorator]
 def upper_level_step(
-    shared: tuple[BilevelProblem, Space, dict[str, Any], Method, pyarrow.fs.FileSystem | None],
+    shared: tuple[Shared[BilevelProblem], Space, dict[str, Any], Method, pyarrow.fs.FileSystem | None],
     step: UpperStep,
     paths: Mapping[int, str],
     memory: bytes | None,
 ) -> UpperResult:
     """An upper-level step as a Ray task."""
     problem, space, constants, method, filesystem = shared
-    return method.run(problem, space, constants, step, lambda index: read_checkpoint(paths[index], filesystem), memory)
+    return method.run(
+        problem.value, space, constants, step, lambda index: read_checkpoint(paths[index], filesystem), memory
+    )
 
 
 def read_checkpoint(path: str, filesystem: pyarrow.fs.FileSystem | None = None) -> dict[str, Any]:

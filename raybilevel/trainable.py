@@ -13,6 +13,7 @@ from ray import tune
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.lower_level import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
 from raybilevel.problem import BilevelProblem
+from raybilevel.shared import Shared
 
 FINISHED = "lower_level_finished"
 GRADIENT = "lower_gradient"
@@ -43,15 +44,15 @@ def lower_level_trainable(
         raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     every = checkpoint_every or max(1, -(-problem.epochs // 5))
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
-        lower_level, problem=problem, seed=seed, checkpoint_every=every
+        lower_level, problem=Shared(problem), seed=seed, checkpoint_every=every
     )
     return trainable
 
 
-def lower_level(config: dict[str, Any], problem: BilevelProblem, seed: int, checkpoint_every: int) -> None:
+def lower_level(config: dict[str, Any], problem: Shared[BilevelProblem], seed: int, checkpoint_every: int) -> None:
     """What a trial runs."""
     logging.getLogger("ray.train._internal.storage").setLevel(logging.WARNING)  # five lines a trial, none of them news
-    training = LowerLevelTraining(problem, config, seed)
+    training = LowerLevelTraining(problem.value, config, seed)
     checkpoint = tune.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
