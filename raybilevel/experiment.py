@@ -26,6 +26,7 @@ from raybilevel.progress import ProgressCallback, View, make_view
 from raybilevel.search_state import Training
 from raybilevel.searcher import UPPER_LOSS, BilevelSearch
 from raybilevel.space import flatten, nest
+from raybilevel.storage import local_filesystem
 from raybilevel.summary import summarise, write_summary
 from raybilevel.trainable import lower_level_trainable
 
@@ -122,6 +123,7 @@ def tune_run(
         tune.with_resources(lower_level_trainable(problem, config.search.seed), dict(config.resources.lower)),
         name=TUNE_FOLDER,
         storage_path=str(out.absolute()),
+        storage_filesystem=local_filesystem(),
         config=param_space(config),
         search_alg=searcher,
         metric=UPPER_LOSS,

@@ -10,6 +10,7 @@ import ray
 from ray import tune
 
 from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel.storage import local_filesystem
 from tests.tiny_problems import Parabola
 
 
@@ -29,5 +30,7 @@ if __name__ == "__main__":
             search_alg=BilevelSearch(problem, max_concurrent=1), metric="upper_loss", mode="min",
             num_samples=samples, reuse_actors=True,
         ),
-        run_config=tune.RunConfig(name="run", storage_path=folder, verbose=0, callbacks=[Slow()]),
+        run_config=tune.RunConfig(
+            name="run", storage_path=folder, storage_filesystem=local_filesystem(), verbose=0, callbacks=[Slow()]
+        ),
     ).fit()  # fmt: skip
