@@ -25,6 +25,7 @@ from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
 from raybilevel.search_state import Training
 from raybilevel.searcher import UPPER_LOSS, BilevelSearch
+from raybilevel.snapshot import ResumableGenerator, prepare_resume
 from raybilevel.space import flatten, nest
 from raybilevel.storage import local_filesystem
 from raybilevel.summary import summarise, write_summary
@@ -125,7 +126,7 @@ def tune_run(
         storage_path=str(out.absolute()),
         storage_filesystem=local_filesystem(),
         config=param_space(config),
-        search_alg=searcher,
+        search_alg=ResumableGenerator(searcher),
         metric=UPPER_LOSS,
         mode="min",
         num_samples=config.search.trainings,

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
@@ -14,7 +15,7 @@ import ray
 from ray.tune.search import Searcher
 from ray.tune.utils.util import flatten_dict
 
-from raybilevel import state_file
+from raybilevel import snapshot, state_file
 from raybilevel.domains import split_param_space
 from raybilevel.errors import CheckpointError, ConfigError, RaybilevelError, SpaceError, StateError
 from raybilevel.levels import check_problem
@@ -152,7 +153,9 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._restored_at, self._idle_since = None, time.monotonic()
         optimizer = self._optimizer
-        if optimizer is None or trial_id not in optimizer.trials:
+        if optimizer is None:
+            return
+        if trial_id not in optimizer.trials and not self._adopt(trial_id, reported_config(result)):
             logger.debug("ignoring trial %s, which this search did not suggest", trial_id)
             return
         self._tell(trial_id, None if error else result)
@@ -204,10 +207,38 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         Tune calls this on a fresh searcher and would go on with a single trial if it raised; so a state that cannot
         be used is reported as an error in the log, and the search begins anew when Tune gives it the space.
         """
-        try:
-            self._load(state_file.read(checkpoint_path))
-        except RaybilevelError as error:
-            logger.error("the search could not be restored and begins anew: %s", error)
+        if not self._restored(checkpoint_path):
+            logger.error("the search could not be restored and begins anew")
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Tune's periodic save; the state before is kept as well."""
+        snapshot.keep_previous(Path(checkpoint_dir, self.CKPT_FILE_TMPL.format(session_str)))
+        super().save_to_dir(checkpoint_dir, session_str)
+
+    def restore_from_dir(self, checkpoint_dir: str) -> None:
+        """Go on from the newest state in a folder that can be read, and from what Tune's snapshot beside it knows.
+
+        Trials of the snapshot that the state does not know, or of whose end it has not heard, are added to it: nothing
+        that was observed is lost with a state file, at most the upper-level steps in it. Trials that the snapshot does
+        not know will never report, so their points are asked again.
+        """
+        name = self.CKPT_FILE_TMPL.format("*")
+        newest_first = [
+            path
+            for current in sorted(
+                {p.name.removeprefix(snapshot.PREVIOUS) for p in Path(checkpoint_dir).glob("*" + name)}
+            )[::-1]
+            for path in (Path(checkpoint_dir, current), Path(checkpoint_dir, snapshot.PREVIOUS + current))
+            if path.exists()
+        ]
+        used = next((path for path in newest_first if self._restored(path)), None)
+        if used is None:
+            logger.error("no state of the search can be read in %s; it begins anew", checkpoint_dir)
+        elif used != newest_first[0]:
+            logger.error("the search goes on from an older state, %s", used)
+        records = snapshot.read_trials(checkpoint_dir)
+        if records is not None and self._optimizer is not None:
+            self._reconcile(records, report=used is None or used != newest_first[0])
 
     # What else it shows.
 
@@ -278,6 +309,49 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         for parameters, value in self._early:
             self.add_evaluated_point(parameters, value if value is not None else 0.0, error=value is None)
         self._early = []
+
+    def _restored(self, path: str | Path) -> bool:
+        try:
+            self._load(state_file.read(path))
+        except RaybilevelError as error:
+            logger.error("%s cannot be used: %s", path, error)
+            return False
+        return True
+
+    def _reconcile(self, records: Sequence[snapshot.TrialRecord], report: bool) -> None:
+        """Hear from Tune's snapshot what the saved search missed, in the order in which it happened."""
+        optimizer = self._ready()
+        heard = 0
+        for record in records:
+            if record.trial not in optimizer.trials:
+                heard += self._adopt(record.trial, record.config)
+        ended = [r for r in records if r.status in ("TERMINATED", "ERROR") and r.trial in optimizer.trials]
+        for record in sorted(ended, key=lambda record: record.result.get("timestamp", 0)):
+            if optimizer.state.trainings[optimizer.trials[record.trial]].status in ("pending", "lost"):
+                self._tell(record.trial, record.result if record.status == "TERMINATED" else None)
+                heard += 1
+        known = {record.trial for record in records}
+        pending = {index for index, t in enumerate(optimizer.state.trainings) if t.status == "pending"}
+        optimizer.forget(
+            [trial for trial, index in optimizer.trials.items() if index in pending and trial not in known]
+        )
+        self._restored_at = None
+        if heard or report:
+            logger.warning(
+                "%d trials or results were taken over from Tune's snapshot; the search knows %d trainings and %d "
+                "upper-level steps", heard, len(optimizer.state.trainings), len(optimizer.state.steps),
+            )  # fmt: skip
+
+    def _adopt(self, trial_id: str, config: Mapping[str, Any]) -> bool:
+        """Know of a trial that the search does not remember; False if its config is no point of the space."""
+        optimizer = self._ready()
+        try:
+            if any(not p.low <= optimizer.space.value(config, p) <= p.high for p in optimizer.space.parameters):
+                return False
+        except SpaceError:
+            return False
+        optimizer.adopt(trial_id, config)
+        return True
 
     def _load(self, saved: state_file.SavedSearch) -> None:
         if saved.method != type(self.method).__name__:
@@ -453,6 +527,12 @@ def check_points(points: Sequence[Mapping[str, Any]], space: Space) -> None:
                     f"points_to_evaluate[{number}]: {parameter.name} = {value} is outside "
                     f"[{parameter.low}, {parameter.high}]"
                 )
+
+
+def reported_config(result: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config that Tune adds to every result, whether it is nested or flat."""
+    config = unflatten(result or {}).get("config", {})
+    return config if isinstance(config, dict) else {}
 
 
 def unflatten(parameters: Mapping[str, Any]) -> dict[str, Any]:
