@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -38,10 +38,25 @@ class SearchConfig(Checked):
     points_to_evaluate: list[dict[str, Any]] = []
 
 
-class ResourcesConfig(Checked):
-    """Ray resources of a lower-level training (cpu, gpu, custom ones) and of an upper-level step (num_gpus, ...)."""
+class BundlesConfig(Checked):
+    """A training of several processes: Ray's placement group, reserved whole.
 
-    lower: dict[str, float] = {"cpu": 1.0}
+    bundles:  resources of each ({"CPU": 1, "GPU": 1}); the training itself runs in the first.
+    strategy: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.
+    """
+
+    bundles: list[dict[str, float]] = Field(min_length=1)
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+
+
+class ResourcesConfig(Checked):
+    """Ray resources: cpu, gpu, fractions of them, custom ones by their names.
+
+    lower: of a lower-level training; or bundles.
+    upper: of an upper-level step; by default a GPU where the problem's device is one, else nothing.
+    """
+
+    lower: dict[str, float] | BundlesConfig = {"cpu": 1.0}
     upper: dict[str, float] | None = None
 
 

@@ -58,10 +58,10 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     max_concurrent: trainings and upper-level steps under way at once; by default as many as the cluster has GPUs (or,
         without any, CPUs), 16 at most.
     points_to_evaluate: configurations to train first, nested as the space is.
-    upper_resources: Ray resources of an upper-level step, e.g. {"num_gpus": 0.5}; by default one GPU where the
-        problem's device is "cuda", else none: a step takes the place of a training, so it finds a CPU. With
-        reuse_actors=True idle actors keep their GPUs; then leave a step its share, e.g. trainings {"gpu": 0.8},
-        steps {"num_gpus": 0.2}.
+    upper_resources: Ray resources of an upper-level step, e.g. {"gpu": 0.5, "my_resource": 1}, or options of a Ray
+        task ("scheduling_strategy", ...); by default one GPU where the problem's device is "cuda", else none: a step
+        takes the place of a training, so it finds a CPU. With reuse_actors=True idle actors keep their GPUs; then
+        leave a step its share, e.g. trainings {"gpu": 0.8}, steps {"gpu": 0.2}.
     storage_filesystem: the pyarrow filesystem of the experiment's storage, where it is not a local or shared folder.
 
     Raises:
@@ -97,7 +97,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self.seed = seed
         self._slots = max_concurrent
         self._points = list(points_to_evaluate or ())
-        self._resources = dict(upper_resources) if upper_resources is not None else default_resources(problem)
+        self._resources = task_options(upper_resources) if upper_resources is not None else default_resources(problem)
         self._filesystem = storage_filesystem
         self._optimizer: BilevelOptimizer | None = None
         self._constants: dict[str, Any] = {}
@@ -508,6 +508,23 @@ def default_slots() -> int:
 def default_resources(problem: BilevelProblem) -> dict[str, Any]:
     """A step runs in the place of a training, whose (cached) actor may still hold its CPU: so it asks for none."""
     return {"num_cpus": 0, "num_gpus": 1} if str(problem.device).startswith("cuda") else {"num_cpus": 0}
+
+
+TASK_OPTIONS = (
+    "num_cpus", "num_gpus", "memory", "resources", "accelerator_type", "scheduling_strategy", "label_selector",
+    "max_retries", "runtime_env",
+)  # fmt: skip
+
+
+def task_options(resources: Mapping[str, Any]) -> dict[str, Any]:
+    """Tune's names of resources, custom ones among them -> options of a Ray task, which by itself asks for no CPU."""
+    names = {"cpu": "num_cpus", "gpu": "num_gpus"}
+    given = {names.get(name.lower(), name): amount for name, amount in resources.items()}
+    options = {name: amount for name, amount in given.items() if name in TASK_OPTIONS}
+    custom = {name: amount for name, amount in given.items() if name not in TASK_OPTIONS}
+    if custom:
+        options["resources"] = {**options.get("resources", {}), **custom}
+    return {"num_cpus": 0, **options}
 
 
 def check_points(points: Sequence[Mapping[str, Any]], space: Space) -> None:
