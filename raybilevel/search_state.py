@@ -121,6 +121,20 @@ class SearchState:
         return tuple(t for t in self.trainings if t.status == "pending")
 
     @cached_property
+    def sorted_upper(self) -> list[float]:
+        """F of the trainings that ran to their end, the lowest first."""
+        return sorted(t.upper for t in self.done)
+
+    @cached_property
+    def done_by_region(self) -> dict[int, list[int]]:
+        """Trust region -> the trainings that were proposed in it and ran to their end, in order."""
+        found: dict[int, list[int]] = {}
+        for training in self.done:
+            if training.proposal.region is not None:
+                found.setdefault(training.proposal.region, []).append(training.index)
+        return found
+
+    @cached_property
     def best(self) -> Training | None:
         """The incumbent: the lowest F at trained weights."""
         return min(self.done, key=lambda t: t.upper, default=None)
@@ -156,6 +170,10 @@ class SearchState:
 
     def add(self, proposal: Proposal) -> SearchState:
         return replace(self, trainings=(*self.trainings, Training(len(self.trainings), proposal)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be worked out again."""
+        return {"trainings": self.trainings, "steps": self.steps}
 
     def change(self, index: int, **changes: Any) -> SearchState:
         changed = replace(self.trainings[index], **changes)

@@ -43,7 +43,7 @@ def check_ray(words: list[str]) -> list[str]:
         command, words = command.commands[words[0]], words[1:]
     left = words[words.index("--") + 1 :] if "--" in words else []
     own = words[: words.index("--")] if left else words
-    if command.name == "symmetric-run":  # hands what it does not know to `ray start`
+    if command.name == "symmetric_run":  # hands what it does not know to `ray start`
         known = [str(option) for parameter in command.params for option in parameter.opts]
         start = [word for at, word in enumerate(own) if word not in known and (at == 0 or own[at - 1] not in known)]
         parsed(cli.commands["start"], start)
@@ -102,7 +102,11 @@ def test_the_slurm_script_is_a_script_and_calls_commands_that_exist() -> None:
     assert subprocess.run([bash, "-n", str(path)], check=False).returncode == 0
     text = path.read_text().replace("\\\n", " ")
     call = next(line for line in text.splitlines() if line.startswith("srun "))
-    words = shlex.split(call.replace('"${resume[@]}"', "--resume").replace('"$SLURM_JOB_NUM_NODES"', "4"))
+    words = shlex.split(
+        call.replace('"${resume[@]}"', "--resume")
+        .replace('"$SLURM_JOB_NUM_NODES"', "4")
+        .replace('"$SLURM_CPUS_PER_TASK"', "8")
+    )
     left = check_ray(words[1:])
     given = check_raybilevel(left)
     assert given["address"] == "auto"
