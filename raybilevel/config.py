@@ -28,6 +28,8 @@ class SearchConfig(Checked):
     trainings:      lower-level trainings, the budget.
     settings:       of the method, other than its defaults.
     max_concurrent: trainings and upper-level steps at once; by default as many as fit.
+    epoch_time_limit, step_time_limit: seconds after which an epoch of a training, or an upper-level step, hangs.
+    max_failures:   how often a training that fails, or whose node is lost, goes on from its last checkpoint.
     """
 
     trainings: int = Field(ge=1)
@@ -36,6 +38,9 @@ class SearchConfig(Checked):
     seed: int = 0
     max_concurrent: int | None = Field(default=None, ge=1)
     points_to_evaluate: list[dict[str, Any]] = []
+    epoch_time_limit: float | None = Field(default=None, gt=0)
+    step_time_limit: float | None = Field(default=None, gt=0)
+    max_failures: int = Field(default=0, ge=-1)
 
 
 class BundlesConfig(Checked):

@@ -90,6 +90,7 @@ def run(
         points_to_evaluate=config.search.points_to_evaluate,
         upper_resources=config.resources.upper,
         storage_filesystem=place.filesystem,
+        step_time_limit=config.search.step_time_limit,
     )
     started = time.monotonic()
     with cluster(address):
@@ -138,7 +139,10 @@ def tune_run(
 ) -> Any:
     """The trials. `tune.run` rather than `Tuner`, whose restore does not hand out the searcher that it makes."""
     return tune.run(
-        tune.with_resources(lower_level_trainable(problem, config.search.seed), trial_resources(config)),
+        tune.with_resources(
+            lower_level_trainable(problem, config.search.seed, epoch_time_limit=config.search.epoch_time_limit),
+            trial_resources(config),
+        ),
         name=TUNE_FOLDER,
         storage_path=place.path,
         storage_filesystem=place.filesystem,
@@ -151,6 +155,7 @@ def tune_run(
         # An idle actor keeps its GPU, which an upper-level step may be waiting for.
         reuse_actors=not first_bundle(config).get("gpu"),
         callbacks=[ProgressCallback(lambda: view.update(searcher.state, searcher.steps_under_way))],
+        max_failures=config.search.max_failures,
         raise_on_failed_trial=False,
         verbose=0,
     )

@@ -28,6 +28,7 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import SearchState, Training
 from raybilevel.shared import Shared
 from raybilevel.space import Space, flatten, nest
+from raybilevel.time_limit import time_limit
 from raybilevel.trainable import FINISHED, GRADIENT, PASSES, checkpoint_path
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         takes the place of a training, so it finds a CPU. With reuse_actors=True idle actors keep their GPUs; then
         leave a step its share, e.g. trainings {"gpu": 0.8}, steps {"gpu": 0.2}.
     storage_filesystem: the pyarrow filesystem of the experiment's storage, where it is not a local or shared folder.
+    step_time_limit: seconds that an upper-level step may run; one that takes longer hangs, its process is ended, and
+        after three more tries it counts as failed. None for no limit.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -81,6 +84,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         points_to_evaluate: Sequence[Mapping[str, Any]] | None = None,
         upper_resources: Mapping[str, Any] | None = None,
         storage_filesystem: pyarrow.fs.FileSystem | None = None,
+        step_time_limit: float | None = None,
     ) -> None:
         if not isinstance(problem, BilevelProblem):
             hint = "; pass an instance: BilevelSearch(MyProblem())" if isinstance(problem, type) else ""
@@ -89,6 +93,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             raise ConfigError(f"mode must be 'min' or 'max', got {mode!r}")
         if max_concurrent is not None and max_concurrent < 1:
             raise ConfigError(f"max_concurrent must be at least 1, got {max_concurrent}")
+        if step_time_limit is not None and not step_time_limit > 0:
+            raise ConfigError(f"step_time_limit must be positive, got {step_time_limit}")
         super().__init__(metric=metric, mode=mode)
         self._metric: str | None = metric
         self._mode: str | None = mode
@@ -99,6 +105,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._points = list(points_to_evaluate or ())
         self._resources = task_options(upper_resources) if upper_resources is not None else default_resources(problem)
         self._filesystem = storage_filesystem
+        self._step_time_limit = step_time_limit
         self._optimizer: BilevelOptimizer | None = None
         self._constants: dict[str, Any] = {}
         self._checkpoints: dict[int, str] = {}
@@ -418,7 +425,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                 )
             paths = {index: self._checkpoints[index] for index in step.targets}
             self._tasks[step.number] = upper_level_step.options(**self._resources).remote(
-                self._shared, step, paths, optimizer.memory
+                self._shared, step, paths, optimizer.memory, self._step_time_limit
             )
 
     def _collect(self, timeout: float = 0.0) -> None:
@@ -476,12 +483,14 @@ def upper_level_step(
     step: UpperStep,
     paths: Mapping[int, str],
     memory: bytes | None,
+    limit: float | None,
 ) -> UpperResult:
     """An upper-level step as a Ray task."""
     problem, space, constants, method, filesystem = shared
-    return method.run(
-        problem.value, space, constants, step, lambda index: read_checkpoint(paths[index], filesystem), memory
-    )
+    with time_limit(limit):
+        return method.run(
+            problem.value, space, constants, step, lambda index: read_checkpoint(paths[index], filesystem), memory
+        )
 
 
 def read_checkpoint(path: str, filesystem: pyarrow.fs.FileSystem | None = None) -> dict[str, Any]:

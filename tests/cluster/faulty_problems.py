@@ -1,0 +1,92 @@
+"""Problems whose trainings and upper-level steps go wrong in every way that a machine knows."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.tiny_problems import Parabola
+
+# In the passes of one training after another, three each, every second one going wrong in its second: 0 1 2, 3 4, ...
+FAULTS = {4: "raise", 9: "exit", 14: "os._exit", 19: "kill -9", 24: "out of memory", 29: "hang", 34: "NaN"}
+FAULTS[38] = "never reports"  # it hangs in its first
+
+
+def enter(folder: str, name: str) -> int:
+    """Add an entry to a list that processes share; how many there were."""
+    number = 0
+    while True:
+        try:
+            with open(Path(folder, f"{name} {number}"), "x"):
+                return number
+        except FileExistsError:
+            number += 1
+
+
+class Faulty(Parabola):
+    """Every second training goes wrong, each in another way."""
+
+    epochs = 3
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def lower_loss(self, model: Any, hyperparameters: Any, batch: Any) -> Tensor:
+        return super().lower_loss(model, hyperparameters, batch) + batch[0].sum()
+
+    def batches(self, level: Any, generator: Any) -> Any:
+        if generator is None:  # no pass of a training
+            return super().batches(level, generator)
+        fault = FAULTS.get(enter(self.folder, "pass"))
+        if fault is not None:
+            enter(self.folder, fault)
+        match fault:
+            case "raise":
+                raise RuntimeError("on purpose")
+            case "exit":
+                sys.exit(1)
+            case "os._exit":
+                os._exit(1)
+            case "kill -9":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "out of memory":
+                torch.empty(2**60)
+            case "hang" | "never reports":
+                time.sleep(3600)
+            case "NaN":
+                return iter([(torch.full((1,), math.nan, dtype=torch.double),)])
+        return super().batches(level, generator)
+
+
+class Slow(Parabola):
+    """Trainings and upper-level steps that take long enough to lose a node in; a shared list says where they are."""
+
+    epochs = 8
+
+    def __init__(self, folder: str, step_seconds: float = 0.0) -> None:
+        super().__init__()
+        self.folder, self.step_seconds = folder, step_seconds
+
+    def batches(self, level: Any, generator: Any) -> Any:
+        if generator is not None:
+            enter(self.folder, "pass")
+            time.sleep(0.2)
+        return super().batches(level, generator)
+
+    def upper_loss(self, model: Any, batch: Any) -> Tensor:
+        if (
+            torch.is_grad_enabled() and self.step_seconds and Path(self.folder, "go").exists()
+        ):  # only steps differentiate F
+            if enter(self.folder, "step") == 0:
+                Path(self.folder, "step is on").write_text(os.environ["RAY_NODE_ID"])
+                time.sleep(self.step_seconds)
+        return super().upper_loss(model, batch)
