@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from torch import Tensor
 
@@ -78,15 +79,16 @@ class Slow(Parabola):
 
     def batches(self, level: Any, generator: Any) -> Any:
         if generator is not None:
+            here = ray.get_runtime_context().get_node_id()
+            Path(self.folder, f"training {os.getpid()}").write_text(here)
+            os.replace(Path(self.folder, f"training {os.getpid()}"), Path(self.folder, "training is on"))
             enter(self.folder, "pass")
             time.sleep(0.2)
         return super().batches(level, generator)
 
     def upper_loss(self, model: Any, batch: Any) -> Tensor:
-        if (
-            torch.is_grad_enabled() and self.step_seconds and Path(self.folder, "go").exists()
-        ):  # only steps differentiate F
-            if enter(self.folder, "step") == 0:
-                Path(self.folder, "step is on").write_text(os.environ["RAY_NODE_ID"])
-                time.sleep(self.step_seconds)
+        # Only an upper-level step differentiates F.
+        if torch.is_grad_enabled() and Path(self.folder, "go").exists() and enter(self.folder, "step") == 0:
+            Path(self.folder, "step is on").write_text(ray.get_runtime_context().get_node_id())
+            time.sleep(self.step_seconds)
         return super().upper_loss(model, batch)
