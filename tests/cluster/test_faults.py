@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,8 +19,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from ray import tune
 from ray.cluster_utils import Cluster
 
-from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel import BilevelSearch, lower_level_trainable, state_file
 from raybilevel.errors import ConfigError, StorageError
+from raybilevel.snapshot import prepare_resume
 from raybilevel.storage import local_filesystem
 from raybilevel.storage_access import Storage, check_access, locate
 from raybilevel.time_limit import time_limit
@@ -137,6 +139,82 @@ def test_storage_that_other_nodes_do_not_see_is_refused_before_anything_is_train
         check_access(locate(tmp_path / "file" / "under"))
     with pytest.raises(StorageError, match="--storage"):
         locate("nowhere://bucket/run")
+
+
+class SpoilsTheStorage(tune.Callback):
+    """When the fourth trial has ended, the disk under the storage is full or cannot be written any more."""
+
+    def __init__(self, disk: Path, how: str) -> None:
+        self.disk, self.how, self.ended = disk, how, 0
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.ended += 1
+        if self.ended == 4 and self.how == "full":
+            with contextlib.suppress(OSError), open(self.disk / "ballast", "wb") as file:
+                while True:
+                    file.write(bytes(4096))
+        if self.ended == 4 and self.how == "read-only":
+            subprocess.run(["mount", "-o", "remount,ro", str(self.disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_spoilt_disk_keeps_its_last_good_state(how: str, tmp_path: Path) -> None:
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root on Linux")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
+    try:
+        problem = Parabola()
+        search = BilevelSearch(problem, max_concurrent=1)
+        fit(lower_level_trainable(problem), search, disk, 8, callbacks=[SpoilsTheStorage(disk, how)])
+        assert any(t.status == "failed" for t in search.state.trainings)
+        assert len(search.state.done) >= 4
+        if how == "full":
+            (disk / "ballast").unlink()
+        else:
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        run = disk / "runs" / "run"
+        prepare_resume(local_filesystem(), str(run))
+        results = tune.Tuner.restore(
+            str(run), lower_level_trainable(problem), storage_filesystem=local_filesystem(), resume_errored=True
+        ).fit()
+        assert len(results) == 8
+        assert not results.errors
+        assert len({result.config["x"]["a"] for result in results}) == 8
+        state = state_file.read(max(run.glob("searcher-state-*.pkl"))).state
+        assert len(state.done) == 8
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_two_experiments_share_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=2)
+    program = (
+        "import sys, ray; from pathlib import Path; from rich.console import Console\n"
+        "from raybilevel import experiment; from raybilevel.config import read_config\n"
+        "config = read_config('configs/digits.yaml', ['search.trainings=8', 'options={train: 100, epochs: 4}',\n"
+        "    'search.max_concurrent=1', 'search.seed=' + sys.argv[2]])\n"
+        "experiment.run(config, Path(sys.argv[1]), address=sys.argv[3], console=Console(quiet=True))\n"
+    )
+
+    def start(name: str, seed: int) -> subprocess.Popen[bytes]:
+        arguments = [sys.executable, "-c", program, str(tmp_path / name), str(seed), cluster.address]
+        return subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
+
+    together = [start("a", 0), start("b", 1)]
+    assert [process.wait(500) for process in together] == [0, 0]
+    assert start("alone", 0).wait(500) == 0
+
+    def history(name: str) -> list[tuple[Any, float]]:
+        entries = json.loads((tmp_path / name / "summary.json").read_text())["history"]
+        return [(entry["hyperparameters"], entry["upper_loss"]) for entry in entries]
+
+    assert history("a") == history("alone")
+    assert history("b") != history("a")
 
 
 @pytest.mark.slow
