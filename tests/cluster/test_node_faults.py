@@ -1,8 +1,7 @@
-"""Faults of trials, nodes and storage on a real cluster: counted, survived, and nothing that was observed is lost."""
+"""Faults of nodes and drivers on clusters of several nodes."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -19,69 +18,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 from ray import tune
 from ray.cluster_utils import Cluster
 
-from raybilevel import BilevelSearch, lower_level_trainable, state_file
-from raybilevel.errors import ConfigError, StorageError
-from raybilevel.snapshot import prepare_resume
-from raybilevel.storage import local_filesystem
+from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel.errors import StorageError
 from raybilevel.storage_access import Storage, check_access, locate
-from raybilevel.time_limit import time_limit
-from tests.cluster.faulty_problems import FAULTS, Faulty, Slow
-from tests.tiny_problems import Parabola
+from tests.cluster.faulty_problems import Slow
+from tests.cluster.runs import fit
 
-SPACE = {"x": {"a": tune.loguniform(1e-4, 1e2)}}
 ROOT = Path(__file__).parents[2]
-
-
-def fit(trainable: Any, search: BilevelSearch, folder: Path, samples: int, **run: Any) -> tune.ResultGrid:
-    return tune.Tuner(
-        trainable,
-        param_space=SPACE,
-        tune_config=tune.TuneConfig(
-            search_alg=search, metric="upper_loss", mode="min", num_samples=samples, reuse_actors=True
-        ),
-        run_config=tune.RunConfig(
-            name="run", storage_path=str(folder / "runs"), storage_filesystem=local_filesystem(), verbose=0, **run
-        ),
-    ).fit()
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_trials_that_go_wrong_in_every_way_are_counted(tmp_path: Path) -> None:
-    problem = Faulty(str(tmp_path))
-    search = BilevelSearch(problem, max_concurrent=1)
-    trainable = lower_level_trainable(problem, epoch_time_limit=5)
-    results = fit(trainable, search, tmp_path, 17)
-    happened = [fault for fault in FAULTS.values() if (tmp_path / f"{fault} 0").exists()]
-    assert happened == list(FAULTS.values())
-    assert len(results) == 17
-    assert len(results.errors) == len(FAULTS)
-    assert [t.status for t in search.state.trainings] == ["done", "failed"] * len(FAULTS) + ["done"]
-    # What the others observed is all there, with its own point: at the minimiser of f, F = (log10 x + 1)^2.
-    values = {result.config["x"]["a"]: result.metrics["upper_loss"] for result in results if not result.error}
-    assert {search.config_of(t)["x"]["a"]: t.upper for t in search.state.done} == values
-    assert not any(step.failed for step in search.state.steps)
-
-
-def test_a_limit_ends_what_hangs_and_nothing_else() -> None:
-    program = (
-        "import time, sys; from raybilevel.time_limit import time_limit\n"
-        "with time_limit(60): pass\n"
-        "with time_limit(None): pass\n"
-        "print('before', flush=True)\n"
-        "with time_limit(0.2): time.sleep(60)\n"
-        "print('after')"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 1
-    assert done.stdout == "before\n"
-    assert "line 5 in <module>" in done.stderr  # where it hung
-    with time_limit(60):
-        pass
-    with pytest.raises(ConfigError, match="epoch_time_limit"):
-        lower_level_trainable(Parabola(), epoch_time_limit=0)
-    with pytest.raises(ConfigError, match="step_time_limit"):
-        BilevelSearch(Parabola(), step_time_limit=-1)
 
 
 def wait_for(path: Path, seconds: float = 240) -> None:
@@ -139,55 +82,6 @@ def test_storage_that_other_nodes_do_not_see_is_refused_before_anything_is_train
         check_access(locate(tmp_path / "file" / "under"))
     with pytest.raises(StorageError, match="--storage"):
         locate("nowhere://bucket/run")
-
-
-class SpoilsTheStorage(tune.Callback):
-    """When the fourth trial has ended, the disk under the storage is full or cannot be written any more."""
-
-    def __init__(self, disk: Path, how: str) -> None:
-        self.disk, self.how, self.ended = disk, how, 0
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.ended += 1
-        if self.ended == 4 and self.how == "full":
-            with contextlib.suppress(OSError), open(self.disk / "ballast", "wb") as file:
-                while True:
-                    file.write(bytes(4096))
-        if self.ended == 4 and self.how == "read-only":
-            subprocess.run(["mount", "-o", "remount,ro", str(self.disk)], check=True)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("how", ["full", "read-only"])
-def test_a_spoilt_disk_keeps_its_last_good_state(how: str, tmp_path: Path) -> None:
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root on Linux")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
-    try:
-        problem = Parabola()
-        search = BilevelSearch(problem, max_concurrent=1)
-        fit(lower_level_trainable(problem), search, disk, 8, callbacks=[SpoilsTheStorage(disk, how)])
-        assert any(t.status == "failed" for t in search.state.trainings)
-        assert len(search.state.done) >= 4
-        if how == "full":
-            (disk / "ballast").unlink()
-        else:
-            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        run = disk / "runs" / "run"
-        prepare_resume(local_filesystem(), str(run))
-        results = tune.Tuner.restore(
-            str(run), lower_level_trainable(problem), storage_filesystem=local_filesystem(), resume_errored=True
-        ).fit()
-        assert len(results) == 8
-        assert not results.errors
-        assert len({result.config["x"]["a"] for result in results}) == 8
-        state = state_file.read(max(run.glob("searcher-state-*.pkl"))).state
-        assert len(state.done) == 8
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.slow
