@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all bench-algorithm check format clean
+.PHONY: setup run test test-all bench-algorithm bench-scale check format clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,10 @@ bench-algorithm: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
 		--editable ".[bench]"
 	$(BIN)/python -m raybilevel.benchmark configs/bench/algorithm.yaml --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# What a search costs its driver, and how many slots it keeps busy; ARGS=latency|memory|slots|overhead|sharing for a part.
+bench-scale: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.scale $(or $(ARGS),all)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

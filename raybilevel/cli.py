@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from raybilevel.errors import ConfigError, DataError, ProblemError, RaybilevelError, SpaceError
+from raybilevel.errors import ConfigError, DataError, ProblemError, RaybilevelError, SpaceError, StorageError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -44,6 +45,14 @@ def run(
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster, e.g. auto; by default a local one is started.")
     ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Where trials and checkpoints are kept: a folder or URI (s3://bucket/run) that every node sees; "
+            "by default --out.",
+            metavar="URI",
+        ),
+    ] = None,
 ) -> None:
     """Run the experiment of a config file."""
     from raybilevel import experiment
@@ -55,13 +64,20 @@ def run(
     console = Console()
     try:
         summary = experiment.run(
-            read_config(config, settings or ()), folder, as_text(data), resume=resume, address=address, console=console
+            read_config(config, settings or ()),
+            folder,
+            as_text(data),
+            resume=resume,
+            address=address,
+            storage=storage,
+            console=console,
         )
     except (experiment.InterruptedRunError, KeyboardInterrupt) as error:
         console.print(f"{error or 'stopped'}; what was observed is kept. To go on:", markup=False)
         # The resolved config holds every --set.
-        given = f" --data {data}" if data is not None else ""
-        again = f"  {sys.argv[0]} run {folder / 'config.yaml'} --out {folder}{given} --resume"
+        options = {"--out": folder, "--data": data, "--address": address, "--storage": storage}
+        given = " ".join(f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
+        again = f"  {sys.argv[0]} run {shlex.quote(str(folder / 'config.yaml'))} {given} --resume"
         console.print(again, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_INTERRUPTED) from error
     show_result(console, summary, folder)
@@ -131,7 +147,7 @@ def main() -> None:
     # Importing Ray is slow, so the commands import what they need.
     try:
         app()
-    except (ConfigError, SpaceError, ProblemError, DataError) as error:
+    except (ConfigError, SpaceError, ProblemError, DataError, StorageError) as error:
         fail(error, EXIT_USAGE)
     except RaybilevelError as error:
         fail(error, EXIT_FAILURE)

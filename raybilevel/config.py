@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,6 +28,8 @@ class SearchConfig(Checked):
     trainings:      lower-level trainings, the budget.
     settings:       of the method, other than its defaults.
     max_concurrent: trainings and upper-level steps at once; by default as many as fit.
+    epoch_time_limit, step_time_limit: seconds after which an epoch of a training, or an upper-level step, hangs.
+    max_failures:   how often a training that fails, or whose node is lost, goes on from its last checkpoint.
     """
 
     trainings: int = Field(ge=1)
@@ -36,12 +38,30 @@ class SearchConfig(Checked):
     seed: int = 0
     max_concurrent: int | None = Field(default=None, ge=1)
     points_to_evaluate: list[dict[str, Any]] = []
+    epoch_time_limit: float | None = Field(default=None, gt=0)
+    step_time_limit: float | None = Field(default=None, gt=0)
+    max_failures: int = Field(default=0, ge=-1)
+
+
+class BundlesConfig(Checked):
+    """A training of several processes: Ray's placement group, reserved whole.
+
+    bundles:  resources of each ({"CPU": 1, "GPU": 1}); the training itself runs in the first.
+    strategy: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.
+    """
+
+    bundles: list[dict[str, float]] = Field(min_length=1)
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
 
 
 class ResourcesConfig(Checked):
-    """Ray resources of a lower-level training (cpu, gpu, custom ones) and of an upper-level step (num_gpus, ...)."""
+    """Ray resources: cpu, gpu, fractions of them, custom ones by their names.
 
-    lower: dict[str, float] = {"cpu": 1.0}
+    lower: of a lower-level training; or bundles.
+    upper: of an upper-level step; by default a GPU where the problem's device is one, else nothing.
+    """
+
+    lower: dict[str, float] | BundlesConfig = {"cpu": 1.0}
     upper: dict[str, float] | None = None
 
 

@@ -5,6 +5,7 @@ RaybilevelError
 ├── SpaceError       (ValueError)        a search space cannot be searched
 ├── ProblemError     (ValueError)        a BilevelProblem breaks its contract
 ├── DataError        (OSError)           a data file is missing or damaged
+├── StorageError     (OSError)           an experiment's storage cannot be reached
 ├── StateError       (ValueError)        a saved search cannot be read
 ├── CheckpointError  (ValueError)        a lower-level checkpoint cannot be read
 └── NotFiniteError   (ArithmeticError)   a loss or a gradient is NaN or infinite
@@ -29,6 +30,10 @@ class ProblemError(RaybilevelError, ValueError):
 
 class DataError(RaybilevelError, OSError):
     """A data file is missing or damaged."""
+
+
+class StorageError(RaybilevelError, OSError):
+    """An experiment's storage cannot be reached."""
 
 
 class StateError(RaybilevelError, ValueError):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray import tune
 from rich.console import Console
 
+from raybilevel.config import BundlesConfig, ExperimentConfig, entries, read_config, resolved
 from raybilevel.config import Domain as ConfigDomain
-from raybilevel.config import ExperimentConfig, entries, read_config, resolved
-from raybilevel.errors import ConfigError, RaybilevelError
+from raybilevel.errors import ConfigError, RaybilevelError, StorageError
 from raybilevel.levels import check_problem
 from raybilevel.lower_level import refit
 from raybilevel.methods import make_method
@@ -24,9 +27,11 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
 from raybilevel.search_state import Training
-from raybilevel.searcher import UPPER_LOSS, BilevelSearch
+from raybilevel.searcher import UPPER_LOSS, BilevelSearch, task_options
+from raybilevel.shared import Shared
+from raybilevel.snapshot import ResumableGenerator, prepare_resume
 from raybilevel.space import flatten, nest
-from raybilevel.storage import local_filesystem
+from raybilevel.storage_access import Storage, check_access, locate
 from raybilevel.summary import summarise, write_summary
 from raybilevel.trainable import lower_level_trainable
 
@@ -56,18 +61,25 @@ def run(
     data: str | None = None,
     resume: bool = False,
     address: str | None = None,
+    storage: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run, or go on with, an experiment in the folder `out`; the summary, which is also written there.
 
+    address: of a Ray cluster; by default a local one is started.
+    storage: where the trials and their checkpoints are kept, a folder or a URI that every node sees; by default `out`.
+
     Raises:
         ConfigError: the config, the folder or `resume` is wrong; nothing was run.
-        InterruptedRunError: Ctrl-C.
+        StorageError: the storage cannot be written, or nodes of the cluster do not see it; nothing was run.
+        StateError: what is to be resumed is damaged beyond repair; nothing was run.
+        InterruptedRunError: Ctrl-C, or SIGTERM.
     """
     problem = make_problem(config.problem, config.options, data)
     space, constants = config.split_space()
     check_problem(problem, space, constants)
-    prepare_folder(out, config, resume)
+    place = locate(storage or out)
+    prepare_folder(out, config, resume, place)
     searcher = BilevelSearch(
         problem,
         metric=UPPER_LOSS,
@@ -77,13 +89,18 @@ def run(
         max_concurrent=config.search.max_concurrent,
         points_to_evaluate=config.search.points_to_evaluate,
         upper_resources=config.resources.upper,
+        storage_filesystem=place.filesystem,
+        step_time_limit=config.search.step_time_limit,
     )
     started = time.monotonic()
     with cluster(address):
+        check_access(place)
+        if resume:
+            prepare_resume(place.filesystem, f"{place.path}/{TUNE_FOLDER}")
         title = f"{config.problem}: {space.dimension} hyperparameters, method {config.search.method}"
         view = make_view(title, config.search.trainings, console)
         try:
-            analysis = tune_run(config, problem, searcher, out, resume, view)
+            analysis = tune_run(config, problem, searcher, place, resume, view)
         finally:
             view.update(searcher.state, 0)
             view.close()
@@ -96,9 +113,11 @@ def run(
         best = searcher.method.incumbent(searcher.state)
         test_loss_refit = None
         if best is not None:
-            resources = task_resources(config.resources.lower)
+            resources = task_options({"cpu": 1, **first_bundle(config)})
             refitted = ray.get(
-                refit_task.options(**resources).remote(problem, configuration(searcher, best), config.search.seed)
+                refit_task.options(**resources).remote(
+                    Shared(problem), configuration(searcher, best), config.search.seed
+                )
             )
             test_loss_refit = (refitted or {}).get("test_loss")
         summary = summarise(
@@ -116,23 +135,27 @@ def run(
 
 
 def tune_run(
-    config: ExperimentConfig, problem: BilevelProblem, searcher: BilevelSearch, out: Path, resume: bool, view: View
+    config: ExperimentConfig, problem: BilevelProblem, searcher: BilevelSearch, place: Storage, resume: bool, view: View
 ) -> Any:
     """The trials. `tune.run` rather than `Tuner`, whose restore does not hand out the searcher that it makes."""
     return tune.run(
-        tune.with_resources(lower_level_trainable(problem, config.search.seed), dict(config.resources.lower)),
+        tune.with_resources(
+            lower_level_trainable(problem, config.search.seed, epoch_time_limit=config.search.epoch_time_limit),
+            trial_resources(config),
+        ),
         name=TUNE_FOLDER,
-        storage_path=str(out.absolute()),
-        storage_filesystem=local_filesystem(),
+        storage_path=place.path,
+        storage_filesystem=place.filesystem,
         config=param_space(config),
-        search_alg=searcher,
+        search_alg=ResumableGenerator(searcher),
         metric=UPPER_LOSS,
         mode="min",
         num_samples=config.search.trainings,
         resume="AUTO" if resume else None,
         # An idle actor keeps its GPU, which an upper-level step may be waiting for.
-        reuse_actors=not config.resources.lower.get("gpu"),
+        reuse_actors=not first_bundle(config).get("gpu"),
         callbacks=[ProgressCallback(lambda: view.update(searcher.state, searcher.steps_under_way))],
+        max_failures=config.search.max_failures,
         raise_on_failed_trial=False,
         verbose=0,
     )
@@ -154,16 +177,22 @@ def param_space(config: ExperimentConfig) -> dict[str, Any]:
     )
 
 
-def prepare_folder(out: Path, config: ExperimentConfig, resume: bool) -> None:
+def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Storage) -> None:
     saved = out / CONFIG_FILE
+    try:
+        begun = place.exists(TUNE_FOLDER)
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"cannot reach the storage {place.path}: {error}") from error
     if resume:
-        if not (out / TUNE_FOLDER).is_dir():
-            raise ConfigError(f"--resume: there is no run in {out}; leave --resume out to begin one")
+        if not begun:
+            raise ConfigError(f"--resume: there is no run in {place.path}; leave --resume out to begin one")
         if read_config(saved) != config:
             raise ConfigError(f"--resume: the config differs from the one in {saved}, with which the run began")
         return
-    if (out / TUNE_FOLDER).exists():
-        raise ConfigError(f"{out} already holds a run; choose another --out, or go on with it by --resume")
+    if begun:
+        raise ConfigError(
+            f"{place.path} already holds a run; choose another --out (or --storage), or go on with it by --resume"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         saved.write_text(resolved(config), encoding="utf-8")
@@ -186,14 +215,22 @@ def configuration(searcher: BilevelSearch, training: Training) -> dict[str, Any]
 
 
 @ray.remote  # type: ignore[untyped-decorator]
-def refit_task(problem: BilevelProblem, config: Mapping[str, Any], seed: int) -> dict[str, float] | None:
-    return refit(problem, config, seed)
+def refit_task(problem: Shared[BilevelProblem], config: Mapping[str, Any], seed: int) -> dict[str, float] | None:
+    return refit(problem.value, config, seed)
 
 
-def task_resources(lower: Mapping[str, float]) -> dict[str, Any]:
-    """Tune's resource names -> those of a Ray task."""
-    custom = {name: amount for name, amount in lower.items() if name not in ("cpu", "gpu")}
-    return {"num_cpus": lower.get("cpu", 1), "num_gpus": lower.get("gpu", 0), "resources": custom}
+def trial_resources(config: ExperimentConfig) -> dict[str, float] | tune.PlacementGroupFactory:
+    lower = config.resources.lower
+    return (
+        tune.PlacementGroupFactory(lower.bundles, lower.strategy) if isinstance(lower, BundlesConfig) else dict(lower)
+    )
+
+
+def first_bundle(config: ExperimentConfig) -> dict[str, float]:
+    """What the process of a training holds, by Tune's names."""
+    lower = config.resources.lower
+    first = lower.bundles[0] if isinstance(lower, BundlesConfig) else lower
+    return {name.lower() if name in ("CPU", "GPU") else name: amount for name, amount in first.items()}
 
 
 @contextmanager
@@ -209,8 +246,25 @@ def cluster(address: str | None) -> Iterator[None]:
     if address is None:
         ray.init(address="local", include_dashboard=False, **options)
     else:
-        ray.init(address=address, **options)
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise ConfigError(f"--address {address}: {str(error).splitlines()[0]}") from error
+    try:
+        with sigterm_as_ctrl_c():
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Tune saves the experiment on SIGINT only; schedulers of clusters send SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
         yield
     finally:
-        ray.shutdown()
+        signal.signal(signal.SIGTERM, before)

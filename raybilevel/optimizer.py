@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,12 +93,14 @@ class BilevelOptimizer:
     def tell(self, trial: str, observation: Observation | None) -> None:
         """A training's result; None if it failed. Unknown trials and repeated results are ignored.
 
-        A result whose numbers are not all finite counts as a failure.
+        A result whose numbers are not all finite counts as a failure. A failed training may succeed when it is tried
+        again.
         """
         index = self.trials.get(trial)
-        if index is None or self.state.trainings[index].finished >= 0:
+        if index is None or self.state.trainings[index].status not in ("pending", "lost", "failed"):
             return
-        finished = len(self.state.told)
+        before = self.state.trainings[index].finished
+        finished = before if before >= 0 else len(self.state.told)
         if observation is None or not observation.finite:
             self.state = self.state.change(index, status="failed", finished=finished)
             return
@@ -162,6 +164,37 @@ class BilevelOptimizer:
         if self.state.trainings[index].status == "pending":
             self.state = self.state.change(index, status="lost")
             self.queue.appendleft(self.state.trainings[index].proposal)
+
+    def adopt(self, trial: str, config: Mapping[str, Any]) -> None:
+        """Know of a trial that runs, or ran, without this search remembering that it asked for it."""
+        if trial in self.trials:
+            return
+        unit = self.space.encode(config)
+        proposal = Proposal(tuple(unit.tolist()), "unknown")
+        for waiting in self.queue:
+            point = torch.tensor(waiting.unit, dtype=torch.double)
+            if (self.space.encode(self.space.suggest(point)) - unit).abs().max() < 1e-9:
+                proposal = waiting
+                self.queue.remove(waiting)
+                break
+        self.trials[trial] = len(self.state.trainings)
+        self.state = self.state.add(proposal)
+
+    def forget(self, trials: Collection[str]) -> None:
+        """Give up pending trials that nobody runs and nobody will report; their points are asked again, in order.
+
+        The newest trainings are taken back as if they had never been asked, so that the search repeats itself.
+        """
+        for trial in sorted(trials, key=lambda trial: -self.trials[trial]):
+            index = self.trials[trial]
+            if self.state.trainings[index].status != "pending":
+                continue
+            if index < len(self.state.trainings) - 1:
+                self.lose(trial)
+                continue
+            self.queue.appendleft(self.state.trainings[index].proposal)
+            self.state = self.state.without_last()
+            del self.trials[trial]
 
     @property
     def exhausted(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 Status = Literal["pending", "done", "stopped", "failed", "lost"]
@@ -95,36 +96,50 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class SearchState:
-    """Every training and every upper-level step so far."""
+    """Every training and every upper-level step so far. What is derived from them is worked out once."""
 
     trainings: tuple[Training, ...] = ()
     steps: tuple[StepRecord, ...] = ()
 
-    @property
+    @cached_property
     def told(self) -> tuple[Training, ...]:
         """Trainings that ended, in whatever way, in the order in which they did."""
         return tuple(sorted((t for t in self.trainings if t.finished >= 0), key=lambda t: t.finished))
 
-    @property
+    @cached_property
     def done(self) -> tuple[Training, ...]:
         """Trainings that ran to their end."""
         return tuple(t for t in self.told if t.status == "done")
 
-    @property
+    @cached_property
     def measured(self) -> tuple[Training, ...]:
         """Trainings that have an F: those that ran to their end, and those stopped early."""
         return tuple(t for t in self.told if t.status in ("done", "stopped"))
 
-    @property
+    @cached_property
     def pending(self) -> tuple[Training, ...]:
         return tuple(t for t in self.trainings if t.status == "pending")
 
-    @property
+    @cached_property
+    def sorted_upper(self) -> list[float]:
+        """F of the trainings that ran to their end, the lowest first."""
+        return sorted(t.upper for t in self.done)
+
+    @cached_property
+    def done_by_region(self) -> dict[int, list[int]]:
+        """Trust region -> the trainings that were proposed in it and ran to their end, in order."""
+        found: dict[int, list[int]] = {}
+        for training in self.done:
+            if training.proposal.region is not None:
+                found.setdefault(training.proposal.region, []).append(training.index)
+        return found
+
+    @cached_property
     def best(self) -> Training | None:
         """The incumbent: the lowest F at trained weights."""
         return min(self.done, key=lambda t: t.upper, default=None)
 
-    @property
+    @cached_property
     def passes_per_training(self) -> float:
         """Gradient evaluations of f that a training takes on average; 1 before the first."""
         done = self.done
@@ -156,6 +171,14 @@ class SearchState:
     def add(self, proposal: Proposal) -> SearchState:
         return replace(self, trainings=(*self.trainings, Training(len(self.trainings), proposal)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be worked out again."""
+        return {"trainings": self.trainings, "steps": self.steps}
+
     def change(self, index: int, **changes: Any) -> SearchState:
         changed = replace(self.trainings[index], **changes)
         return replace(self, trainings=(*self.trainings[:index], changed, *self.trainings[index + 1 :]))
+
+    def without_last(self) -> SearchState:
+        """As if the newest training had never been asked."""
+        return replace(self, trainings=self.trainings[:-1])

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
@@ -14,7 +15,7 @@ import ray
 from ray.tune.search import Searcher
 from ray.tune.utils.util import flatten_dict
 
-from raybilevel import state_file
+from raybilevel import snapshot, state_file
 from raybilevel.domains import split_param_space
 from raybilevel.errors import CheckpointError, ConfigError, RaybilevelError, SpaceError, StateError
 from raybilevel.levels import check_problem
@@ -25,7 +26,9 @@ from raybilevel.methods.default import Default
 from raybilevel.optimizer import BilevelOptimizer, Observation
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import SearchState, Training
+from raybilevel.shared import Shared
 from raybilevel.space import Space, flatten, nest
+from raybilevel.time_limit import time_limit
 from raybilevel.trainable import FINISHED, GRADIENT, PASSES, checkpoint_path
 
 logger = logging.getLogger(__name__)
@@ -56,11 +59,13 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     max_concurrent: trainings and upper-level steps under way at once; by default as many as the cluster has GPUs (or,
         without any, CPUs), 16 at most.
     points_to_evaluate: configurations to train first, nested as the space is.
-    upper_resources: Ray resources of an upper-level step, e.g. {"num_gpus": 0.5}; by default one GPU where the
-        problem's device is "cuda", else none: a step takes the place of a training, so it finds a CPU. With
-        reuse_actors=True idle actors keep their GPUs; then leave a step its share, e.g. trainings {"gpu": 0.8},
-        steps {"num_gpus": 0.2}.
+    upper_resources: Ray resources of an upper-level step, e.g. {"gpu": 0.5, "my_resource": 1}, or options of a Ray
+        task ("scheduling_strategy", ...); by default one GPU where the problem's device is "cuda", else none: a step
+        takes the place of a training, so it finds a CPU. With reuse_actors=True idle actors keep their GPUs; then
+        leave a step its share, e.g. trainings {"gpu": 0.8}, steps {"gpu": 0.2}.
     storage_filesystem: the pyarrow filesystem of the experiment's storage, where it is not a local or shared folder.
+    step_time_limit: seconds that an upper-level step may run; one that takes longer hangs, its process is ended, and
+        after three more tries it counts as failed. None for no limit.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -79,6 +84,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         points_to_evaluate: Sequence[Mapping[str, Any]] | None = None,
         upper_resources: Mapping[str, Any] | None = None,
         storage_filesystem: pyarrow.fs.FileSystem | None = None,
+        step_time_limit: float | None = None,
     ) -> None:
         if not isinstance(problem, BilevelProblem):
             hint = "; pass an instance: BilevelSearch(MyProblem())" if isinstance(problem, type) else ""
@@ -87,6 +93,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             raise ConfigError(f"mode must be 'min' or 'max', got {mode!r}")
         if max_concurrent is not None and max_concurrent < 1:
             raise ConfigError(f"max_concurrent must be at least 1, got {max_concurrent}")
+        if step_time_limit is not None and not step_time_limit > 0:
+            raise ConfigError(f"step_time_limit must be positive, got {step_time_limit}")
         super().__init__(metric=metric, mode=mode)
         self._metric: str | None = metric
         self._mode: str | None = mode
@@ -95,8 +103,9 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self.seed = seed
         self._slots = max_concurrent
         self._points = list(points_to_evaluate or ())
-        self._resources = dict(upper_resources) if upper_resources is not None else default_resources(problem)
+        self._resources = task_options(upper_resources) if upper_resources is not None else default_resources(problem)
         self._filesystem = storage_filesystem
+        self._step_time_limit = step_time_limit
         self._optimizer: BilevelOptimizer | None = None
         self._constants: dict[str, Any] = {}
         self._checkpoints: dict[int, str] = {}
@@ -151,7 +160,9 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._restored_at, self._idle_since = None, time.monotonic()
         optimizer = self._optimizer
-        if optimizer is None or trial_id not in optimizer.trials:
+        if optimizer is None:
+            return
+        if trial_id not in optimizer.trials and not self._adopt(trial_id, reported_config(result)):
             logger.debug("ignoring trial %s, which this search did not suggest", trial_id)
             return
         self._tell(trial_id, None if error else result)
@@ -203,10 +214,38 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         Tune calls this on a fresh searcher and would go on with a single trial if it raised; so a state that cannot
         be used is reported as an error in the log, and the search begins anew when Tune gives it the space.
         """
-        try:
-            self._load(state_file.read(checkpoint_path))
-        except RaybilevelError as error:
-            logger.error("the search could not be restored and begins anew: %s", error)
+        if not self._restored(checkpoint_path):
+            logger.error("the search could not be restored and begins anew")
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Tune's periodic save; the state before is kept as well."""
+        snapshot.keep_previous(Path(checkpoint_dir, self.CKPT_FILE_TMPL.format(session_str)))
+        super().save_to_dir(checkpoint_dir, session_str)
+
+    def restore_from_dir(self, checkpoint_dir: str) -> None:
+        """Go on from the newest state in a folder that can be read, and from what Tune's snapshot beside it knows.
+
+        Trials of the snapshot that the state does not know, or of whose end it has not heard, are added to it: nothing
+        that was observed is lost with a state file, at most the upper-level steps in it. Trials that the snapshot does
+        not know will never report, so their points are asked again.
+        """
+        name = self.CKPT_FILE_TMPL.format("*")
+        newest_first = [
+            path
+            for current in sorted(
+                {p.name.removeprefix(snapshot.PREVIOUS) for p in Path(checkpoint_dir).glob("*" + name)}
+            )[::-1]
+            for path in (Path(checkpoint_dir, current), Path(checkpoint_dir, snapshot.PREVIOUS + current))
+            if path.exists()
+        ]
+        used = next((path for path in newest_first if self._restored(path)), None)
+        if used is None:
+            logger.error("no state of the search can be read in %s; it begins anew", checkpoint_dir)
+        elif used != newest_first[0]:
+            logger.error("the search goes on from an older state, %s", used)
+        records = snapshot.read_trials(checkpoint_dir)
+        if records is not None and self._optimizer is not None:
+            self._reconcile(records, report=used is None or used != newest_first[0])
 
     # What else it shows.
 
@@ -278,6 +317,49 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             self.add_evaluated_point(parameters, value if value is not None else 0.0, error=value is None)
         self._early = []
 
+    def _restored(self, path: str | Path) -> bool:
+        try:
+            self._load(state_file.read(path))
+        except RaybilevelError as error:
+            logger.error("%s cannot be used: %s", path, error)
+            return False
+        return True
+
+    def _reconcile(self, records: Sequence[snapshot.TrialRecord], report: bool) -> None:
+        """Hear from Tune's snapshot what the saved search missed, in the order in which it happened."""
+        optimizer = self._ready()
+        heard = 0
+        for record in records:
+            if record.trial not in optimizer.trials:
+                heard += self._adopt(record.trial, record.config)
+        ended = [r for r in records if r.status in ("TERMINATED", "ERROR") and r.trial in optimizer.trials]
+        for record in sorted(ended, key=lambda record: record.result.get("timestamp", 0)):
+            if optimizer.state.trainings[optimizer.trials[record.trial]].status in ("pending", "lost"):
+                self._tell(record.trial, record.result if record.status == "TERMINATED" else None)
+                heard += 1
+        known = {record.trial for record in records}
+        pending = {index for index, t in enumerate(optimizer.state.trainings) if t.status == "pending"}
+        optimizer.forget(
+            [trial for trial, index in optimizer.trials.items() if index in pending and trial not in known]
+        )
+        self._restored_at = None
+        if heard or report:
+            logger.warning(
+                "%d trials or results were taken over from Tune's snapshot; the search knows %d trainings and %d "
+                "upper-level steps", heard, len(optimizer.state.trainings), len(optimizer.state.steps),
+            )  # fmt: skip
+
+    def _adopt(self, trial_id: str, config: Mapping[str, Any]) -> bool:
+        """Know of a trial that the search does not remember; False if its config is no point of the space."""
+        optimizer = self._ready()
+        try:
+            if any(not p.low <= optimizer.space.value(config, p) <= p.high for p in optimizer.space.parameters):
+                return False
+        except SpaceError:
+            return False
+        optimizer.adopt(trial_id, config)
+        return True
+
     def _load(self, saved: state_file.SavedSearch) -> None:
         if saved.method != type(self.method).__name__:
             raise StateError(f"the state is of method {saved.method}, this search is of {type(self.method).__name__}")
@@ -338,10 +420,12 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                 logger.warning("trainings %s left no checkpoint; their hypergradients are left out", missing)
             step = replace(step, targets=tuple(index for index in step.targets if index in self._checkpoints))
             if self._shared is None:
-                self._shared = ray.put((self.problem, optimizer.space, self._constants, self.method, self._filesystem))
+                self._shared = ray.put(
+                    (Shared(self.problem), optimizer.space, self._constants, self.method, self._filesystem)
+                )
             paths = {index: self._checkpoints[index] for index in step.targets}
             self._tasks[step.number] = upper_level_step.options(**self._resources).remote(
-                self._shared, step, paths, optimizer.memory
+                self._shared, step, paths, optimizer.memory, self._step_time_limit
             )
 
     def _collect(self, timeout: float = 0.0) -> None:
@@ -395,14 +479,18 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
 @ray.remote(max_retries=3)  # type: ignore[untyped-decorator]
 def upper_level_step(
-    shared: tuple[BilevelProblem, Space, dict[str, Any], Method, pyarrow.fs.FileSystem | None],
+    shared: tuple[Shared[BilevelProblem], Space, dict[str, Any], Method, pyarrow.fs.FileSystem | None],
     step: UpperStep,
     paths: Mapping[int, str],
     memory: bytes | None,
+    limit: float | None,
 ) -> UpperResult:
     """An upper-level step as a Ray task."""
     problem, space, constants, method, filesystem = shared
-    return method.run(problem, space, constants, step, lambda index: read_checkpoint(paths[index], filesystem), memory)
+    with time_limit(limit):
+        return method.run(
+            problem.value, space, constants, step, lambda index: read_checkpoint(paths[index], filesystem), memory
+        )
 
 
 def read_checkpoint(path: str, filesystem: pyarrow.fs.FileSystem | None = None) -> dict[str, Any]:
@@ -431,6 +519,23 @@ def default_resources(problem: BilevelProblem) -> dict[str, Any]:
     return {"num_cpus": 0, "num_gpus": 1} if str(problem.device).startswith("cuda") else {"num_cpus": 0}
 
 
+TASK_OPTIONS = (
+    "num_cpus", "num_gpus", "memory", "resources", "accelerator_type", "scheduling_strategy", "label_selector",
+    "max_retries", "runtime_env",
+)  # fmt: skip
+
+
+def task_options(resources: Mapping[str, Any]) -> dict[str, Any]:
+    """Tune's names of resources, custom ones among them -> options of a Ray task, which by itself asks for no CPU."""
+    names = {"cpu": "num_cpus", "gpu": "num_gpus"}
+    given = {names.get(name.lower(), name): amount for name, amount in resources.items()}
+    options = {name: amount for name, amount in given.items() if name in TASK_OPTIONS}
+    custom = {name: amount for name, amount in given.items() if name not in TASK_OPTIONS}
+    if custom:
+        options["resources"] = {**options.get("resources", {}), **custom}
+    return {"num_cpus": 0, **options}
+
+
 def check_points(points: Sequence[Mapping[str, Any]], space: Space) -> None:
     """Points to evaluate name every hyperparameter of the space, nested as it is, within its bounds."""
     for number, point in enumerate(points):
@@ -448,6 +553,12 @@ def check_points(points: Sequence[Mapping[str, Any]], space: Space) -> None:
                     f"points_to_evaluate[{number}]: {parameter.name} = {value} is outside "
                     f"[{parameter.low}, {parameter.high}]"
                 )
+
+
+def reported_config(result: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config that Tune adds to every result, whether it is nested or flat."""
+    config = unflatten(result or {}).get("config", {})
+    return config if isinstance(config, dict) else {}
 
 
 def unflatten(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from ray import tune
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.lower_level import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
 from raybilevel.problem import BilevelProblem
+from raybilevel.shared import Shared
+from raybilevel.time_limit import time_limit
 
 FINISHED = "lower_level_finished"
 GRADIENT = "lower_gradient"
@@ -21,7 +23,10 @@ TRIAL_PATH = "trial_path"
 
 
 def lower_level_trainable(
-    problem: BilevelProblem, seed: int = 0, checkpoint_every: int | None = None
+    problem: BilevelProblem,
+    seed: int = 0,
+    checkpoint_every: int | None = None,
+    epoch_time_limit: float | None = None,
 ) -> Callable[[dict[str, Any]], None]:
     """A trainable for `tune.run` and `tune.Tuner`: one lower-level training at the trial's config.
 
@@ -31,34 +36,46 @@ def lower_level_trainable(
 
     seed:             of the initial weights and the order of batches; the same for every trial.
     checkpoint_every: epochs between checkpoints; None for five in a training.
+    epoch_time_limit: seconds that an epoch, its losses included, may take; a training that takes longer hangs, and its
+        process is ended. None for no limit.
 
     Raises:
         ProblemError: `problem` is not a `BilevelProblem` instance.
-        ConfigError: `checkpoint_every` is not positive.
+        ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
     """
     if not isinstance(problem, BilevelProblem):
         hint = "; pass an instance: lower_level_trainable(MyProblem())" if isinstance(problem, type) else ""
         raise ProblemError(f"expected a BilevelProblem, got {problem!r}{hint}")
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    if epoch_time_limit is not None and not epoch_time_limit > 0:
+        raise ConfigError(f"epoch_time_limit must be positive, got {epoch_time_limit}")
     every = checkpoint_every or max(1, -(-problem.epochs // 5))
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
-        lower_level, problem=problem, seed=seed, checkpoint_every=every
+        lower_level, problem=Shared(problem), seed=seed, checkpoint_every=every, epoch_time_limit=epoch_time_limit
     )
     return trainable
 
 
-def lower_level(config: dict[str, Any], problem: BilevelProblem, seed: int, checkpoint_every: int) -> None:
+def lower_level(
+    config: dict[str, Any],
+    problem: Shared[BilevelProblem],
+    seed: int,
+    checkpoint_every: int,
+    epoch_time_limit: float | None,
+) -> None:
     """What a trial runs."""
     logging.getLogger("ray.train._internal.storage").setLevel(logging.WARNING)  # five lines a trial, none of them news
-    training = LowerLevelTraining(problem, config, seed)
+    with time_limit(epoch_time_limit):
+        training = LowerLevelTraining(problem.value, config, seed)
     checkpoint = tune.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             training.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
     while not training.finished:
-        training.run_epoch()
-        metrics = report(training)
+        with time_limit(epoch_time_limit):
+            training.run_epoch()
+            metrics = report(training)
         if not training.finished and training.epoch % checkpoint_every:
             tune.report(metrics)
             continue

@@ -131,8 +131,7 @@ class Default:
         return tuple(r for r in regions if not self.region.collapsed(r) and not self._over(r, state))
 
     def _over(self, region: TrustRegion, state: SearchState) -> bool:
-        done = state.done
-        upper = sorted(t.upper for t in done)
+        upper = state.sorted_upper
         gain = self.settled * (upper[len(upper) // 2] - upper[0])
         members = [state.trainings[i] for i in self._members(region.began, state)][1:]
         if not members:
@@ -146,7 +145,7 @@ class Default:
 
     @staticmethod
     def _members(began: int, state: SearchState) -> list[int]:
-        return [began, *(t.index for t in state.done if t.proposal.region == began and t.index != began)]
+        return [began, *(index for index in state.done_by_region.get(began, ()) if index != began)]
 
     @staticmethod
     def _under_way(region: TrustRegion, state: SearchState, running: tuple[UpperStep, ...]) -> int:

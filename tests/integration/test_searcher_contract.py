@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -160,6 +161,112 @@ def test_a_trial_that_nobody_resumes_is_asked_again(tmp_path: Path, monkeypatch:
     assert fresh.suggest("new")["x"]["a"] == pytest.approx(lost["x"]["a"])
     fresh.on_trial_complete("lost", result(1.0))  # it was alive after all: nothing that is observed is lost
     assert len(fresh.state.done) == 1
+
+
+# Restoring beside Tune's own snapshot.
+
+
+def snapshot_of(folder: Path, *trials: tuple[str, str, dict[str, Any], dict[str, Any]]) -> None:
+    """A snapshot as Tune writes it: a trial's state and its metadata are JSON within JSON."""
+    data = [
+        (json.dumps({"trial_id": trial, "status": status, "config": config}), json.dumps({"last_result": last}))
+        for trial, status, config, last in trials
+    ]
+    (folder / "experiment_state-1.json").write_text(json.dumps({"trial_data": data}))
+
+
+def config_of(search: BilevelSearch, trial: str) -> dict[str, Any]:
+    return {**search._ready().config(trial), "note": "constant", "deep": {"size": 3}}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "tampered", "of another version", "empty"])
+def test_the_last_good_state_is_used_and_no_observation_is_lost(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = ready(seed=5)
+    for trial in "abc":
+        search.suggest(trial)
+    search.on_trial_complete("a", result(1.0))
+    search.save_to_dir(str(tmp_path), "1")
+    search.on_trial_complete("b", result(2.0))
+    search.save_to_dir(str(tmp_path), "1")
+    newest = tmp_path / "searcher-state-1.pkl"
+    text = newest.read_text()
+    changed = {
+        "truncated": text[:-20], "tampered": text.replace("pending", "failed"), "empty": "",
+        "of another version": text.replace('"format": 1', '"format": 7'),
+    }  # fmt: skip
+    assert changed[damage] != text
+    newest.write_text(changed[damage])
+    nested = {**result(2.0), "lower_gradient": {"x": {"a": 0.25}}}
+    snapshot_of(
+        tmp_path,
+        ("a", "TERMINATED", config_of(search, "a"), result(1.0)),
+        ("b", "TERMINATED", config_of(search, "b"), nested),
+        ("c", "RUNNING", config_of(search, "c"), {}),
+    )
+    fresh = ready(seed=5)
+    with caplog.at_level(logging.WARNING):
+        fresh.restore_from_dir(str(tmp_path))
+    assert "searcher-state-1.pkl cannot be used" in caplog.text
+    assert "older state" in caplog.text
+    assert "1 trials or results were taken over" in caplog.text
+    assert repr(fresh.state) == repr(search.state)
+    assert fresh.checkpoint_of(fresh.state.done[1]) == search.checkpoint_of(search.state.done[1])
+
+
+def test_with_no_state_left_the_observations_come_from_the_snapshot(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = ready(seed=5)
+    for trial in "abc":
+        search.suggest(trial)
+    search.on_trial_complete("a", result(1.0, timestamp=7))
+    search.on_trial_complete("b", error=True)
+    (tmp_path / "searcher-state-1.pkl").write_bytes(b"")
+    snapshot_of(
+        tmp_path,
+        ("a", "TERMINATED", config_of(search, "a"), result(1.0, timestamp=7)),
+        ("b", "ERROR", config_of(search, "b"), result(5.0, finished=False, timestamp=8)),
+        ("c", "PENDING", config_of(search, "c"), {}),
+        ("elsewhere", "TERMINATED", {"x": {"a": 1e9}}, result(1.0)),
+    )
+    fresh = ready(seed=5)
+    with caplog.at_level(logging.WARNING):
+        fresh.restore_from_dir(str(tmp_path))
+    assert "begins anew" in caplog.text
+    assert repr(fresh.state) == repr(search.state)
+    assert fresh.suggest("d") == search.suggest("d")
+
+
+def test_a_state_newer_or_older_than_the_snapshot_agrees_with_it_afterwards(tmp_path: Path) -> None:
+    search = ready(seed=5)
+    for trial in "ab":
+        search.suggest(trial)
+    search.on_trial_complete("a", result(1.0))
+    search.save_to_dir(str(tmp_path), "1")
+    snapshot_of(tmp_path, ("a", "RUNNING", config_of(search, "a"), {}))  # it began b, and heard of a, later
+    newer = ready(seed=5)
+    newer.restore_from_dir(str(tmp_path))
+    assert [t.status for t in newer.state.trainings] == ["done"]
+    newer.on_trial_complete("a", result(1.0))  # Tune runs it again: it counts once
+    assert newer.suggest("b2") == {"x": config_of(search, "b")["x"]}
+    assert newer.suggest("c") == search.suggest("c")
+    snapshot_of(
+        tmp_path,
+        *((t, "RUNNING", config_of(search, t), {}) for t in "abc"),
+    )
+    older = ready(seed=5)
+    older.restore_from_dir(str(tmp_path))
+    assert older.suggest("d") == search.suggest("d")
+
+
+def test_a_trial_that_the_search_does_not_remember_counts_if_it_is_of_its_space() -> None:
+    search = ready()
+    search.on_trial_complete("a", result(1.0, **{"config/x/a": 0.1, "config/note": "constant"}))
+    search.on_trial_complete("b", result(1.0, **{"config/x/a": 1e9}))
+    search.on_trial_complete("c", result(1.0, **{"config/lr": 0.1}))
+    assert [(t.status, t.upper) for t in search.state.trainings] == [("done", 1.0)]
 
 
 def test_points_known_from_elsewhere_inform_the_search() -> None:

@@ -66,9 +66,12 @@ class Events(RuleBasedStateMachine):
     @rule(data=st.data(), observation=results)
     @precondition(lambda self: self.asked)
     def tell(self, data: st.DataObject, observation: Observation | None) -> None:
-        """A result, of any trial: the first counts, whether or not the trial was lost; repeats are ignored."""
+        """A result, of any trial: the first that did not fail counts, whether or not the trial was lost; repeats are
+        ignored."""
         trial = data.draw(st.sampled_from(sorted(self.asked)))
-        self.heard.setdefault(trial, observation)
+        before = self.heard.get(trial)
+        if before is None or not before.finite:
+            self.heard[trial] = observation
         self.optimizer.tell(trial, observation)
 
     @rule(observation=results)

@@ -302,3 +302,50 @@ def test_equal_searches_ask_equally_whatever_the_global_seed():
         search = optimizer(slots=8)
         configs.append([search.ask(str(i)) for i in range(8)])
     assert configs[0] == configs[1]
+
+
+# Coming back from another moment.
+
+
+def test_a_failed_training_may_succeed_later_and_only_once():
+    search = told(optimizer(), None, GOOD)
+    assert status(search, 0) == "failed"
+    search.tell("0", GOOD)
+    search.tell("0", Observation(9.0, 9.0, (0.0, 0.0)))
+    assert [t.upper for t in search.state.told] == [0.5, 0.5]
+    assert [t.finished for t in search.state.told] == [0, 1]
+
+
+def test_an_adopted_trial_takes_its_proposal_from_the_queue():
+    search, other = optimizer(), optimizer()
+    for trial in "ab":
+        search.ask(trial)
+        other.adopt(trial, search.config(trial))
+    assert other.state == search.state
+    assert other.queue == search.queue
+    other.adopt("a", search.config("b"))  # known already
+    other.adopt("c", {"decay": {"a": 0.123}, "b": 0.25})
+    assert [t.proposal.origin for t in other.state.trainings] == ["start", "start", "unknown"]
+    assert other.config("c") == {"decay": {"a": pytest.approx(0.123)}, "b": 0.25}
+
+
+def test_forgotten_trials_are_asked_again_in_order():
+    search, never = told(optimizer(), GOOD), told(optimizer(), GOOD)
+    for trial in "abc":
+        search.ask(trial)
+    search.forget(["b", "a", "c"])
+    assert search.state == never.state
+    assert list(search.trials) == ["0"]
+    assert [search.ask(trial) for trial in "abc"] == [never.ask(trial) for trial in "abc"]
+    assert search.state == never.state
+
+
+def test_a_forgotten_trial_in_the_middle_is_lost_and_asked_again():
+    search = optimizer()
+    for trial in "ab":
+        search.ask(trial)
+    search.tell("b", GOOD)
+    asked = search.config("a")
+    search.forget(["a", "b"])  # b has ended and stays
+    assert [t.status for t in search.state.trainings] == ["lost", "done"]
+    assert search.ask("c") == asked

@@ -1,0 +1,33 @@
+#!/bin/bash
+# One experiment as a Slurm job: sbatch configs/cluster/slurm.sh CONFIG FOLDER
+#
+# FOLDER lies on a file system that all nodes mount; so do this package's virtual environment (its bin/ in PATH, the same
+# on every node) and the home folder with Ray's token. A job that runs out of time is told a minute before, ends in
+# order, and goes on when it is submitted again.
+#SBATCH --job-name=raybilevel
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-task=1
+#SBATCH --time=12:00:00
+#SBATCH --signal=TERM@60
+set -euo pipefail
+
+config=$1
+folder=$2
+if [ ! -f "$HOME/.ray/auth_token" ]; then
+    ray get-auth-token --generate > /dev/null
+fi
+export RAY_AUTH_MODE=token
+# A node that does not answer for about five seconds counts as lost.
+export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=1500 RAY_health_check_failure_threshold=3
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+resume=()
+if [ -d "$folder/tune" ]; then
+    config=$folder/config.yaml
+    resume=(--resume)
+fi
+srun ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
+    --num-cpus "$SLURM_CPUS_PER_TASK" -- \
+    raybilevel run "$config" --address auto --out "$folder" "${resume[@]}"

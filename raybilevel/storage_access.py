@@ -1,0 +1,110 @@
+"""Where an experiment is stored, and whether every node of the cluster sees it."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raybilevel.errors import StorageError
+from raybilevel.storage import local_filesystem
+
+SECONDS_TO_ANSWER = 60.0
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder of a filesystem.
+
+    path: on the filesystem, without a scheme.
+    """
+
+    filesystem: pyarrow.fs.FileSystem
+    path: str
+
+    def exists(self, name: str) -> bool:
+        found: bool = self.filesystem.get_file_info(f"{self.path}/{name}").type != pyarrow.fs.FileType.NotFound
+        return found
+
+
+def locate(uri: str | Path) -> Storage:
+    """The storage at a folder ("/shared/runs/a", "file:///shared/runs/a") or a URI ("s3://bucket/a", "gs://bucket/a").
+
+    Raises:
+        StorageError: no such kind of storage, or it cannot be set up.
+    """
+    text = str(uri)
+    if "://" not in text:
+        return Storage(local_filesystem(), str(Path(text).absolute()))
+    try:
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(text)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(f"--storage {text}: {error}") from error
+    path = path.rstrip("/")
+    return Storage(local_filesystem() if text.startswith("file://") else filesystem, path)
+
+
+def check_access(storage: Storage) -> None:
+    """Write a file from this process and read it on every node, before anything is trained.
+
+    Raises:
+        StorageError: the storage cannot be written, or nodes, which are named, cannot read it.
+    """
+    marker, content = f"{storage.path}/.raybilevel-{uuid.uuid4().hex}", uuid.uuid4().bytes
+    try:
+        storage.filesystem.create_dir(storage.path, recursive=True)
+        with storage.filesystem.open_output_stream(marker) as file:
+            file.write(content)
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"cannot write to the storage {storage.path}: {error}") from error
+    try:
+        blind = unreadable_on(storage, marker, content)
+    finally:
+        storage.filesystem.delete_file(marker)
+    if blind:
+        raise StorageError(
+            f"the storage {storage.path} cannot be read on {len(blind)} of the cluster's nodes: "
+            + "; ".join(f"{node}: {reason}" for node, reason in sorted(blind.items()))
+            + ". Use a folder that all nodes mount at the same place, or a URI that all of them reach (s3://..., gs://...)"
+        )
+
+
+def unreadable_on(storage: Storage, marker: str, content: bytes) -> dict[str, str]:
+    """Address of a node other than this one -> why it does not see the marker."""
+    here = ray.get_runtime_context().get_node_id()
+    asked = {
+        read_marker.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            storage.filesystem, marker, content
+        ): node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] != here
+    }
+    if not asked:
+        return {}
+    done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=SECONDS_TO_ANSWER)
+    found = {asked[task]: f"no answer within {SECONDS_TO_ANSWER:.0f} s" for task in silent}
+    for task in done:
+        try:
+            reason = ray.get(task)
+        except ray.exceptions.RayError as error:
+            reason = str(error).splitlines()[-1]
+        if reason is not None:
+            found[asked[task]] = reason
+    for task in silent:
+        ray.cancel(task, force=True)
+    return found
+
+
+@ray.remote(num_cpus=0, max_retries=1)  # type: ignore[untyped-decorator]
+def read_marker(filesystem: pyarrow.fs.FileSystem, marker: str, content: bytes) -> str | None:
+    """Why this node does not see the marker; None if it does."""
+    try:
+        with filesystem.open_input_stream(marker) as file:
+            return None if file.read() == content else "holds other files at this path"
+    except (pa.ArrowException, OSError) as error:
+        return str(error)

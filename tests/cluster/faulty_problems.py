@@ -1,0 +1,95 @@
+"""Problems whose trainings and upper-level steps go wrong in every way that a machine knows."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from tests.tiny_problems import Parabola
+
+FAULTS = ("raise", "exit", "os._exit", "kill -9", "out of memory", "NaN")
+HANGS = ("hang", "never reports")
+
+
+def enter(folder: str, name: str) -> int:
+    """Add an entry to a list that processes share; how many there were."""
+    number = 0
+    while True:
+        try:
+            with open(Path(folder, f"{name} {number}"), "x"):
+                return number
+        except FileExistsError:
+            number += 1
+
+
+class Faulty(Parabola):
+    """Every second training goes wrong in its second epoch, each in another way; one that never reports in its first."""
+
+    epochs = 3
+
+    def __init__(self, folder: str, faults: tuple[str, ...]) -> None:
+        super().__init__()
+        self.folder = folder
+        # Passes of one training after another: 0 1 2, 3 4, 5 6 7, 8 9, ...
+        self.faults = {5 * n + (3 if fault == "never reports" else 4): fault for n, fault in enumerate(faults)}
+
+    def lower_loss(self, model: Any, hyperparameters: Any, batch: Any) -> Tensor:
+        return super().lower_loss(model, hyperparameters, batch) + batch[0].sum()
+
+    def batches(self, level: Any, generator: Any) -> Any:
+        if generator is None:  # no pass of a training
+            return super().batches(level, generator)
+        fault = self.faults.get(enter(self.folder, "pass"))
+        if fault is not None:
+            enter(self.folder, fault)
+        match fault:
+            case "raise":
+                raise RuntimeError("on purpose")
+            case "exit":
+                sys.exit(1)
+            case "os._exit":
+                os._exit(1)
+            case "kill -9":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "out of memory":
+                torch.empty(2**60)
+            case "hang" | "never reports":
+                time.sleep(3600)
+            case "NaN":
+                return iter([(torch.full((1,), math.nan, dtype=torch.double),)])
+        return super().batches(level, generator)
+
+
+class Slow(Parabola):
+    """Trainings and upper-level steps that take long enough to lose a node in; a shared list says where they are."""
+
+    epochs = 8
+
+    def __init__(self, folder: str, step_seconds: float = 0.0) -> None:
+        super().__init__()
+        self.folder, self.step_seconds = folder, step_seconds
+
+    def batches(self, level: Any, generator: Any) -> Any:
+        if generator is not None:
+            here = ray.get_runtime_context().get_node_id()
+            Path(self.folder, f"training {os.getpid()}").write_text(here)
+            os.replace(Path(self.folder, f"training {os.getpid()}"), Path(self.folder, "training is on"))
+            enter(self.folder, "pass")
+            time.sleep(0.2)
+        return super().batches(level, generator)
+
+    def upper_loss(self, model: Any, batch: Any) -> Tensor:
+        # Only an upper-level step differentiates F.
+        if torch.is_grad_enabled() and Path(self.folder, "go").exists() and enter(self.folder, "step") == 0:
+            Path(self.folder, "step is on").write_text(ray.get_runtime_context().get_node_id())
+            time.sleep(self.step_seconds)
+        return super().upper_loss(model, batch)

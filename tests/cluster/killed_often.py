@@ -1,0 +1,202 @@
+"""An experiment whose driver is killed again and again at random moments, beside one that is left alone.
+
+    python -m tests.cluster.killed_often FOLDER KILLS SAMPLES
+
+Each life resumes the experiment in another way: `Tuner.restore`, `tune.run(resume="AUTO")`, or what `raybilevel run
+--resume` does. Prints one line of JSON: how often it was killed, and whether both experiments observed the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(RAY_AUTH_MODE="disabled", OMP_NUM_THREADS="1", RAY_AIR_NEW_OUTPUT="0", RAY_USAGE_STATS_ENABLED="0")
+os.environ.update(TUNE_GLOBAL_CHECKPOINT_S="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
+
+import ray
+from ray import tune
+from rich.console import Console
+
+from raybilevel import BilevelSearch, experiment, lower_level_trainable, state_file
+from raybilevel.config import ExperimentConfig, resolved
+from raybilevel.problems import make_problem
+from raybilevel.search_state import SearchState
+from raybilevel.snapshot import ResumableGenerator, prepare_resume, read_trials
+from raybilevel.storage import local_filesystem
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+print("address", cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+"""In a process of its own: this one is forked, so it must not hold connections."""
+RESUMES = ("Tuner.restore", "tune.run", "--resume")
+LONGEST_LIFE = 120.0
+
+
+def config(samples: int) -> ExperimentConfig:
+    return ExperimentConfig.model_validate(
+        {
+            "problem": "several_optima",
+            "space": {"x0": {"uniform": [-1.0, 1.0]}, "x1": {"uniform": [-1.0, 1.0]}},
+            "search": {"trainings": samples, "max_concurrent": 1},
+        }
+    )
+
+
+def live(address: str, folder: Path, samples: int, how: str | None) -> None:
+    """One driver's life, up to the end of the experiment if nobody kills it."""
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    settings = config(samples)
+    problem, filesystem = make_problem(settings.problem), local_filesystem()
+    run = folder / experiment.TUNE_FOLDER
+    trainable = tune.with_resources(lower_level_trainable(problem), {"cpu": 1})
+    if how == "--resume":
+        with open(os.devnull, "w") as nowhere:
+            experiment.run(settings, folder, resume=True, console=Console(file=nowhere))
+        return
+    if how is not None:
+        prepare_resume(filesystem, str(run))
+    if how == "Tuner.restore":
+        # No space, no searcher: all of it comes back from the storage.
+        tune.Tuner.restore(str(run), trainable, storage_filesystem=filesystem).fit()
+        return
+    search = ResumableGenerator(BilevelSearch(problem, metric="upper_loss", mode="min", max_concurrent=1))
+    space = experiment.param_space(settings)
+    if how == "tune.run":
+        tune.run(
+            trainable, config=space, search_alg=search, metric="upper_loss", mode="min", num_samples=samples,
+            reuse_actors=True, name=experiment.TUNE_FOLDER, storage_path=str(folder), storage_filesystem=filesystem,
+            resume="AUTO", verbose=0,
+        )  # fmt: skip
+        return
+    folder.mkdir(parents=True)
+    (folder / experiment.CONFIG_FILE).write_text(resolved(settings))
+    tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            search_alg=search, metric="upper_loss", mode="min", num_samples=samples, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(
+            name=experiment.TUNE_FOLDER, storage_path=str(folder), storage_filesystem=filesystem, verbose=0
+        ),
+    ).fit()
+
+
+def fork(address: str, folder: Path, samples: int, how: str | None) -> int:
+    """A driver in a process of its own; forked, so that it need not import everything again."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        with open(folder.with_suffix(".log"), "a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            live(address, folder, samples, how)
+            status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(child: int) -> int | None:
+    done, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def progress(folder: Path) -> int:
+    """What a driver has written so far: trials and checkpoints."""
+    return len(list((folder / experiment.TUNE_FOLDER).glob("lower_level_*"))) + len(
+        list((folder / experiment.TUNE_FOLDER).glob("lower_level_*/checkpoint_*"))
+    )
+
+
+def observed(folder: Path) -> SearchState:
+    newest = max((folder / experiment.TUNE_FOLDER).glob("searcher-state-*.pkl"))
+    return state_file.read(newest).state
+
+
+def values(state: SearchState) -> list[tuple[Any, ...]]:
+    return [(t.status, t.finished, t.unit, t.upper, t.value, t.gradient, t.hypergradient) for t in state.trainings]
+
+
+def main(root: Path, kills: int, samples: int) -> dict[str, Any]:
+    chance = random.Random(1)
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert cluster.stdin is not None and cluster.stdout is not None
+    address = next(line for line in cluster.stdout if line.startswith("address")).split()[1]
+    try:
+        undisturbed = fork(address, root / "undisturbed", samples, None)
+        while (status := ended(undisturbed)) is None:
+            time.sleep(0.2)
+        assert status == 0, (root / "undisturbed.log").read_text()[-3000:]
+        killed, lives, folder = 0, 0, root / "killed"
+        while True:
+            begun = (folder / experiment.TUNE_FOLDER / "tuner.pkl").exists()
+            how = RESUMES[lives % len(RESUMES)] if begun else None
+            if how is None and folder.exists():
+                for path in sorted(folder.rglob("*"), reverse=True):
+                    path.rmdir() if path.is_dir() else path.unlink()
+                folder.rmdir()
+            lives += 1
+            child = fork(address, folder, samples, how)
+            until, before = time.monotonic() + LONGEST_LIFE, progress(folder)
+            wanted = chance.randrange(3)
+            while (status := ended(child)) is None and time.monotonic() < until:
+                if killed < kills and progress(folder) - before >= wanted:
+                    break
+                time.sleep(0.01)
+            if status is None and killed < kills:
+                time.sleep(chance.uniform(0, 1.5))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                killed += 1
+                print(f"life {lives} ({how or 'first'}): killed, {progress(folder)} files", file=sys.stderr, flush=True)
+            elif status is None:
+                while (status := ended(child)) is None:
+                    time.sleep(0.2)
+            if status is not None:
+                assert status == 0, folder.with_suffix(".log").read_text()[-3000:]
+                break
+    finally:
+        cluster.stdin.close()
+        cluster.wait(60)
+    one, other = observed(root / "undisturbed"), observed(folder)
+    trials = read_trials(folder / experiment.TUNE_FOLDER) or []
+    return {
+        "killed": killed,
+        "lives": lives,
+        "samples": samples,
+        "trials": len(trials),
+        "observed": len(other.done),
+        "points_trained_twice": len(other.done) - len({t.unit for t in other.done}),
+        "same_observations": sorted((t.unit, t.upper) for t in one.done)
+        == sorted((t.unit, t.upper) for t in other.done),
+        "same_search": repr(values(one)) == repr(values(other)) and len(one.steps) == len(other.steps),
+        "log": str(folder.with_suffix(".log")),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,126 @@
+"""Faults of nodes and drivers on clusters of several nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import pytest
+import ray
+from fsspec.implementations.memory import MemoryFileSystem
+from ray import tune
+from ray.cluster_utils import Cluster
+
+from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel.errors import StorageError
+from raybilevel.storage_access import Storage, check_access, locate
+from tests.cluster.faulty_problems import Slow
+from tests.cluster.runs import fit
+
+ROOT = Path(__file__).parents[2]
+
+
+def wait_for(path: Path, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not happen"
+        time.sleep(0.05)
+
+
+def test_a_node_lost_in_trainings_and_in_a_step_costs_no_observation(cluster: Cluster, tmp_path: Path) -> None:
+    added = [cluster.add_node(num_cpus=1, resources={"training": 1, "step": 1}) for _ in range(4)]
+    nodes = {node.node_id: node for node in added}
+    ray.init(address=cluster.address, log_to_driver=False)
+    problem = Slow(str(tmp_path), step_seconds=120)
+    search = BilevelSearch(problem, max_concurrent=2, upper_resources={"step": 1})
+    trainable = tune.with_resources(lower_level_trainable(problem, checkpoint_every=1), {"cpu": 1, "training": 1})
+    lost: list[str] = []
+
+    def lose_nodes() -> None:
+        """One in the middle of a training, then one in the middle of an upper-level step."""
+        wait_for(tmp_path / "pass 12")
+        cluster.remove_node(nodes.pop((tmp_path / "training is on").read_text()), allow_graceful=False)
+        lost.append("training")
+        (tmp_path / "go").touch()
+        wait_for(tmp_path / "step is on")
+        cluster.remove_node(nodes.pop((tmp_path / "step is on").read_text()), allow_graceful=False)
+        lost.append("step")
+
+    losing = threading.Thread(target=lose_nodes)
+    losing.start()
+    results = fit(trainable, search, tmp_path, 9, failure_config=tune.FailureConfig(max_failures=-1))
+    losing.join(1)
+    assert lost == ["training", "step"]
+    assert len(results) == 9
+    assert not results.errors
+    assert [t.status for t in search.state.trainings] == ["done"] * 9
+    assert len({t.unit for t in search.state.trainings}) == 9
+    assert not any(step.failed for step in search.state.steps)  # begun again elsewhere
+    # A node that does not answer is noticed within seconds: the step alone would have slept for two minutes.
+    passes = len(list(tmp_path.glob("pass *")))
+    assert 9 * problem.epochs < passes <= 9 * problem.epochs + 4  # only the epochs under way were done again
+
+
+def test_storage_that_other_nodes_do_not_see_is_refused_before_anything_is_trained(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    check_access(locate(tmp_path / "shared"))
+    assert not list((tmp_path / "shared").iterdir())
+    with pytest.raises(StorageError, match=r"1 of the cluster's nodes.*all nodes mount"):
+        check_access(Storage(pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(MemoryFileSystem())), "/here"))
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot write"):
+        check_access(locate(tmp_path / "file" / "under"))
+    with pytest.raises(StorageError, match="--storage"):
+        locate("nowhere://bucket/run")
+
+
+@pytest.mark.slow
+def test_two_experiments_share_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=2)
+    program = (
+        "import sys, ray; from pathlib import Path; from rich.console import Console\n"
+        "from raybilevel import experiment; from raybilevel.config import read_config\n"
+        "config = read_config('configs/digits.yaml', ['search.trainings=8', 'options={train: 100, epochs: 4}',\n"
+        "    'search.max_concurrent=1', 'search.seed=' + sys.argv[2]])\n"
+        "experiment.run(config, Path(sys.argv[1]), address=sys.argv[3], console=Console(quiet=True))\n"
+    )
+
+    def start(name: str, seed: int) -> subprocess.Popen[bytes]:
+        arguments = [sys.executable, "-c", program, str(tmp_path / name), str(seed), cluster.address]
+        return subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
+
+    together = [start("a", 0), start("b", 1)]
+    assert [process.wait(500) for process in together] == [0, 0]
+    assert start("alone", 0).wait(500) == 0
+
+    def history(name: str) -> list[tuple[Any, float]]:
+        entries = json.loads((tmp_path / name / "summary.json").read_text())["history"]
+        return [(entry["hyperparameters"], entry["upper_loss"]) for entry in entries]
+
+    assert history("a") == history("alone")
+    assert history("b") != history("a")
+
+
+@pytest.mark.slow
+def test_a_driver_killed_fifty_times_ends_with_the_same_observations(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    kills = os.environ.get("RAYBILEVEL_KILLS", "50")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cluster.killed_often", str(tmp_path), kills, "30"],
+        stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT, check=True,
+    )  # fmt: skip
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["trials"] == report["observed"] == 30
+    assert report["points_trained_twice"] == 0
+    assert report["same_observations"]
+    assert report["same_search"]
