@@ -164,15 +164,13 @@ class Default:
         if left and done[-1].proposal.region is not None:
             return None
 
-        def overshadowed(training: Training) -> bool:
-            return any(
-                other.upper < training.upper
-                and max(abs(a - b) for a, b in zip(training.unit, other.unit, strict=True)) <= self.region.initial
-                for other in done
-            )
-
-        free = [t for t in done if t.proposal.region is None and t.index not in begun and not overshadowed(t)]
-        return min(free, key=lambda t: t.upper).index if free else None
+        free = [t for t in done if t.proposal.region is None and t.index not in begun]
+        units, upper = torch.tensor([t.unit for t in done]), torch.tensor([t.upper for t in done])
+        for training in sorted(free, key=lambda t: t.upper):
+            near = (units - torch.tensor(training.unit)).abs().amax(1) <= self.region.initial
+            if not bool((near & (upper < training.upper)).any()):
+                return training.index
+        return None
 
     @staticmethod
     def _incumbent(state: SearchState) -> int:
