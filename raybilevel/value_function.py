@@ -32,7 +32,7 @@ def fit_value_function(trainings: Sequence[Training], near: Tensor, gradients: b
     values = torch.tensor([t.value for t in trainings], dtype=torch.double)
     kept = nearest(x, near, (max_rows - len(x)) // x.shape[1]) if gradients else []
     observed = {i: torch.tensor(trainings[i].gradient, dtype=torch.double) for i in kept}
-    return ValueFunction(fit(x, values, observed))
+    return ValueFunction(fit(x, values, observed, doubt=False))
 
 
 def nearest(x: Tensor, near: Tensor, count: int) -> list[int]:
