@@ -82,7 +82,9 @@ def run(
         raise typer.Exit(EXIT_INTERRUPTED) from error
     show_result(console, summary, folder)
     if summary["best"] is None:
-        raise RaybilevelError("no training succeeded; see the trials' error files in " + str(folder / "tune"))
+        raise RaybilevelError(
+            "no training succeeded; see the trials' error files in " + str(storage or folder) + "/tune"
+        )
 
 
 @app.command()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import pickletools
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,8 @@ class ResumableGenerator(SearchGenerator):  # type: ignore[misc]
 
 
 def keep_previous(path: Path) -> None:
-    """Keep a file that is about to be replaced."""
+    """Keep a copy of a file that is about to be replaced; the file itself is there at every moment."""
     if path.exists():
-        path.replace(path.with_name(PREVIOUS + path.name))
+        part = path.with_name(f".{PREVIOUS}{path.name}.part")
+        shutil.copyfile(path, part)
+        part.replace(path.with_name(PREVIOUS + path.name))

@@ -2,15 +2,14 @@
 # One experiment as a Slurm job: sbatch configs/cluster/slurm.sh CONFIG FOLDER
 #
 # FOLDER lies on a file system that all nodes mount; so do this package's virtual environment (its bin/ in PATH, the same
-# on every node) and the home folder with Ray's token. A job that runs out of time is told a minute before, ends in
-# order, and goes on when it is submitted again.
+# on every node) and the home folder with Ray's token. Tune saves every ten seconds: a job that ran out of time goes on from
+# there when it is submitted again.
 #SBATCH --job-name=raybilevel
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-task=1
 #SBATCH --time=12:00:00
-#SBATCH --signal=TERM@60
 set -euo pipefail
 
 config=$1

@@ -33,7 +33,7 @@ from raybilevel import BilevelProblem, BilevelSearch, lower_level_trainable
 from raybilevel.methods.base import UpperResult, UpperStep
 from raybilevel.optimizer import BilevelOptimizer
 from raybilevel.problem import Hyperparameters, Level
-from raybilevel.search_state import Proposal, StepRecord
+from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 
 DIMENSION = 20
 
@@ -93,6 +93,21 @@ class Answers:
             **{f"lower_gradient/x{i}": value for i, value in enumerate(self.point())},
         }
 
+    def history(self, count: int) -> SearchState:
+        """A search that has run: regions of ten trainings each, a step before every training."""
+        trainings = []
+        for index in range(count):
+            region = index - index % 10 if index % 10 else None
+            proposal = Proposal(self.point(), "region", region, 0.5, 0.5, 0.1)
+            value, upper = self.random.random(), self.random.random()
+            found = Training(index, proposal, "done", index, value, upper, self.point(), 3.0, self.point())
+            trainings.append(found)
+        steps = [
+            StepRecord(index, index, 1.0, multiplier=1.0, violation=0.0, decrease=0.05, first=10.0, finished=index)
+            for index in range(count)
+        ]
+        return SearchState(tuple(trainings), tuple(steps))
+
     def step(self, step: UpperStep) -> UpperResult:
         proposal = Proposal(self.point(), step.origin, step.region, 0.5, 0.5, 0.1)
         record = StepRecord(step.number, step.centre, 1.0, multiplier=1.0, decrease=0.05, first=10.0)
@@ -100,18 +115,22 @@ class Answers:
 
 
 def drive(observations: int, watch: Callable[[str, float], None] | None = None, slots: int = 16) -> BilevelSearch:
-    """A search with so many observations; `watch` hears how long each call of the last hundred trials took."""
+    """A search that reaches so many observations, the last hundred now; `watch` hears how long each call took."""
     search = BilevelSearch(
         Sleeper(), space=space(), metric="upper_loss", mode="min", max_concurrent=slots, upper_resources={"cpu": 0}
     )
     optimizer, answers = search._ready(), Answers()
+    optimizer.queue.clear()
+    optimizer.state = answers.history(max(0, observations - 100))
+    number = len(optimizer.state.trainings)
+    optimizer.trials = {str(index): index for index in range(number)}
+    search._checkpoints = {index: f"/storage/experiment/trial_{index}/checkpoint_000000" for index in range(number)}
     busy: list[str] = []
-    number = 0
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
         begun = time.process_time()
         answer = call()
-        if watch is not None and len(optimizer.state.told) > observations - 100:
+        if watch is not None:
             watch(name, time.process_time() - begun)
         return answer
 
@@ -154,6 +173,7 @@ def latency(observations: int = 1000) -> None:
 def memory(observations: int = 10_000) -> None:
     before = peak()
     search = drive(observations)
+    assert len(search.state.done) == observations
     with tempfile.TemporaryDirectory() as folder:
         search.save(str(Path(folder, "state")))
     print(f"{len(search.state.done)} observations, saved once: {peak() - before:.0f} MB more than before the search")

@@ -32,7 +32,7 @@ def enter(folder: str, name: str) -> int:
 
 
 class Faulty(Parabola):
-    """Every second training goes wrong in its second epoch, each in another way; one that never reports in its first."""
+    """Every second training goes wrong, each in another way, in its second epoch, or in its first and never reports."""
 
     epochs = 3
 

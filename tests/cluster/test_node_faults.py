@@ -27,7 +27,7 @@ from tests.cluster.runs import fit
 ROOT = Path(__file__).parents[2]
 
 
-def wait_for(path: Path, seconds: float = 240) -> None:
+def wait_for(path: Path, seconds: float = 500) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path.name} did not happen"

@@ -58,7 +58,8 @@ def test_a_run_writes_its_summary_config_and_storage(tmp_path: Path) -> None:
     assert "already holds a run" in again.stderr
 
 
-def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_a_run_that_resume_continues(how: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["run", "configs/digits.yaml", "--out", str(out), "--set", "search.trainings=8",
                  "--set", "options={train: 100, epochs: 12}"]  # fmt: skip
@@ -70,7 +71,7 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path: Path) -> None:
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline and len(list(out.glob("tune/lower_level_*"))) < 4:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert "--resume" in stdout
