@@ -195,8 +195,11 @@ def task_resources(lower: Mapping[str, float]) -> dict[str, Any]:
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """A cluster to run on: the one that this process has joined already, the one at `address`, or a local one."""
+def cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
+    """A cluster to run on: the one that this process has joined already, the one at `address`, or a local one.
+
+    cpus: of the local one; by default all.
+    """
     if ray.is_initialized():
         yield
         return
@@ -205,7 +208,7 @@ def cluster(address: str | None) -> Iterator[None]:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # on Ctrl-C it gives advice for a script, not for a command
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
-        ray.init(address="local", include_dashboard=False, **options)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     else:
         ray.init(address=address, **options)
     try:

@@ -1,0 +1,103 @@
+"""Charts as plotly figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+
+from raybilevel.report.charts import PALETTE, Chart, Series
+
+DASHES = ("solid", "dash", "dot", "dashdot")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
+
+
+def plotly_figure(chart: Chart) -> Any:
+    """A plotly figure with transparent background, so that the page's own colours show."""
+    figure = go.Figure()
+    if chart.surface is not None:
+        s = chart.surface
+        figure.add_trace(
+            go.Contour(x=s.x, y=s.y, z=s.z, colorscale="Cividis", colorbar={"title": {"text": s.name}}, name=s.name)
+        )
+    for series in chart.series:
+        for trace in traces(series):
+            figure.add_trace(trace)
+    figure.update_layout(
+        xaxis={"title": {"text": chart.x_label}, "type": "log" if chart.x_log else "linear", "zeroline": False},
+        yaxis={"title": {"text": chart.y_label}, "zeroline": False},
+        margin={"l": 60, "r": 16, "t": 12, "b": 48},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        template="none",
+        barmode="overlay",
+        hovermode="closest",
+        legend={"orientation": "h", "y": -0.24, "yanchor": "top"},
+        height=420,
+    )
+    if chart.y_log:
+        figure.update_yaxes(type="log")
+    if chart.lanes:
+        figure.update_yaxes(
+            categoryorder="array", categoryarray=list(reversed(chart.lanes)), type="category", automargin=True
+        )
+        figure.update_layout(height=max(240, 130 + 30 * len(chart.lanes)))
+    if chart.ticks:
+        figure.update_xaxes(tickvals=list(range(len(chart.ticks))), ticktext=list(chart.ticks))
+    if chart.bounds is not None:
+        figure.update_yaxes(range=list(chart.bounds))
+    return figure
+
+
+def traces(series: Series) -> list[Any]:
+    """One trace, and one for the band around it."""
+    colour = colour_of(series)
+    shown = {"legendgroup": series.name, "showlegend": series.in_legend, "name": series.name}
+    hover = {"text": series.notes, "hovertemplate": hover_text(series)}
+    if series.kind == "spans":
+        bar = go.Bar(
+            y=series.y, x=series.length, base=series.x, orientation="h", marker={"color": colour}, **shown, **hover
+        )
+        return [bar]
+    if series.kind == "points":
+        marker = {"color": colour, "size": 9, "symbol": MARKERS[series.colour % len(MARKERS)]}
+        error = None if series.error is None else {"type": "data", "array": series.error, "color": colour}
+        return [go.Scatter(x=series.x, y=series.y, mode="markers", marker=marker, error_y=error, **shown, **hover)]
+    shape = "hv" if series.kind == "steps" else "linear"
+    line = {"color": colour, "width": 3 if series.strong else 1.8, "shape": shape, "dash": dash_of(series)}
+    found = []
+    if series.low is not None and series.high is not None:
+        edge = {"width": 0, "shape": shape, "color": colour}
+        quiet = {"legendgroup": series.name, "showlegend": False, "hoverinfo": "skip", "mode": "lines"}
+        found.append(go.Scatter(x=series.x, y=series.low, line=edge, **quiet))
+        found.append(
+            go.Scatter(x=series.x, y=series.high, line=edge, fill="tonexty", fillcolor=faded(colour), **quiet)
+        )
+    found.append(go.Scatter(x=series.x, y=series.y, mode="lines", line=line, **shown, **hover))
+    return found
+
+
+def hover_text(series: Series) -> str:
+    x = "%{base:.4g} + %{x:.4g}" if series.kind == "spans" else "%{x:.4g}"
+    y = "%{y}" if series.kind == "spans" else "%{y:.5g}"
+    words = "<br>%{text}" if series.notes is not None else ""
+    return f"{series.name}<br>{x}, {y}{words}<extra></extra>"
+
+
+def colour_of(series: Series) -> str:
+    if series.shade is not None:
+        return str(sample_colorscale("Cividis", [min(1.0, max(0.0, series.shade))])[0])
+    return PALETTE[series.colour % len(PALETTE)]
+
+
+def dash_of(series: Series) -> str:
+    return DASHES[series.colour // len(PALETTE) % len(DASHES)]
+
+
+def faded(colour: str) -> str:
+    """A palette colour, or "rgb(r, g, b)", at a seventh of its strength."""
+    if colour.startswith("#"):
+        red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        return f"rgba({red},{green},{blue},0.15)"
+    return colour.replace("rgb(", "rgba(").replace(")", ",0.15)")
