@@ -29,6 +29,7 @@ from raybilevel.compare.methods import (
     PAUSERS,
     Parts,
     Setting,
+    WITHOUT_LOGARITHMS,
     UnavailableError,
     grid,
     make_scheduler,
@@ -147,7 +148,9 @@ def searcher_of(parts: Parts, setting: Setting, ledger: Ledger) -> Any:
     """What suggests the trials; None where Tune's own variant generator does."""
     if not parts.own:
         inner = make_searcher(parts.searcher, setting)
-        return None if inner is None else TimedSearcher(inner)
+        if inner is None:
+            return None
+        return TimedSearcher(inner, setting.space if parts.searcher in WITHOUT_LOGARITHMS else None)
     room = ledger.room if not parts.stops_early else lambda: not ledger.over
     search = BudgetedSearch(
         setting.problem,
@@ -196,13 +199,15 @@ def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Le
 
 
 def samples_of(parts: Parts, setting: Setting) -> int:
-    """Trials at most. Without early stopping the budget is a number of trainings; a population is as large as that,
-    and where trials are stopped early each takes one epoch at least."""
+    """Trials at most. Without early stopping the budget is a number of trainings; a population is as large as that;
+    the median rule stops about half; and with successive halving each trial takes one epoch at least."""
     if setting.trainings is None:
         return MANY if parts.scheduler not in ("pbt", "pb2") else max(4, 2 * setting.slots)
     whole = max(1, int(setting.trainings + 1e-9))
     if not parts.stops_early or parts.scheduler in ("pbt", "pb2"):
         return whole
+    if parts.scheduler == "median-stopping":
+        return 2 * whole
     return max(1, int(setting.trainings * setting.epochs))
 
 

@@ -24,8 +24,11 @@ SEARCHERS = ("random", "grid", *OWN_NAMES, "optuna", "optuna-gp", "hyperopt", "a
 STOPPERS = ("asha", "hyperband", "median-stopping")
 """Schedulers that stop trainings early and go with any searcher."""
 SCHEDULERS = (*STOPPERS, "pbt", "pb2", "bohb")
-PAUSERS = ("hyperband", "pbt", "pb2", "bohb")
+PAUSERS = ("hyperband", "median-stopping", "pbt", "pb2", "bohb")
 """Schedulers that go on from checkpoints, so that trials leave one every epoch."""
+
+WITHOUT_LOGARITHMS = ("bayesopt",)
+"""Searchers that ignore logarithmic scales: they are given the unit cube, on the scale that the others search."""
 
 COMBINED = {
     **{name: (name, None) for name in SEARCHERS if name != "bohb"},
@@ -162,14 +165,16 @@ def make_scheduler(name: str | None, setting: Setting) -> Any:
     if name is None:
         return None
     halving = {"max_t": setting.epochs, "time_attr": TIME}
+    # Rungs need not add up to a whole training; what survives them all is to run to its end.
+    bands = {**halving, "stop_last_trials": False}
     interval = {"perturbation_interval": max(1, setting.epochs // 5), "time_attr": TIME}
     makers: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
         "asha": lambda: (schedulers.ASHAScheduler, {**halving, "grace_period": max(1, setting.epochs // 16)}),
-        "hyperband": lambda: (schedulers.HyperBandScheduler, halving),
+        "hyperband": lambda: (schedulers.HyperBandScheduler, bands),
         "median-stopping": lambda: (
             schedulers.MedianStoppingRule, {"time_attr": TIME, "grace_period": max(1, setting.epochs // 16)},
         ),
-        "bohb": lambda: (schedulers.HyperBandForBOHB, halving),
+        "bohb": lambda: (schedulers.HyperBandForBOHB, bands),
         "pbt": lambda: (
             schedulers.PopulationBasedTraining,
             {**interval, "hyperparam_mutations": dict(setting.param_space), "log_config": False},

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from ray.tune import uniform
 from ray.tune.search import Searcher
 
 from raybilevel.searcher import BilevelSearch
+from raybilevel.space import Space
 
 
 @dataclass
@@ -33,14 +36,19 @@ class Overhead:
 
 
 class TimedSearcher(Searcher):  # type: ignore[misc]
-    """A searcher with a stopwatch; in all else the one inside."""
+    """A searcher with a stopwatch; in all else the one inside.
 
-    def __init__(self, searcher: Searcher) -> None:
-        self.inner, self.overhead = searcher, Overhead()
+    box: of the hyperparameters, for a searcher that is to see the unit cube instead.
+    """
+
+    def __init__(self, searcher: Searcher, box: Space | None = None) -> None:
+        self.inner, self.box, self.overhead = searcher, box, Overhead()
         super().__init__(metric=searcher.metric, mode=searcher.mode)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         self._metric, self._mode = metric or self._metric, mode or self._mode
+        if self.box is not None:
+            config = {parameter.name: uniform(0.0, 1.0) for parameter in self.box.parameters}
         with self.overhead.timed():
             return bool(self.inner.set_search_properties(metric, mode, config, **spec))
 
@@ -50,7 +58,10 @@ class TimedSearcher(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         with self.overhead.timed():
             suggestion: dict[str, Any] | str | None = self.inner.suggest(trial_id)
-        return suggestion
+        if self.box is None or not isinstance(suggestion, dict):
+            return suggestion
+        unit = [min(1.0, max(0.0, float(suggestion[name]))) for name in self.box.names]
+        return self.box.suggest(torch.tensor(unit, dtype=torch.double))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         with self.overhead.timed():

@@ -12,6 +12,7 @@ from raybilevel.compare.methods import OWN_NAMES
 from raybilevel.report import frames
 from raybilevel.report.charts import Chart, Series
 from raybilevel.report.frames import grouped
+from raybilevel.report.sources import known
 from raybilevel.report.statistics import Interval, PairedTest, holm, paired_test, rank
 
 OWN = (*OWN_NAMES, *OWN_NAMES.values())
@@ -157,7 +158,7 @@ def tables(records: Sequence[Record], everything: Sequence[Record]) -> list[Tabl
     for problem, members in grouped(records, "problem_name").items():
         found.append(winners(problem, members, order))
     found += [ranks(records, order), tests(records)]
-    missing = [r for r in everything if r["status"] != "done"]
+    missing = [r for r in everything if r["status"] != "done" or not known(r)]
     if missing:
         found.append(not_run(missing))
     return [table for table in found if table.rows]
@@ -227,14 +228,13 @@ def lowest(intervals: Mapping[str, Interval | None]) -> str | None:
 
 
 def final_losses(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, float]]:
-    """Final F by method, for each problem and seed."""
+    """Final F by method, for each problem and seed; infinite where no training ran to its end."""
     blocks: dict[tuple[str, int], dict[str, float]] = {}
     for record in records:
         index = frames.incumbent(record, record["settings"]["budget"])
         value = None if index is None else frames.upper(record, index)
         block = blocks.setdefault((record["problem_name"], record["settings"]["seed"]), {})
-        if value is not None:
-            block[record["method_name"]] = value
+        block[record["method_name"]] = math.inf if value is None else value
     return blocks
 
 
@@ -272,7 +272,10 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
             continue
         peer = min(peers, key=lambda m: peers[m])
         for own in (m for m in methods if is_own(m, records)):
-            seeds = [s for s, block in sorted(members.items()) if own in block and peer in block]
+            seeds = [
+                s for s, block in sorted(members.items())
+                if all(math.isfinite(block.get(m, math.inf)) for m in (own, peer))
+            ]  # fmt: skip
             if seeds:
                 test = paired_test([members[s][own] for s in seeds], [members[s][peer] for s in seeds])
                 found.append(Comparison(problem, own, peer, test))
@@ -312,7 +315,8 @@ def not_run(records: Sequence[Record]) -> Table:
     """Methods that are unavailable, and runs that failed or were interrupted."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for record in records:
-        why = str(record["error"] or "") or ("stopped by Ctrl-C" if record["status"] == "interrupted" else "")
+        reasons = {"interrupted": "stopped by Ctrl-C", "done": "no training ran to its end within the budget"}
+        why = str(record["error"] or "") or reasons.get(record["status"], "")
         where = f"{record['problem_name']} seed {record['settings']['seed']}"
         rows.setdefault((record["method_name"], record["status"], why), []).append(where)
     return Table(
@@ -320,7 +324,7 @@ def not_run(records: Sequence[Record]) -> Table:
         "Not run, or not to the end",
         ("method", "status", "reason", "where"),
         tuple((m, s, w, ", ".join(places)) for (m, s, w), places in rows.items()),
-        "These are in no other table.",
+        "Methods that are unavailable, failed or were interrupted are in no other table.",
     )
 
 

@@ -105,8 +105,9 @@ def curve(records: Sequence[Record], axis: str) -> pd.DataFrame:
         interval = bootstrap(known)
         low, high = (interval.mean if v is None else v for v in (interval.low, interval.high))
         found.append({"x": x, "mean": interval.mean, "low": low, "high": high})
-    if found and points[-1] > found[-1]["x"]:
-        found.append({**found[-1], "x": points[-1]})
+    end = max([*points, *(r["settings"]["budget"] for r in records if axis == "spent")], default=0.0)
+    if found and end > found[-1]["x"]:
+        found.append({**found[-1], "x": end})
     return pd.DataFrame(found, columns=["x", "mean", "low", "high"])
 
 

@@ -115,24 +115,21 @@ def sections_of(source: Source) -> list[Section]:
     if source.kind == "run":
         record = source.records[0]
         return [Section("Result", single.charts(record), single.tables(record), about_run(record))]
-    good = source.good
-    counted = source.done
-    sections = []
-    if counted:
-        problems = comparison.charts(counted)
-        tables = comparison.tables(counted, source.records)
-        for problem in dict.fromkeys(r["problem_name"] for r in counted):
-            names = {f"{problem}-cost", f"{problem}-time"}
-            sections.append(
-                Section(
-                    problem,
-                    [c for c in problems if c.name in names],
-                    [t for t in tables if t.name == f"{problem}-winners"],
-                    about_problem([r for r in counted if r["problem_name"] == problem]),
-                )
+    good, counted, sections = source.good, source.done, []
+    problems = comparison.charts(counted)
+    tables = comparison.tables(counted, source.records)
+    for problem in dict.fromkeys(r["problem_name"] for r in counted):
+        names = {f"{problem}-cost", f"{problem}-time"}
+        sections.append(
+            Section(
+                problem,
+                [c for c in problems if c.name in names],
+                [t for t in tables if t.name == f"{problem}-winners"],
+                about_problem([r for r in counted if r["problem_name"] == problem]),
             )
-        rest = [c for c in problems if c.name == "overhead"]
-        sections.append(Section("All problems", rest, [t for t in tables if not t.name.endswith("-winners")]))
+        )
+    rest = [c for c in problems if c.name == "overhead"]
+    sections.append(Section("All problems", rest, [t for t in tables if not t.name.endswith("-winners")]))
     for record in first_seeds(good):
         head = f"{record['problem_name']}: {record['method_name']}, seed {record['settings']['seed']}"
         note = "" if record["status"] == "done" else f"This run is {record['status']}; it is in no table."

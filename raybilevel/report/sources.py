@@ -42,8 +42,8 @@ class Source:
 
     @property
     def done(self) -> list[Record]:
-        """Those that a table may count: whole runs."""
-        return [r for r in self.good if r["status"] == "done" or self.kind == "run"]
+        """Those that a table may count: whole runs, also such in which no training ran to its end."""
+        return [r for r in self.records if r["status"] == "done" or self.kind == "run"]
 
 
 def known(record: Record) -> bool:

@@ -10,17 +10,22 @@ from raybilevel.report.charts import PALETTE, Chart, Series
 
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^PX"
+TEXT = {"svg.fonttype": "none", "svg.hashsalt": "raybilevel", "font.size": 10}
+"""Text stays text in SVG files, and the same data give the same file."""
 
 
 def write_figures(charts: Iterable[Chart], folder: Path) -> list[Path]:
     """`<name>.svg`, `<name>.png` and `<name>.csv` of each chart."""
+    from matplotlib import rc_context
+
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for chart in charts:
         figure = matplotlib_figure(chart)
         for ending, metadata in (("svg", {"Date": None, "Title": chart.title, "Description": chart.alt}), ("png", {})):
             path = folder / f"{chart.name}.{ending}"
-            figure.savefig(path, dpi=150, metadata=metadata)
+            with rc_context(TEXT):
+                figure.savefig(path, dpi=150, metadata=metadata)
             written.append(path)
         path = folder / f"{chart.name}.csv"
         chart.data().to_csv(path, index=False)
@@ -34,7 +39,7 @@ def matplotlib_figure(chart: Chart) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "raybilevel", "font.size": 10}):
+    with rc_context(TEXT):
         height = max(2.4, 1.3 + 0.34 * len(chart.lanes)) if chart.lanes else 4.4
         figure = Figure(figsize=(7.4, height), layout="constrained")
         FigureCanvasAgg(figure)
@@ -49,10 +54,11 @@ def matplotlib_figure(chart: Chart) -> Any:
             draw(axes, series, chart)
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
         axes.set_title(chart.title, fontsize=11)
-        if chart.x_log:
-            axes.set_xscale("log")
-        if chart.y_log:
-            axes.set_yscale("log")
+        for axis, scale, log in ((axes.xaxis, axes.set_xscale, chart.x_log), (axes.yaxis, axes.set_yscale, chart.y_log)):
+            if log:
+                scale("log")
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(sparse)
         if chart.ticks:
             axes.set_xticks(range(len(chart.ticks)), chart.ticks, rotation=30 if len(chart.ticks) > 6 else 0)
         if chart.bounds is not None:
@@ -64,6 +70,12 @@ def matplotlib_figure(chart: Chart) -> Any:
                 handles, names, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize="small"
             )
         return figure
+
+
+def sparse(value: float, position: int | None) -> str:
+    """Labels of a logarithmic axis between the powers of ten: of 2 and 5 only, so that they do not collide."""
+    leading = f"{value:e}"
+    return f"{value:g}" if leading.startswith(("2.000000e", "5.000000e")) else ""
 
 
 def draw(axes: Any, series: Series, chart: Chart) -> None:
