@@ -23,6 +23,7 @@ from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
+from raybilevel.scalars import SearchScalars
 from raybilevel.search_state import Training
 from raybilevel.searcher import UPPER_LOSS, BilevelSearch
 from raybilevel.space import flatten, nest
@@ -130,7 +131,10 @@ def tune_run(
         resume="AUTO" if resume else None,
         # An idle actor keeps its GPU, which an upper-level step may be waiting for.
         reuse_actors=not config.resources.lower.get("gpu"),
-        callbacks=[ProgressCallback(lambda: view.update(searcher.state, searcher.steps_under_way))],
+        callbacks=[
+            SearchScalars(searcher),
+            ProgressCallback(lambda: view.update(searcher.state, searcher.steps_under_way)),
+        ],
         raise_on_failed_trial=False,
         verbose=0,
     )

@@ -74,8 +74,11 @@ def run_all(
     with cluster(address, cpus):
         for number, run in enumerate(missing, 1):
             head = f"[{number}/{len(missing)}] {run.problem_name} {run.method_name} seed {run.seed}"
-            with Progress(console, head, run) as progress:
-                record = execute(run, progress.update)
+            try:
+                with Progress(console, head, run) as progress:
+                    record = execute(run, progress.update)
+            except KeyboardInterrupt:  # at once: this run leaves no record, and is made anew
+                return bad + len(missing) - number + 1, True
             records.write(out / run.path, record)
             bad += record["status"] not in ("done", "unavailable")
             say(f"{head}: {outcome(record)}  ({time.monotonic() - began:.0f} s in all)")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -46,13 +46,13 @@ class Budget(Checked):
 
     @model_validator(mode="after")
     def one_unit(self) -> Budget:
-        if len(self.model_dump(exclude_none=True)) != 1:
+        if sum(getattr(self, unit) is not None for unit in get_args(Unit)) != 1:
             raise ValueError("give exactly one of trainings, epochs, seconds, gpu_seconds")
         return self
 
     @property
     def unit(self) -> Unit:
-        return next(iter(self.model_dump(exclude_none=True)))  # type: ignore[no-any-return]
+        return next(unit for unit in get_args(Unit) if getattr(self, unit) is not None)
 
     @property
     def amount(self) -> float:
@@ -67,7 +67,7 @@ class ProblemEntry(Checked):
     """
 
     problem: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Any] | None = None
     budget: Budget | None = None
     seeds: int | None = Field(default=None, ge=1)
@@ -78,8 +78,8 @@ class MethodEntry(Checked):
     """A method, with settings of its searcher and of its scheduler other than their defaults."""
 
     method: str
-    searcher: dict[str, Any] = {}
-    scheduler: dict[str, Any] = {}
+    searcher: dict[str, Any] = Field(default_factory=dict)
+    scheduler: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def known(self) -> MethodEntry:

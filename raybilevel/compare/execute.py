@@ -27,9 +27,9 @@ from raybilevel.compare.methods import (
     METRIC,
     OWN_NAMES,
     PAUSERS,
+    WITHOUT_LOGARITHMS,
     Parts,
     Setting,
-    WITHOUT_LOGARITHMS,
     UnavailableError,
     grid,
     make_scheduler,
@@ -73,27 +73,30 @@ def execute(run: Run, news: Callable[[Ledger], None] = lambda ledger: None) -> R
         return {**record, "status": "unavailable", "error": str(error)}
     ledger = Ledger(space, problem.epochs, run.budget, gpus_of(run, problem))
     ledger.on_news = news
-    error = None
-    searcher: TimedSearcher | BudgetedSearch | None = None
+    failure: str | None = None
+    exhausted = False
+    refits: Record = {}
+    searcher: TimedSearcher | None = None
     folder = Path(tempfile.mkdtemp(prefix="raybilevel-compare-"))
     try:
         searcher = searcher_of(parts, setting, ledger)
         with stop_on_interrupt(ledger):
             tune_run(run, parts, setting, searcher, ledger, folder)
-        refits = {} if ledger.interrupted else refits_of(run, problem, constants, ledger)
+        exhausted = not ledger.over
+        if not ledger.interrupted:
+            refits = refits_of(run, problem, constants, ledger)
     except Exception as raised:  # the record says what, and the other runs go on
         logging.getLogger(__name__).debug("run failed", exc_info=True)
-        error, refits = f"{type(raised).__name__}: {first_line(raised)}", {}
+        failure = f"{type(raised).__name__}: {first_line(raised)}"
         record["traceback"] = traceback.format_exc()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     observations = ledger.observations()
-    exhausted = not ledger.over
-    status = "failed" if error else "interrupted" if ledger.interrupted else "done"
+    status = "failed" if failure else "interrupted" if ledger.interrupted else "done"
     return {
         **record,
         "status": status,
-        "error": error,
+        "error": failure,
         "exhausted": exhausted,
         "seconds": round(time.perf_counter() - began, 2),
         "spent": {"epochs": ledger.epochs, "gpu_seconds": round(ledger.gpu_seconds, 3)},
@@ -144,7 +147,7 @@ def probe_parts(parts: Parts, setting: Setting) -> None:
     make_scheduler(parts.scheduler, setting)
 
 
-def searcher_of(parts: Parts, setting: Setting, ledger: Ledger) -> Any:
+def searcher_of(parts: Parts, setting: Setting, ledger: Ledger) -> TimedSearcher | None:
     """What suggests the trials; None where Tune's own variant generator does."""
     if not parts.own:
         inner = make_searcher(parts.searcher, setting)
@@ -218,22 +221,22 @@ def refits_of(run: Run, problem: BilevelProblem, constants: dict[str, Any], ledg
         return {}
     observations = [{**o, "cost": o["spent"]} for o in ledger.observations()]
     resources = task_resources(run.experiment.resources.lower)
-    found, tasks = {}, {}
+    found: Record = {}
+    tasks: dict[str, Any] = {}
     for mark in (*run.marks, run.budget.amount, float("inf")):
         index = incumbent_at(observations, mark)
         if index is not None and str(index) not in tasks:
             config = nest({**flatten(constants), **flatten(observations[index]["hyperparameters"])})
             tasks[str(index)] = refit_task.options(**resources).remote(problem, config, run.seed)
-    for index, task in tasks.items():
-        with contextlib.suppress(ray.exceptions.RayTaskError):
+    for name, task in tasks.items():
+        with contextlib.suppress(ray.exceptions.RayTaskError):  # a refit that diverges has no loss
             if (metrics := ray.get(task)) is not None:
-                found[index] = metrics
+                found[name] = metrics
     return found
 
 
-def own_part(searcher: Any, ledger: Ledger) -> Record:
+def own_part(timed: TimedSearcher | None, ledger: Ledger) -> Record:
     """What the method took, and of raybilevel's own its whole search."""
-    timed = searcher if isinstance(searcher, TimedSearcher) else None
     search = timed.inner if timed is not None else None
     if not isinstance(search, BudgetedSearch):
         return {"overhead": overhead_of(timed, {}), "steps": [], "search": None}

@@ -46,9 +46,10 @@ class TimedSearcher(Searcher):  # type: ignore[misc]
         super().__init__(metric=searcher.metric, mode=searcher.mode)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        self._metric, self._mode = metric or self._metric, mode or self._mode
+        self._metric: str | None = metric or self.metric
+        self._mode: str | None = mode or self.mode
         if self.box is not None:
-            config = {parameter.name: uniform(0.0, 1.0) for parameter in self.box.parameters}
+            config = {name: uniform(0.0, 1.0) for name in coordinates(self.box)}
         with self.overhead.timed():
             return bool(self.inner.set_search_properties(metric, mode, config, **spec))
 
@@ -60,7 +61,7 @@ class TimedSearcher(Searcher):  # type: ignore[misc]
             suggestion: dict[str, Any] | str | None = self.inner.suggest(trial_id)
         if self.box is None or not isinstance(suggestion, dict):
             return suggestion
-        unit = [min(1.0, max(0.0, float(suggestion[name]))) for name in self.box.names]
+        unit = [min(1.0, max(0.0, float(suggestion[name]))) for name in coordinates(self.box)]
         return self.box.suggest(torch.tensor(unit, dtype=torch.double))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -85,6 +86,11 @@ class TimedSearcher(Searcher):  # type: ignore[misc]
 
     def get_state(self) -> dict[str, Any]:
         return {}
+
+
+def coordinates(box: Space) -> list[str]:
+    """Names of the unit cube's coordinates, without the slashes of the hyperparameters' that some searchers refuse."""
+    return [f"x{number}" for number in range(box.dimension)]
 
 
 @dataclass(frozen=True)

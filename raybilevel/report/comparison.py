@@ -40,7 +40,7 @@ def method_order(records: Sequence[Record]) -> list[str]:
 
 
 def unit_name(records: Sequence[Record]) -> str:
-    unit = records[0]["settings"].get("budget_unit", "trainings")
+    unit = str(records[0]["settings"].get("budget_unit", "trainings"))
     return {"seconds": "seconds", "gpu_seconds": "GPU-seconds"}.get(unit, unit)
 
 
@@ -298,7 +298,9 @@ def tests(records: Sequence[Record]) -> Table:
         p = "-" if c.test.p is None else f"{c.test.p:.3g}"
         adjusted = f"{corrected[id(c)]:.3g}" if id(c) in corrected else "-"
         least = "-" if c.test.least is None else f"{c.test.least:.3g}"
-        rows.append((c.problem, c.own, c.peer, cell(c.test.difference), str(c.test.difference.count), p, adjusted, least))
+        rows.append(
+            (c.problem, c.own, c.peer, cell(c.test.difference), str(c.test.difference.count), p, adjusted, least)
+        )
     return Table(
         "tests",
         "Against the best peer",
@@ -306,8 +308,8 @@ def tests(records: Sequence[Record]) -> Table:
         tuple(rows),
         "The peer with the lowest mean final F of each problem, chosen after the fact, which favours the peers. "
         "Difference: mean over paired seeds [95 % bootstrap interval], negative where the method is better. p: exact "
-        "sign-flip permutation test, two-sided, and corrected for all rows by Holm's method. least p: the smallest that "
-        "so many pairs can give; a difference is not significant below it, however large.",
+        "sign-flip permutation test, two-sided, and corrected for all rows by Holm's method. least p: the "
+        "smallest that so many pairs can give; a difference is not significant below it, however large.",
     )
 
 

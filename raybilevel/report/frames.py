@@ -39,7 +39,7 @@ def observations(records: Sequence[Record]) -> pd.DataFrame:
                     "cost": o["cost"],
                     "spent": o.get("spent", o["cost"]),
                     "seconds": o["seconds"],
-                    **{name: value for name, value in o["metrics"].items()},
+                    **o["metrics"],
                     **{f"config/{'/'.join(path)}": v for path, v in flatten(o["hyperparameters"]).items()},
                 }
             )
@@ -105,12 +105,21 @@ def curve(records: Sequence[Record], axis: str) -> pd.DataFrame:
         interval = bootstrap(known)
         low, high = (interval.mean if v is None else v for v in (interval.low, interval.high))
         found.append({"x": x, "mean": interval.mean, "low": low, "high": high})
-    end = max([*points, *(r["settings"]["budget"] for r in records if axis == "spent")], default=0.0)
+    end = max([*points, *(end_of(r, axis) for r in records)], default=0.0)
     if found and end > found[-1]["x"]:
         found.append({**found[-1], "x": end})
     return pd.DataFrame(found, columns=["x", "mean", "low", "high"])
 
 
+def end_of(record: Record, axis: str) -> float:
+    """How far a run was carried on."""
+    if axis == "spent":
+        return float(record["settings"]["budget"])
+    return max((trial["seconds"][-1] for trial in record.get("trials", ()) if trial["seconds"]), default=0.0)
+
+
 def best_so_far(record: Record, x: float, axis: str) -> float | None:
-    values = [o["upper"] for o in record["observations"] if o["upper"] is not None and o.get(axis, o["cost"]) <= x + 1e-9]
+    values = [
+        o["upper"] for o in record["observations"] if o["upper"] is not None and o.get(axis, o["cost"]) <= x + 1e-9
+    ]
     return min(values, default=None)

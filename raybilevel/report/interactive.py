@@ -16,6 +16,7 @@ MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 def plotly_figure(chart: Chart) -> Any:
     """A plotly figure with transparent background, so that the page's own colours show."""
     figure = go.Figure()
+    height = max(240, 150 + 30 * len(chart.lanes)) if chart.lanes else 420
     if chart.surface is not None:
         s = chart.surface
         figure.add_trace(
@@ -25,24 +26,21 @@ def plotly_figure(chart: Chart) -> Any:
         for trace in traces(series):
             figure.add_trace(trace)
     figure.update_layout(
-        xaxis={"title": {"text": chart.x_label}, "type": "log" if chart.x_log else "linear", "zeroline": False},
-        yaxis={"title": {"text": chart.y_label}, "zeroline": False},
+        xaxis={**axis(chart.x_label, chart.x_log), "automargin": True},
+        yaxis={**axis(chart.y_label, chart.y_log), "automargin": True},
         margin={"l": 60, "r": 16, "t": 12, "b": 48},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         template="none",
         barmode="overlay",
         hovermode="closest",
-        legend={"orientation": "h", "y": -0.24, "yanchor": "top"},
-        height=420,
+        legend={"orientation": "h", "y": -70 / (height - 60), "yanchor": "top"},
+        height=height,
     )
-    if chart.y_log:
-        figure.update_yaxes(type="log")
     if chart.lanes:
         figure.update_yaxes(
             categoryorder="array", categoryarray=list(reversed(chart.lanes)), type="category", automargin=True
         )
-        figure.update_layout(height=max(240, 130 + 30 * len(chart.lanes)))
     if chart.ticks:
         figure.update_xaxes(tickvals=list(range(len(chart.ticks))), ticktext=list(chart.ticks))
     if chart.bounds is not None:
@@ -50,11 +48,17 @@ def plotly_figure(chart: Chart) -> Any:
     return figure
 
 
+def axis(label: str, log: bool) -> dict[str, Any]:
+    """A logarithmic axis is labelled at 1, 2 and 5, or at powers of ten where it is long."""
+    found: dict[str, Any] = {"title": {"text": label, "standoff": 8}, "zeroline": False}
+    return {**found, "type": "log", "nticks": 8, "exponentformat": "power"} if log else found
+
+
 def traces(series: Series) -> list[Any]:
     """One trace, and one for the band around it."""
     colour = colour_of(series)
     shown = {"legendgroup": series.name, "showlegend": series.in_legend, "name": series.name}
-    hover = {"text": series.notes, "hovertemplate": hover_text(series)}
+    hover = {"hovertext": series.notes, "hovertemplate": hover_text(series)}
     if series.kind == "spans":
         bar = go.Bar(
             y=series.y, x=series.length, base=series.x, orientation="h", marker={"color": colour}, **shown, **hover
@@ -71,9 +75,7 @@ def traces(series: Series) -> list[Any]:
         edge = {"width": 0, "shape": shape, "color": colour}
         quiet = {"legendgroup": series.name, "showlegend": False, "hoverinfo": "skip", "mode": "lines"}
         found.append(go.Scatter(x=series.x, y=series.low, line=edge, **quiet))
-        found.append(
-            go.Scatter(x=series.x, y=series.high, line=edge, fill="tonexty", fillcolor=faded(colour), **quiet)
-        )
+        found.append(go.Scatter(x=series.x, y=series.high, line=edge, fill="tonexty", fillcolor=faded(colour), **quiet))
     found.append(go.Scatter(x=series.x, y=series.y, mode="lines", line=line, **shown, **hover))
     return found
 
@@ -81,7 +83,7 @@ def traces(series: Series) -> list[Any]:
 def hover_text(series: Series) -> str:
     x = "%{base:.4g} + %{x:.4g}" if series.kind == "spans" else "%{x:.4g}"
     y = "%{y}" if series.kind == "spans" else "%{y:.5g}"
-    words = "<br>%{text}" if series.notes is not None else ""
+    words = "<br>%{hovertext}" if series.notes is not None else ""
     return f"{series.name}<br>{x}, {y}{words}<extra></extra>"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,13 +30,17 @@ PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; folded ones are opened by a click, and drawn only then."""
+    """A part of the page; folded ones are opened by a click, and drawn only then.
+
+    files: whether its figures are written as files too.
+    """
 
     title: str
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
     words: str = ""
     folded: bool = False
+    files: bool = True
 
     @property
     def anchor(self) -> str:
@@ -96,7 +99,7 @@ def write(folder: str | Path) -> Path:
     sections = sections_of(source)
     page = render(source, sections, plotly_figure)
     (folder / PAGE).write_text(page, encoding="utf-8")
-    write_figures((chart for section in sections for chart in section.charts), folder / FIGURES)
+    write_figures((chart for section in sections if section.files for chart in section.charts), folder / FIGURES)
     tables = [table for section in sections for table in section.tables]
     write_tables(tables, frames.observations(source.good), folder / TABLES)
     return folder / PAGE
@@ -133,7 +136,9 @@ def sections_of(source: Source) -> list[Section]:
     for record in first_seeds(good):
         head = f"{record['problem_name']}: {record['method_name']}, seed {record['settings']['seed']}"
         note = "" if record["status"] == "done" else f"This run is {record['status']}; it is in no table."
-        sections.append(Section(head, single.charts(record, file_name(head) + "-"), (), note, folded=True))
+        charts = single.charts(record, file_name(head) + "-")
+        # Hundreds of files of other methods' runs would help nobody; the page has them all.
+        sections.append(Section(head, charts, (), note, folded=True, files=record.get("search") is not None))
     return sections
 
 
@@ -150,8 +155,8 @@ def first_seeds(records: Sequence[Record]) -> list[Record]:
 def about_run(record: Record) -> str:
     names = ", ".join(p["name"] for p in record["space"][:12]) + (", ..." if len(record["space"]) > 12 else "")
     told = "" if record["status"] == "done" else " It has not ended yet, or was stopped."
-    count = len(record["observations"])
-    return f"{record['problem_name']}, method {record['method_name']}, {len(record['space'])} hyperparameters ({names}): {count} of {record['settings']['budget']:g} trainings.{told}"
+    head = f"{record['problem_name']}, method {record['method_name']}, {len(record['space'])} hyperparameters ({names})"
+    return f"{head}: {len(record['observations'])} of {record['settings']['budget']:g} trainings.{told}"
 
 
 def about_problem(records: Sequence[Record]) -> str:
@@ -172,7 +177,7 @@ def render(source: Source, sections: Sequence[Section], plotly_figure: Any) -> s
     template = loader.from_string(resources.files("raybilevel.report").joinpath("page.html.j2").read_text("utf-8"))
     title = f"{'Comparison' if source.kind == 'comparison' else 'Run'}: {source.folder.resolve().name}"
     data = frames.observations(source.good)
-    return template.render(
+    page: str = template.render(
         title=title,
         sections=[
             {
@@ -197,6 +202,7 @@ def render(source: Source, sections: Sequence[Section], plotly_figure: Any) -> s
         wrong=source.wrong,
         plotly=get_plotlyjs(),
     )
+    return page
 
 
 def versions_of(records: Sequence[Record]) -> dict[str, str]:
@@ -210,7 +216,7 @@ def versions_of(records: Sequence[Record]) -> dict[str, str]:
 
 
 def machines_of(records: Sequence[Record]) -> list[str]:
-    found = {}
+    found: dict[str, None] = {}
     for record in records:
         m = record.get("machine") or {}
         if m:
@@ -221,8 +227,7 @@ def machines_of(records: Sequence[Record]) -> list[str]:
 
 def script_json(figure: Any) -> str:
     """A figure as JSON that may stand in a script element: nothing in it ends the element."""
-    text: str = figure.to_json()
-    return text.replace("<", "\\u003c")
+    return str(figure.to_json()).replace("<", "\\u003c")
 
 
 def link(content: str) -> str:
@@ -265,5 +270,3 @@ def write_tables(tables: Sequence[Table], observations: pd.DataFrame, folder: Pa
         (folder / f"{table.name}.csv").write_text(table_csv(table), encoding="utf-8")
     (folder / "tables.md").write_text(markdown(tables), encoding="utf-8")
     observations.to_csv(folder / "observations.csv", index=False)
-
-

@@ -63,7 +63,9 @@ def progress(record: Record, prefix: str) -> Chart:
         title="F of each training",
         caption="Validation loss F at the trained weights against cost, in trainings with upper-level steps charged; "
         "points by where the proposal came from. The test loss takes no part in the search.",
-        alt=f"{len(done)} trainings; the best F falls from {best[0]:.4g} to {best[-1]:.4g}." if best else "No training.",
+        alt=f"{len(done)} trainings; the best F falls from {best[0]:.4g} to {best[-1]:.4g}."
+        if best
+        else "No training.",
         x_label="cost, in trainings",
         y_label="loss",
         series=tuple(series),
@@ -99,8 +101,8 @@ def path_of_incumbent(record: Record, prefix: str) -> Chart:
     return Chart(
         name=f"{prefix}path",
         title="Path of the incumbent",
-        caption="Each hyperparameter of the best training so far, from 0 at its lower bound to 1 at its upper bound, on "
-        f"the scale that is searched.{left}",
+        caption="Each hyperparameter of the best training so far, from 0 at its lower bound to 1 at its upper bound, "
+        f"on the scale that is searched.{left}",
         alt="Steps of "
         + ", ".join(f"{s.name} from {s.y[0]:.2f} to {s.y[-1]:.2f}" for s in series if s.y)
         + ", in shares of the interval.",
@@ -238,9 +240,7 @@ def trajectories(state: SearchState) -> dict[int, list[Training]]:
         region = training.proposal.region
         if region is not None:
             found.setdefault(region, [state.trainings[region]]).append(training)
-    return {
-        region: [t for t in members if t.status == "done"] for region, members in found.items() if len(members) > 1
-    }
+    return {region: [t for t in members if t.status == "done"] for region, members in found.items() if len(members) > 1}
 
 
 def parallel(saved: SavedSearch, prefix: str) -> Chart:
@@ -253,7 +253,7 @@ def parallel(saved: SavedSearch, prefix: str) -> Chart:
         series.append(
             Series(
                 f"training {training.index}, F {training.upper:.4g}", "line", list(range(len(names))),
-                list(training.unit), shade=shade * 0.95, strong=number == 0, in_legend=number == 0,
+                list(training.unit), shade=0.2 + 0.75 * shade, strong=number == 0, in_legend=number == 0,
                 notes=[f"{name} = {place(p, training, j):.3g}" for j, (name, p) in
                        enumerate(zip(names, saved.parameters, strict=True))],
             )
@@ -267,7 +267,7 @@ def parallel(saved: SavedSearch, prefix: str) -> Chart:
         name=f"{prefix}parallel",
         title="Hyperparameters of all trainings",
         caption="Parallel coordinates: each line is a training, from 0 at a hyperparameter's lower bound to 1 at its "
-        "upper bound; yellow is the lowest F, dark blue the highest (by rank).",
+        "upper bound; yellow is the lowest F, blue the highest (by rank).",
         alt=f"Lines of {len(best)} trainings. The best quarter has {told}.",
         x_label="",
         y_label="place in its interval",
@@ -304,7 +304,7 @@ def sensitivities(saved: SavedSearch, prefix: str) -> Chart:
     return Chart(
         name=f"{prefix}sensitivities",
         title="Sensitivities",
-        caption="Mean size of the gradient over the trainings that have one, per whole interval of each hyperparameter: "
+        caption="Mean size of the gradient over the trainings that have one, per interval of each hyperparameter: "
         "how much the loss would change from bound to bound at that slope.",
         alt=f"The loss is most sensitive to {names[most]}, with {sizes[most]:.3g} per interval.",
         x_label="mean absolute gradient",
@@ -370,7 +370,7 @@ def surrogate_error(state: SearchState, prefix: str) -> Chart:
 def timeline(record: Record, prefix: str) -> Chart:
     """When which worker ran which trial, and when upper-level steps were under way."""
     spans: dict[str, list[tuple[str, float, float, str]]] = {}
-    workers = {}
+    workers: dict[tuple[str, int], str] = {}
     for trial in record.get("trials", ()):
         lane = workers.setdefault((trial["node"], trial["pid"]), f"{trial['node']} worker {len(workers) + 1}")
         for begin, end in stretches(trial["seconds"], trial["took"]):

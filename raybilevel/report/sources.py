@@ -175,10 +175,7 @@ def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: value
         for name, value in result.items()
-        if isinstance(value, float)
-        and name not in NOT_METRICS
-        and not name.startswith("time_")
-        and "/" not in name
+        if isinstance(value, float) and name not in NOT_METRICS and not name.startswith("time_") and "/" not in name
     }
 
 

@@ -54,7 +54,10 @@ def matplotlib_figure(chart: Chart) -> Any:
             draw(axes, series, chart)
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
         axes.set_title(chart.title, fontsize=11)
-        for axis, scale, log in ((axes.xaxis, axes.set_xscale, chart.x_log), (axes.yaxis, axes.set_yscale, chart.y_log)):
+        for axis, scale, log in (
+            (axes.xaxis, axes.set_xscale, chart.x_log),
+            (axes.yaxis, axes.set_yscale, chart.y_log),
+        ):
             if log:
                 scale("log")
                 axis.set_major_formatter("{x:g}")
@@ -72,7 +75,7 @@ def matplotlib_figure(chart: Chart) -> Any:
         return figure
 
 
-def sparse(value: float, position: int | None) -> str:
+def sparse(value: float, position: float) -> str:
     """Labels of a logarithmic axis between the powers of ten: of 2 and 5 only, so that they do not collide."""
     leading = f"{value:e}"
     return f"{value:g}" if leading.startswith(("2.000000e", "5.000000e")) else ""
@@ -87,7 +90,9 @@ def draw(axes: Any, series: Series, chart: Chart) -> None:
     label = series.name if series.in_legend else "_"
     if series.kind == "spans":
         lanes = {lane: number for number, lane in enumerate(reversed(chart.lanes))}
-        axes.barh([lanes[lane] for lane in series.y], series.length, left=series.x, height=0.6, color=colour, label=label)
+        axes.barh(
+            [lanes[lane] for lane in series.y], series.length, left=series.x, height=0.6, color=colour, label=label
+        )
     elif series.kind == "points":
         marker = MARKERS[series.colour % len(MARKERS)]
         axes.errorbar(
