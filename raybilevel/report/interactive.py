@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -26,8 +28,8 @@ def plotly_figure(chart: Chart) -> Any:
         for trace in traces(series):
             figure.add_trace(trace)
     figure.update_layout(
-        xaxis={**axis(chart.x_label, chart.x_log), "automargin": True},
-        yaxis={**axis(chart.y_label, chart.y_log), "automargin": True},
+        xaxis={**axis(chart.x_label, chart.x_log, [x for s in chart.series for x in s.x]), "automargin": True},
+        yaxis={**axis(chart.y_label, chart.y_log, [y for s in chart.series for y in s.y]), "automargin": True},
         margin={"l": 60, "r": 16, "t": 12, "b": 48},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
@@ -48,10 +50,14 @@ def plotly_figure(chart: Chart) -> Any:
     return figure
 
 
-def axis(label: str, log: bool) -> dict[str, Any]:
-    """A logarithmic axis is labelled at 1, 2 and 5, or at powers of ten where it is long."""
+def axis(label: str, log: bool, values: Sequence[Any]) -> dict[str, Any]:
+    """A logarithmic axis is labelled at 1, 2 and 5, or at powers of ten where it is long, or wherever it is short."""
     found: dict[str, Any] = {"title": {"text": label, "standoff": 8}, "zeroline": False}
-    return {**found, "type": "log", "nticks": 8, "exponentformat": "power"} if log else found
+    if not log:
+        return found
+    decades = math.log10(max(values) / min(values)) if values and min(values) > 0 else 0.0
+    step = {} if decades < 0.7 else {"dtick": "D2" if decades < 3 else 1}
+    return {**found, "type": "log", "exponentformat": "power" if decades >= 3 else "none", **step}
 
 
 def traces(series: Series) -> list[Any]:
