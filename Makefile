@@ -1,12 +1,14 @@
 # make run    sets everything up, then the main job      (CONFIG=, DATA=, OUT=, ARGS=)
 # make test   sets everything up, then the test suite
 # make check  format, lint, types
+# make compare  methods against each other        (COMPARE=configs/compare/..., DATA=, OUT=, ARGS=)
 
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
 DATA ?=
 OUT ?=
 ARGS ?=
+COMPARE ?= configs/compare/quick.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -14,7 +16,7 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all bench-algorithm bench-scale check format clean
+.PHONY: setup run test test-all compare bench-algorithm bench-scale check format clean
 
 setup: $(STAMP)
 
@@ -24,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	@echo "installing torch, ray and what they need (a few minutes the first time) ..."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
-		--editable ".[images]" --group dev
+		--editable ".[images,report]" --group dev
 	touch $(STAMP)
 
 run: $(STAMP)
@@ -45,6 +47,11 @@ bench-algorithm: $(STAMP)
 # What a search costs its driver, and how many slots it keeps busy; ARGS=latency|memory|slots|overhead|sharing for a part.
 bench-scale: $(STAMP)
 	$(BIN)/python -m raybilevel.benchmark.scale $(or $(ARGS),all)
+
+compare: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
+		--editable ".[compare]"
+	$(BIN)/raybilevel compare "$(COMPARE)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The command line: run, check, problems."""
+"""The command line: run, check, problems, compare, report."""
 
 from __future__ import annotations
 
@@ -114,6 +114,60 @@ def problems() -> None:
         about = (problem.__doc__ or "").strip().splitlines()[0].rstrip(":.")
         table.add_row(name, about, ", ".join(option_names(problem)))
     Console().print(table)
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="A config file, e.g. configs/compare/quick.yaml.", metavar="CONFIG")],
+    data: Data = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the records; by default runs/<config>-<time>.", metavar="DIR")
+    ] = None,
+    settings: Set = None,
+    scale: Annotated[str | None, typer.Option(help="One of the config's `scales`, e.g. small.", metavar="NAME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the comparison in --out.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster, e.g. auto; by default a local one is started.")
+    ] = None,
+) -> None:
+    """Compare methods on problems under one budget; a record a run, then the tables and the report."""
+    from raybilevel.compare import command
+    from raybilevel.compare.config import read_comparison
+
+    if resume and out is None:
+        raise ConfigError("--resume needs --out, the folder of the comparison to go on with")
+    folder = out or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    comparison = read_comparison(config, settings or (), scale)
+    absolute = None if data is None else str(data.expanduser().absolute())
+    runs = comparison.runs(absolute)
+    command.prepare(comparison, folder, resume)
+    console = Console()
+    bad, interrupted = command.run_all(runs, folder, address, comparison.cpus, console)
+    if interrupted:
+        console.print("stopped; every run that ended is kept. To go on:", markup=False)
+        given = f" --data {data}" if data is not None else ""
+        again = f"  {sys.argv[0]} compare {folder / 'config.yaml'} --out {folder}{given} --resume"
+        console.print(again, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(EXIT_INTERRUPTED)
+    command.show_tables(folder, console)
+    if bad:
+        raise RaybilevelError(f"{bad} of {len(runs)} runs failed; see {folder / 'records'}, and --resume to try again")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run or of a comparison.", metavar="DIR")],
+    open_it: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+) -> None:
+    """Write report.html, figures (SVG, PNG) and tables (CSV, Markdown) into a folder of a run or a comparison."""
+    import webbrowser
+
+    from raybilevel import report
+
+    page = report.write(folder)
+    typer.echo(str(page))
+    if open_it:
+        webbrowser.open(page.resolve().as_uri())
 
 
 def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None:

@@ -26,6 +26,7 @@ from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
+from raybilevel.scalars import SearchScalars
 from raybilevel.search_state import Training
 from raybilevel.searcher import UPPER_LOSS, BilevelSearch, task_options
 from raybilevel.shared import Shared
@@ -154,7 +155,10 @@ def tune_run(
         resume="AUTO" if resume else None,
         # An idle actor keeps its GPU, which an upper-level step may be waiting for.
         reuse_actors=not first_bundle(config).get("gpu"),
-        callbacks=[ProgressCallback(lambda: view.update(searcher.state, searcher.steps_under_way))],
+        callbacks=[
+            SearchScalars(searcher),
+            ProgressCallback(lambda: view.update(searcher.state, searcher.steps_under_way)),
+        ],
         max_failures=config.search.max_failures,
         raise_on_failed_trial=False,
         verbose=0,
@@ -234,8 +238,11 @@ def first_bundle(config: ExperimentConfig) -> dict[str, float]:
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """A cluster to run on: the one that this process has joined already, the one at `address`, or a local one."""
+def cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
+    """A cluster to run on: the one that this process has joined already, the one at `address`, or a local one.
+
+    cpus: of the local one; by default all.
+    """
     if ray.is_initialized():
         yield
         return
@@ -244,7 +251,7 @@ def cluster(address: str | None) -> Iterator[None]:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # on Ctrl-C it gives advice for a script, not for a command
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
-        ray.init(address="local", include_dashboard=False, **options)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     else:
         try:
             ray.init(address=address, **options)

@@ -1,0 +1,259 @@
+"""The methods of a comparison by name: a searcher, a scheduler, or both, as Ray Tune ships them, and raybilevel's."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raybilevel.errors import ConfigError
+from raybilevel.methods import METHODS as OWN
+from raybilevel.methods import make_method
+from raybilevel.problem import BilevelProblem
+from raybilevel.space import Space
+
+METRIC, TIME = "upper_loss", "epoch"
+LARGEST_GRID = 4096
+
+OWN_NAMES = {"raybilevel": "default", "raybilevel-paper": "paper"}
+"""How a comparison calls raybilevel's own methods."""
+
+SEARCHERS = ("random", "grid", *OWN_NAMES, "optuna", "optuna-gp", "hyperopt", "ax", "bayesopt", "bohb")
+STOPPERS = ("asha", "hyperband", "median-stopping")
+"""Schedulers that stop trainings early and go with any searcher."""
+SCHEDULERS = (*STOPPERS, "pbt", "pb2", "bohb")
+PAUSERS = ("hyperband", "median-stopping", "pbt", "pb2", "bohb")
+"""Schedulers that go on from checkpoints, so that trials leave one every epoch."""
+
+WITHOUT_LOGARITHMS = ("bayesopt",)
+"""Searchers that ignore logarithmic scales: they are given the unit cube, on the scale that the others search."""
+
+COMBINED = {
+    **{name: (name, None) for name in SEARCHERS if name != "bohb"},
+    **{name: ("random", name) for name in (*STOPPERS, "pbt", "pb2")},
+    "bohb": ("bohb", "bohb"),
+}
+"""Method -> its searcher and its scheduler."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A method as a searcher and perhaps a scheduler."""
+
+    searcher: str
+    scheduler: str | None = None
+
+    @property
+    def own(self) -> bool:
+        return self.searcher in OWN_NAMES
+
+    @property
+    def stops_early(self) -> bool:
+        return self.scheduler is not None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is set up for.
+
+    param_space: in Tune's domains. epochs: of a whole training. trainings: that the budget pays for; None where it is
+    not counted in trainings. slots: trials at once.
+    """
+
+    problem: BilevelProblem
+    space: Space
+    param_space: Mapping[str, Any]
+    epochs: int
+    seed: int
+    trainings: float | None
+    slots: int
+    upper_resources: Mapping[str, Any] | None = None
+    searcher: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+
+
+class UnavailableError(ConfigError):
+    """A method cannot be run here: a package is missing, or broken with the installed Ray."""
+
+
+def parse(name: str) -> Parts:
+    """A method's parts, from its name; "optuna+asha" is a searcher with a scheduler.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    if name in COMBINED:
+        return Parts(*COMBINED[name])
+    searcher, plus, scheduler = name.partition("+")
+    if plus and searcher in SEARCHERS and searcher != "bohb" and scheduler in STOPPERS:
+        return Parts(searcher, scheduler)
+    raise ConfigError(
+        f"unknown method {name!r}; choose one of {', '.join(COMBINED)}, or a searcher with one of "
+        f"{', '.join(STOPPERS)}, e.g. optuna+asha"
+    )
+
+
+def check_settings(parts: Parts, searcher: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
+    """What can be wrong with a method's settings before it is set up.
+
+    Raises:
+        ConfigError: it has no such setting.
+    """
+    if parts.own:
+        make_method(OWN_NAMES[parts.searcher], **searcher)
+    elif searcher and parts.searcher in ("random", "grid"):
+        raise ConfigError(f"the searcher {parts.searcher!r} has no settings")
+    if scheduler and parts.scheduler is None:
+        raise ConfigError("settings of a scheduler, but the method has none")
+
+
+def make_searcher(name: str, setting: Setting) -> Any:
+    """A fresh Tune searcher; None for those that Tune's own variant generator does.
+
+    Raises:
+        UnavailableError: its package is missing.
+        ConfigError: it has no such setting.
+    """
+    makers: dict[str, Callable[..., Any]] = {
+        "optuna": _optuna, "optuna-gp": _optuna_gp, "hyperopt": _hyperopt, "ax": _ax, "bayesopt": _bayesopt,
+        "bohb": _bohb,
+    }  # fmt: skip
+    if name in ("random", "grid"):
+        return None
+    try:
+        return makers[name](setting, **setting.searcher)
+    except (ImportError, AssertionError) as error:
+        # Ray's searchers assert that their package is there, and say so over several lines.
+        raise UnavailableError(" ".join(str(error).split()) or type(error).__name__) from error
+    except TypeError as error:
+        raise ConfigError(f"searcher {name!r}: {error}") from error
+
+
+def probe(name: str, setting: Setting) -> None:
+    """Two suggestions and a result: whether a third-party searcher works with the installed Ray at all.
+
+    Raises:
+        UnavailableError: it does not; with the reason.
+    """
+    searcher = make_searcher(name, setting)
+    if searcher is None:
+        return
+    result = {METRIC: 1.0, TIME: 1, "training_iteration": 1, "hyperband_info": {"budget": 1}}
+    try:
+        searcher.set_search_properties(METRIC, "min", dict(setting.param_space))
+        for trial in ("probe-1", "probe-2"):
+            if not isinstance(searcher.suggest(trial), dict):
+                raise UnavailableError("it suggests nothing")
+            searcher.on_trial_result(trial, result)
+            searcher.on_trial_complete(trial, result=result)
+    except UnavailableError:
+        raise
+    except Exception as error:  # whatever a package of another version raises is the reason that is told
+        raise UnavailableError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def make_scheduler(name: str | None, setting: Setting) -> Any:
+    """A fresh Tune scheduler, None where every training runs to its end.
+
+    Raises:
+        ConfigError: it has no such setting.
+    """
+    from ray.tune import schedulers
+
+    if name is None:
+        return None
+    halving = {"max_t": setting.epochs, "time_attr": TIME}
+    # Rungs need not add up to a whole training; what survives them all is to run to its end.
+    bands = {**halving, "stop_last_trials": False}
+    interval = {"perturbation_interval": max(1, setting.epochs // 5), "time_attr": TIME}
+    makers: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+        "asha": lambda: (schedulers.ASHAScheduler, {**halving, "grace_period": max(1, setting.epochs // 16)}),
+        "hyperband": lambda: (schedulers.HyperBandScheduler, bands),
+        "median-stopping": lambda: (
+            schedulers.MedianStoppingRule, {"time_attr": TIME, "grace_period": max(1, setting.epochs // 16)},
+        ),
+        "bohb": lambda: (schedulers.HyperBandForBOHB, bands),
+        "pbt": lambda: (
+            schedulers.PopulationBasedTraining,
+            {**interval, "hyperparam_mutations": dict(setting.param_space), "log_config": False},
+        ),
+        "pb2": lambda: (_pb2(), {**interval, "hyperparam_bounds": bounds(setting.space), "log_config": False}),
+    }  # fmt: skip
+    kind, given = makers[name]()
+    try:
+        return kind(**{**given, **setting.scheduler})
+    except (TypeError, AssertionError) as error:
+        raise ConfigError(f"scheduler {name!r}: {error}") from error
+
+
+def _pb2() -> Any:
+    from ray.tune.schedulers.pb2 import PB2
+
+    return PB2
+
+
+def bounds(space: Space) -> dict[str, Any]:
+    from raybilevel.space import nest
+
+    return nest({p.path: [p.low, p.high] for p in space.parameters})
+
+
+def grid(space: Space, trainings: float | None) -> dict[tuple[str, ...], list[float]]:
+    """About as many values per hyperparameter as make a full grid of the budget, bounds included; by path.
+
+    Raises:
+        UnavailableError: two values each are far too many already.
+    """
+    if 2**space.dimension > LARGEST_GRID:
+        raise UnavailableError(f"two values for each of {space.dimension} hyperparameters make {2**space.dimension:,}")
+    wanted = 100 if trainings is None else trainings
+    side = max(2, math.floor(wanted ** (1 / space.dimension) + 1e-9))
+    return {
+        p.path: [p.round(p.low * (p.high / p.low) ** u if p.log else p.low + u * (p.high - p.low)) for u in units]
+        for p, units in zip(space.parameters, itertools.repeat([i / (side - 1) for i in range(side)]), strict=False)
+    }
+
+
+def _optuna(setting: Setting, **given: Any) -> Any:
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return OptunaSearch(sampler=optuna.samplers.TPESampler(seed=setting.seed, **given))
+
+
+def _optuna_gp(setting: Setting, **given: Any) -> Any:
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return OptunaSearch(sampler=optuna.samplers.GPSampler(seed=setting.seed, **given))
+
+
+def _hyperopt(setting: Setting, **given: Any) -> Any:
+    from ray.tune.search.hyperopt import HyperOptSearch
+
+    return HyperOptSearch(random_state_seed=setting.seed, **given)
+
+
+def _ax(setting: Setting, **given: Any) -> Any:
+    from ray.tune.search.ax import AxSearch
+
+    return AxSearch(random_seed=setting.seed, **given)
+
+
+def _bayesopt(setting: Setting, **given: Any) -> Any:
+    from ray.tune.search.bayesopt import BayesOptSearch
+
+    return BayesOptSearch(random_state=setting.seed, **given)
+
+
+def _bohb(setting: Setting, **given: Any) -> Any:
+    from ray.tune.search.bohb import TuneBOHB
+
+    return TuneBOHB(seed=setting.seed, **given)
+
+
+assert set(OWN_NAMES.values()) <= set(OWN)

@@ -1,0 +1,109 @@
+"""Intervals over seeds, ranks over problems, and paired tests: scipy's, and Holm's correction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % percentile bootstrap interval; low and high are None from a single value."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+def bootstrap(values: Sequence[float]) -> Interval:
+    """The mean over seeds and its bootstrap interval (Efron 1979), the same at every call.
+
+    With few seeds such an interval is too narrow; from two it is the two values themselves.
+    """
+    found = np.asarray(values, dtype=float)
+    mean = float(found.mean())
+    if len(found) < 2:
+        return Interval(mean, None, None, len(found))
+    if np.ptp(found) == 0:
+        return Interval(mean, mean, mean, len(found))
+    result = stats.bootstrap(
+        (found,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return Interval(mean, float(result.low), float(result.high), len(found))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Mean rank of each method over blocks (a problem with a seed), 1 is best.
+
+    blocks:   how many had every method.
+    friedman: p of Friedman's test that all methods are alike; None with fewer than three methods or two blocks.
+    """
+
+    mean: dict[str, float]
+    wins: dict[str, int]
+    blocks: int
+    friedman: float | None
+
+
+def rank(blocks: Sequence[Mapping[str, float]]) -> Ranks:
+    """Ranks of methods by a loss, over the blocks that have all of them; ties share their mean rank."""
+    methods = list(dict.fromkeys(method for block in blocks for method in block))
+    whole = [block for block in blocks if len(block) == len(methods)]
+    if not whole:
+        return Ranks({}, {}, 0, None)
+    values = np.array([[block[method] for method in methods] for block in whole])
+    ranks = stats.rankdata(values, axis=1)
+    wins = {method: int((ranks[:, i] == ranks.min(axis=1)).sum()) for i, method in enumerate(methods)}
+    friedman = None
+    if len(methods) >= 3 and len(whole) >= 2 and np.ptp(ranks) > 0:
+        p = float(stats.friedmanchisquare(*values.T).pvalue)
+        friedman = p if math.isfinite(p) else None
+    return Ranks(dict(zip(methods, ranks.mean(axis=0).tolist(), strict=True)), wins, len(whole), friedman)
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two methods on the same seeds.
+
+    difference: mean loss of the first less that of the second; negative where the first is better.
+    p:          exact sign-flip permutation test, two-sided; None from a single pair.
+    least:      the smallest p that this many pairs can give, 2 / 2^n.
+    """
+
+    difference: Interval
+    p: float | None
+    least: float | None
+
+
+def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
+    """Whether the losses of two methods differ; `first` and `second` are of the same seeds, in order."""
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    interval = bootstrap(differences.tolist())
+    if len(differences) < 2:
+        return PairedTest(interval, None, None)
+    result = stats.permutation_test(
+        (np.asarray(first, dtype=float), np.asarray(second, dtype=float)),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples", vectorized=True, n_resamples=9999, rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return PairedTest(interval, float(result.pvalue), 2.0 / 2 ** len(differences))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (Holm 1979): adjusted p-values, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for step, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - step) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted

@@ -1,0 +1,152 @@
+"""Comparisons on a real local Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from raybilevel.benchmark import records
+from raybilevel.compare.command import run_all, settled
+from raybilevel.compare.config import CompareConfig
+from raybilevel.compare.execute import execute
+from raybilevel.lower_level import train
+from raybilevel.problems import make_problem
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"config": None, "problem": "digits", "options": {"train": 100, "epochs": 6}, "space": {
+    "weight_decay": {name: {"loguniform": [1e-3, 1e2]} for name in ("fc1", "fc2", "fc3")}
+}}  # fmt: skip
+
+
+def comparison(methods: Any, budget: float = 7, **changes: Any) -> CompareConfig:
+    problem = {key: value for key, value in SMALL.items() if value is not None}
+    content = {"budget": {"trainings": budget}, "seeds": 1, "methods": methods, "problems": {"digits": problem}}
+    return CompareConfig.model_validate({**content, **changes})
+
+
+def check_record(record: dict[str, Any], budget: float = 7) -> None:
+    """What every record of a run that ended holds, whatever the method."""
+    assert record["status"] == "done", record.get("traceback", record["error"])
+    assert json.loads(json.dumps(record)) == record
+    costs = [o["cost"] for o in record["observations"]]
+    assert costs == sorted(costs) and costs[-1] <= budget + 1e-6
+    assert record["spent"]["epochs"] == sum(len(trial["epochs"]) for trial in record["trials"])
+    assert record["spent"]["epochs"] <= budget * 6
+    for trial in record["trials"]:
+        assert len(trial["uppers"]) == len(trial["seconds"]) == len(trial["epochs"])
+    done = [o for o in record["observations"] if o["status"] == "done"]
+    for observed in done:
+        curve = next(t for t in record["trials"] if t["trial"] == observed["trial"])
+        assert observed["upper"] == pytest.approx(curve["uppers"][-1])
+        assert {"test_loss", "test_accuracy"} == set(observed["metrics"])
+    if done:
+        best = record["observations"][done[-1]["incumbent"]]
+        assert best["upper"] == min(o["upper"] for o in done)
+        assert record["refits"][str(record["observations"].index(best))]["test_loss"] > 0
+
+
+def test_raybilevel_and_random_search_are_counted_alike(local_ray: None) -> None:
+    own, random = (execute(run) for run in comparison(["raybilevel", "random"]).runs(None))
+    check_record(own)
+    check_record(random)
+    assert len(random["observations"]) == 7
+    assert random["observations"][-1]["cost"] == pytest.approx(7)
+    steps = own["search"]["state"]["steps"]
+    assert steps and own["overhead"]["upper_passes"] == pytest.approx(sum(s["passes"] for s in steps))
+    assert own["spent"]["epochs"] < 7 * 6  # upper-level steps are charged
+    assert own["overhead"]["calls"] > 0 and own["overhead"]["upper_seconds"] > 0
+    assert len(own["steps"]) >= len(steps)
+    assert own["machine"]["cpus"] == 2
+    # The same weights for every method: those of a training in this process from the same seed.
+    problem = make_problem("digits", SMALL["options"])
+    for record in (own, random):
+        first = record["observations"][0]
+        trained, _ = train(problem, first["hyperparameters"], seed=0)
+        assert first["upper"] == pytest.approx(trained.upper, rel=1e-5)  # single precision, threads may differ
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", ["asha", "hyperband", "median-stopping", "pbt", "pb2", "bohb", "optuna", "optuna-gp", "hyperopt",
+               "bayesopt", "grid", "raybilevel-paper", "optuna+asha", "raybilevel+asha"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")  # of the packages themselves
+def test_every_method_keeps_to_the_budget(local_ray: None, method: str) -> None:
+    record = execute(comparison([method]).runs(None)[0])
+    if record["status"] == "unavailable":
+        pytest.skip(f"{method}: {record['error']}; the extra `compare` has it")
+    check_record(record)
+    assert record["observations"]
+
+
+def test_a_method_that_cannot_be_run_says_why(local_ray: None) -> None:
+    many = {name: {"loguniform": [1e-6, 1.0]} for name in (f"g{g}" for g in range(16))}
+    problem = {"problem": "digits_logistic", "options": {"groups": 16}, "space": {"weight_decay": many}}
+    runs = comparison(["grid"], problems={"digits-16": problem}).runs(None)
+    record = execute(runs[0])
+    assert (record["status"], record["observations"]) == ("unavailable", [])
+    assert "65,536" in record["error"]
+
+
+def test_a_good_record_is_kept_and_a_damaged_or_failed_one_is_named(tmp_path: Path) -> None:
+    run = comparison(["random"], budget=2).runs(None)[0]
+    path = tmp_path / run.path
+    said: list[str] = []
+    assert not settled(path, said.append) and not said
+    record = {"format": 1, "status": "done", "error": None, "observations": []}
+    records.write(path, record)
+    assert settled(path, said.append) and not said
+    assert run_all([run], tmp_path, None, None, Console(quiet=True)) == (0, False)  # starts no cluster
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    assert not settled(path, said.append)
+    assert path.name in said[-1] and "half-written" in said[-1]
+    records.write(path, {**record, "status": "failed", "error": "ValueError: no"})
+    assert path.with_name(f"{path.name}.old1").read_text() == whole[: len(whole) // 2]
+    assert not settled(path, said.append)
+    assert "failed (ValueError: no); it is done again" in said[-1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_seen_and_resume_goes_on(tmp_path: Path) -> None:
+    import yaml
+
+    config, out = tmp_path / "small.yaml", tmp_path / "out"
+    problem = {**{k: v for k, v in SMALL.items() if v is not None}, "options": {"train": 100, "epochs": 30}}
+    content = {"budget": {"trainings": 4}, "seeds": 1, "methods": ["random", "grid"], "problems": {"digits": problem}}
+    config.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "raybilevel", "compare", str(config), "--out", str(out)]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
+    deadline = time.monotonic() + 400
+    while not list(out.glob("records/*/random*.json")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(3)  # within the second run
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 130, stderr
+    assert "--resume" in stdout and "Traceback" not in stderr
+    kept = {path.name: path.read_text() for path in out.glob("records/*/random*.json")}
+    other = subprocess.run([*command, "--resume", "--set", "seeds=2"], capture_output=True, text=True, env=environment,
+                           cwd=ROOT, check=False)  # fmt: skip
+    assert other.returncode == 2 and "differs" in other.stderr
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, cwd=ROOT,
+                           timeout=500, check=False)  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "2 runs, 1 of them have a record" in again.stdout
+    assert {path.name: path.read_text() for path in out.glob("records/*/random*.json")} == kept
+    assert {json.loads(path.read_text())["status"] for path in out.glob("records/*/*.json")} == {"done"}
+    assert "| grid |" in again.stdout
+    third = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert third.returncode == 2 and "already holds a comparison" in third.stderr

@@ -1,0 +1,59 @@
+"""What the search knows, through Tune's own loggers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ray import tune
+
+from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel.scalars import SearchScalars
+from tests.tiny_problems import Parabola
+
+KNOWN = {"best_upper_loss", "cost", "trainings", "upper_steps", "multiplier", "value_error"}
+
+
+def run(folder: Path, *callbacks: tune.Callback) -> BilevelSearch:
+    problem = Parabola()
+    search = BilevelSearch(problem, max_concurrent=1)
+    tune.run(
+        lower_level_trainable(problem), config={"x": {"a": tune.loguniform(1e-4, 1e2)}}, search_alg=search,
+        metric="upper_loss", mode="min", num_samples=6, reuse_actors=True, verbose=0, storage_path=str(folder),
+        name="tune", callbacks=[SearchScalars(search), *callbacks],
+    )  # fmt: skip
+    return search
+
+
+def test_tunes_loggers_write_what_the_search_knows(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS")
+    search = run(tmp_path)
+    last = [json.loads(path.read_text().splitlines()[-1]) for path in (tmp_path / "tune").glob("*/result.json")]
+    assert len(last) == 6
+    newest = max((result["search"] for result in last), key=lambda found: found["trainings"])
+    assert set(newest) >= KNOWN
+    told = search.state.told
+    assert newest["trainings"] == len(told) - 1  # of those that had ended by then
+    assert newest["best_upper_loss"] == pytest.approx(min(t.upper for t in told[:-1]))
+    events = sorted((tmp_path / "tune").glob("*/events.out.tfevents*"))
+    assert len(events) == 6
+    assert any(b"search/best_upper_loss" in path.read_bytes() for path in events)
+
+
+@pytest.mark.filterwarnings("ignore")  # of mlflow
+def test_mlflow_keeps_them_too(local_ray: None, tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run(tmp_path, MLflowLoggerCallback(tracking_uri=store, experiment_name="decays"))
+    client = mlflow.MlflowClient(store)
+    experiment = client.get_experiment_by_name("decays")
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 6
+    assert all({"upper_loss", "lower_loss", "search/cost"} <= set(found.data.metrics) for found in runs)
+    assert any("search/multiplier" in found.data.metrics for found in runs)
+    assert all("x/a" in found.data.params for found in runs)
