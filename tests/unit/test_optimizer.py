@@ -18,7 +18,7 @@ GOOD = Observation(upper=0.5, value=0.4, gradient=(0.1, -0.2), passes=12.0)
 
 
 def optimizer(slots: int = 1, **settings: object) -> BilevelOptimizer:
-    return BilevelOptimizer(SPACE, Default(), seed=3, slots=slots, **settings)
+    return BilevelOptimizer(SPACE, Default(start_points=5), seed=3, slots=slots, **settings)
 
 
 def told(search: BilevelOptimizer, *observations: Observation | None) -> BilevelOptimizer:
