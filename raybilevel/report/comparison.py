@@ -219,7 +219,7 @@ def counts(records: Sequence[Record]) -> list[str]:
 
 def number(values: Sequence[float | None]) -> str:
     found = [v for v in values if v is not None]
-    return f"{fmean(found):.2g}" if found else "-"
+    return f"{fmean(found):.3g}" if found else "-"
 
 
 def lowest(intervals: Mapping[str, Interval | None]) -> str | None:

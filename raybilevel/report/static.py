@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def matplotlib_figure(chart: Chart) -> Any:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     with rc_context(TEXT):
         height = max(2.4, 1.3 + 0.34 * len(chart.lanes)) if chart.lanes else 4.4
@@ -61,7 +63,8 @@ def matplotlib_figure(chart: Chart) -> Any:
             if log:
                 scale("log")
                 axis.set_major_formatter("{x:g}")
-                axis.set_minor_formatter(sparse)
+                low, high = axis.get_view_interval()
+                axis.set_minor_formatter(sparse if math.log10(high / low) < 2.5 else NullFormatter())
         if chart.ticks:
             axes.set_xticks(range(len(chart.ticks)), chart.ticks, rotation=30 if len(chart.ticks) > 6 else 0)
         if chart.bounds is not None:
