@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all bench-algorithm check format clean
+.PHONY: setup run test test-all bench-algorithm bench-recycling check format clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,10 @@ bench-algorithm: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
 		--editable ".[bench]"
 	$(BIN)/python -m raybilevel.benchmark configs/bench/algorithm.yaml --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# Krylov iterations that recycling saves when filters of an image regulariser are learned: table and recycling.json in OUT.
+bench-recycling: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.recycling --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
