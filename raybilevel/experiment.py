@@ -17,15 +17,18 @@ from rich.console import Console
 from raybilevel.config import Domain as ConfigDomain
 from raybilevel.config import ExperimentConfig, entries, read_config, resolved
 from raybilevel.errors import ConfigError, RaybilevelError
+from raybilevel.hypergradient.variables import check_upper_variables
+from raybilevel.hypergradient_trainable import HYPERPARAMETERS, hypergradient_trainable
 from raybilevel.levels import check_problem
 from raybilevel.lower_level import refit
 from raybilevel.methods import make_method
+from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
 from raybilevel.search_state import Training
 from raybilevel.searcher import UPPER_LOSS, BilevelSearch
-from raybilevel.space import flatten, nest
+from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.summary import summarise, write_summary
 from raybilevel.trainable import lower_level_trainable
 
@@ -44,9 +47,11 @@ def check(config: ExperimentConfig, data: str | None = None) -> None:
     Raises:
         RaybilevelError: naming what is wrong.
     """
+    problem = make_problem(config.problem, config.options, data)
+    config = with_method(config)
     make_method(config.search.method, **config.search.settings)
     space, constants = config.split_space()
-    check_problem(make_problem(config.problem, config.options, data), space, constants)
+    check_levels(problem, space, constants)
 
 
 def run(
@@ -64,14 +69,16 @@ def run(
         InterruptedRunError: Ctrl-C.
     """
     problem = make_problem(config.problem, config.options, data)
+    config = with_method(config)
+    method = make_method(config.search.method, **config.search.settings)
     space, constants = config.split_space()
-    check_problem(problem, space, constants)
+    check_levels(problem, space, constants)
     prepare_folder(out, config, resume)
     searcher = BilevelSearch(
         problem,
         metric=UPPER_LOSS,
         mode="min",
-        method=make_method(config.search.method, **config.search.settings),
+        method=method,
         seed=config.search.seed,
         max_concurrent=config.search.max_concurrent,
         points_to_evaluate=config.search.points_to_evaluate,
@@ -79,7 +86,7 @@ def run(
     )
     started = time.monotonic()
     with cluster(address):
-        title = f"{config.problem}: {space.dimension} hyperparameters, method {config.search.method}"
+        title = f"{config.problem}: {upper_level(problem, space)}, method {config.search.method}"
         view = make_view(title, config.search.trainings, console)
         try:
             analysis = tune_run(config, problem, searcher, out, resume, view)
@@ -94,10 +101,12 @@ def run(
         results = trial_results(searcher, analysis)
         best = searcher.method.incumbent(searcher.state)
         test_loss_refit = None
-        if best is not None:
+        if best is not None and space != STARTS:
             resources = task_resources(config.resources.lower)
             refitted = ray.get(
-                refit_task.options(**resources).remote(problem, configuration(searcher, best), config.search.seed)
+                refit_task.options(**resources).remote(
+                    problem, configuration(searcher, best, results), config.search.seed
+                )
             )
             test_loss_refit = (refitted or {}).get("test_loss")
         summary = summarise(
@@ -118,8 +127,12 @@ def tune_run(
     config: ExperimentConfig, problem: BilevelProblem, searcher: BilevelSearch, out: Path, resume: bool, view: View
 ) -> Any:
     """The trials. `tune.run` rather than `Tuner`, whose restore does not hand out the searcher that it makes."""
+    trainable = lower_level_trainable(problem, config.search.seed)
+    if isinstance(searcher.method, HypergradientDescent):
+        space, _ = config.split_space()
+        trainable = hypergradient_trainable(problem, searcher.method, space, config.search.seed)
     return tune.run(
-        tune.with_resources(lower_level_trainable(problem, config.search.seed), dict(config.resources.lower)),
+        tune.with_resources(trainable, dict(config.resources.lower)),
         name=TUNE_FOLDER,
         storage_path=str(out.absolute()),
         config=param_space(config),
@@ -136,6 +149,31 @@ def tune_run(
     )
 
 
+def with_method(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with its method chosen: by the dimension, where it is "auto"."""
+    if config.search.method != "auto":
+        return config
+    space, _ = config.split_space()
+    large = space == STARTS or space.dimension > MOST_MODELLED
+    search = config.search.model_copy(update={"method": "hypergradient" if large else "default"})
+    return config.model_copy(update={"search": search})
+
+
+def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]) -> None:
+    if space == STARTS:
+        check_upper_variables(problem, constants)
+    else:
+        check_problem(problem, space, constants)
+
+
+def upper_level(problem: BilevelProblem, space: Space) -> str:
+    """How large the upper level is."""
+    module = problem.upper_variables() if space == STARTS else None
+    if module is None:
+        return f"{space.dimension} hyperparameters"
+    return f"{sum(parameter.numel() for parameter in module.parameters()):,} upper-level variables"
+
+
 def param_space(config: ExperimentConfig) -> dict[str, Any]:
     """The config's space in Tune's own domains."""
     makers = {
@@ -144,6 +182,10 @@ def param_space(config: ExperimentConfig) -> dict[str, Any]:
         "quniform": tune.quniform,
         "qloguniform": tune.qloguniform,
     }
+    space, constants = config.split_space()
+    if space == STARTS:
+        start = STARTS.parameters[0]
+        return {**constants, "start": tune.quniform(start.low, start.high, start.step)}
     return nest(
         {
             path: makers[entry.kind](*entry.numbers) if isinstance(entry, ConfigDomain) else entry
@@ -179,8 +221,12 @@ def trial_results(searcher: BilevelSearch, analysis: Any) -> dict[int, Mapping[s
     return found
 
 
-def configuration(searcher: BilevelSearch, training: Training) -> dict[str, Any]:
-    return nest({**flatten(searcher.constants), **flatten(searcher.config_of(training))})
+def configuration(
+    searcher: BilevelSearch, training: Training, results: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the training was of; where it was a descent, the hyperparameters that it ended at."""
+    found = results.get(training.index, {}).get(HYPERPARAMETERS) or searcher.config_of(training)
+    return nest({**flatten(searcher.constants), **flatten(found)})
 
 
 @ray.remote  # type: ignore[untyped-decorator]

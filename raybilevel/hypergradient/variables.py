@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from raybilevel.errors import ProblemError
+from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.hypergradient.functions import BilevelFunctions, Term
 from raybilevel.problem import Batch, BilevelProblem, Level, move
 from raybilevel.space import Space, flatten, nest
@@ -100,6 +102,38 @@ def bilevel_functions(problem: BilevelProblem, model: nn.Module, variables: Uppe
 
     (upper, upper_size), (lower, lower_size) = terms("upper"), terms("lower")
     return BilevelFunctions(upper, lower, upper_size / lower_size)
+
+
+def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any]) -> None:
+    """Try both levels at the start, before any descent.
+
+    Raises:
+        ProblemError: there is no upper-level module, or f depends neither on it nor on the weights.
+        NotFiniteError: a loss is NaN or infinite at the start.
+    """
+    name = type(problem).__name__
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, module = problem.model().to(problem.dtype), problem.upper_variables()
+        if module is None:
+            raise ProblemError(
+                f"{name} has no upper_variables(), and no hyperparameter to search was given; give at least one, e.g. "
+                "tune.loguniform(1e-6, 1.0)"
+            )
+        module = module.to(problem.dtype)
+    problem = copy.copy(problem)
+    problem.device = "cpu"  # the driver may have no accelerator
+    functions = bilevel_functions(problem, model, ModuleVariables(module, constants))
+    x, y = parameters_to_vector(module.parameters()).detach(), weights_of(model)
+    functions.lower_terms, functions.upper_terms = functions.lower_terms[:1], functions.upper_terms[:1]
+    lower, upper = functions.lower(x, y), functions.upper(x, y)
+    for level, found in (("lower", lower), ("upper", upper)):
+        if not math.isfinite(found.value):
+            raise NotFiniteError(f"{name}.{level}_loss is {found.value} at the start; check data and model")
+    if not functions.linearise(x, y).mixed(torch.ones_like(y)).any() and not lower.in_x.any() and not upper.in_x.any():
+        raise ProblemError(
+            f"{name}: neither loss depends on upper_variables(); use hyperparameters['upper'] in lower_loss"
+        )
 
 
 def split(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

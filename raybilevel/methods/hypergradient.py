@@ -25,13 +25,10 @@ from raybilevel.hypergradient import (
 from raybilevel.methods.base import LoadCheckpoint, UpperResult, UpperStep
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import SearchState, Training
-from raybilevel.space import Parameter, Space, sobol_points
+from raybilevel.space import Space, sobol_points
 
 MOST_MODELLED = 100
-"""Above so many hyperparameters the command line takes this method unless another is named."""
-
-STARTS = Space((Parameter(("start",), 0.0, 65535.0, step=1.0),))
-"""The search space of a problem whose upper level is a module: the number of the start, from which its seed follows."""
+"""Above so many hyperparameters, or where x is a module, the command line takes this method unless one is named."""
 
 ESTIMATORS: dict[str, type[Unrolled] | type[FirstOrder] | type[DynamicBarrier]] = {
     "unrolled": Unrolled,

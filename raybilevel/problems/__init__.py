@@ -11,6 +11,7 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
+from raybilevel.problems.imaging import FieldsOfExperts, RegularisationParameters
 from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed
 from raybilevel.problems.mnist import Mnist, Mnist1K
@@ -23,12 +24,14 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
     "cleaning": HyperCleaning,
     "digits": DigitsPerceptron,
     "digits_logistic": DigitsLogistic,
+    "fields_of_experts": FieldsOfExperts,
     "income": Income,
     "long_tail": LongTailed,
     "many_minimisers": ManyMinimisers,
     "mnist": Mnist,
     "mnist_1k": Mnist1K,
     "mnist_1k_kinds": Mnist1KKinds,
+    "regularisation_parameters": RegularisationParameters,
     "ridge": Ridge,
     "several_optima": SeveralOptima,
 }

@@ -81,16 +81,16 @@ def example() -> Example:
         # 1e-8: what central differences with step 1e-5 leave
         (Implicit(ConjugateGradients(1e-12)), 1e-8),
         (Implicit(MinimalResidual(1e-12)), 1e-8),
-        (Implicit(NeumannSeries(1500)), 1e-8),
+        (Implicit(NeumannSeries(800)), 1e-8),
         (Implicit(MinimalResidual(1e-12, selection=Selection("ritz_generalized_singular"))), 1e-8),
-        (Unrolled(500, 0.6), 1e-7),
-        (Unrolled(400, 0.2, momentum=0.8), 1e-7),
-        (Unrolled(300, 0.6, mode="forward"), 1e-7),
-        (Unrolled(600, 0.6, truncate=300), 1e-7),
+        (Unrolled(150, 1.0), 1e-5),
+        (Unrolled(150, 0.3, momentum=0.7), 1e-5),
+        (Unrolled(80, 1.0, mode="forward"), 1e-4),
+        (Unrolled(150, 1.0, truncate=100), 1e-5),
         # of order 1 / multiplier
-        (FirstOrder(multiplier=1e4, steps=500, rate=0.6), 1e-3),
+        (FirstOrder(multiplier=1e3, steps=150, rate=1.0), 1e-2),
         # of order 1 / multiplier, which grows with the steps
-        (DynamicBarrier(steps=300, rate=0.6, inner_rate=0.6), 0.1),
+        (DynamicBarrier(steps=150, rate=1.0, inner_rate=1.0), 0.1),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, float) else f"{value:g}",
 )
@@ -159,7 +159,7 @@ def test_first_order_estimate_by_hand() -> None:
 
 def test_a_rate_that_diverges_is_an_error(example: Example) -> None:
     with pytest.raises(NotFiniteError, match="rate"):
-        Unrolled(3000, 50.0)(example.functions(), example.x, torch.ones(N, dtype=torch.double))
+        Unrolled(300, 50.0)(example.functions(), example.x, torch.ones(N, dtype=torch.double))
 
 
 @pytest.mark.parametrize(
