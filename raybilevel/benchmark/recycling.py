@@ -8,7 +8,7 @@ hypergradient, and its true error, which needs the solution and so is a measurem
 equally accurate.
 
 `recycling.json` has the figures at equal true error, both experiments together: iterations in all, and means of the
-relative hypergradient error and of the test images' PSNR. `recycling_runs.json` has every run.
+relative hypergradient error and of the test images' PSNR. DIR/runs has every run; those there are not run again.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Run:
     iterations: of the Krylov method, all solves; products with the Hessian, and jacobians with the Jacobian: those that
         recycling itself takes included.
     hypergradient_error: true, relative, mean over the steps; upper_loss: F at the end.
-    filters: x at the end, relative distance from that of the baseline by the same criterion.
+    x:        filters and logarithms of weights at the end.
     """
 
     experiment: str
@@ -81,7 +81,7 @@ class Run:
     psnr: float
     seconds: float
     per_step: list[int] = field(default_factory=list)
-    filters: float = 0.0
+    x: list[float] = field(default_factory=list)
 
 
 EXPERIMENTS = (
@@ -131,8 +131,8 @@ def strategies(experiment: Experiment) -> dict[str, MinimalResidual]:
     }
 
 
-def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> tuple[Run, Tensor]:
-    """One bilevel descent: its record, and x at its end."""
+def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run:
+    """One bilevel descent."""
     solver = strategies(experiment)[strategy]
     if criterion == "estimated error":
         solver = MinimalResidual(experiment.residual, "error", limit=5000, selection=solver.selection)
@@ -178,29 +178,34 @@ def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> tup
     y = solve_lower(functions, x.detach(), y, experiment.lower_tolerance).y
     set_weights(model, y)
     metrics = problem.evaluate_at(model, variables.hyperparameters(x.detach()))
-    record = Run(
+    return Run(
         experiment.name, strategy, criterion, sum(per_step), products, jacobians, mean(errors),
-        functions.upper(x.detach(), y).value, metrics["test_psnr"], seconds, per_step,
+        functions.upper(x.detach(), y).value, metrics["test_psnr"], seconds, per_step, x.tolist(),
     )  # fmt: skip
-    return record, x.detach().clone()
 
 
-def run_all(experiments: Sequence[Experiment], data: str, console: Console) -> list[Run]:
+def run_all(experiments: Sequence[Experiment], data: str, out: Path, console: Console) -> list[Run]:
+    """Every run, from `out` where it is there for the same experiment."""
     runs: list[Run] = []
+    out.mkdir(parents=True, exist_ok=True)
     for experiment in experiments:
+        settings = {**asdict(experiment), "options": dict(experiment.options)}
         for criterion in CRITERIA:
-            baseline: Tensor | None = None
-            names = strategies(experiment)
-            for strategy in sorted(names, key=lambda name: name != BASELINE):
-                selection = names[strategy].selection
+            for strategy, solver in strategies(experiment).items():
+                selection = solver.selection
                 if criterion == "estimated error" and (selection is None or not selection.estimates_error):
                     continue
                 if criterion != "true error" and strategy.endswith(("_smallest", "_mixed", "_cold_started")):
                     continue
-                record, x = run(experiment, data, strategy, criterion)
-                baseline = x if baseline is None else baseline
-                distance = float((x - baseline).norm() / baseline.norm())
-                runs.append(Run(**{**asdict(record), "filters": distance}))
+                file = out / f"{experiment.name}-{criterion}-{strategy}.json".replace(" ", "_")
+                saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+                if saved.get("experiment") == settings:
+                    runs.append(Run(**saved["run"]))
+                    continue
+                record = run(experiment, data, strategy, criterion)
+                document = json.dumps({"experiment": settings, "run": asdict(record)})
+                file.write_text(document, encoding="utf-8")
+                runs.append(record)
                 console.print(
                     f"{experiment.name}, {criterion}, {strategy}: {record.iterations} iterations, error "
                     f"{record.hypergradient_error:.2g}", highlight=False, style="dim",
@@ -218,10 +223,11 @@ def table(runs: Sequence[Run]) -> Table:
         peer = "residual" if one.criterion == "estimated error" else one.criterion
         base = next(r for r in runs if (r.experiment, r.strategy, r.criterion) == (one.experiment, BASELINE, peer))
         saved = 1 - one.iterations / base.iterations
+        distance = math.dist(one.x, base.x) / math.hypot(*base.x)
         shown.add_row(
             one.experiment, one.criterion, one.strategy, f"{one.iterations}", f"{saved:.0%}",
             f"{one.products}", f"{one.jacobians}", f"{one.hypergradient_error:.2g}", f"{one.upper_loss:.4g}",
-            f"{one.psnr:.2f}", f"{one.filters:.1%}",
+            f"{one.psnr:.2f}", f"{distance:.1%}",
         )  # fmt: skip
     return shown
 
@@ -249,14 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.steps is not None:
         experiments = tuple(Experiment(**{**vars(e), "steps": given.steps}) for e in EXPERIMENTS)
     console = Console()
-    runs = run_all(experiments, given.data, console)
+    runs = run_all(experiments, given.data, given.out / "runs", console)
     assert all(math.isfinite(r.upper_loss) for r in runs)
     console.print(table(runs), highlight=False)
-    given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "recycling.json").write_text(json.dumps(summary(runs), indent=2) + "\n", encoding="utf-8")
-    (given.out / "recycling_runs.json").write_text(
-        json.dumps([asdict(r) for r in runs], indent=1) + "\n", encoding="utf-8"
-    )
     console.print(f"written to {given.out / 'recycling.json'}")
 
 

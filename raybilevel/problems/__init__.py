@@ -18,6 +18,7 @@ from raybilevel.problems.mnist import Mnist, Mnist1K
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
+from raybilevel.problems.weighting import NoisyLabels
 
 PROBLEMS: dict[str, type[BilevelProblem]] = {
     "cifar_lenet": CifarLenet,
@@ -31,6 +32,7 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
     "mnist": Mnist,
     "mnist_1k": Mnist1K,
     "mnist_1k_kinds": Mnist1KKinds,
+    "noisy_labels": NoisyLabels,
     "regularisation_parameters": RegularisationParameters,
     "ridge": Ridge,
     "several_optima": SeveralOptima,

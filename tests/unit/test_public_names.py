@@ -14,7 +14,7 @@ def test_the_public_names_are_what_can_be_imported() -> None:
         if not isinstance(value, types.ModuleType) and (not name.startswith("_") or name == "__version__")
     }  # fmt: skip
     assert set(raybilevel.__all__) == importable == {
-        "BilevelProblem", "BilevelSearch", "__version__", "lower_level_trainable",
+        "BilevelProblem", "BilevelSearch", "__version__", "hypergradient_trainable", "lower_level_trainable",
     }  # fmt: skip
 
 
