@@ -127,7 +127,6 @@ def strategies(experiment: Experiment) -> dict[str, MinimalResidual]:
         "harmonic_ritz": recycled("harmonic_ritz", "smallest"),
         "ritz_generalized_singular": recycled("ritz_generalized_singular", "largest"),
         "ritz_generalized_singular_mixed": recycled("ritz_generalized_singular", "mixed"),
-        "ritz_generalized_singular_smallest": recycled("ritz_generalized_singular", "smallest"),
     }
 
 
@@ -188,14 +187,14 @@ def run_all(experiments: Sequence[Experiment], data: str, out: Path, console: Co
     """Every run, from `out` where it is there for the same experiment."""
     runs: list[Run] = []
     out.mkdir(parents=True, exist_ok=True)
-    for experiment in experiments:
-        settings = {**asdict(experiment), "options": dict(experiment.options)}
-        for criterion in CRITERIA:
+    for criterion in CRITERIA:
+        for experiment in experiments:
+            settings = {**asdict(experiment), "options": dict(experiment.options)}
             for strategy, solver in strategies(experiment).items():
                 selection = solver.selection
                 if criterion == "estimated error" and (selection is None or not selection.estimates_error):
                     continue
-                if criterion != "true error" and strategy.endswith(("_smallest", "_mixed", "_cold_started")):
+                if criterion != "true error" and strategy.endswith(("_mixed", "_cold_started")):
                     continue
                 file = out / f"{experiment.name}-{criterion}-{strategy}.json".replace(" ", "_")
                 saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ray import tune
 
-from raybilevel import BilevelSearch, hypergradient_trainable
+from raybilevel import BilevelSearch, hypergradient_trainable, problems
 from raybilevel.config import ExperimentConfig
 from raybilevel.errors import ProblemError
 from raybilevel.experiment import run
@@ -51,7 +51,7 @@ def test_starts_are_trials_and_x_is_in_their_checkpoints(tmp_path: Path) -> None
 
 
 def test_a_run_of_a_box_reports_where_descents_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("raybilevel.problems", fromlist=["PROBLEMS"]).PROBLEMS, "parabola", Parabola)
+    monkeypatch.setitem(problems.PROBLEMS, "parabola", Parabola)
     settings = {"steps": 25, "rate": 0.1, "lower": "tolerance", "lower_tolerance": 1e-8}
     config = ExperimentConfig.model_validate(
         {
