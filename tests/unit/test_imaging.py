@@ -94,6 +94,7 @@ def test_measurements_belong_to_their_image() -> None:
             FieldsOfExperts(DATA, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @needs_data
 def test_learned_filters_beat_the_first_ones_on_other_images() -> None:
     problem = inpainting(noise=0.1, test=2)
