@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all compare bench-algorithm bench-scale check format clean
+.PHONY: setup run test test-all compare bench-algorithm bench-recycling bench-scale check format clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,10 @@ compare: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
 		--editable ".[compare]"
 	$(BIN)/raybilevel compare "$(COMPARE)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+# Krylov iterations that recycling saves when filters of an image regulariser are learned: table and recycling.json in OUT.
+bench-recycling: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.recycling --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING, Any
 from raybilevel.version import __version__
 
 if TYPE_CHECKING:
+    from raybilevel.hypergradient_trainable import hypergradient_trainable
     from raybilevel.problem import BilevelProblem
     from raybilevel.searcher import BilevelSearch
     from raybilevel.trainable import lower_level_trainable
 
-__all__ = ["BilevelProblem", "BilevelSearch", "__version__", "lower_level_trainable"]
+__all__ = ["BilevelProblem", "BilevelSearch", "__version__", "hypergradient_trainable", "lower_level_trainable"]
 
-_HOMES = {"BilevelProblem": "problem", "BilevelSearch": "searcher", "lower_level_trainable": "trainable"}
+_HOMES = {
+    "BilevelProblem": "problem",
+    "BilevelSearch": "searcher",
+    "hypergradient_trainable": "hypergradient_trainable",
+    "lower_level_trainable": "trainable",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raybilevel.errors import ConfigError, SpaceError
-from raybilevel.space import Parameter, Space, nest
+from raybilevel.space import STARTS, Parameter, Space, nest
 
 DOMAINS = {"uniform": (False, 2), "loguniform": (True, 2), "quniform": (False, 3), "qloguniform": (True, 3)}
 """Name of a domain -> whether it is logarithmic, and how many numbers it takes: low, high and perhaps a step."""
@@ -25,7 +25,8 @@ class Checked(BaseModel):
 class SearchConfig(Checked):
     """How to search.
 
-    trainings:      lower-level trainings, the budget.
+    trainings:      lower-level trainings, the budget; with method "hypergradient" descents, each from its own start.
+    method:         "auto": "hypergradient" where x is a module or has more than 100 hyperparameters, else "default".
     settings:       of the method, other than its defaults.
     max_concurrent: trainings and upper-level steps at once; by default as many as fit.
     epoch_time_limit, step_time_limit: seconds after which an epoch of a training, or an upper-level step, hangs.
@@ -33,7 +34,7 @@ class SearchConfig(Checked):
     """
 
     trainings: int = Field(ge=1)
-    method: str = "default"
+    method: str = "auto"
     settings: dict[str, Any] = {}
     seed: int = 0
     max_concurrent: int | None = Field(default=None, ge=1)
@@ -70,11 +71,12 @@ class ExperimentConfig(Checked):
 
     problem: one of `raybilevel problems`; options: of its constructor.
     space:   nested; a domain is {loguniform: [low, high]}, {quniform: [low, high, step]} and so on, the rest constants.
+        Without a domain the upper level is the problem's `upper_variables`.
     """
 
     problem: str
     options: dict[str, Any] = {}
-    space: dict[str, Any]
+    space: dict[str, Any] = {}
     search: SearchConfig
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -90,6 +92,8 @@ class ExperimentConfig(Checked):
                 parameters.append(entry.parameter(path))
             else:
                 constants[path] = entry
+        if not parameters and self.search.method in ("auto", "hypergradient"):
+            return STARTS, nest(constants)
         return Space(tuple(parameters)), nest(constants)
 
 

@@ -3,6 +3,8 @@
     folder/mnist/      train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-...: the four files, gzipped or not
     folder/mnist_1k/   train_dataset_1k_60.npz, validation_dataset_1k_40.npz
     folder/cifar10/    one of three forms, see `cifar10`
+    folder/bsds_crops.npz    24 crops of photographs of BSDS300, see `bsds_crops`
+    folder/planetoid/  cora.npz, citeseer.npz, see `planetoid`
 
 Every file is compared with its published size and hash before anything in it is believed.
 """
@@ -145,6 +147,30 @@ CIFAR10_LOSSLESS = Published(
 )
 
 
+BSDS_CROPS = Published(
+    "bsds_crops.npz",
+    502_243,
+    "sha256:0bc03c45610c7a90559cc08fdffb4e1f90c3b4871d77a2d901e02e9bcdb6e7d0",
+    "make it from https://github.com/s-j-scott/bilevel-recycling, folder data/BSDS300-images: central 160x160 crops of "
+    "16 train and 8 test images in grey",
+)
+PLANETOID_ORIGIN = "make it from https://github.com/kimiyoung/planetoid, folder data"
+PLANETOID = {
+    "cora": Published(
+        "cora.npz",
+        101_991,
+        "sha256:36c7a7d6c048110dae1a44877213a3ca85524d7fff3b1e59f8eda486cc77c8c3",
+        PLANETOID_ORIGIN,
+    ),
+    "citeseer": Published(
+        "citeseer.npz",
+        203_394,
+        "sha256:7dfe87763994b24e44afe962845f37817227af7dc091c50b7c439cd48fc2142d",
+        PLANETOID_ORIGIN,
+    ),
+}
+
+
 class Images(NamedTuple):
     """images: uint8, (n, 28, 28) or (n, 3, 32, 32); labels: int64, (n,), the class numbers 0 to 9."""
 
@@ -226,6 +252,49 @@ def cifar10(folder: str | Path, train: int | None = None, test: int | None = Non
         f"test_batch, or {CIFAR10_JPEG[0].name} and {CIFAR10_JPEG[1].name}, or {CIFAR10_LOSSLESS.name}; nothing is "
         f"downloaded, so {CIFAR10_ORIGIN}"
     )
+
+
+def bsds_crops(folder: str | Path) -> tuple[Tensor, Tensor]:
+    """Grey crops of photographs of the Berkeley Segmentation Dataset (Martin, Fowlkes, Tal & Malik 2001): 16 of its
+    training and 8 of its test images, uint8, (16, 160, 160) and (8, 160, 160).
+
+    Raises:
+        DataError: the file is missing or is not the expected one.
+    """
+    arrays = _npz(BSDS_CROPS.path(Path(folder).expanduser()), BSDS_CROPS)
+    return torch.from_numpy(arrays["train"].copy()), torch.from_numpy(arrays["test"].copy())
+
+
+class Graph(NamedTuple):
+    """A citation graph of n papers with c topics.
+
+    features: float32, (n, f), bags of words; edges: int64, (m, 2), undirected, each once; labels: int64, (n,), -1 where
+    unknown; train, validation, test: int64, the nodes of the public split.
+    """
+
+    features: Tensor
+    edges: Tensor
+    labels: Tensor
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+def planetoid(folder: str | Path, name: str) -> Graph:
+    """Cora or Citeseer with the public split of Yang, Cohen & Salakhutdinov 2016.
+
+    Raises:
+        DataError: the file is missing or is not the expected one, or there is no graph of this name.
+    """
+    if name not in PLANETOID:
+        raise DataError(f"unknown graph {name!r}; choose one of {', '.join(PLANETOID)}")
+    arrays = _npz(PLANETOID[name].path(_folder(folder, "planetoid")), PLANETOID[name])
+    rows, columns = arrays["x_shape"].tolist()
+    features = np.zeros((rows, columns), np.float32)
+    row = np.repeat(np.arange(rows), np.diff(arrays["x_indptr"]))
+    features[row, arrays["x_indices"]] = arrays["x_data"]
+    names = ("edges", "labels", "train_idx", "val_idx", "test_idx")
+    return Graph(torch.from_numpy(features), *(torch.from_numpy(arrays[key].astype(np.int64)) for key in names))
 
 
 def _folder(folder: str | Path, name: str) -> Path:

@@ -20,9 +20,12 @@ from rich.console import Console
 from raybilevel.config import BundlesConfig, ExperimentConfig, entries, read_config, resolved
 from raybilevel.config import Domain as ConfigDomain
 from raybilevel.errors import ConfigError, RaybilevelError, StorageError
+from raybilevel.hypergradient.variables import check_upper_variables
+from raybilevel.hypergradient_trainable import HYPERPARAMETERS, hypergradient_trainable
 from raybilevel.levels import check_problem
 from raybilevel.lower_level import refit
 from raybilevel.methods import make_method
+from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
@@ -31,7 +34,7 @@ from raybilevel.search_state import Training
 from raybilevel.searcher import UPPER_LOSS, BilevelSearch, task_options
 from raybilevel.shared import Shared
 from raybilevel.snapshot import ResumableGenerator, prepare_resume
-from raybilevel.space import flatten, nest
+from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.storage_access import Storage, check_access, locate
 from raybilevel.summary import summarise, write_summary
 from raybilevel.trainable import lower_level_trainable
@@ -51,9 +54,11 @@ def check(config: ExperimentConfig, data: str | None = None) -> None:
     Raises:
         RaybilevelError: naming what is wrong.
     """
+    problem = make_problem(config.problem, config.options, data)
+    config = with_method(config)
     make_method(config.search.method, **config.search.settings)
     space, constants = config.split_space()
-    check_problem(make_problem(config.problem, config.options, data), space, constants)
+    check_levels(problem, space, constants)
 
 
 def run(
@@ -77,15 +82,17 @@ def run(
         InterruptedRunError: Ctrl-C, or SIGTERM.
     """
     problem = make_problem(config.problem, config.options, data)
+    config = with_method(config)
+    method = make_method(config.search.method, **config.search.settings)
     space, constants = config.split_space()
-    check_problem(problem, space, constants)
+    check_levels(problem, space, constants)
     place = locate(storage or out)
     prepare_folder(out, config, resume, place)
     searcher = BilevelSearch(
         problem,
         metric=UPPER_LOSS,
         mode="min",
-        method=make_method(config.search.method, **config.search.settings),
+        method=method,
         seed=config.search.seed,
         max_concurrent=config.search.max_concurrent,
         points_to_evaluate=config.search.points_to_evaluate,
@@ -98,7 +105,7 @@ def run(
         check_access(place)
         if resume:
             prepare_resume(place.filesystem, f"{place.path}/{TUNE_FOLDER}")
-        title = f"{config.problem}: {space.dimension} hyperparameters, method {config.search.method}"
+        title = f"{config.problem}: {upper_level(problem, space)}, method {config.search.method}"
         view = make_view(title, config.search.trainings, console)
         try:
             analysis = tune_run(config, problem, searcher, place, resume, view)
@@ -113,11 +120,11 @@ def run(
         results = trial_results(searcher, analysis)
         best = searcher.method.incumbent(searcher.state)
         test_loss_refit = None
-        if best is not None:
+        if best is not None and space != STARTS:
             resources = task_options({"cpu": 1, **first_bundle(config)})
             refitted = ray.get(
                 refit_task.options(**resources).remote(
-                    Shared(problem), configuration(searcher, best), config.search.seed
+                    Shared(problem), configuration(searcher, best, results), config.search.seed
                 )
             )
             test_loss_refit = (refitted or {}).get("test_loss")
@@ -139,11 +146,12 @@ def tune_run(
     config: ExperimentConfig, problem: BilevelProblem, searcher: BilevelSearch, place: Storage, resume: bool, view: View
 ) -> Any:
     """The trials. `tune.run` rather than `Tuner`, whose restore does not hand out the searcher that it makes."""
+    trainable = lower_level_trainable(problem, config.search.seed, epoch_time_limit=config.search.epoch_time_limit)
+    if isinstance(searcher.method, HypergradientDescent):
+        space, _ = config.split_space()
+        trainable = hypergradient_trainable(problem, searcher.method, space, config.search.seed)
     return tune.run(
-        tune.with_resources(
-            lower_level_trainable(problem, config.search.seed, epoch_time_limit=config.search.epoch_time_limit),
-            trial_resources(config),
-        ),
+        tune.with_resources(trainable, trial_resources(config)),
         name=TUNE_FOLDER,
         storage_path=place.path,
         storage_filesystem=place.filesystem,
@@ -165,6 +173,31 @@ def tune_run(
     )
 
 
+def with_method(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with its method chosen: by the dimension, where it is "auto"."""
+    if config.search.method != "auto":
+        return config
+    space, _ = config.split_space()
+    large = space == STARTS or space.dimension > MOST_MODELLED
+    search = config.search.model_copy(update={"method": "hypergradient" if large else "default"})
+    return config.model_copy(update={"search": search})
+
+
+def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]) -> None:
+    if space == STARTS:
+        check_upper_variables(problem, constants)
+    else:
+        check_problem(problem, space, constants)
+
+
+def upper_level(problem: BilevelProblem, space: Space) -> str:
+    """How large the upper level is."""
+    module = problem.upper_variables() if space == STARTS else None
+    if module is None:
+        return f"{space.dimension} hyperparameters"
+    return f"{sum(parameter.numel() for parameter in module.parameters()):,} upper-level variables"
+
+
 def param_space(config: ExperimentConfig) -> dict[str, Any]:
     """The config's space in Tune's own domains."""
     makers = {
@@ -173,6 +206,10 @@ def param_space(config: ExperimentConfig) -> dict[str, Any]:
         "quniform": tune.quniform,
         "qloguniform": tune.qloguniform,
     }
+    space, constants = config.split_space()
+    if space == STARTS:
+        start = STARTS.parameters[0]
+        return {**constants, "start": tune.quniform(start.low, start.high, start.step)}
     return nest(
         {
             path: makers[entry.kind](*entry.numbers) if isinstance(entry, ConfigDomain) else entry
@@ -214,8 +251,12 @@ def trial_results(searcher: BilevelSearch, analysis: Any) -> dict[int, Mapping[s
     return found
 
 
-def configuration(searcher: BilevelSearch, training: Training) -> dict[str, Any]:
-    return nest({**flatten(searcher.constants), **flatten(searcher.config_of(training))})
+def configuration(
+    searcher: BilevelSearch, training: Training, results: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the training was of; where it was a descent, the hyperparameters that it ended at."""
+    found = results.get(training.index, {}).get(HYPERPARAMETERS) or searcher.config_of(training)
+    return nest({**flatten(searcher.constants), **flatten(found)})
 
 
 @ray.remote  # type: ignore[untyped-decorator]

@@ -58,6 +58,22 @@ class BilevelProblem(ABC):
         """Further metrics of a trained model, e.g. {"test_loss": ...}; reported with every epoch."""
         return {}
 
+    # For upper levels too large for a search space (method "hypergradient").
+
+    def upper_variables(self) -> nn.Module | None:
+        """A fresh module whose parameters are the upper-level variable x: filters, edges, a network that weights
+        examples. The losses find it as hyperparameters["upper"]. None: x is what the search space names. Called under
+        a fixed seed, another one for each start."""
+        return None
+
+    def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
+        """F on one batch where it depends on x itself, and not through the weights only."""
+        return self.upper_loss(model, batch)
+
+    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+        """`evaluate` where it depends on x itself."""
+        return self.evaluate(model)
+
     def refit_batches(self, generator: torch.Generator | None) -> Iterable[Batch] | None:
         """One pass over training plus validation data, for the final refit; None where a refit makes no sense."""
         return None

@@ -18,16 +18,18 @@ from ray.tune.utils.util import flatten_dict
 from raybilevel import snapshot, state_file
 from raybilevel.domains import split_param_space
 from raybilevel.errors import CheckpointError, ConfigError, RaybilevelError, SpaceError, StateError
+from raybilevel.hypergradient.variables import check_upper_variables
 from raybilevel.levels import check_problem
 from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint
 from raybilevel.methods import make_method
 from raybilevel.methods.base import Method, UpperResult, UpperStep
 from raybilevel.methods.default import Default
+from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent, start_points
 from raybilevel.optimizer import BilevelOptimizer, Observation
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import SearchState, Training
 from raybilevel.shared import Shared
-from raybilevel.space import Space, flatten, nest
+from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.time_limit import time_limit
 from raybilevel.trainable import FINISHED, GRADIENT, PASSES, checkpoint_path
 
@@ -54,7 +56,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     space: the search space, for those who do not give it to Tune as `param_space`.
     metric, mode: likewise; "upper_loss" and "min" unless given. Another metric is searched by its values alone, as
         hypergradients are those of the upper-level loss.
-    method: "default", "paper" (arXiv:2208.12118), or a method object with settings of your own.
+    method: "default", "paper" (arXiv:2208.12118), "hypergradient" (with `hypergradient_trainable`: a trial is a whole
+        descent), or a method object with settings of your own.
     seed: of everything the search draws.
     max_concurrent: trainings and upper-level steps under way at once; by default as many as the cluster has GPUs (or,
         without any, CPUs), 16 at most.
@@ -302,7 +305,11 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         metric, mode = self._metric or UPPER_LOSS, self._mode or "min"
         if metric == UPPER_LOSS and mode == "max":
             raise ConfigError("mode='max' with metric='upper_loss': the upper-level loss is minimised; use mode='min'")
-        check_problem(self.problem, space, constants)
+        if space == STARTS:
+            check_upper_variables(self.problem, constants)
+            self._points = [*self._points, *start_points()]
+        else:
+            check_problem(self.problem, space, constants)
         check_points(self._points, space)
         if metric != UPPER_LOSS:
             if not isinstance(self.method, Default):
@@ -311,6 +318,11 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                 "searching %r by its values alone: hypergradients are those of 'upper_loss', not of this metric", metric
             )
             self.method = replace(self.method, hypergradients=False)
+        if space.dimension > MOST_MODELLED and not isinstance(self.method, HypergradientDescent):
+            logger.warning(
+                "%d hyperparameters are many for a model of the value function; method='hypergradient' with "
+                "hypergradient_trainable follows gradients without one", space.dimension,
+            )  # fmt: skip
         self._metric, self._mode, self._constants = metric, mode, constants
         self._optimizer = BilevelOptimizer(space, self.method, self.seed, self._slots or default_slots(), self._points)
         for parameters, value in self._early:

@@ -140,6 +140,11 @@ class Space:
         return float(entry)
 
 
+STARTS = Space((Parameter(("start",), 0.0, 65535.0, step=1.0),))
+"""What is searched where the upper level is a module (`BilevelProblem.upper_variables`): the number of a descent's
+start, from which its seed follows."""
+
+
 def sobol_points(dimension: int, count: int, seed: int) -> Tensor:
     """Scrambled Sobol points of the unit cube, shape (count, d), in double precision."""
     if count == 0:

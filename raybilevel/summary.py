@@ -49,13 +49,14 @@ def summarise(
         "best": None
         if best is None
         else {
-            "hyperparameters": config_of(space, best),
+            "hyperparameters": found(trial_results, best) or config_of(space, best),
             "lower_loss": best.value,
             "upper_loss": best.upper,
             "test_loss": test_losses.get(best.index),
             "test_loss_refit": test_loss_refit,
             "checkpoint": checkpoints.get(best.index),
         },
+        "metrics": {} if best is None else numbers(trial_results.get(best.index, {})),
         "trainings": len(state.told),
         "failed_trainings": sum(t.status == "failed" for t in state.told),
         "upper_steps": len(state.steps),
@@ -64,11 +65,33 @@ def summarise(
         "wall_seconds": wall_seconds,
         "verdict": verdict(state, method.converged(state), test_losses),
         "diagnostics": asdict(diagnose(state)),
-        "history": history(state, space, test_losses),
+        "history": history(state, space, test_losses, trial_results),
     }
 
 
-def history(state: SearchState, space: Space, test_losses: Mapping[int, float]) -> list[dict[str, Any]]:
+def found(trial_results: Mapping[int, Mapping[str, Any]], training: Training) -> Mapping[str, Any] | None:
+    """The hyperparameters that a descent ended at; None for a training, which has those of its config."""
+    return trial_results.get(training.index, {}).get("hyperparameters")
+
+
+def numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """What the problem's `evaluate` reported, e.g. an accuracy."""
+    own = {"upper_loss", "lower_loss", "epoch", "step", "lower_passes", "timestamp", "pid"}
+    tune = ("time_", "training_", "iterations_", "hypergradient_")
+    return {
+        name: float(value)
+        for name, value in result.items()
+        if isinstance(value, float | int) and not isinstance(value, bool) and name not in own
+        if not name.startswith(tune) and math.isfinite(value)
+    }
+
+
+def history(
+    state: SearchState,
+    space: Space,
+    test_losses: Mapping[int, float],
+    trial_results: Mapping[int, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
     """One entry per ended training, in the order in which they ended; losses are null where it failed."""
     entries, best = [], math.inf
     for training, cost in zip(state.told, state.costs(), strict=True):
@@ -79,7 +102,7 @@ def history(state: SearchState, space: Space, test_losses: Mapping[int, float]) 
                 "training": training.index,
                 "status": training.status,
                 "cost": cost,
-                "hyperparameters": config_of(space, training),
+                "hyperparameters": found(trial_results or {}, training) or config_of(space, training),
                 "lower_loss": finite(training.value),
                 "upper_loss": finite(training.upper),
                 "best_upper_loss": finite(best),

@@ -54,3 +54,36 @@ class Unlucky(Parabola):
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
         loss = super().lower_loss(model, hyperparameters, batch)
         return loss * math.nan if hyperparameters["x"]["a"].item() > self.limit else loss
+
+
+class Values(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(count) / 10)
+
+
+class ManyParabolas(BilevelProblem):
+    """f = |y - x|^2 / 2 and F = mean (y - 1)^2 with x in a module: y*(x) = x, and the best x is 1 everywhere."""
+
+    epochs = 1
+    dtype = torch.double
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def upper_variables(self) -> nn.Module:
+        return Values(self.count)
+
+    def model(self) -> nn.Module:
+        model = nn.Linear(self.count, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        return model
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        return (model.weight[0] - hyperparameters["upper"].values).square().sum() / 2
+
+    def upper_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return (model.weight[0] - 1).square().mean()
+
+    def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Any]:
+        yield (torch.zeros(1, dtype=torch.double),)

@@ -7,10 +7,12 @@ from typing import Any
 from raybilevel.errors import ConfigError
 from raybilevel.methods.base import Method
 from raybilevel.methods.default import Default
+from raybilevel.methods.hypergradient import HypergradientDescent
 from raybilevel.methods.paper import Paper
 
-METHODS: dict[str, type[Default] | type[Paper]] = {
+METHODS: dict[str, type[Default] | type[HypergradientDescent] | type[Paper]] = {
     "default": Default,
+    "hypergradient": HypergradientDescent,
     "paper": Paper,
 }
 

@@ -11,24 +11,29 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
+from raybilevel.problems.imaging import FieldsOfExperts, RegularisationParameters
 from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed
 from raybilevel.problems.mnist import Mnist, Mnist1K
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
+from raybilevel.problems.weighting import NoisyLabels
 
 PROBLEMS: dict[str, type[BilevelProblem]] = {
     "cifar_lenet": CifarLenet,
     "cleaning": HyperCleaning,
     "digits": DigitsPerceptron,
     "digits_logistic": DigitsLogistic,
+    "fields_of_experts": FieldsOfExperts,
     "income": Income,
     "long_tail": LongTailed,
     "many_minimisers": ManyMinimisers,
     "mnist": Mnist,
     "mnist_1k": Mnist1K,
     "mnist_1k_kinds": Mnist1KKinds,
+    "noisy_labels": NoisyLabels,
+    "regularisation_parameters": RegularisationParameters,
     "ridge": Ridge,
     "several_optima": SeveralOptima,
 }

@@ -58,7 +58,7 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
         (MINIMAL.replace("[1e-6, 1.0]", "[1e-6]"), None, r"decay: loguniform takes \[low, high\]"),
         (MINIMAL.replace("[1e-6, 1.0]", "[1, 1e-6]"), None, "decay: the lower bound"),
         (MINIMAL.replace("[1e-6, 1.0]", "[0, 1.0]"), None, "decay: .*positive lower bound"),
-        ("problem: digits\nspace: {a: 1}\nsearch: {trainings: 1}", None, "no hyperparameter"),
+        ("problem: digits\nspace: {a: 1}\nsearch: {trainings: 1, method: default}", None, "no hyperparameter"),
         ("- a list", None, "expected keys and values"),
         ("a: [", None, "not a YAML file"),
         ("!!python/object/apply:os.system ['true']", None, "not a YAML file"),

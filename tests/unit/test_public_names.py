@@ -9,7 +9,7 @@ import raybilevel
 
 
 def test_the_public_names_are_what_can_be_imported() -> None:
-    names = {"BilevelProblem", "BilevelSearch", "__version__", "lower_level_trainable"}
+    names = {"BilevelProblem", "BilevelSearch", "__version__", "hypergradient_trainable", "lower_level_trainable"}
     assert set(raybilevel.__all__) == set(dir(raybilevel)) == names
     assert all(getattr(raybilevel, name) for name in names)
     with pytest.raises(AttributeError, match="no attribute 'BilevelSearcher'"):

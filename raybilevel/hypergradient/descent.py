@@ -1,0 +1,259 @@
+"""A bilevel descent in progress: x by Adam on hypergradients, y going on from where it was. Knows no Ray."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from raybilevel.errors import CheckpointError, NotFiniteError
+from raybilevel.hypergradient.krylov import KrylovMemory
+from raybilevel.hypergradient.lower import solve_lower
+from raybilevel.hypergradient.recycling import RecycleSpace
+from raybilevel.hypergradient.variables import (
+    BoxVariables,
+    ModuleVariables,
+    UpperVariables,
+    bilevel_functions,
+    set_weights,
+    weights_of,
+)
+from raybilevel.problem import BilevelProblem, move
+from raybilevel.space import Space, flatten, nest
+
+if TYPE_CHECKING:
+    from raybilevel.methods.hypergradient import HypergradientDescent
+
+CHECKPOINT_FILE = "bilevel.pt"
+CHECKPOINT_FORMAT = 1
+
+
+class BilevelDescent:
+    """One descent: its start, its place, its result.
+
+    space: of a box; None where the problem has `upper_variables`.
+    config: the start: a point of the space, or {"start": number}, with the constants around it.
+
+    The weights of the descent see training data only, except those that a penalty estimator keeps for itself. The
+    result, `conclude`, is nevertheless judged at weights trained anew.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        config: Mapping[str, Any],
+        settings: HypergradientDescent,
+        space: Space | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.problem, self.config, self.settings, self.space = problem, dict(config), settings, space
+        self.seed = seed + (int(config.get("start", 0)) if space is None else 0)
+        self.estimator = settings.make_estimator()
+        self.generator = torch.Generator().manual_seed(self.seed)
+        with self._random(self.seed):
+            self.model: nn.Module = problem.model().to(problem.device, problem.dtype)
+            self.variables, x = self._start()
+        self.x = nn.Parameter(x)
+        self.adam = torch.optim.Adam([self.x], lr=settings.rate)
+        self.functions = bilevel_functions(problem, self.model, self.variables)
+        with self._random():
+            self.optimizer = problem.optimizer(self.model)
+        self.step = 0
+        self.memory: Any = None
+        self.iterations = self.products = 0
+        self.best: tuple[float, Tensor] = (math.inf, x.clone())
+        self.last: dict[str, float] = {}
+        self.training_passes = 0.0
+
+    def _start(self) -> tuple[UpperVariables, Tensor]:
+        problem = self.problem
+        if self.space is not None:
+            names = {parameter.path for parameter in self.space.parameters}
+            constants = nest({path: value for path, value in flatten(self.config).items() if path not in names})
+            unit = self.space.encode(self.config).to(problem.device, problem.dtype)
+            return BoxVariables(self.space, constants), unit
+        module = problem.upper_variables()
+        assert module is not None
+        module = module.to(problem.device, problem.dtype)
+        constants = {key: value for key, value in self.config.items() if key != "start"}
+        return ModuleVariables(module, constants), parameters_to_vector(module.parameters()).detach().clone()
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.settings.steps
+
+    @property
+    def passes(self) -> float:
+        """What was spent, in gradients of f over all lower data."""
+        return self.functions.passes + self.training_passes
+
+    def run_step(self) -> dict[str, float]:
+        """Solve or train the lower level, estimate the hypergradient there, and step in x; what was seen on the way.
+
+        Raises:
+            NotFiniteError: a loss or the hypergradient is NaN or infinite.
+        """
+        settings, x = self.settings, self.x.detach().clone()
+        y = self._train(self.model, self.optimizer, x, settings.lower_epochs if self.step else self.problem.epochs)
+        target = settings.accuracy * self.last.get("hypergradient_norm", 0.0)
+        found = self.estimator(self.functions, x, y, self.memory, target)
+        upper = self.functions.upper(x, y).value  # a penalty estimator's own weights have seen validation data
+        if not math.isfinite(upper):
+            raise NotFiniteError(f"the upper-level loss is {upper} in step {self.step + 1}")
+        if upper < self.best[0]:
+            self.best = (upper, x)
+        self.memory = found.memory
+        self.iterations += found.iterations
+        self.products += found.products
+        for group in self.adam.param_groups:
+            group["lr"] = settings.rate * (0.1 + 0.9 * (1 + math.cos(math.pi * self.step / settings.steps)) / 2)
+        self.x.grad = found.gradient
+        self.adam.step()
+        with torch.no_grad():
+            self.x.copy_(self.variables.project(self.x))
+        self.step += 1
+        self.last = {"upper_loss": upper, "hypergradient_norm": found.gradient.norm().item()}
+        return {
+            **self.last,
+            "lower_loss": self.functions.lower(x, y).value,
+            "solver_iterations": float(self.iterations),
+            "second_order_products": float(self.products),
+        }
+
+    def conclude(self) -> dict[str, Any]:
+        """F, f and the problem's metrics at the x with the lowest F on the way, at weights trained anew, from the seed;
+        and x itself, as "hyperparameters", where it is a point of a box."""
+        x = self.best[1]
+        with self._random(self.seed):
+            model: nn.Module = self.problem.model().to(self.problem.device, self.problem.dtype)
+            optimizer = self.problem.optimizer(model)
+        self.generator.manual_seed(self.seed)
+        y = self._train(model, optimizer, x, self.problem.epochs)
+        self.model.load_state_dict(model.state_dict())
+        self.x.data = x.clone()
+        upper, lower = self.functions.upper(x, y), self.functions.lower(x, y)
+        if not (math.isfinite(upper.value) and math.isfinite(lower.value)):
+            raise NotFiniteError(f"after training anew the losses are {upper.value} and {lower.value}")
+        found: dict[str, Any] = {"upper_loss": upper.value, "lower_loss": lower.value, **self.metrics()}
+        if self.space is not None:
+            found["hyperparameters"] = self.space.suggest(x.detach().cpu().double())
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """What the problem's `evaluate_at` says of the present x and y."""
+        self.model.eval()
+        with torch.no_grad():
+            given = self.variables.hyperparameters(self.x.detach())
+            return {name: float(value) for name, value in self.problem.evaluate_at(self.model, given).items()}
+
+    def _train(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, epochs: int) -> Tensor:
+        """Minimise f(x, .) from the model's weights; they are left in the model and returned flat."""
+        if self.settings.lower == "tolerance":
+            y = solve_lower(self.functions, x, weights_of(model), self.settings.lower_tolerance).y
+            set_weights(model, y)
+            return y
+        problem, size = self.problem, 0
+        given = self.variables.hyperparameters(x)
+        with self._random():
+            model.train()
+            for _ in range(epochs):
+                size = 0
+                for raw in problem.batches("lower", self.generator):
+                    batch = move(raw, problem.device, problem.dtype)
+
+                    def closure(batch: Any = batch) -> float:
+                        optimizer.zero_grad()
+                        loss = problem.lower_loss(model, given, batch)
+                        loss.backward(inputs=[w for w in model.parameters() if w.requires_grad])
+                        return loss.item()
+
+                    if not math.isfinite(float(optimizer.step(closure))):
+                        raise NotFiniteError(f"the lower-level loss is not finite in step {self.step + 1}")
+                    size += problem.batch_size(raw)
+            model.eval()
+        self.training_passes += epochs
+        return weights_of(model)
+
+    @contextmanager
+    def _random(self, seed: int | None = None) -> Iterator[None]:
+        """Torch's global random numbers belong to this descent inside the block."""
+        device = torch.device(self.problem.device)
+        devices = [] if device.type == "cpu" else [torch.get_device_module(device).current_device()]
+        with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
+            torch.manual_seed(seed if seed is not None else int(torch.randint(2**31, (), generator=self.generator)))
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Named plain values and tensors; the recycled space with them."""
+        memory = self.memory
+        if isinstance(memory, KrylovMemory):
+            memory = {"solution": memory.solution, "vectors": memory.space.vectors if memory.space else None}
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "step": self.step,
+            "finished": self.finished,
+            "x": self.x.detach().clone(),
+            "upper": self._module_state(),
+            "model": self.model.state_dict(),
+            "adam": self.adam.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "best": list(self.best),
+            "last": dict(self.last),
+            "memory": memory,
+            "counts": [self.iterations, self.products, self.functions.passes, self.training_passes],
+        }
+
+    def _module_state(self) -> dict[str, Tensor] | None:
+        """The upper-level module's parameters at x, by name."""
+        if not isinstance(self.variables, ModuleVariables):
+            return None
+        self.variables.hyperparameters(self.x.detach())
+        return dict(self.variables.module.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        place = {"device": self.problem.device, "dtype": self.problem.dtype}
+        self.step, self.last = state["step"], dict(state["last"])
+        self.x.data = state["x"].to(**place)
+        self.model.load_state_dict(state["model"])
+        self.adam.load_state_dict(state["adam"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.best = (state["best"][0], state["best"][1].to(**place))
+        self.iterations, self.products, self.functions.passes, self.training_passes = state["counts"]
+        memory = state["memory"]
+        if isinstance(memory, dict):
+            vectors = memory["vectors"]
+            space = RecycleSpace(vectors.to(**place)) if vectors is not None else None
+            memory = KrylovMemory(memory["solution"].to(**place), space)
+        self.memory = memory
+
+
+def dump_checkpoint(descent: BilevelDescent) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(descent.state_dict(), buffer)
+    return buffer.getvalue()
+
+
+def load_checkpoint(source: bytes | Path) -> dict[str, Any]:
+    """A descent's state from its checkpoint, on the CPU; never runs code from it.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another format version.
+    """
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError, ... for damaged files
+        raise CheckpointError(f"cannot read the checkpoint of a bilevel descent: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"a bilevel checkpoint has format {found}; this version reads {CHECKPOINT_FORMAT}")
+    return state

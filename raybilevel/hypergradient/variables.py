@@ -1,0 +1,157 @@
+"""The upper-level variable as a flat vector x, and as what the losses are given; a problem's levels as functions."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from raybilevel.errors import NotFiniteError, ProblemError
+from raybilevel.hypergradient.functions import BilevelFunctions, Term
+from raybilevel.problem import Batch, BilevelProblem, Level, move
+from raybilevel.space import Space, flatten, nest
+
+UPPER = "upper"
+
+
+class BoxVariables:
+    """x is a point of the unit cube of a search space, whose steps are not applied."""
+
+    def __init__(self, space: Space, constants: Mapping[str, Any]) -> None:
+        self.space, self.constants = space, flatten(constants)
+
+    def hyperparameters(self, x: Tensor) -> dict[str, Any]:
+        return nest({**self.constants, **flatten(self.space.decode(x))})
+
+    def project(self, x: Tensor) -> Tensor:
+        return x.clamp(0, 1)
+
+
+class ModuleVariables:
+    """x is all parameters of a module."""
+
+    def __init__(self, module: nn.Module, constants: Mapping[str, Any]) -> None:
+        self.module, self.constants = module, dict(constants)
+
+    def hyperparameters(self, x: Tensor) -> dict[str, Any]:
+        with torch.no_grad():
+            vector_to_parameters(x, self.module.parameters())
+        return {**self.constants, UPPER: self.module}
+
+    def project(self, x: Tensor) -> Tensor:
+        return x
+
+
+UpperVariables = BoxVariables | ModuleVariables
+"""x, shape (p,), and its other form: `hyperparameters`, what the losses are given at x; `project`, the nearest x that
+is allowed."""
+
+
+class BothLevels(nn.Module):
+    """A problem's losses as a module, so that `torch.func.functional_call` can put x and y in its place."""
+
+    def __init__(self, problem: BilevelProblem, model: nn.Module, variables: UpperVariables) -> None:
+        super().__init__()
+        self.problem, self.model, self.variables = problem, model, variables
+        self.upper = variables.module if isinstance(variables, ModuleVariables) else None
+
+    def forward(self, level: Level, x: Tensor, batch: Batch) -> Tensor:
+        given: Mapping[str, Any] = (
+            {**self.variables.constants, UPPER: self.upper}
+            if isinstance(self.variables, ModuleVariables)
+            else self.variables.hyperparameters(x)
+        )
+        if level == "upper":
+            return self.problem.upper_loss_at(self.model, given, batch)
+        return self.problem.lower_loss(self.model, given, batch)
+
+
+def bilevel_functions(problem: BilevelProblem, model: nn.Module, variables: UpperVariables) -> BilevelFunctions:
+    """F and f of a problem over all its batches, in eval mode.
+
+    Raises:
+        ProblemError: a level has no data.
+    """
+    model.eval()
+    both = BothLevels(problem, model, variables)
+    inner = {f"model.{name}": w for name, w in model.named_parameters() if w.requires_grad}
+    outer = dict(both.upper.named_parameters(prefix="upper")) if both.upper is not None else {}
+
+    def terms(level: Level) -> tuple[list[Term], int]:
+        batches = list(problem.batches(level, None))
+        sizes = [problem.batch_size(batch) for batch in batches]
+        if sum(sizes) == 0:
+            raise ProblemError(f"{type(problem).__name__}.batches({level!r}, None) yields no examples")
+
+        def term(batch: Batch, share: float) -> Term:
+            moved = move(batch, problem.device, problem.dtype)
+
+            def value(x: Tensor, y: Tensor) -> Tensor:
+                given = {**split(y, inner), **split(x, outer)}
+                loss: Tensor = torch.func.functional_call(both, given, (level, x, moved))
+                return loss * share
+
+            return value
+
+        return [term(b, size / sum(sizes)) for b, size in zip(batches, sizes, strict=True)], sum(sizes)
+
+    (upper, upper_size), (lower, lower_size) = terms("upper"), terms("lower")
+    return BilevelFunctions(upper, lower, upper_size / lower_size)
+
+
+def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any]) -> None:
+    """Try both levels at the start, before any descent.
+
+    Raises:
+        ProblemError: there is no upper-level module, or f depends neither on it nor on the weights.
+        NotFiniteError: a loss is NaN or infinite at the start.
+    """
+    name = type(problem).__name__
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, module = problem.model().to(problem.dtype), problem.upper_variables()
+        if module is None:
+            raise ProblemError(
+                f"{name} has no upper_variables(), and no hyperparameter to search was given; give at least one, e.g. "
+                "tune.loguniform(1e-6, 1.0)"
+            )
+        module = module.to(problem.dtype)
+    problem = copy.copy(problem)
+    problem.device = "cpu"  # the driver may have no accelerator
+    functions = bilevel_functions(problem, model, ModuleVariables(module, constants))
+    x, y = parameters_to_vector(module.parameters()).detach(), weights_of(model)
+    functions.lower_terms, functions.upper_terms = functions.lower_terms[:1], functions.upper_terms[:1]
+    lower, upper = functions.lower(x, y), functions.upper(x, y)
+    for level, found in (("lower", lower), ("upper", upper)):
+        if not math.isfinite(found.value):
+            raise NotFiniteError(f"{name}.{level}_loss is {found.value} at the start; check data and model")
+    if not functions.linearise(x, y).mixed(torch.ones_like(y)).any() and not lower.in_x.any() and not upper.in_x.any():
+        raise ProblemError(
+            f"{name}: neither loss depends on upper_variables(); use hyperparameters['upper'] in lower_loss"
+        )
+
+
+def split(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A flat vector as tensors of the names and shapes of others."""
+    if not like:
+        return {}
+    parts = vector.split([entry.numel() for entry in like.values()])
+    named = {name: part.view_as(entry) for part, (name, entry) in zip(parts, like.items(), strict=True)}
+    for tensor in named.values():
+        tensor._is_param = True  # so that model.get_parameter(name) takes it for one
+    return named
+
+
+def weights_of(model: nn.Module) -> Tensor:
+    """y, shape (n,): the trainable parameters of a model, in their order."""
+    return parameters_to_vector(w for w in model.parameters() if w.requires_grad).detach().clone()
+
+
+def set_weights(model: nn.Module, y: Tensor) -> None:
+    with torch.no_grad():
+        vector_to_parameters(y, (w for w in model.parameters() if w.requires_grad))

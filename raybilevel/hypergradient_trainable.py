@@ -1,0 +1,93 @@
+"""A whole bilevel descent as a Tune trial."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from raybilevel.domains import split_param_space
+from raybilevel.errors import ConfigError, ProblemError
+from raybilevel.hypergradient.descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
+from raybilevel.methods.hypergradient import HypergradientDescent
+from raybilevel.problem import BilevelProblem
+from raybilevel.shared import Shared
+from raybilevel.space import STARTS, Space
+from raybilevel.trainable import FINISHED, PASSES, TRIAL_PATH
+
+HYPERPARAMETERS = "hyperparameters"
+
+
+def hypergradient_trainable(
+    problem: BilevelProblem,
+    settings: HypergradientDescent | None = None,
+    space: Space | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    checkpoint_every: int | None = None,
+) -> Callable[[dict[str, Any]], None]:
+    """A trainable for `tune.run` and `tune.Tuner`, with `BilevelSearch(problem, method="hypergradient")`: one descent
+    along hypergradients from the trial's config.
+
+    It reports every step `upper_loss` and `lower_loss` (F and f at the weights of the descent), `hypergradient_norm`,
+    and what linear solves took so far; at the end F and f at weights trained anew, what the problem's `evaluate_at`
+    returns, `hyperparameters` where x is a point of a box, and a checkpoint with x and y. A restarted trial goes on
+    from its last checkpoint.
+
+    settings: of the descent; those that the searcher has.
+    space:    the search space, as a Tune `param_space`; None where x is the problem's `upper_variables`: then give
+        Tune {"start": tune.quniform(0, 65535, 1)}.
+    seed:     of the initial weights and the order of batches; of a module's start, with its number.
+    checkpoint_every: steps between checkpoints; None for five in a descent.
+
+    Raises:
+        ProblemError: `problem` is not a `BilevelProblem` instance, or has neither a space nor `upper_variables`.
+        ConfigError: `checkpoint_every` is not positive.
+    """
+    if not isinstance(problem, BilevelProblem):
+        raise ProblemError(f"expected a BilevelProblem, got {problem!r}")
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    if space is not None and not isinstance(space, Space):
+        space, _ = split_param_space(space)
+    box = None if space is None or space == STARTS else space
+    if box is None and problem.upper_variables() is None:
+        raise ProblemError(f"{type(problem).__name__} has no upper_variables(); give the search space")
+    settings = settings or HypergradientDescent()
+    every = checkpoint_every or max(1, -(-settings.steps // 5))
+    trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
+        descend, problem=Shared(problem), settings=settings, space=box, seed=seed, checkpoint_every=every
+    )
+    return trainable
+
+
+def descend(
+    config: dict[str, Any],
+    problem: Shared[BilevelProblem],
+    settings: HypergradientDescent,
+    space: Space | None,
+    seed: int,
+    checkpoint_every: int,
+) -> None:
+    """What a trial runs."""
+    logging.getLogger("ray.train._internal.storage").setLevel(logging.WARNING)  # five lines a trial, none of them news
+    descent = BilevelDescent(problem.value, config, settings, space, seed)
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            descent.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
+    path = tune.get_context().get_storage().trial_fs_path
+    while not descent.finished:
+        metrics: dict[str, Any] = {**descent.run_step(), "step": descent.step, TRIAL_PATH: path}
+        if descent.finished:
+            metrics |= descent.conclude()
+        metrics |= {PASSES: descent.passes, FINISHED: descent.finished}
+        if not descent.finished and descent.step % checkpoint_every:
+            tune.report(metrics)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / CHECKPOINT_FILE).write_bytes(dump_checkpoint(descent))
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))

@@ -1,0 +1,173 @@
+"""A network that guides a network: it weights training examples, some of whose labels are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cross_entropy
+
+from raybilevel import datasets
+from raybilevel.errors import ConfigError
+from raybilevel.hypergradient import BilevelFunctions, solve_lower
+from raybilevel.problem import Hyperparameters, Level
+from raybilevel.problems.classification import Classification, Examples, check_positive, data_folder
+
+PIXELS = 14 * 14
+CLASSES = 10
+
+
+class Weighted(NamedTuple):
+    """Inputs, (n, 196), the labels given, (n,), what the weight network sees of them, (n, 2), and whether they are
+    right, (n,), which only the metrics look at."""
+
+    x: Tensor
+    y: Tensor
+    signs: Tensor
+    right: Tensor
+
+
+class WeightNetwork(nn.Module):
+    """The upper-level variable: signs of a wrong label, (n, 2) -> weights in (0, 1), (n,), by a network 2-hidden-1."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, hidden), nn.Linear(hidden, 1)
+
+    def forward(self, signs: Tensor) -> Tensor:
+        return torch.sigmoid(self.last(torch.tanh(self.first(signs)))[:, 0])
+
+
+class NoisyLabels(Classification):
+    """Multinomial logistic regression on MNIST digits, a share of whose labels is wrong, with weights from a network:
+
+        f(x, y) = sum_i w_x(signs_i) CE_i(y) / sum_i w_x(...) + decay |y|^2 / 2,   F = CE on clean examples
+
+    after Meta-Weight-Net (Shu et al. 2019), whose network sees an example's present loss. Here it sees the losses of
+    two models trained before, on all training examples alike and on one half of the clean ones, so that f is convex in
+    y; F is taken on the other half. A network of the image and the label itself, with thousands of weights, learned the
+    few clean examples by heart instead.
+
+    Test metrics are of the official test images; all images are averaged over 2x2 pixels.
+
+    data: the folder of the data files. train, validation: how many examples, the latter clean. wrong: share of
+        training labels that are wrong, drawn from the nine other classes. hidden: of the weight network.
+    """
+
+    epochs = 1
+
+    def __init__(
+        self,
+        data: str | None = None,
+        train: int = 4000,
+        validation: int = 200,
+        wrong: float = 0.5,
+        hidden: int = 32,
+        decay: float = 1e-3,
+        split_seed: int = 0,
+    ) -> None:
+        check_positive(train=train, validation=validation, hidden=hidden, decay=decay)
+        if not 0 <= wrong < 1 or train + validation > 60_000:
+            raise ConfigError(f"wrong must be from 0 to below 1, and MNIST has 60,000 examples; got {wrong}")
+        self.data = data_folder(self, data)
+        self.train, self.validation, self.wrong, self.hidden = train, validation, wrong, hidden
+        self.decay, self.split_seed = decay, split_seed
+
+    def load(self) -> dict[str, Examples]:
+        (images, labels), test = datasets.mnist(self.data)
+        generator = torch.Generator().manual_seed(self.split_seed)
+        order = torch.randperm(len(labels), generator=generator)
+        lower, upper = order[: self.train], order[self.train : self.train + self.validation]
+        false = torch.rand(self.train, generator=generator) < self.wrong
+        shift = torch.randint(1, CLASSES, (self.train,), generator=generator)
+        given = torch.where(false, (labels[lower] + shift) % CLASSES, labels[lower])
+        self._right = ~false
+        half = self.validation // 2
+        return {
+            "lower": (self.inputs(images[lower]), given),
+            "upper": (self.inputs(images[upper[half:]]), labels[upper[half:]]),
+            "guide": (self.inputs(images[upper[:half]]), labels[upper[:half]]),
+            "test": (self.inputs(test.images), test.labels),
+        }
+
+    def inputs(self, images: Tensor) -> Tensor:
+        return avg_pool2d(images[:, None].to(self.dtype) / 255, 2).flatten(1)
+
+    def batches(self, level: Level, generator: torch.Generator | None) -> Any:
+        x, y = self.splits[level]
+        if level == "upper":
+            yield Weighted(x, y, x[:, :2], torch.ones_like(y, dtype=torch.bool))
+        else:
+            yield Weighted(x, y, self.signs, self._right)
+
+    @cached_property
+    def signs(self) -> Tensor:
+        """Losses of the training examples under the two models, to mean 0 and deviation 1."""
+        (x, y), (clean_x, clean_y) = self.splits["lower"], self.splits["guide"]
+        losses = [
+            cross_entropy(self.fitted(inputs, labels, torch.ones_like(inputs[:, 0]))(x), y, reduction="none")
+            for inputs, labels in ((x, y), (clean_x, clean_y))
+        ]
+        found = torch.stack(losses, 1)
+        return (found - found.mean(0)) / found.std(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name not in ("_right", "signs")}
+
+    def upper_variables(self) -> nn.Module:
+        return WeightNetwork(self.hidden)
+
+    def model(self) -> nn.Module:
+        return nn.Linear(PIXELS, CLASSES)
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Weighted) -> Tensor:
+        weights = hyperparameters["upper"](batch.signs)
+        return self.weighted_loss(model(batch.x), batch.y, weights) + self.decay / 2 * _squares(model)
+
+    @staticmethod
+    def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        losses = cross_entropy(logits, labels, reduction="none")
+        return (weights * losses).sum() / weights.sum()
+
+    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+        """Test metrics; test accuracies of the same model trained on all examples alike (`uniform_accuracy`), on the
+        clean validation examples alone, and on the right examples as if they were known (`oracle_accuracy`); and how
+        often a right example weighs more than a wrong one (`ranking`; 0.5 is chance)."""
+        (batch,) = self.batches("lower", None)
+        x, y, right = batch.x.to(self.device), batch.y.to(self.device), batch.right.to(self.device)
+        weights = hyperparameters["upper"](batch.signs.to(self.device))
+        halves = zip(self.splits["guide"], self.splits["upper"], strict=True)
+        clean_x, clean_y = (torch.cat(parts).to(self.device) for parts in halves)
+        found = self.evaluate(model)
+        found["uniform_accuracy"] = self.accuracy_of(x, y, torch.ones_like(weights))
+        found["validation_only_accuracy"] = self.accuracy_of(clean_x, clean_y, torch.ones_like(clean_x[:, 0]))
+        found["oracle_accuracy"] = self.accuracy_of(x, y, right.to(weights))
+        if right.any() and not right.all():
+            found["ranking"] = (weights[right][:, None] > weights[~right][None]).double().mean().item()
+        return found
+
+    def accuracy_of(self, x: Tensor, y: Tensor, weights: Tensor) -> float:
+        """Test accuracy of the model trained with these weights."""
+        inputs, labels = (part.to(self.device) for part in self.splits["test"])
+        return (self.fitted(x, y, weights)(inputs).argmax(1) == labels).double().mean().item()
+
+    def fitted(self, x: Tensor, y: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
+        """The logits of the model trained with fixed weights, as a function of inputs."""
+
+        def logits(flat: Tensor, inputs: Tensor) -> Tensor:
+            return inputs @ flat[: PIXELS * CLASSES].view(PIXELS, CLASSES) + flat[PIXELS * CLASSES :]
+
+        def lower(_: Tensor, flat: Tensor) -> Tensor:
+            return self.weighted_loss(logits(flat, x), y, weights) + self.decay / 2 * flat.square().sum()
+
+        zero = torch.zeros((PIXELS + 1) * CLASSES, device=x.device, dtype=self.dtype)
+        with torch.enable_grad():
+            flat = solve_lower(BilevelFunctions([], [lower]), zero[:0], zero, 1e-3, limit=100).y
+        return lambda inputs: logits(flat, inputs)
+
+
+def _squares(model: nn.Module) -> Tensor:
+    return torch.stack([part.square().sum() for part in model.parameters()]).sum()

@@ -1,0 +1,216 @@
+"""Descents along hypergradients in one process: the optimum they find, what they judge it by, resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raybilevel.config import read_config
+from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError, ProblemError
+from raybilevel.experiment import with_method
+from raybilevel.hypergradient.descent import BilevelDescent, dump_checkpoint, load_checkpoint
+from raybilevel.hypergradient.variables import check_upper_variables
+from raybilevel.methods import make_method
+from raybilevel.methods.hypergradient import HypergradientDescent, start_points
+from raybilevel.problem import Hyperparameters
+from raybilevel.search_state import SearchState
+from raybilevel.space import STARTS
+from tests.problems_for_tests import Network, Ridge, exact_optimizer
+
+
+class Decays(nn.Module):
+    """Logarithms of the decays, one a weight."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.logs = nn.Parameter(torch.randn(dimension) / 10)
+
+
+class ModuleRidge(Ridge):
+    """The ridge with its decays in a module."""
+
+    def upper_variables(self) -> nn.Module:
+        return Decays(self.dimension)
+
+    def decay(self, hyperparameters: Hyperparameters) -> Tensor:
+        logs: Tensor = hyperparameters["upper"].logs
+        return logs.exp()
+
+    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+        return {"test_loss": float(hyperparameters["upper"].logs.sum())}
+
+
+def run(descent: BilevelDescent) -> dict[str, Any]:
+    while not descent.finished:
+        descent.run_step()
+    return descent.conclude()
+
+
+def optimum(problem: Ridge) -> float:
+    """The lowest F(y*(x)) over the box, by L-BFGS on the dense solution from several starts."""
+    best = float("inf")
+    for seed in range(4):
+        z = torch.randn(problem.dimension, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+        z.requires_grad_(True)
+        lbfgs = torch.optim.LBFGS([z], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure(z: Tensor = z, lbfgs: torch.optim.LBFGS = lbfgs) -> Tensor:
+            lbfgs.zero_grad()
+            loss = problem.reduced(torch.sigmoid(z))
+            loss.backward()
+            return loss
+
+        lbfgs.step(closure)
+        best = min(best, problem.reduced(torch.sigmoid(z)).item())
+    return best
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lower": "tolerance", "lower_tolerance": 1e-8},
+        {"lower": "optimizer"},
+        {"lower": "tolerance", "lower_tolerance": 1e-8, "solver": "cg"},
+        {"lower": "tolerance", "estimator": "unrolled", "estimator_settings": {"steps": 20, "rate": 0.5}},
+    ],
+)
+def test_a_descent_finds_the_optimum_of_the_box(settings: dict[str, Any]) -> None:
+    problem = Ridge()
+    method = HypergradientDescent(steps=80, rate=0.1, **settings)
+    centre = problem.space.suggest(torch.full((3,), 0.5, dtype=torch.double))
+    descent = BilevelDescent(problem, centre, method, problem.space)
+    start = problem.reduced(torch.full((3,), 0.5, dtype=torch.double)).item()
+    found, best = run(descent), optimum(problem)
+    # of what there is to gain: the rate falls to a tenth only
+    assert found["upper_loss"] - best <= 0.02 * (start - best)
+    x = torch.tensor([found["hyperparameters"]["decay"][str(j)] for j in range(3)], dtype=torch.double)
+    assert found["upper_loss"] == pytest.approx(problem.F(problem.solution(x)).item(), rel=1e-6)
+    assert descent.passes > 80
+
+
+def test_a_module_is_tuned_as_the_box_is() -> None:
+    problem = ModuleRidge()
+    descent = BilevelDescent(problem, {"start": 0.0}, HypergradientDescent(steps=100, rate=0.3, lower="tolerance"))
+    found = run(descent)
+    logs = load_checkpoint(dump_checkpoint(descent))["upper"]["logs"]
+    assert found["test_loss"] == pytest.approx(float(logs.sum()))
+    assert found["upper_loss"] == pytest.approx(problem.F(problem.solution(logs.exp())).item(), rel=1e-6)
+    assert found["upper_loss"] <= optimum(problem) * 1.02
+    other = BilevelDescent(problem, {"start": 1.0}, HypergradientDescent())
+    again = BilevelDescent(problem, {"start": 0.0}, HypergradientDescent())
+    assert not torch.equal(other.x, again.x)
+
+
+@pytest.mark.parametrize("estimator", ["first_order", "dynamic_barrier"])
+def test_the_result_is_judged_at_weights_that_saw_training_data_only(estimator: Any) -> None:
+    """A penalty estimator's own weights have seen validation data; neither its reports nor its result may show them."""
+    problem = ModuleRidge()
+    method = HypergradientDescent(
+        steps=5, estimator=estimator, estimator_settings={"steps": 30}, lower="tolerance", lower_tolerance=1e-9
+    )
+    descent = BilevelDescent(problem, {"start": 0.0}, method)
+    while not descent.finished:
+        x = descent.x.detach().clone()
+        reported = descent.run_step()["upper_loss"]
+        assert reported == pytest.approx(problem.F(problem.solution(x.exp())).item(), rel=1e-6)
+    best = descent.best[1]
+    assert descent.conclude()["upper_loss"] == pytest.approx(problem.F(problem.solution(best.exp())).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"solver_settings": {"selection": {"strategy": "ritz", "dimension": 2}}},
+        {"estimator": "first_order"},
+        {"lower": "tolerance"},
+    ],
+)
+def test_a_descent_resumes_exactly(at: int, settings: dict[str, Any]) -> None:
+    class Shuffled(ModuleRidge):
+        def __init__(self) -> None:
+            super().__init__(batch=5, optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=0.05), epochs=3)
+
+    method = HypergradientDescent(steps=5, **settings)
+    whole = BilevelDescent(Shuffled(), {"start": 3.0}, method)
+    expected = run(whole)
+    first = BilevelDescent(Shuffled(), {"start": 3.0}, method)
+    for _ in range(at):
+        first.run_step()
+    second = BilevelDescent(Shuffled(), {"start": 3.0}, method)
+    second.load_state_dict(load_checkpoint(dump_checkpoint(first)))
+    assert run(second) == expected
+    assert second.products == whole.products and second.passes == whole.passes
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot read"):
+        load_checkpoint(b"no checkpoint")
+    path = tmp_path / "other.pt"
+    torch.save({"format": 99}, path)
+    with pytest.raises(CheckpointError, match="format 99"):
+        load_checkpoint(path)
+
+
+def test_a_training_that_diverges_is_an_error() -> None:
+    problem = ModuleRidge(optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1e6), epochs=100)
+    with pytest.raises(NotFiniteError):
+        BilevelDescent(problem, {"start": 0.0}, HypergradientDescent()).run_step()
+
+
+def test_problems_are_tried_before_a_descent() -> None:
+    check_upper_variables(ModuleRidge(), {})
+    with pytest.raises(ProblemError, match="no hyperparameter to search"):
+        check_upper_variables(Network(), {})
+
+    class Idle(ModuleRidge):
+        def decay(self, hyperparameters: Hyperparameters) -> Tensor:
+            return torch.ones(self.dimension, dtype=torch.double)
+
+    with pytest.raises(ProblemError, match="depends on"):
+        check_upper_variables(Idle(optimizer=exact_optimizer), {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"estimator": "magic"}, "unknown estimator"),
+        ({"solver": "magic"}, "unknown solver"),
+        ({"solver_settings": {"tol": 1}}, "no setting 'tol'"),
+        ({"solver_settings": {"selection": {"dim": 1}}}, "no setting 'dim'"),
+        ({"estimator": "unrolled", "estimator_settings": {"solver": 1}}, "no setting 'solver'"),
+        ({"lower": "magic"}, "lower must be"),
+        ({"steps": 0}, "at least 1"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_method("hypergradient", **settings)
+
+
+def test_the_method_starts_at_the_centre_and_plans_nothing() -> None:
+    method = HypergradientDescent()
+    design = method.start_design(3, 2, 0)
+    assert design[0].tolist() == [0.5] * 3 and len({tuple(row) for row in design.tolist()}) == len(design)
+    assert method.plan(SearchState(), (), 2, 0) is None and method.exhausted(SearchState())
+    assert [point["start"] for point in start_points(3)] == [0.0, 1.0, 2.0]
+
+
+def test_the_method_is_chosen_by_the_upper_level(tmp_path: Path) -> None:
+    def chosen(text: str) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return with_method(read_config(path)).search.method
+
+    many = ", ".join(f"h{i}: {{uniform: [0, 1]}}" for i in range(101))
+    assert chosen("problem: p\nsearch: {trainings: 2}") == "hypergradient"
+    assert chosen("problem: p\nspace: {a: {uniform: [0, 1]}}\nsearch: {trainings: 2}") == "default"
+    assert chosen(f"problem: p\nspace: {{{many}}}\nsearch: {{trainings: 2}}") == "hypergradient"
+    assert chosen(f"problem: p\nspace: {{{many}}}\nsearch: {{trainings: 2, method: paper}}") == "paper"
+    path = tmp_path / "config.yaml"
+    path.write_text("problem: p\nspace: {constant: 1}\nsearch: {trainings: 2}")
+    assert read_config(path).split_space() == (STARTS, {"constant": 1})

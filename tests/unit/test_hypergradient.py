@@ -1,0 +1,217 @@
+"""Every estimator against central differences of F(x, y*(x)), y* by Newton's method, and against the others."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raybilevel.errors import ConfigError, NotFiniteError
+from raybilevel.hypergradient import (
+    BilevelFunctions,
+    ConjugateGradients,
+    DynamicBarrier,
+    Estimator,
+    FirstOrder,
+    Implicit,
+    MinimalResidual,
+    NeumannSeries,
+    Selection,
+    Unrolled,
+    solve_lower,
+)
+from raybilevel.hypergradient.variables import BoxVariables, ModuleVariables, bilevel_functions, weights_of
+from tests.problems_for_tests import Logistic
+
+P, N = 4, 12
+
+
+class Example:
+    """A logistic lower level with decays exp(x) in random directions; F depends on x directly, too."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.double)
+
+        self.a, self.t, self.b, self.u, self.g = draw(30, N), draw(30).sign(), draw(20, N), draw(20), draw(P, N)
+        self.x = draw(P) / 2
+        self.y = self.newton(self.x)
+
+    def lower(self, x: Tensor, y: Tensor) -> Tensor:
+        loss = nn.functional.softplus(-self.t * (self.a @ y)).mean()
+        return loss + (x.exp() @ self.g.square() * y.square()).sum() / 20
+
+    def upper(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.b @ y - self.u).square().mean() / 2 + x.square().sum() / 100 + x[0] * y[1]
+
+    def functions(self) -> BilevelFunctions:
+        return BilevelFunctions([self.upper], [self.lower])
+
+    def in_two_terms(self) -> BilevelFunctions:
+        """The same functions; with several terms no graph is kept."""
+        halves = [lambda x, y: self.lower(x, y) / 2] * 2
+        return BilevelFunctions([lambda x, y: self.upper(x, y) / 2] * 2, halves)
+
+    def newton(self, x: Tensor) -> Tensor:
+        y = torch.zeros(N, dtype=torch.double)
+        for _ in range(30):
+            gradient = torch.func.grad(self.lower, 1)(x, y)
+            y = y - torch.linalg.solve(torch.func.hessian(self.lower, 1)(x, y), gradient)
+        return y
+
+    @cached_property
+    def differences(self) -> Tensor:
+        def reduced(x: Tensor) -> Tensor:
+            return self.upper(x, self.newton(x))
+
+        step = 1e-5
+        units = torch.eye(P, dtype=torch.double) * step
+        return torch.stack([(reduced(self.x + e) - reduced(self.x - e)) / (2 * step) for e in units])
+
+
+@pytest.fixture(scope="module")
+def example() -> Example:
+    return Example()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "tolerance"),
+    [
+        # 1e-8: what central differences with step 1e-5 leave
+        (Implicit(ConjugateGradients(1e-12)), 1e-8),
+        (Implicit(MinimalResidual(1e-12)), 1e-8),
+        (Implicit(NeumannSeries(800)), 1e-8),
+        (Implicit(MinimalResidual(1e-12, selection=Selection("ritz_generalized_singular"))), 1e-8),
+        (Unrolled(150, 1.0), 1e-5),
+        (Unrolled(150, 0.3, momentum=0.7), 1e-5),
+        (Unrolled(80, 1.0, mode="forward"), 1e-4),
+        (Unrolled(150, 1.0, truncate=100), 1e-5),
+        # of order 1 / multiplier
+        (FirstOrder(multiplier=1e3, steps=150, rate=1.0), 1e-2),
+        # of order 1 / multiplier, which grows with the steps
+        (DynamicBarrier(steps=150, rate=1.0, inner_rate=1.0), 0.1),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, float) else f"{value:g}",
+)
+def test_every_estimator_agrees_with_central_differences(
+    example: Example, estimator: Estimator, tolerance: float
+) -> None:
+    truth = example.differences
+    found = estimator(example.functions(), example.x, example.y)
+    assert float((found.gradient - truth).norm()) <= tolerance * float(truth.norm())
+
+
+def test_forward_and_reverse_unrolling_agree_far_from_convergence(example: Example) -> None:
+    start = torch.zeros(N, dtype=torch.double)
+    for momentum in (0.0, 0.7):
+        reverse, forward = (
+            Unrolled(7, 0.2, momentum, mode=mode)(example.functions(), example.x, start)
+            for mode in ("reverse", "forward")
+        )
+        torch.testing.assert_close(reverse.gradient, forward.gradient, rtol=1e-12, atol=1e-14)
+
+        def unrolled(x: Tensor, momentum: float = momentum) -> Tensor:
+            y, velocity = start, torch.zeros_like(start)
+            for _ in range(7):
+                velocity = momentum * velocity + torch.func.grad(example.lower, 1)(x, y)
+                y = y - 0.2 * velocity
+            return example.upper(x, y)
+
+        torch.testing.assert_close(reverse.gradient, torch.func.grad(unrolled)(example.x), rtol=1e-12, atol=1e-14)
+
+
+def test_truncation_leaves_out_the_earliest_steps(example: Example) -> None:
+    start = torch.zeros(N, dtype=torch.double)
+    whole, half = (Unrolled(10, 0.2, truncate=t)(example.functions(), example.x, start) for t in (10, 5))
+    full = Unrolled(10, 0.2)(example.functions(), example.x, start)
+    assert torch.equal(whole.gradient, full.gradient) and not torch.allclose(half.gradient, full.gradient)
+    assert half.products == full.products / 2
+
+
+def test_products_are_those_of_dense_second_derivatives(example: Example) -> None:
+    hessian = torch.func.hessian(example.lower, 1)(example.x, example.y)
+    mixed = torch.func.jacrev(torch.func.grad(example.lower, 1), 0)(example.x, example.y).T
+    q, r = torch.arange(N, dtype=torch.double) - 3, torch.arange(P, dtype=torch.double) + 1
+    for functions in (example.functions(), example.in_two_terms()):
+        linear = functions.linearise(example.x, example.y)
+        torch.testing.assert_close(linear.hessian(q), hessian @ q)
+        torch.testing.assert_close(linear.mixed(q), mixed @ q)
+        torch.testing.assert_close(linear.mixed_transposed(r), mixed.T @ r)
+        assert functions.passes == 3
+
+
+def test_first_order_estimate_by_hand() -> None:
+    # f = (y - x)^2 / 2 and F = y^2 / 2: y_m = m x / (1 + m), z = x; the estimate is m (x - y_m) = m x / (1 + m).
+    functions = BilevelFunctions([lambda x, y: y.square().sum() / 2], [lambda x, y: (y - x).square().sum() / 2])
+    x = torch.tensor([2.0], dtype=torch.double)
+    found = FirstOrder(multiplier=4.0, growth=2.0, steps=200, rate=0.5)(functions, x, x)
+    assert found.gradient.item() == pytest.approx(4 * 2 / 5, abs=1e-12)
+    assert found.memory[2] == 8.0
+    # One step of BOME from y = 3 with y_T = 2.5: q = (1 - 0.25) / 2, q_x = -1 + 0.5, q_y = 1, F_y = 3, so
+    # lambda = max(0, 0.5 - 3 / 1.25) = 0 and the direction in x is 0.
+    barrier = DynamicBarrier(steps=1, inner_steps=1, inner_rate=0.5)
+    assert barrier(functions, x, torch.tensor([3.0], dtype=torch.double)).gradient.item() == 0.0
+    # From y = 1: y_T = 1.5, q_x = 1 - 0.5, q_y = -1, F_y = 1: lambda = 0.5 + 1 / 1.25 = 1.3.
+    found = barrier(functions, x, torch.tensor([1.0], dtype=torch.double))
+    assert found.gradient.item() == pytest.approx(1.3 * 0.5)
+
+
+def test_a_rate_that_diverges_is_an_error(example: Example) -> None:
+    with pytest.raises(NotFiniteError, match="rate"):
+        Unrolled(300, 50.0)(example.functions(), example.x, torch.ones(N, dtype=torch.double))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Unrolled(0), lambda: Unrolled(momentum=1.0), lambda: Unrolled(truncate=3, mode="forward"),
+        lambda: Unrolled(mode="sideways"), lambda: FirstOrder(growth=0.5), lambda: DynamicBarrier(steps=0),  # type: ignore[arg-type]
+        lambda: NeumannSeries(rate=-1.0), lambda: MinimalResidual(criterion="luck"),
+        lambda: MinimalResidual(criterion="error", selection=Selection("ritz")), lambda: Selection("random"),  # type: ignore[arg-type]
+        lambda: Selection(end="middle"), lambda: Selection(dimension=0),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_refused(make: object) -> None:
+    with pytest.raises(ConfigError):
+        make()  # type: ignore[operator]
+
+
+def test_the_lower_level_is_solved_to_the_tolerance(example: Example) -> None:
+    found = solve_lower(example.functions(), example.x, torch.zeros(N, dtype=torch.double), 1e-7)
+    assert found.gradient_norm <= 1e-7
+    torch.testing.assert_close(found.y, example.y, rtol=0, atol=1e-5)
+
+
+def test_functions_of_a_problem_on_its_box() -> None:
+    problem = Logistic(dimension=3)
+    model = problem.model().to(problem.dtype)
+    unit, y = torch.tensor([0.3, 0.5, 0.8], dtype=torch.double), torch.tensor([0.2, -0.1, 0.4], dtype=torch.double)
+    functions = bilevel_functions(problem, model, BoxVariables(problem.space, {}))
+    before = weights_of(model)
+    lower, upper = functions.lower(unit, y), functions.upper(unit, y)
+    expected = torch.func.grad(lambda u, y: problem.f(problem.values(u), y), (0, 1))(unit, y)
+    torch.testing.assert_close((lower.in_x, lower.in_y), expected)
+    torch.testing.assert_close(upper.in_y, torch.func.grad(problem.F)(y))
+    assert torch.equal(upper.in_x, torch.zeros(3, dtype=torch.double))
+    assert torch.equal(weights_of(model), before)
+
+
+def test_functions_of_a_problem_with_an_upper_module() -> None:
+    class Weighted(Logistic):
+        def upper_variables(self) -> nn.Module:
+            return nn.Linear(1, self.dimension, bias=False)
+
+        def decay(self, hyperparameters: object) -> Tensor:
+            return hyperparameters["upper"].weight.flatten().exp()  # type: ignore[index, no-any-return]
+
+    problem = Weighted(dimension=3)
+    x, y = torch.tensor([-1.0, 0.1, 0.5], dtype=torch.double), torch.tensor([0.2, -0.1, 0.4], dtype=torch.double)
+    module = problem.upper_variables().to(problem.dtype)
+    functions = bilevel_functions(problem, problem.model().to(problem.dtype), ModuleVariables(module, {}))
+    expected = torch.func.grad(lambda x, y: problem.f(x.exp(), y), (0, 1))(x, y)
+    lower = functions.lower(x, y)
+    torch.testing.assert_close((lower.in_x, lower.in_y), expected)

@@ -1,0 +1,146 @@
+"""Krylov solvers and recycling against dense algebra."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from raybilevel.hypergradient import ConjugateGradients, LinearSystem, MinimalResidual, NeumannSeries, Selection
+from raybilevel.hypergradient.krylov import KrylovMemory
+from raybilevel.hypergradient.recycling import deflation
+
+N = 60
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def matrix(low: float = 1e-3, negative: int = 0) -> Tensor:
+    """Symmetric, with eigenvalues from `low` to 1 on a logarithmic scale, the smallest few turned negative."""
+    basis, _ = torch.linalg.qr(torch.randn(N, N, generator=generator(1), dtype=torch.double))
+    values = torch.logspace(np.log10(low), 0, N, dtype=torch.double)
+    values[:negative] *= -1
+    return basis * values @ basis.T
+
+
+def system(h: Tensor, seed: int = 2, target: float = 0.0) -> LinearSystem:
+    right = torch.randn(N, generator=generator(seed), dtype=torch.double)
+    jacobian = torch.randn(7, N, generator=generator(3), dtype=torch.double)
+    return LinearSystem(lambda v: h @ v, right, lambda v: jacobian @ v, target)
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradients(1e-10), MinimalResidual(1e-10), NeumannSeries(40_000)])
+def test_solvers_solve(solver: MinimalResidual) -> None:
+    h = matrix()
+    given = system(h)
+    found, memory = solver.solve(given, None)
+    torch.testing.assert_close(found.solution, torch.linalg.solve(h, given.right), rtol=1e-6, atol=1e-6)
+    again, _ = solver.solve(given, memory)
+    if not isinstance(solver, NeumannSeries):  # a warm start at the solution has nothing left to do
+        assert again.iterations == 0 and again.products == 1
+    assert found.residual <= 1e-6
+
+
+@pytest.mark.parametrize("negative", [0, 5])
+def test_minres_takes_the_iterations_of_scipy(negative: int) -> None:
+    h = matrix(negative=negative)
+    given = system(h)
+    for limit in (1, 2, 5, 17):
+        mine, _ = MinimalResidual(0.0, limit=limit).solve(given, None)
+        theirs, _ = scipy.sparse.linalg.minres(h.numpy(), given.right.numpy(), rtol=1e-300, maxiter=limit)
+        np.testing.assert_allclose(mine.solution.numpy(), theirs, rtol=1e-8, atol=1e-10)
+        true = float((given.right - h @ mine.solution).norm() / given.right.norm())
+        assert mine.residual == pytest.approx(true, rel=1e-8)
+
+
+@pytest.mark.parametrize("strategy", ["ritz", "harmonic_ritz", "ritz_generalized_singular"])
+@pytest.mark.parametrize("end", ["smallest", "largest", "mixed"])
+def test_recycled_solves_are_right_whatever_is_recycled(strategy: str, end: str) -> None:
+    solver = MinimalResidual(1e-10, selection=Selection(strategy, end, dimension=8))  # type: ignore[arg-type]
+    h, memory = matrix(), None
+    noise = torch.randn(N, N, generator=generator(4), dtype=torch.double)
+    for seed in range(5):
+        h = h + 1e-5 * (noise + noise.T)
+        given = system(h, seed)
+        found, memory = solver.solve(given, memory)
+        truth = torch.linalg.solve(h, given.right)
+        assert float((found.solution - truth).norm()) <= 1e-6 * float(truth.norm())
+        assert memory.space is not None and memory.space.vectors.shape == (N, 8)
+
+
+def test_recycled_minres_minimises_the_residual_over_both_spaces() -> None:
+    h, memory = matrix(), None
+    first = MinimalResidual(0.0, limit=20, warm_start=False, selection=Selection("ritz", dimension=5))
+    _, memory = first.solve(system(h, 5), None)
+    assert memory.space is not None
+    given = system(h, 6)
+    found, _ = MinimalResidual(0.0, limit=6, warm_start=False, selection=Selection()).solve(given, memory)
+    u, c = deflation(lambda v: h @ v, memory.space.vectors)
+    torch.testing.assert_close(c, h @ u)
+    torch.testing.assert_close(c.T @ c, torch.eye(5, dtype=torch.double))
+    residual = given.right - c @ (c.T @ given.right)
+    krylov = [residual]
+    for _ in range(5):
+        image = h @ krylov[-1]
+        krylov.append(image - c @ (c.T @ image))
+    basis, _ = torch.linalg.qr(torch.stack(krylov, 1))
+    both = torch.cat([u, basis], 1)
+    best = torch.linalg.lstsq(h @ both, given.right[:, None]).solution
+    least = float((given.right - h @ both @ best[:, 0]).norm() / given.right.norm())
+    true = float((given.right - h @ found.solution).norm() / given.right.norm())
+    # never below the minimum over the sum of both spaces, and at it up to rounding
+    assert found.residual == pytest.approx(least, rel=1e-6) and true == pytest.approx(least, rel=1e-6)
+
+
+def test_selection_against_dense_decompositions() -> None:
+    """With W the whole space Ritz values are eigenvalues, and generalized singular values those of J H^-1."""
+    h = matrix(1e-2)
+    jacobian = torch.randn(80, N, generator=generator(3), dtype=torch.double)
+    w = torch.eye(N, dtype=torch.double)
+    values, vectors = scipy.linalg.eigh(h.numpy())
+    for strategy in ("ritz", "harmonic_ritz"):
+        space, products = Selection(strategy, "smallest", 4).select(w, h, lambda v: jacobian @ v)  # type: ignore[arg-type]
+        angles = scipy.linalg.subspace_angles(space.vectors.numpy(), vectors[:, :4])
+        assert angles.max() < 1e-6 and products == 0
+        space, _ = Selection(strategy, "largest", 4).select(w, h, lambda v: jacobian @ v)  # type: ignore[arg-type]
+        assert scipy.linalg.subspace_angles(space.vectors.numpy(), vectors[:, -4:]).max() < 1e-6
+    quotient = (jacobian @ torch.linalg.inv(h)).numpy()
+    _, singular, right = scipy.linalg.svd(quotient, full_matrices=False)
+    expected = np.linalg.solve(h.numpy(), right[:4].T)
+    space, products = Selection("ritz_generalized_singular", "largest", 4).select(w, h, lambda v: jacobian @ v)
+    assert scipy.linalg.subspace_angles(space.vectors.numpy(), expected).max() < 1e-6 and products == N
+    residual = torch.randn(N, generator=generator(9), dtype=torch.double)
+    assert space.estimator is not None
+    # the whole space: the estimate is the error itself
+    assert space.estimator.norm(residual) == pytest.approx(np.linalg.norm(quotient @ residual.numpy()), rel=1e-8)
+    assert singular[0] > values[0]
+
+
+def test_the_error_criterion_stops_where_the_estimate_says() -> None:
+    h = matrix(1e-2)
+    selection = Selection("ritz_generalized_singular", "largest", 10)
+    whole, memory = MinimalResidual(1e-10, warm_start=False, selection=selection).solve(system(h), None)
+    iterations = [whole.iterations]
+    for target in (1.0, 10.0):
+        solver = MinimalResidual(1e-10, "error", warm_start=False, selection=selection)
+        found, _ = solver.solve(system(h, target=target), memory)
+        assert found.error is not None and found.error <= target
+        iterations.append(found.iterations)
+    assert iterations == sorted(iterations, reverse=True) and len(set(iterations)) == 3
+
+
+def test_a_right_side_of_zero_has_the_solution_zero() -> None:
+    zero = torch.zeros(N, dtype=torch.double)
+    given = LinearSystem(lambda v: v, zero, lambda v: v)
+    for solver in (ConjugateGradients(), MinimalResidual(), NeumannSeries(3)):
+        assert torch.equal(solver.solve(given, None)[0].solution, zero)
+    # a breakdown: the first Krylov space holds the solution
+    given = LinearSystem(lambda v: 2 * v, zero + 1, lambda v: v)
+    found, memory = MinimalResidual(0.0, selection=Selection()).solve(given, KrylovMemory(zero))
+    torch.testing.assert_close(found.solution, zero + 0.5)
+    assert memory.space is not None
