@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,15 +28,19 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """The URI of an empty bucket."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     assert SERVER is not None
-    server = subprocess.Popen([SERVER, "--host", "127.0.0.1", "--port", "0"], stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "server.log"  # not a pipe: it writes a line for each request
+    with open(log, "w") as file:
+        server = subprocess.Popen([SERVER, "--host", "127.0.0.1", "--port", "0"], stdout=file, stderr=file)
     try:
-        assert server.stderr is not None
-        port = next(found[1] for line in server.stderr if (found := re.search(r"127\.0\.0\.1:(\d+)", line)))
+        while (found := re.search(r"127\.0\.0\.1:(\d+)", log.read_text())) is None:
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
+        port = found[1]
         options = f"scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
         filesystem, _ = pyarrow.fs.FileSystem.from_uri(f"s3://bucket/?{options}")
         filesystem.create_dir("bucket")
