@@ -12,11 +12,13 @@ COMPARE ?= configs/compare/quick.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# moto's dependencies and Ray's exclude each other.
+S3 := $(VENV)/s3
 
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all compare bench-algorithm bench-recycling bench-scale check format clean
+.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-scale check format clean
 
 setup: $(STAMP)
 
@@ -37,6 +39,12 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Clusters of several nodes, killed drivers, spoilt disks, an S3 server: takes the better part of an hour.
+test-cluster: $(STAMP)
+	test -x $(S3)/bin/moto_server || $(PYTHON) -m venv $(S3)
+	$(S3)/bin/python -m pip install --quiet "moto[server]>=5"
+	RAYBILEVEL_TEST_S3=$(S3)/bin/moto_server $(BIN)/python -m pytest tests/cluster --override-ini timeout=7200 $(ARGS)
 
 # Ours against black-box searchers and implicit gradients: records, table and figures in OUT; resumable.
 bench-algorithm: $(STAMP)

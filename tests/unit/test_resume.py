@@ -97,12 +97,12 @@ def test_a_search_saved_with_a_step_under_way_takes_it_again(tmp_path: Path):
 
 def test_a_search_saved_with_a_training_under_way_knows_it(tmp_path: Path):
     checkpoints: dict[int, bytes] = {}
-    search = BilevelOptimizer(PROBLEM.space, Default(), seed=3)
+    search = BilevelOptimizer(PROBLEM.space, Default(start_points=5), seed=3)
     drive(search, checkpoints, 3)
     config = search.ask("under way")
     assert config is not None
     save(search, tmp_path / "state.json")
-    restored = restore(tmp_path / "state.json", Default())
+    restored = restore(tmp_path / "state.json", Default(start_points=5))
     assert restored.ask("under way") == config
     assert [t.index for t in restored.state.pending] == [3]
     trained, _ = train(PROBLEM, config, 3)

@@ -1,0 +1,86 @@
+"""Trials, checkpoints and state in an object store: a local S3 server in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.fs
+import pytest
+
+from raybilevel.errors import StorageError
+from raybilevel.state_file import read
+from raybilevel.storage_access import locate
+
+SERVER = os.environ.get("RAYBILEVEL_TEST_S3")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(SERVER is None, reason="RAYBILEVEL_TEST_S3 does not name a moto_server; make test-cluster does"),
+]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The URI of an empty bucket."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    assert SERVER is not None
+    log = tmp_path / "server.log"  # not a pipe: it writes a line for each request
+    with open(log, "w") as file:
+        server = subprocess.Popen([SERVER, "--host", "127.0.0.1", "--port", "0"], stdout=file, stderr=file)
+    try:
+        while (found := re.search(r"127\.0\.0\.1:(\d+)", log.read_text())) is None:
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
+        port = found[1]
+        options = f"scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
+        filesystem, _ = pyarrow.fs.FileSystem.from_uri(f"s3://bucket/?{options}")
+        filesystem.create_dir("bucket")
+        yield f"s3://bucket/run?{options}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_run_keeps_everything_in_the_bucket_and_resumes_from_it(bucket: str, tmp_path: Path) -> None:
+    def raybilevel(out: str, *more: str) -> subprocess.CompletedProcess[str]:
+        arguments = ["run", "configs/digits.yaml", "--out", str(tmp_path / out), "--storage", bucket, *more]
+        small = ["--set", "search.trainings=6", "--set", "options={train: 100, epochs: 4}"]
+        return subprocess.run(
+            [sys.executable, "-m", "raybilevel", *arguments, *small],
+            capture_output=True, text=True, env={**os.environ, "RAY_AUTH_MODE": "disabled"}, cwd=ROOT, check=False,
+        )  # fmt: skip
+
+    done = raybilevel("a")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["trainings"] == 6
+    assert summary["upper_steps"] >= 1  # a step read its checkpoint from the bucket
+    storage = locate(bucket)
+    checkpoint = summary["best"]["checkpoint"]
+    assert storage.filesystem.get_file_info(f"{checkpoint}/lower_level.pt").is_file
+    names = [f.base_name for f in storage.filesystem.get_file_info(pyarrow.fs.FileSelector(f"{storage.path}/tune"))]
+    state = max(name for name in names if name.startswith("searcher-state"))
+    local = tmp_path / "state"
+    with storage.filesystem.open_input_file(f"{storage.path}/tune/{state}") as file:
+        local.write_bytes(file.read())
+    assert len(read(local).state.done) == 6
+    again = raybilevel("b")
+    assert again.returncode == 2
+    assert "already holds a run" in again.stderr
+    resumed = raybilevel("a", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["trainings"] == 6
+
+
+def test_a_uri_that_is_wrong_is_named(bucket: str) -> None:
+    with pytest.raises(StorageError, match="connect_tmeout"):
+        locate(bucket + "&connect_tmeout=1")

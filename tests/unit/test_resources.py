@@ -1,0 +1,53 @@
+"""Resources of trainings and upper-level steps, from a config to what Tune and Ray are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import tune
+
+from raybilevel.config import ExperimentConfig, read_config, resolved
+from raybilevel.errors import ConfigError
+from raybilevel.experiment import first_bundle, trial_resources
+from raybilevel.searcher import task_options
+
+
+def config(lower: Any) -> ExperimentConfig:
+    return ExperimentConfig.model_validate(
+        {"problem": "digits", "space": {}, "search": {"trainings": 1}, "resources": {"lower": lower}}
+    )
+
+
+def test_fractions_and_custom_resources() -> None:
+    given = config({"cpu": 2, "gpu": 0.5, "fast_disk": 1})
+    assert trial_resources(given) == {"cpu": 2, "gpu": 0.5, "fast_disk": 1}
+    assert task_options(first_bundle(given)) == {"num_cpus": 2, "num_gpus": 0.5, "resources": {"fast_disk": 1}}
+
+
+def test_bundles_become_a_placement_group(tmp_path: Path) -> None:
+    given = config({"bundles": [{"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}], "strategy": "STRICT_PACK"})
+    group = trial_resources(given)
+    assert group == tune.PlacementGroupFactory([{"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}], "STRICT_PACK")
+    assert first_bundle(given) == {"cpu": 1, "gpu": 1}  # what a process holds, and so keeps from an upper-level step
+    (tmp_path / "config.yaml").write_text(resolved(given).replace("space: {}", "space: {a: {uniform: [0, 1]}}"))
+    assert read_config(tmp_path / "config.yaml").resources == given.resources  # as --resume compares them
+
+
+@pytest.mark.parametrize("lower", ["{bundles: []}", "{bundles: [{CPU: 1}], strategy: TIGHT}", "{cpu: many}"])
+def test_wrong_resources_are_named(lower: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"problem: digits\nspace: {{a: {{uniform: [0, 1]}}}}\nsearch: {{trainings: 1}}\nresources: {{lower: {lower}}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"resources\.lower"):
+        read_config(path)
+
+
+def test_a_step_asks_for_no_cpu_unless_told() -> None:
+    assert task_options({}) == {"num_cpus": 0}
+    assert task_options({"num_gpus": 1, "scheduling_strategy": "SPREAD"}) == {
+        "num_cpus": 0, "num_gpus": 1, "scheduling_strategy": "SPREAD",
+    }  # fmt: skip
+    assert task_options({"CPU": 1, "resources": {"a": 1}, "b": 2}) == {"num_cpus": 1, "resources": {"a": 1, "b": 2}}
