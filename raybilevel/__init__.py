@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from raybilevel.version import __version__
 
 if TYPE_CHECKING:
-    from raybilevel.hypergradient_trainable import hypergradient_trainable
+    from raybilevel.descent_trainable import hypergradient_trainable
     from raybilevel.problem import BilevelProblem
     from raybilevel.searcher import BilevelSearch
     from raybilevel.trainable import lower_level_trainable
@@ -16,7 +16,7 @@ __all__ = ["BilevelProblem", "BilevelSearch", "__version__", "hypergradient_trai
 _HOMES = {
     "BilevelProblem": "problem",
     "BilevelSearch": "searcher",
-    "hypergradient_trainable": "hypergradient_trainable",
+    "hypergradient_trainable": "descent_trainable",
     "lower_level_trainable": "trainable",
 }
 

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from raybilevel.config import BundlesConfig, ExperimentConfig, entries, read_config, resolved
 from raybilevel.config import Domain as ConfigDomain
+from raybilevel.descent_trainable import HYPERPARAMETERS, hypergradient_trainable
 from raybilevel.errors import ConfigError, RaybilevelError, StorageError
 from raybilevel.hypergradient.variables import check_upper_variables
-from raybilevel.hypergradient_trainable import HYPERPARAMETERS, hypergradient_trainable
 from raybilevel.levels import check_problem
 from raybilevel.lower_level import refit
 from raybilevel.methods import make_method
