@@ -42,7 +42,7 @@ def test_a_run_writes_its_summary_config_and_storage(tmp_path: Path) -> None:
     }  # fmt: skip
     assert summary["trainings"] == 7
     assert summary["failed_trainings"] == 0
-    assert summary["upper_steps"] == 4
+    assert 3 <= summary["upper_steps"] <= 6  # one may be under way at the end
     assert summary["cost"] > 7  # upper-level steps are charged
     entries = summary["history"]
     assert [entry["best_upper_loss"] for entry in entries] == sorted(
