@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raybilevel.errors import CheckpointError, NotFiniteError, ProblemError
+from raybilevel import checkpoint
+from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.levels import Levels, as_tensors, lower_gradient
 from raybilevel.problem import BilevelProblem
 
@@ -173,9 +173,7 @@ def refit(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> 
 
 
 def dump_checkpoint(training: LowerLevelTraining) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(training.state_dict(), buffer)
-    return buffer.getvalue()
+    return checkpoint.dump(training.state_dict())
 
 
 def load_checkpoint(source: bytes | Path) -> dict[str, Any]:
@@ -184,12 +182,4 @@ def load_checkpoint(source: bytes | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, damaged, or of another format version.
     """
-    try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError, ... for damaged files
-        raise CheckpointError(f"cannot read a lower-level checkpoint: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"a lower-level checkpoint has format {found}; this version reads {CHECKPOINT_FORMAT}")
-    return state
+    return checkpoint.load(source, "lower-level", CHECKPOINT_FORMAT)

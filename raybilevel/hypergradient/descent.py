@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from raybilevel.errors import CheckpointError, NotFiniteError
+from raybilevel import checkpoint
+from raybilevel.errors import NotFiniteError
 from raybilevel.hypergradient.krylov import KrylovMemory
 from raybilevel.hypergradient.lower import solve_lower
 from raybilevel.hypergradient.recycling import RecycleSpace
@@ -237,23 +237,13 @@ class BilevelDescent:
 
 
 def dump_checkpoint(descent: BilevelDescent) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(descent.state_dict(), buffer)
-    return buffer.getvalue()
+    return checkpoint.dump(descent.state_dict())
 
 
 def load_checkpoint(source: bytes | Path) -> dict[str, Any]:
-    """A descent's state from its checkpoint, on the CPU; never runs code from it.
+    """A descent's state from its checkpoint, on the CPU.
 
     Raises:
         CheckpointError: it is missing, damaged, or of another format version.
     """
-    try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError, ... for damaged files
-        raise CheckpointError(f"cannot read the checkpoint of a bilevel descent: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"a bilevel checkpoint has format {found}; this version reads {CHECKPOINT_FORMAT}")
-    return state
+    return checkpoint.load(source, "bilevel descent's", CHECKPOINT_FORMAT)
