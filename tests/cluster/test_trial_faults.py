@@ -26,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("faults", [FAULTS, pytest.param(HANGS, marks=pytest.mark.slow)], ids=["end", "hang"])
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", [FAULTS, HANGS], ids=["end", "hang"])
 def test_trials_that_go_wrong_in_every_way_are_counted(faults: tuple[str, ...], tmp_path: Path) -> None:
     problem = Faulty(str(tmp_path), faults)
     search = BilevelSearch(problem, max_concurrent=1)
