@@ -221,8 +221,12 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             logger.error("the search could not be restored and begins anew")
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Tune's periodic save; the state before is kept as well."""
+        """Tune's periodic save; the state before is kept as well, and a copy of Tune's own snapshot.
+
+        Tune has just written that, and will write over it while a thread copies it to the storage.
+        """
         snapshot.keep_previous(Path(checkpoint_dir, self.CKPT_FILE_TMPL.format(session_str)))
+        snapshot.keep_previous(Path(checkpoint_dir, f"{snapshot.EXPERIMENT_STATE}{session_str}.json"))
         super().save_to_dir(checkpoint_dir, session_str)
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:

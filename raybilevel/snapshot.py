@@ -153,7 +153,7 @@ class ResumableGenerator(SearchGenerator):  # type: ignore[misc]
 
 
 def keep_previous(path: Path) -> None:
-    """Keep a copy of a file that is about to be replaced; the file itself is there at every moment."""
+    """Keep a copy of a file that is about to be replaced; both are there, and the copy is whole, at every moment."""
     if path.exists():
         part = path.with_name(f".{PREVIOUS}{path.name}.part")
         shutil.copyfile(path, part)

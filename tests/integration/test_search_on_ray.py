@@ -17,6 +17,7 @@ from ray.tune.search import ConcurrencyLimiter
 from raybilevel import BilevelSearch, lower_level_trainable
 from raybilevel.errors import ConfigError, ProblemError, SpaceError
 from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint
+from raybilevel.snapshot import prepare_resume
 from raybilevel.storage import local_filesystem
 from tests.tiny_problems import Parabola, Unlucky
 
@@ -246,6 +247,7 @@ def test_an_interrupted_experiment_is_restored_to_exactly_its_samples(tmp_path: 
     assert first.poll() is None, "the driver ended before it could be killed"
     first.kill()
     first.wait()
+    prepare_resume(local_filesystem(), str(state))
     restored = tune.Tuner.restore(
         str(state), trainable=lower_level_trainable(Parabola()), storage_filesystem=local_filesystem()
     )

@@ -13,7 +13,9 @@ import pytest
 from ray.tune.search import Searcher
 
 from raybilevel.errors import StateError
+from raybilevel.searcher import BilevelSearch
 from raybilevel.snapshot import ResumableGenerator, TrialRecord, parse, prepare_resume, read_trials
+from tests.tiny_problems import Parabola
 
 LOCAL = pyarrow.fs.LocalFileSystem()
 
@@ -131,3 +133,13 @@ def test_the_counter_of_trials_is_the_number_of_trials(tmp_path: Path) -> None:
     again = ResumableGenerator(Fixed())
     again.restore_from_dir(str(tmp_path))
     assert again._counter == 2
+
+
+def test_a_truncated_snapshot_is_replaced_by_the_copy_that_the_searcher_keeps(tmp_path: Path) -> None:
+    search = BilevelSearch(Parabola())
+    (tmp_path / "experiment_state-1.json").write_text(snapshot("a", "b"))
+    search.save_to_dir(str(tmp_path), "1")  # as Tune does after it has written its own
+    (tmp_path / "experiment_state-1.json").write_text(snapshot("a", "b", "c")[:-9])
+    fill(tmp_path, generator_1=pickle.dumps({"counter": 2}))
+    assert prepare_resume(LOCAL, str(tmp_path)) == [str(tmp_path / "experiment_state-1.json")]
+    assert [record.trial for record in read_trials(tmp_path) or ()] == ["a", "b"]
