@@ -145,6 +145,7 @@ def test_problems_lists_what_ships() -> None:
         assert name in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DATA is None, reason="RAYBILEVEL_TEST_DATA does not name a folder with mnist_1k/ and mnist/")
 def test_the_published_setting_runs_on_the_published_data(tmp_path: Path) -> None:
     out = tmp_path / "out"
