@@ -61,7 +61,7 @@ def test_a_run_writes_its_summary_config_and_storage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_a_run_that_resume_continues(how: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["run", "configs/digits.yaml", "--out", str(out), "--set", "search.trainings=8",
+    arguments = ["run", "configs/digits.yaml", "--out", str(out), "--set", "search.trainings=6",
                  "--set", "options={train: 100, epochs: 12}"]  # fmt: skip
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     process = subprocess.Popen(
@@ -80,9 +80,9 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(how: signal.Signals, tmp_path
     resumed = raybilevel(*hint[hint.index("run") :])  # as it is printed, though the run had --set
     assert resumed.returncode == 0, resumed.stderr
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["trainings"] == 8
+    assert summary["trainings"] == 6
     points = [json.dumps(entry["hyperparameters"]) for entry in summary["history"]]
-    assert len(set(points)) == 8  # nothing was trained twice, nothing lost
+    assert len(set(points)) == 6  # nothing was trained twice, nothing lost
     other = raybilevel(*arguments[:-1], "options={train: 101}", "--resume")
     assert other.returncode == 2
     assert "differs" in other.stderr
