@@ -124,8 +124,6 @@ def hypergradient(
     system, solved to the relative residual `tolerance` (`limit_direction`); where it is not, F + m f is descended at
     a finite m (`descend`). Either may take `max_passes`.
     """
-    if inner(point.here.upper_gradient, point.here.upper_gradient) == 0:  # F does not depend on y
-        return Hypergradient(torch.zeros_like(point.unit), 0.0, 0.0, 0.0, [torch.zeros_like(w) for w in point.trained])
     direction = limit_direction(point, max_passes, tolerance)
     if direction is None:
         return descend(point, decrease, max_passes, first, tolerance)
@@ -142,7 +140,8 @@ FLAT = 1e-4
 
 
 def limit_direction(point: TrainedPoint, max_passes: float, tolerance: float) -> Tensors | None:
-    """u = lim m (y_m - y_i) for m to infinity, H u = -dF/dy with H = d2f/dy2; None where f is not convex along the way.
+    """u = lim m (y_m - y_i) for m to infinity, H u = -dF/dy with H = d2f/dy2; None where f is not convex along the way,
+    or F does not depend on y.
 
     By conjugate residuals (Stiefel 1955), whose residual falls monotonically, so that they may be cut short; each
     product with H is a difference of two gradients of f. Along directions in which f is flat (many minimisers) a
@@ -155,21 +154,23 @@ def limit_direction(point: TrainedPoint, max_passes: float, tolerance: float) ->
         return [g / length for g in point.lower(point.unit, [length * v for v in vector])[1]]
 
     residual = [-g for g in point.here.upper_gradient]
-    start = inner(residual, residual)
+    start = size = inner(residual, residual)
+    if start == 0:
+        return None
     solution: Tensors = [torch.zeros_like(r) for r in residual]
     image = product(residual)
     energy, largest = inner(residual, image), 0.0
     direction, direction_image = residual, image
     while True:
-        size = inner(residual, residual)
         largest = max(largest, abs(energy) / size)
         if energy <= FLAT * largest * size:
             return None if energy < -FLAT * largest * size or size == start else solution
         length = energy / inner(direction_image, direction_image)
         solution = [s + length * d for s, d in zip(solution, direction, strict=True)]
         residual = [r - length * h for r, h in zip(residual, direction_image, strict=True)]
+        size = inner(residual, residual)
         # two more passes are for the difference in x
-        if inner(residual, residual) <= tolerance**2 * start or point.levels.passes - begun + 3 > max_passes:
+        if size <= tolerance**2 * start or point.levels.passes - begun + 3 > max_passes:
             return solution
         image, previous = product(residual), energy
         energy = inner(residual, image)
@@ -189,6 +190,8 @@ def descend(
     here = point.here
     scale = abs(here.upper) or 1.0
     squared = inner(here.upper_gradient, here.upper_gradient)
+    if squared == 0:  # F does not depend on y
+        return Hypergradient(torch.zeros_like(point.unit), 0.0, 0.0, 0.0, [torch.zeros_like(w) for w in point.trained])
     curvature = _curvature(point, squared)
     cauchy = squared / (curvature * decrease * scale)
     multiplier = first * cauchy

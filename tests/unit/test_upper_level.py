@@ -301,9 +301,10 @@ def constant(kind: type[Ridge]) -> type[Ridge]:
     return Constant
 
 
-def test_nothing_moves_if_the_upper_level_is_constant():
+@pytest.mark.parametrize("estimate", [hypergradient, descend])
+def test_nothing_moves_if_the_upper_level_is_constant(estimate: Estimate):
     point = unfinished(constant(Logistic))
-    found = hypergradient(point, 0.05, 100)
+    found = estimate(point, 0.05, 100)
     assert found.gradient.tolist() == [0.0, 0.0, 0.0]
     assert inner(found.displacement, found.displacement) == 0
     assert (found.multiplier, found.decrease, found.slack) == (0.0, 0.0, 0.0)
