@@ -85,18 +85,16 @@ class Default:
         number = len(state.steps) + len(running)
         pending = tuple(t.unit for t in state.pending)
         step = UpperStep(number, "region", self._incumbent(state), state, seed + 1000 * number, pending=pending)
-        origins = [t.proposal.origin for t in state.trainings] + [other.origin for other in running]
-        look = replace(step, origin="fill" if origins.count("fill") < origins.count("global") else "global")
-        regions = self.open_regions(state, running)
         if number % self.explore_every == self.explore_every - 1:
-            return look
+            return self._look(step, running)
+        regions = self.open_regions(state, running)
         busy = {region.began: self._under_way(region, state, running) for region in regions}
         if not regions or (min(busy.values()) > 0 and len(regions) < min(slots, self.max_regions)):
             start = self._next_start(state, running)
             if start is not None:
                 regions, busy = (*regions, TrustRegion(start, start, self.region.initial)), {**busy, start: 0}
         if not regions:
-            return look
+            return self._look(step, running)
         region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper))
         claimed = {index for step in running for index in step.targets}
         newest = self._members(region.began, state)[-1]
@@ -111,6 +109,12 @@ class Default:
             targets=tuple(i for i in lacking if i not in claimed),
             rank=busy[region.began],
         )
+
+    @staticmethod
+    def _look(step: UpperStep, running: tuple[UpperStep, ...]) -> UpperStep:
+        """The step as a look at the whole box, of the kind of which there have been fewer."""
+        origins = [t.proposal.origin for t in step.state.trainings] + [other.origin for other in running]
+        return replace(step, origin="fill" if origins.count("fill") < origins.count("global") else "global")
 
     def converged(self, state: SearchState) -> bool:
         """Every region that was begun has settled or collapsed."""
