@@ -145,11 +145,11 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader)  # a SafeLoader
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Read a config file, with overrides such as "search.trainings=40".
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, unchecked.
 
     Raises:
-        ConfigError: it is missing, not YAML, or a key is unknown, missing or wrong; file and key are named.
+        ConfigError: it is missing, not YAML, or holds something else.
     """
     try:
         raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
@@ -159,6 +159,16 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         raise ConfigError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    return raw
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a config file, with overrides such as "search.trainings=40".
+
+    Raises:
+        ConfigError: it is missing, not YAML, or a key is unknown, missing or wrong; file and key are named.
+    """
+    raw = read_mapping(path)
     for override in overrides:
         apply_override(raw, override)
     try:

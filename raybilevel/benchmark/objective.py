@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -85,11 +85,7 @@ class Objective:
     @property
     def best(self) -> int:
         """Index of the lowest F; 0 before there is one."""
-        return min(
-            (i for i, o in enumerate(self.observed) if o.upper is not None),
-            key=lambda i: self.observed[i].upper or 0.0,
-            default=0,
-        )
+        return lowest(o.upper for o in self.observed)
 
     def value(self, unit: Tensor) -> float:
         """F after a training at a point of the unit cube, shape (d,); the worst F so far where the training fails."""
@@ -135,6 +131,12 @@ class Objective:
             if math.isnan(observed.cost):
                 observed.cost = round(cost, 4)
         return [observed.plain() for observed in self.observed]
+
+
+def lowest(uppers: Iterable[float | None]) -> int:
+    """Index of the lowest F, where None is a training that failed; 0 before there is one."""
+    known = [(upper, i) for i, upper in enumerate(uppers) if upper is not None]
+    return min(known)[1] if known else 0
 
 
 def generator(seed: int) -> torch.Generator:

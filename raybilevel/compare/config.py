@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from raybilevel.benchmark.suite import space_of
@@ -20,8 +19,8 @@ from raybilevel.config import (
     ResourcesConfig,
     SearchConfig,
     apply_override,
-    parse_yaml,
     read_config,
+    read_mapping,
 )
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.problems import make_problem
@@ -229,14 +228,7 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
     Raises:
         ConfigError: it is missing, not YAML, or a key is unknown, missing or wrong; file and key are named.
     """
-    try:
-        raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config file: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    raw = read_mapping(path)
     if scale is not None:
         scales = raw.get("scales") or {}
         if scale not in scales:

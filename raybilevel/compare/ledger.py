@@ -10,6 +10,7 @@ from typing import Any
 
 from ray.tune import Callback, Stopper
 
+from raybilevel.benchmark.objective import lowest
 from raybilevel.compare.config import Budget
 from raybilevel.space import Space, flatten, nest
 from raybilevel.trainable import FINISHED, PASSES
@@ -216,11 +217,7 @@ class Ledger(Callback):  # type: ignore[misc]
     @property
     def best(self) -> int:
         """Index of the lowest F; 0 before there is one."""
-        return min(
-            (i for i, o in enumerate(self.observed) if o.upper is not None),
-            key=lambda i: self.observed[i].upper or 0.0,
-            default=0,
-        )
+        return lowest(o.upper for o in self.observed)
 
     def observations(self) -> list[dict[str, Any]]:
         """Everything observed, with its cost: shares of a training are those of the run's average one."""
