@@ -100,6 +100,7 @@ class MethodEntry(Entry):
     only:     the problems on which it runs; all if not given.
     budget:   at most; as `caps` of a problem.
     slots:    trainings and upper-level steps at once, on a simulated clock: its cost is the time, in trainings.
+    seeds:    at most.
     """
 
     method: str
@@ -107,6 +108,7 @@ class MethodEntry(Entry):
     only: tuple[str, ...] | None = None
     budget: float = Field(math.inf, gt=0)
     slots: int = Field(1, ge=1)
+    seeds: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def known(self) -> MethodEntry:
@@ -156,7 +158,8 @@ class Suite(Entry):
                     budget = min(
                         entry.budget or self.budget, entry.caps.get(method, math.inf), self.methods[method].budget
                     )
-                    if seed >= (entry.seeds or self.seeds) or not low <= dimension_of(entry) <= high:
+                    seeds = min(entry.seeds or self.seeds, self.methods[method].seeds or math.inf)
+                    if seed >= seeds or not low <= dimension_of(entry) <= high:
                         continue
                     found.append(Run(problem, entry, method, self.methods[method], seed, budget, self.marks, data))
         return found

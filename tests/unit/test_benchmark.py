@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raybilevel.benchmark import records, report
-from raybilevel.benchmark.__main__ import main
+from raybilevel.benchmark.__main__ import main, narrowed, parser
 from raybilevel.benchmark.objective import BudgetSpent, Objective
 from raybilevel.benchmark.ours import bilevel
 from raybilevel.benchmark.reference import ImplicitGradient
@@ -109,6 +109,20 @@ def test_seeds_and_ablations_make_a_difference() -> None:
     assert units[0] != units[1]
     steps = execute(run_of("default", budget=9, hypergradients=False))["steps"]
     assert steps and all(not step["hypergradients"] for step in steps)
+
+
+def test_methods_and_problems_may_have_seeds_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(
+        "seeds: 2\nmethods: {random: {method: random}, diagonal: {method: diagonal, seeds: 1}}\n"
+        "problems: {a: {problem: ridge, options: {groups: 5}}, b: {problem: ridge, options: {groups: 30}, seeds: 3}}\n"
+    )
+    suite = read_suite(path)
+    found = [(run.problem_name, run.method_name) for run in suite.runs(None)]
+    counts = [found.count((p, m)) for p in ("a", "b") for m in ("random", "diagonal")]
+    assert counts == [2, 1, 3, 1]
+    asked = narrowed(suite, parser().parse_args([str(path), "--out", str(tmp_path), "--seeds", "4"]))
+    assert len(asked.runs(None)) == 16
 
 
 def test_a_failure_is_recorded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
