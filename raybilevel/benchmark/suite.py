@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raybilevel.benchmark import peers, reference
 from raybilevel.benchmark.objective import BudgetSpent, Objective
 from raybilevel.benchmark.ours import bilevel, configured
+from raybilevel.config import in_words, read_mapping
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.lower_level import refit
 from raybilevel.methods import METHODS
@@ -183,13 +183,9 @@ def read_suite(path: str | Path) -> Suite:
         ConfigError: it cannot be read, or a key is wrong; the key is named.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return Suite.model_validate(content)
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        return Suite.model_validate(read_mapping(path))
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{path}: {wrong}") from error
+        raise ConfigError(f"{path}: {in_words(error)}") from error
 
 
 @dataclass(frozen=True)

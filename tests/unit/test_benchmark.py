@@ -194,7 +194,7 @@ def test_the_command_narrows_the_suite_and_refuses_unknown_names(
         ("methods: {m: {method: default, settings: {warp: 1}}}\nproblems: {}", "no setting 'warp'"),
         ("methods: {m: {method: random}}\nproblems: {a: {problem: ridge, caps: {n: 1}}}", "'n'"),
         ("methods: {m: {method: random, only: [b]}}\nproblems: {a: {problem: ridge}}", "'b'"),
-        ("speed: 1\nmethods: {}\nproblems: {}", "speed: Extra inputs"),
+        ("speed: 1\nmethods: {}\nproblems: {}", "speed: no such key"),
     ],
 )
 def test_a_wrong_config_names_the_key(tmp_path: Path, text: str, told: str) -> None:
