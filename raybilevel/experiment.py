@@ -110,6 +110,7 @@ def run(
         try:
             analysis = tune_run(config, problem, searcher, place, resume, view)
         finally:
+            searcher.cancel_steps()
             view.update(searcher.state, 0)
             view.close()
         if len(searcher.state.told) < config.search.trainings and not searcher.exhausted:

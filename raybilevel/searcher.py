@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,15 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._idle_since = time.monotonic()
         self._tasks: dict[int, ray.ObjectRef] = {}
         self._shared: ray.ObjectRef | None = None
+        self._samples: int | None = None
+        self._completed: set[str] = set()
         if space is not None:
             self._set_up(space)
 
     # The contract with Tune.
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        self._samples = spec.get("num_samples")
         if self._optimizer is not None:
             return False
         self._metric = metric or self._metric
@@ -169,8 +173,12 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             logger.debug("ignoring trial %s, which this search did not suggest", trial_id)
             return
         self._tell(trial_id, None if error else result)
+        self._completed.add(trial_id)
         self._collect()
-        self._launch()
+        if self._samples is not None and len(self._completed) >= self._samples:
+            self.cancel_steps()
+        else:
+            self._launch()
 
     def add_evaluated_point(
         self,
@@ -281,6 +289,24 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     @property
     def steps_under_way(self) -> int:
         return len(self._tasks)
+
+    def cancel_steps(self, timeout: float = 0.0) -> None:
+        """Cancel upper-level steps under way; they are planned again if the search goes on.
+
+        For the end of a run, so that no step reads a storage that may be gone, or holds a GPU. The search does it by
+        itself after the last of Tune's `num_samples` trials, a number that it does not know after a restore.
+
+        timeout: seconds to wait for their ends.
+        """
+        tasks, self._tasks = list(self._tasks.values()), {}
+        for task in tasks:
+            ray.cancel(task)
+        if tasks and timeout:
+            for task in ray.wait(tasks, num_returns=len(tasks), timeout=timeout)[0]:
+                with suppress(ray.exceptions.RayError):
+                    ray.get(task)
+        if self._optimizer is not None:
+            self._optimizer.running.clear()
 
     def checkpoint_of(self, training: Training) -> str | None:
         """Where a training's weights lie on the experiment's filesystem."""
