@@ -120,6 +120,7 @@ def test_a_driver_killed_fifty_times_ends_with_the_same_observations(tmp_path: P
         stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT, check=True,
     )  # fmt: skip
     report = json.loads(done.stdout.splitlines()[-1])
+    assert report["killed"] == int(kills)
     assert report["trials"] == report["observed"] == 30
     assert report["points_trained_twice"] == 0
     assert report["same_observations"]
