@@ -288,6 +288,11 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            f"--address {address}: over Ray Client the search runs in a process that this command does not see; "
+            "submit the command to the cluster by `ray job submit`"
+        )
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray").setLevel(logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # on Ctrl-C it gives advice for a script, not for a command

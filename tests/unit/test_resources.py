@@ -10,7 +10,7 @@ from ray import tune
 
 from raybilevel.config import ExperimentConfig, read_config, resolved
 from raybilevel.errors import ConfigError
-from raybilevel.experiment import first_bundle, trial_resources
+from raybilevel.experiment import cluster, first_bundle, trial_resources
 from raybilevel.searcher import task_options
 
 
@@ -51,3 +51,8 @@ def test_a_step_asks_for_no_cpu_unless_told() -> None:
         "num_cpus": 0, "num_gpus": 1, "scheduling_strategy": "SPREAD",
     }  # fmt: skip
     assert task_options({"CPU": 1, "resources": {"a": 1}, "b": 2}) == {"num_cpus": 1, "resources": {"a": 1, "b": 2}}
+
+
+def test_a_command_over_ray_client_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="ray job submit"), cluster("ray://192.0.2.1:10001"):
+        pass
