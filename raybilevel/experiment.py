@@ -228,8 +228,11 @@ def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Sto
     if resume:
         if not begun:
             raise ConfigError(f"--resume: there is no run in {place.path}; leave --resume out to begin one")
-        if read_config(saved) != config:
-            raise ConfigError(f"--resume: the config differs from the one in {saved}, with which the run began")
+        if without_slots(read_config(saved)) != without_slots(config):
+            raise ConfigError(
+                f"--resume: the config differs from the one in {saved}, with which the run began; only "
+                "search.max_concurrent may"
+            )
         return
     if begun:
         raise ConfigError(
@@ -240,6 +243,10 @@ def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Sto
         saved.write_text(resolved(config), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def without_slots(config: ExperimentConfig) -> ExperimentConfig:
+    return config.model_copy(update={"search": config.search.model_copy(update={"max_concurrent": None})})
 
 
 def trial_results(searcher: BilevelSearch, analysis: Any) -> dict[int, Mapping[str, Any]]:
