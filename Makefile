@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # moto's dependencies and Ray's exclude each other.
 S3 := $(VENV)/s3
+# What Ray needs to take jobs, beside $(VENV): with it every local Ray would start more processes.
+HOSTS := $(VENV)/hosts
 
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -40,11 +42,17 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Clusters of several nodes, killed drivers, spoilt disks, an S3 server: takes the better part of an hour.
+# Clusters of several nodes and of separate hosts, killed drivers, spoilt disks, an S3 server: takes more than an hour,
+# and root on Linux.
 test-cluster: $(STAMP)
 	test -x $(S3)/bin/moto_server || $(PYTHON) -m venv $(S3)
 	$(S3)/bin/python -m pip install --quiet "moto[server]>=5"
-	RAYBILEVEL_TEST_S3=$(S3)/bin/moto_server $(BIN)/python -m pytest tests/cluster --override-ini timeout=7200 $(ARGS)
+	test -x $(HOSTS)/bin/python || $(PYTHON) -m venv $(HOSTS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(HOSTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints.txt "ray[default]"
+	RAYBILEVEL_TEST_S3=$(CURDIR)/$(S3)/bin/moto_server RAYBILEVEL_TEST_HOSTS=$(CURDIR)/$(HOSTS)/bin/python \
+		$(BIN)/python -m pytest tests/cluster --override-ini timeout=7200 $(ARGS)
 
 # Ours against black-box searchers and implicit gradients: records, table and figures in OUT; resumable.
 bench-algorithm: $(STAMP)

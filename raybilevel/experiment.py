@@ -110,6 +110,7 @@ def run(
         try:
             analysis = tune_run(config, problem, searcher, place, resume, view)
         finally:
+            searcher.cancel_steps()
             view.update(searcher.state, 0)
             view.close()
         if len(searcher.state.told) < config.search.trainings and not searcher.exhausted:
@@ -227,8 +228,11 @@ def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Sto
     if resume:
         if not begun:
             raise ConfigError(f"--resume: there is no run in {place.path}; leave --resume out to begin one")
-        if read_config(saved) != config:
-            raise ConfigError(f"--resume: the config differs from the one in {saved}, with which the run began")
+        if without_slots(read_config(saved)) != without_slots(config):
+            raise ConfigError(
+                f"--resume: the config differs from the one in {saved}, with which the run began; only "
+                "search.max_concurrent may"
+            )
         return
     if begun:
         raise ConfigError(
@@ -239,6 +243,10 @@ def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Sto
         saved.write_text(resolved(config), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def without_slots(config: ExperimentConfig) -> ExperimentConfig:
+    return config.model_copy(update={"search": config.search.model_copy(update={"max_concurrent": None})})
 
 
 def trial_results(searcher: BilevelSearch, analysis: Any) -> dict[int, Mapping[str, Any]]:
@@ -287,6 +295,11 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            f"--address {address}: over Ray Client the search runs in a process that this command does not see; "
+            "submit the command to the cluster by `ray job submit`"
+        )
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray").setLevel(logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # on Ctrl-C it gives advice for a script, not for a command

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ UPPER_LOSS = "upper_loss"
 MOST_SLOTS = 16
 FAILED_STEPS_IN_A_ROW = 3
 SECONDS_OF_SILENCE = 60.0
+SECONDS_BETWEEN_LOOKS = 5.0
 
 
 class BilevelSearch(Searcher):  # type: ignore[misc]
@@ -60,7 +62,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         descent), or a method object with settings of your own.
     seed: of everything the search draws.
     max_concurrent: trainings and upper-level steps under way at once; by default as many as the cluster has GPUs (or,
-        without any, CPUs), 16 at most.
+        without any, CPUs) at the time, 16 at most. A cluster that adds nodes on demand needs a number here: it adds
+        none for a search that asks for no more than there is.
     points_to_evaluate: configurations to train first, nested as the space is.
     upper_resources: Ray resources of an upper-level step, e.g. {"gpu": 0.5, "my_resource": 1}, or options of a Ray
         task ("scheduling_strategy", ...); by default one GPU where the problem's device is "cuda", else none: a step
@@ -115,14 +118,19 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._early: list[tuple[Mapping[str, Any], float | None]] = []
         self._restored_at: float | None = None
         self._idle_since = time.monotonic()
+        self._next_look = 0.0
+        self._made = time.time()
         self._tasks: dict[int, ray.ObjectRef] = {}
         self._shared: ray.ObjectRef | None = None
+        self._samples: int | None = None
+        self._completed: set[str] = set()
         if space is not None:
             self._set_up(space)
 
     # The contract with Tune.
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        self._samples = spec.get("num_samples")
         if self._optimizer is not None:
             return False
         self._metric = metric or self._metric
@@ -142,6 +150,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         optimizer = self._ready()
+        self._follow_cluster()
         self._collect()
         self._find_lost()
         config = optimizer.ask(trial_id)
@@ -169,8 +178,12 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             logger.debug("ignoring trial %s, which this search did not suggest", trial_id)
             return
         self._tell(trial_id, None if error else result)
+        self._completed.add(trial_id)
         self._collect()
-        self._launch()
+        if self._samples is not None and len(self._completed) >= self._samples:
+            self.cancel_steps()
+        else:
+            self._launch()
 
     def add_evaluated_point(
         self,
@@ -236,21 +249,19 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         that was observed is lost with a state file, at most the upper-level steps in it. Trials that the snapshot does
         not know will never report, so their points are asked again.
         """
-        name = self.CKPT_FILE_TMPL.format("*")
+        there = snapshot.synced(Path(checkpoint_dir).glob("*" + self.CKPT_FILE_TMPL.format("*")), self._made)
         newest_first = [
             path
-            for current in sorted(
-                {p.name.removeprefix(snapshot.PREVIOUS) for p in Path(checkpoint_dir).glob("*" + name)}
-            )[::-1]
+            for current in sorted({path.name.removeprefix(snapshot.PREVIOUS) for path in there})[::-1]
             for path in (Path(checkpoint_dir, current), Path(checkpoint_dir, snapshot.PREVIOUS + current))
-            if path.exists()
+            if path in there
         ]
         used = next((path for path in newest_first if self._restored(path)), None)
         if used is None:
             logger.error("no state of the search can be read in %s; it begins anew", checkpoint_dir)
         elif used != newest_first[0]:
             logger.error("the search goes on from an older state, %s", used)
-        records = snapshot.read_trials(checkpoint_dir)
+        records = snapshot.read_trials(checkpoint_dir, self._made)
         if records is not None and self._optimizer is not None:
             self._reconcile(records, report=used is None or used != newest_first[0])
 
@@ -281,6 +292,24 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     @property
     def steps_under_way(self) -> int:
         return len(self._tasks)
+
+    def cancel_steps(self, timeout: float = 0.0) -> None:
+        """Cancel upper-level steps under way; they are planned again if the search goes on.
+
+        For the end of a run, so that no step reads a storage that may be gone, or holds a GPU. The search does it by
+        itself after the last of Tune's `num_samples` trials, a number that it does not know after a restore.
+
+        timeout: seconds to wait for their ends.
+        """
+        tasks, self._tasks = list(self._tasks.values()), {}
+        for task in tasks:
+            ray.cancel(task)
+        if tasks and timeout:
+            for task in ray.wait(tasks, num_returns=len(tasks), timeout=timeout)[0]:
+                with suppress(ray.exceptions.RayError):
+                    ray.get(task)
+        if self._optimizer is not None:
+            self._optimizer.running.clear()
 
     def checkpoint_of(self, training: Training) -> str | None:
         """Where a training's weights lie on the experiment's filesystem."""
@@ -464,6 +493,12 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                     f"The last error: {failure}"
                 ) from failure
 
+    def _follow_cluster(self) -> None:
+        """Without a given number of slots, nodes that join or leave change it."""
+        if self._slots is None and ray.is_initialized() and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
+            self._ready().slots = default_slots()
+
     def _warn_of_starvation(self) -> None:
         if self._tasks and time.monotonic() - self._idle_since > SECONDS_OF_SILENCE:
             self._idle_since = time.monotonic()
@@ -487,10 +522,14 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: without what belongs to one Ray session. Steps under way are planned again."""
         kept = dict(self.__dict__)
-        kept["_tasks"], kept["_shared"] = {}, None
+        kept["_tasks"], kept["_shared"], kept["_next_look"] = {}, None, 0.0
         if self._optimizer is not None:
             kept["_optimizer"] = self._optimizer.without_running()
         return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._made = time.time()
 
 
 @ray.remote(max_retries=3)  # type: ignore[untyped-decorator]

@@ -11,13 +11,14 @@ import json
 import logging
 import pickletools
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
-from ray.tune.search import SearchGenerator
+from ray.tune.search import Searcher, SearchGenerator
 
 from raybilevel.errors import StateError
 
@@ -27,6 +28,7 @@ EXPERIMENT_STATE = "experiment_state-"
 GENERATOR_STATE = "search_gen_state-"
 PREVIOUS = "previous-"
 DAMAGED = ".damaged"
+CLOCK_TICK = 0.1
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,24 @@ def parse(text: str) -> list[TrialRecord]:
         raise StateError(f"not a snapshot of trials ({type(error).__name__}: {error})") from error
 
 
-def read_trials(folder: str | Path) -> list[TrialRecord] | None:
-    """The trials of the newest snapshot in a local folder; None where there is none that can be read."""
-    snapshots = sorted(Path(folder).glob(f"{EXPERIMENT_STATE}*.json"))
+def synced(paths: Iterable[Path], since: float) -> list[Path]:
+    """Of files in the folder into which Tune copies the storage before it resumes, those that it has copied there.
+
+    Others, with newer names, may be left from an earlier driver in the same Ray session that was killed before they
+    reached the storage; the trials that Tune resumes are not in them.
+
+    since: when the resuming searcher was made, in seconds since 1970. Where no file is so new, all of them.
+    """
+    found = list(paths)
+    return [path for path in found if path.stat().st_mtime >= since - CLOCK_TICK] or found
+
+
+def read_trials(folder: str | Path, since: float = 0.0) -> list[TrialRecord] | None:
+    """The trials of the newest snapshot in a local folder; None where there is none that can be read.
+
+    since: see `synced`.
+    """
+    snapshots = sorted(synced(Path(folder).glob(f"{EXPERIMENT_STATE}*.json"), since))
     if not snapshots:
         return None
     try:
@@ -88,7 +105,8 @@ def prepare_resume(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
     aside = []
 
     def newest_whole(prefix: str, check: Callable[[bytes], object]) -> object:
-        for name in sorted((name for name in paths if name.startswith(prefix)), reverse=True):
+        current = {name.removeprefix(PREVIOUS) for name in paths}  # of a new one its copy alone may be there
+        for name in sorted((name for name in current if name.startswith(prefix)), reverse=True):
             for candidate in (name, PREVIOUS + name):
                 if candidate not in paths:
                     continue
@@ -97,11 +115,12 @@ def prepare_resume(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
                         content = check(file.read())
                 except (StateError, UnicodeDecodeError) as error:
                     logger.error("%s: %s; the one before it is used", paths[candidate], error)
-                    filesystem.move(paths[candidate], paths[candidate] + DAMAGED)
-                    aside.append(paths[candidate])
+                    aside.append(paths.pop(candidate))
+                    filesystem.move(aside[-1], aside[-1] + DAMAGED)
                     continue
                 if candidate != name:
-                    filesystem.move(paths[candidate], paths[name])
+                    paths[name] = paths[candidate].removesuffix(candidate) + name
+                    filesystem.move(paths.pop(candidate), paths[name])
                 return content
         return None
 
@@ -141,13 +160,21 @@ class ResumableGenerator(SearchGenerator):  # type: ignore[misc]
     Tune pickles without a checksum, is kept twice. Give it to Tune in the place of the searcher that it wraps.
     """
 
+    def __init__(self, searcher: Searcher) -> None:
+        super().__init__(searcher)
+        self._made = time.time()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._made = time.time()
+
     def save_to_dir(self, dirpath: str, session_str: str) -> None:
         keep_previous(Path(dirpath, self.CKPT_FILE_TMPL.format(session_str)))
         super().save_to_dir(dirpath, session_str)
 
     def restore_from_dir(self, dirpath: str) -> None:
         super().restore_from_dir(dirpath)
-        trials = read_trials(dirpath)
+        trials = read_trials(dirpath, self._made)
         if trials is not None:
             self._counter = len(trials)
 

@@ -1,12 +1,13 @@
 """What a search costs its driver, and how many slots it keeps busy: make bench-scale.
 
-    python -m raybilevel.benchmark.scale latency|memory|slots|overhead|sharing|all [--trials N] [--slots 1,2,4]
+    python -m raybilevel.benchmark.scale latency|memory|slots|overhead|sharing|sharded|all [--trials N] [--slots 1,2,4]
 
 latency:  of `suggest` and `on_trial_complete` with 1,000 observations in 20 dimensions, the searcher alone.
 memory:   of the searcher at 10,000 observations.
 slots:    idle slots at up to 256 slots, in simulated time: the real search, trainings and steps that only take time.
 overhead: the driver's processor time per trial and the efficiency on a real local Ray, against random search there.
 sharing:  seconds a trial with a problem of 40 MB, against one of none.
+sharded:  several searches with a part of the space each against one, at the same number of slots, in simulated time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ray import cloudpickle
 from torch import Tensor, nn
 
 from raybilevel import BilevelProblem, BilevelSearch, lower_level_trainable
+from raybilevel.benchmark.sharded import sharded
 from raybilevel.methods.base import UpperResult, UpperStep
 from raybilevel.optimizer import BilevelOptimizer
 from raybilevel.problem import Hyperparameters, Level
@@ -292,7 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="make bench-scale", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("latency", "memory", "slots", "overhead", "sharing", "all"))
+    parser.add_argument("what", choices=("latency", "memory", "slots", "overhead", "sharing", "sharded", "all"))
     parser.add_argument("--trials", type=int, default=1000, help="of overhead")
     parser.add_argument("--seconds", type=float, default=0.5, help="a training of overhead sleeps")
     parser.add_argument("--slots", default="1,2,4,8", help="of overhead: each is a process")
@@ -305,6 +307,7 @@ def main() -> None:
         "slots": lambda: slots([int(count) for count in given.simulated.split(",")]),
         "overhead": lambda: overhead(given.trials, counts, given.seconds),
         "sharing": sharing,
+        "sharded": sharded,
     }
     for name, part in parts.items():
         if given.what in (name, "all"):

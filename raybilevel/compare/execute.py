@@ -55,6 +55,8 @@ Record = dict[str, Any]
 PACKAGES = ("optuna", "hyperopt", "ax-platform", "bayesian-optimization", "hpbandster", "ConfigSpace")
 MANY = 10_000
 """Trials at most, where the budget is not counted in trainings."""
+SECONDS_TO_CANCEL = 10.0
+"""For upper-level steps that the end of a run cuts off."""
 
 
 def execute(run: Run, news: Callable[[Ledger], None] = lambda ledger: None) -> Record:
@@ -92,6 +94,8 @@ def execute(run: Run, news: Callable[[Ledger], None] = lambda ledger: None) -> R
         failure = f"{type(raised).__name__}: {first_line(raised)}"
         record["traceback"] = traceback.format_exc()
     finally:
+        if searcher is not None and isinstance(searcher.inner, BilevelSearch):
+            searcher.inner.cancel_steps(SECONDS_TO_CANCEL)
         shutil.rmtree(folder, ignore_errors=True)
     observations = ledger.observations()
     status = "failed" if failure else "interrupted" if ledger.interrupted else "done"

@@ -4,6 +4,7 @@
 
 Each life resumes the experiment in another way: `Tuner.restore`, `tune.run(resume="AUTO")`, or what `raybilevel run
 --resume` does. Prints one line of JSON: how often it was killed, and whether both experiments observed the same.
+Stopped by Ctrl-C or SIGTERM and called again with the same folder, it goes on from there.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,6 @@ cluster.shutdown()
 """
 """In a process of its own: this one is forked, so it must not hold connections."""
 RESUMES = ("Tuner.restore", "tune.run", "--resume")
-LONGEST_LIFE = 120.0
 
 
 def config(samples: int) -> ExperimentConfig:
@@ -83,7 +85,7 @@ def live(address: str, folder: Path, samples: int, how: str | None) -> None:
         )  # fmt: skip
         return
     folder.mkdir(parents=True)
-    (folder / experiment.CONFIG_FILE).write_text(resolved(settings))
+    (folder / experiment.CONFIG_FILE).write_text(resolved(experiment.with_method(settings)))
     tune.Tuner(
         trainable,
         param_space=space,
@@ -122,6 +124,25 @@ def ended(child: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
+def wait(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed(child: int, folder: Path, chance: random.Random) -> int | None:
+    """None when it was killed at a random moment, after up to two new files; its exit status if it ended before."""
+    before, wanted = progress(folder), chance.randrange(3)
+    while progress(folder) - before < wanted:
+        if (status := ended(child)) is not None:
+            return status
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, 1.5))
+    if (status := ended(child)) is not None:
+        return status
+    os.kill(child, signal.SIGKILL)
+    wait(child)
+    return None
+
+
 def progress(folder: Path) -> int:
     """What a driver has written so far: trials and checkpoints."""
     return len(list((folder / experiment.TUNE_FOLDER).glob("lower_level_*"))) + len(
@@ -139,54 +160,50 @@ def values(state: SearchState) -> list[tuple[Any, ...]]:
 
 
 def main(root: Path, kills: int, samples: int) -> dict[str, Any]:
-    chance = random.Random(1)
+    folder, ledger = root / "killed", root / "kills"
+    ledger.touch()
+    lives = ledger.read_text().splitlines()
+    chance = random.Random(len(lives))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    command = [sys.executable, "-c", CLUSTER]
     cluster = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert cluster.stdin is not None and cluster.stdout is not None
     address = next(line for line in cluster.stdout if line.startswith("address")).split()[1]
+    child = 0
     try:
-        undisturbed = fork(address, root / "undisturbed", samples, None)
-        while (status := ended(undisturbed)) is None:
-            time.sleep(0.2)
-        assert status == 0, (root / "undisturbed.log").read_text()[-3000:]
-        killed, lives, folder = 0, 0, root / "killed"
-        while True:
+        if not (root / "undisturbed is done").exists():
+            shutil.rmtree(root / "undisturbed", ignore_errors=True)
+            child = fork(address, root / "undisturbed", samples, None)
+            assert wait(child) == 0, (root / "undisturbed.log").read_text()[-3000:]
+            (root / "undisturbed is done").touch()
+            child = 0
+        status: int | None = None
+        while status is None:
             begun = (folder / experiment.TUNE_FOLDER / "tuner.pkl").exists()
-            how = RESUMES[lives % len(RESUMES)] if begun else None
-            if how is None and folder.exists():
-                for path in sorted(folder.rglob("*"), reverse=True):
-                    path.rmdir() if path.is_dir() else path.unlink()
-                folder.rmdir()
-            lives += 1
-            child = fork(address, folder, samples, how)
-            until, before = time.monotonic() + LONGEST_LIFE, progress(folder)
-            wanted = chance.randrange(3)
-            while (status := ended(child)) is None and time.monotonic() < until:
-                if killed < kills and progress(folder) - before >= wanted:
-                    break
-                time.sleep(0.01)
-            if status is None and killed < kills:
-                time.sleep(chance.uniform(0, 1.5))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                killed += 1
-                print(f"life {lives} ({how or 'first'}): killed, {progress(folder)} files", file=sys.stderr, flush=True)
-            elif status is None:
-                while (status := ended(child)) is None:
-                    time.sleep(0.2)
-            if status is not None:
-                assert status == 0, folder.with_suffix(".log").read_text()[-3000:]
-                break
+            how = RESUMES[len(lives) % len(RESUMES)] if begun else "begun"
+            if not begun:
+                shutil.rmtree(folder, ignore_errors=True)
+            child = fork(address, folder, samples, None if how == "begun" else how)
+            status = wait(child) if len(lives) == kills else killed(child, folder, chance)
+            child = 0
+            if status is None:
+                lives.append(how)
+                ledger.write_text("\n".join(lives))
+                print(f"killed {len(lives)} times ({how}), {progress(folder)} files", file=sys.stderr, flush=True)
+        assert status == 0, folder.with_suffix(".log").read_text()[-3000:]
     finally:
+        if child:  # stopped in between
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         cluster.stdin.close()
         cluster.wait(60)
     one, other = observed(root / "undisturbed"), observed(folder)
     trials = read_trials(folder / experiment.TUNE_FOLDER) or []
     return {
-        "killed": killed,
-        "lives": lives,
+        "killed": len(lives),
+        "kills_by_how_it_had_gone_on": Counter(lives),
         "samples": samples,
         "trials": len(trials),
         "observed": len(other.done),

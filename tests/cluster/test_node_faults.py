@@ -83,6 +83,27 @@ def test_a_node_lost_in_trainings_and_in_a_step_costs_no_observation(cluster: Cl
     assert 0 <= again <= 2 * len(failures.trials)  # at most the epoch under way and the one not yet reported
 
 
+@pytest.mark.slow
+def test_a_node_that_joins_later_is_used(cluster: Cluster, tmp_path: Path) -> None:
+    first = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    problem = Slow(str(tmp_path))
+    search = BilevelSearch(problem)
+    joined: list[str] = []
+
+    def add_node() -> None:
+        wait_for(tmp_path / "pass 12")
+        joined.append(cluster.add_node(num_cpus=1).node_id)
+
+    adding = threading.Thread(target=add_node)
+    adding.start()
+    results = fit(tune.with_resources(lower_level_trainable(problem), {"cpu": 1}), search, tmp_path, 20)
+    adding.join(1)
+    assert not results.errors
+    assert {path.name.removeprefix("node ") for path in tmp_path.glob("node *")} == {first.node_id, *joined}
+    assert search._ready().slots == 2  # the search, too, counts on it
+
+
 def test_storage_that_other_nodes_do_not_see_is_refused_before_anything_is_trained(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -135,6 +156,7 @@ def test_a_driver_killed_fifty_times_ends_with_the_same_observations(tmp_path: P
         stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT, check=True,
     )  # fmt: skip
     report = json.loads(done.stdout.splitlines()[-1])
+    assert report["killed"] == int(kills)
     assert report["trials"] == report["observed"] == 30
     assert report["points_trained_twice"] == 0
     assert report["same_observations"]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +15,8 @@ import pytest
 from raybilevel.errors import StorageError
 from raybilevel.state_file import read
 from raybilevel.storage_access import locate
+from tests.cluster.s3 import CREDENTIALS, SERVER, s3_server
 
-SERVER = os.environ.get("RAYBILEVEL_TEST_S3")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(SERVER is None, reason="RAYBILEVEL_TEST_S3 does not name a moto_server; make test-cluster does"),
@@ -30,24 +28,13 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """The URI of an empty bucket."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    assert SERVER is not None
-    log = tmp_path / "server.log"  # not a pipe: it writes a line for each request
-    with open(log, "w") as file:
-        server = subprocess.Popen([SERVER, "--host", "127.0.0.1", "--port", "0"], stdout=file, stderr=file)
-    try:
-        while (found := re.search(r"127\.0\.0\.1:(\d+)", log.read_text())) is None:
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.1)
-        port = found[1]
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    with s3_server("127.0.0.1", tmp_path / "server.log") as port:
         options = f"scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
         filesystem, _ = pyarrow.fs.FileSystem.from_uri(f"s3://bucket/?{options}")
         filesystem.create_dir("bucket")
         yield f"s3://bucket/run?{options}"
-    finally:
-        server.kill()
-        server.wait()
 
 
 def test_a_run_keeps_everything_in_the_bucket_and_resumes_from_it(bucket: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import ConcurrencyLimiter
@@ -135,6 +136,41 @@ def test_trials_that_a_scheduler_stops_are_no_lower_level_optima(tmp_path: Path)
     assert stopped
     assert len(stopped) + len(search.state.done) == 8
     assert not any(t in search.state.done for t in stopped)
+
+
+def test_steps_under_way_at_the_end_of_a_run_are_cancelled(tmp_path: Path) -> None:
+    class Endless(Parabola):
+        """Upper-level steps never end; the last of the first three trainings waits until one has begun."""
+
+        def __init__(self, folder: Path) -> None:
+            super().__init__()
+            self.folder = folder
+
+        def lower_loss(self, model: Any, hyperparameters: Any, batch: Any) -> Any:
+            while hyperparameters["x"]["a"] > 1 and not (self.folder / "begun").exists():
+                time.sleep(0.05)
+            return super().lower_loss(model, hyperparameters, batch)
+
+        def upper_loss(self, model: Any, batch: Any) -> Any:
+            if torch.is_grad_enabled() and os.getpid() != driver:  # only a step differentiates F
+                (self.folder / "begun").touch()
+                try:
+                    while True:
+                        time.sleep(0.05)
+                except BaseException as end:
+                    (self.folder / "ended").write_text(type(end).__name__)
+                    raise
+            return super().upper_loss(model, batch)
+
+    driver = os.getpid()
+    search = BilevelSearch(Endless(tmp_path), max_concurrent=2)
+    fit(search, tmp_path, 3)
+    assert len(search.state.done) == 3
+    assert search.steps_under_way == 0
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "ended").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (tmp_path / "ended").read_text() == "KeyboardInterrupt"
 
 
 def test_tune_limits_the_number_of_trials_at_once(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from ray import tune
 
 from raybilevel.config import ExperimentConfig, read_config, resolved
 from raybilevel.errors import ConfigError
-from raybilevel.experiment import first_bundle, trial_resources
+from raybilevel.experiment import CONFIG_FILE, TUNE_FOLDER, cluster, first_bundle, prepare_folder, trial_resources
 from raybilevel.searcher import task_options
+from raybilevel.storage_access import locate
 
 
 def config(lower: Any) -> ExperimentConfig:
@@ -51,3 +52,22 @@ def test_a_step_asks_for_no_cpu_unless_told() -> None:
         "num_cpus": 0, "num_gpus": 1, "scheduling_strategy": "SPREAD",
     }  # fmt: skip
     assert task_options({"CPU": 1, "resources": {"a": 1}, "b": 2}) == {"num_cpus": 1, "resources": {"a": 1, "b": 2}}
+
+
+def test_a_command_over_ray_client_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="ray job submit"), cluster("ray://192.0.2.1:10001"):
+        pass
+
+
+def test_a_run_may_go_on_with_more_slots_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / TUNE_FOLDER).mkdir()
+    text = "problem: digits\nspace: {a: {uniform: [0, 1]}}\nsearch: {trainings: 9, max_concurrent: 4}\n"
+    (tmp_path / CONFIG_FILE).write_text(text)
+
+    def resume(*changes: str) -> None:
+        given = read_config(tmp_path / CONFIG_FILE, changes)
+        prepare_folder(tmp_path, given, resume=True, place=locate(tmp_path))
+
+    resume("search.max_concurrent=8")
+    with pytest.raises(ConfigError, match="differs"):
+        resume("search.max_concurrent=8", "search.seed=1")

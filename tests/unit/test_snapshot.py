@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 import pytest
+from ray import tune
 from ray.tune.search import Searcher
 
 from raybilevel.errors import StateError
@@ -133,6 +135,41 @@ def test_the_counter_of_trials_is_the_number_of_trials(tmp_path: Path) -> None:
     again = ResumableGenerator(Fixed())
     again.restore_from_dir(str(tmp_path))
     assert again._counter == 2
+
+
+def test_files_left_by_a_killed_driver_that_the_storage_lacks_are_not_read(tmp_path: Path) -> None:
+    """Tune copies the storage into a folder in which a killed driver of the same Ray session has left newer files."""
+    space = {"x": {"a": tune.uniform(0.0, 1.0)}}
+    killed = BilevelSearch(Parabola(), space=space, metric="upper_loss", mode="min", max_concurrent=1)
+    config = killed.suggest("a")
+    killed.save_to_dir(str(tmp_path), "1")
+    killed.on_trial_complete("a", error=True)
+    killed.suggest("b")
+    killed.save_to_dir(str(tmp_path), "2")
+    fill(tmp_path, generator_1=pickle.dumps({"counter": 1}), generator_2=pickle.dumps({"counter": 2}))
+    for session, trials in (("1", ["a"]), ("2", ["a", "b"])):
+        records = [
+            (json.dumps({"trial_id": trial, "status": "PENDING", "config": config}), json.dumps({})) for trial in trials
+        ]
+        (tmp_path / f"experiment_state-{session}.json").write_text(json.dumps({"trial_data": records}))
+    for path in tmp_path.iterdir():
+        os.utime(path, (1e9, 1e9))
+    search = BilevelSearch(Parabola(), metric="upper_loss", mode="min", max_concurrent=1)
+    again = pickle.loads(pickle.dumps(search))  # as `Tuner.restore` has it
+    for name in ("experiment_state-1.json", "searcher-state-1.pkl", "search_gen_state-1.json"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes())
+    for restored in (search, again):
+        restored.restore_from_dir(str(tmp_path))
+        assert set(restored._ready().trials) == {"a"}
+    assert [record.trial for record in read_trials(tmp_path, search._made) or ()] == ["a"]
+    assert [record.trial for record in read_trials(tmp_path) or ()] == ["a", "b"]
+
+
+def test_of_the_newest_snapshot_its_copy_alone_may_have_reached_the_storage(tmp_path: Path) -> None:
+    fill(tmp_path, experiment_1=snapshot("a"), generator_1=pickle.dumps({"counter": 1}))
+    (tmp_path / "previous-experiment_state-2.json").write_text(snapshot("a", "b"))
+    assert prepare_resume(LOCAL, str(tmp_path)) == []
+    assert [record.trial for record in read_trials(tmp_path) or ()] == ["a", "b"]
 
 
 def test_a_truncated_snapshot_is_replaced_by_the_copy_that_the_searcher_keeps(tmp_path: Path) -> None:
