@@ -18,6 +18,7 @@ from raybilevel.problems.mnist import Mnist, Mnist1K
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
+from raybilevel.problems.treatment import TreatmentEffects
 from raybilevel.problems.weighting import NoisyLabels
 
 PROBLEMS: dict[str, type[BilevelProblem]] = {
@@ -36,6 +37,7 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
     "regularisation_parameters": RegularisationParameters,
     "ridge": Ridge,
     "several_optima": SeveralOptima,
+    "treatment_effects": TreatmentEffects,
 }
 
 
