@@ -18,7 +18,7 @@ S3 := $(VENV)/s3
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-treatment bench-scale check format clean
+.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-treatment bench-equilibrium bench-scale check format clean
 
 setup: $(STAMP)
 
@@ -68,6 +68,10 @@ bench-recycling: $(STAMP)
 # Effects of a treatment by learned weights against inverse propensities: table, treatment.json and figure in OUT.
 bench-treatment: $(STAMP)
 	$(BIN)/python -m raybilevel.benchmark.treatment --out "$(OUT)" $(ARGS)
+
+# A deep-equilibrium classifier: accuracy, and memory of a gradient; ARGS="--config configs/equilibrium_mnist.yaml" with DATA.
+bench-equilibrium: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.equilibrium $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

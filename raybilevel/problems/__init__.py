@@ -11,6 +11,7 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
+from raybilevel.problems.equilibrium import EquilibriumDigits
 from raybilevel.problems.imaging import FieldsOfExperts, RegularisationParameters
 from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed
@@ -26,6 +27,7 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
     "cleaning": HyperCleaning,
     "digits": DigitsPerceptron,
     "digits_logistic": DigitsLogistic,
+    "equilibrium": EquilibriumDigits,
     "fields_of_experts": FieldsOfExperts,
     "income": Income,
     "long_tail": LongTailed,
