@@ -18,7 +18,7 @@ S3 := $(VENV)/s3
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-treatment bench-equilibrium bench-scale check format clean
+.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-treatment bench-equilibrium bench-few-shot bench-scale check format clean
 
 setup: $(STAMP)
 
@@ -72,6 +72,10 @@ bench-treatment: $(STAMP)
 # A deep-equilibrium classifier: accuracy, and memory of a gradient; ARGS="--config configs/equilibrium_mnist.yaml" with DATA.
 bench-equilibrium: $(STAMP)
 	$(BIN)/python -m raybilevel.benchmark.equilibrium $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
+
+# A learned initialisation against a random one and joint training: table, few_shot.json and figure in OUT.
+bench-few-shot: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.few_shot --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -66,7 +66,7 @@ def chart(errors: Mapping[str, Interval]) -> Chart:
 def main(arguments: Sequence[str] | None = None) -> None:
     assert __doc__ is not None
     about = __doc__.splitlines()[0]
-    given = arguments_parser("treatment", about, "configs/treatment_effects.yaml", 20).parse_args(arguments)
+    given = arguments_parser("treatment", about, "configs/treatment_effects.yaml", 50).parse_args(arguments)
     config = read_config(given.config, given.set)
     method, console = descent_method(config), wide_console()
     found: list[dict[str, Any]] = []

@@ -12,6 +12,7 @@ from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
 from raybilevel.problems.equilibrium import EquilibriumDigits
+from raybilevel.problems.few_shot import FewShot
 from raybilevel.problems.imaging import FieldsOfExperts, RegularisationParameters
 from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed
@@ -28,6 +29,7 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
     "digits": DigitsPerceptron,
     "digits_logistic": DigitsLogistic,
     "equilibrium": EquilibriumDigits,
+    "few_shot": FewShot,
     "fields_of_experts": FieldsOfExperts,
     "income": Income,
     "long_tail": LongTailed,

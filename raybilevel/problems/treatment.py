@@ -37,6 +37,22 @@ class Batch(NamedTuple):
     treated: Tensor
 
 
+class Distances(NamedTuple):
+    """Between units: each pair's, (n, n); each unit's mean to all, (n,); the mean of all, ()."""
+
+    pairs: Tensor
+    to_all: Tensor
+    mean: Tensor
+
+    @classmethod
+    def between(cls, covariates: Tensor) -> Distances:
+        pairs = torch.cdist(covariates, covariates)
+        return cls(pairs, pairs.mean(1), pairs.mean())
+
+    def to(self, like: Tensor) -> Distances:
+        return Distances(*(part.to(like) for part in self))
+
+
 class UnitWeights(nn.Module):
     """The upper-level variable: covariates, (n, 4), and treatment, (n,) -> weights, (n,), with mean 1 in either arm, by
     a network 5-hidden-1."""
@@ -129,12 +145,11 @@ class TreatmentEffects(BilevelProblem):
         return Units(covariates, treated, (outcome - outcome.mean()) / self.scale, effect)
 
     @cached_property
-    def distance(self) -> Tensor:
-        """Between the covariates of all units, (n, n)."""
-        return torch.cdist(self.everyone.covariates, self.everyone.covariates)
+    def distances(self) -> Distances:
+        return Distances.between(self.everyone.covariates)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("everyone", "distance", "scale")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("everyone", "distances", "scale")}
 
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Batch]:
         everyone, cut = self.everyone, round((1 - self.validation) * self.units)
@@ -163,7 +178,7 @@ class TreatmentEffects(BilevelProblem):
 
     def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
         weights = hyperparameters["upper"](batch.everyone, batch.treated)
-        balance = energy_distances(weights, batch.treated, self.distance.to(weights))
+        balance = energy_distances(weights, batch.treated, self.distances.to(weights))
         return self.risk(model, hyperparameters, batch.units) + self.imbalance * balance.sum()
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -195,12 +210,11 @@ def observed(z: Tensor) -> Tensor:
     )
 
 
-def energy_distances(weights: Tensor, treated: Tensor, distance: Tensor) -> Tensor:
+def energy_distances(weights: Tensor, treated: Tensor, distances: Distances) -> Tensor:
     """Of either arm, weighted, to all units alike, (2,): 2 E|U - V| - E|U - U'| - E|V - V'|."""
-    to_all, within = distance.mean(1), distance.mean()
     arms = torch.stack([weights * (1 - treated), weights * treated])
     arms = arms / arms.sum(1, keepdim=True)
-    return 2 * arms @ to_all - ((arms @ distance) * arms).sum(1) - within
+    return 2 * arms @ distances.to_all - ((arms @ distances.pairs) * arms).sum(1) - distances.mean
 
 
 def regressed(units: Units, weights: Tensor, decay: float) -> Tensor:

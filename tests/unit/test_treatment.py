@@ -12,7 +12,7 @@ from raybilevel.hypergradient import solve_lower
 from raybilevel.hypergradient.descent import BilevelDescent
 from raybilevel.hypergradient.variables import weights_of
 from raybilevel.methods.hypergradient import HypergradientDescent
-from raybilevel.problems.treatment import TreatmentEffects, energy_distances, estimators, regressed
+from raybilevel.problems.treatment import Distances, TreatmentEffects, energy_distances, estimators, regressed
 
 METHOD = HypergradientDescent(
     steps=40, rate=0.1, lower="tolerance", lower_tolerance=1e-4, solver_settings={"tolerance": 1e-4}
@@ -21,7 +21,7 @@ METHOD = HypergradientDescent(
 
 def test_energy_distances_by_hand() -> None:
     points = torch.tensor([[0.0], [2.0], [0.0], [2.0]], dtype=torch.double)
-    distance = torch.cdist(points, points)
+    distance = Distances.between(points)
     treated = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.double)
     alike = torch.ones(4, dtype=torch.double)
     torch.testing.assert_close(energy_distances(alike, treated, distance), torch.zeros(2, dtype=torch.double))
