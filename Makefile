@@ -14,11 +14,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # moto's dependencies and Ray's exclude each other.
 S3 := $(VENV)/s3
+PEERS := $(VENV)/peers
 
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-treatment bench-equilibrium bench-few-shot bench-scale check format clean
+.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-treatment bench-equilibrium bench-few-shot bench-peers bench-scale check format clean
 
 setup: $(STAMP)
 
@@ -76,6 +77,15 @@ bench-equilibrium: $(STAMP)
 # A learned initialisation against a random one and joint training: table, few_shot.json and figure in OUT.
 bench-few-shot: $(STAMP)
 	$(BIN)/python -m raybilevel.benchmark.few_shot --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# One hypergradient by torchopt, boat-torch, higher and raybilevel: table and hypergradient_peers.json in OUT. The peers
+# live in a virtual environment of their own, which sees the project's: boat-torch asks for an older numpy.
+bench-peers: $(STAMP)
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -c 'import site, sys; open(site.getsitepackages()[0] + "/project.pth", "w").write(sys.argv[1])' \
+		"$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	$(PEERS)/bin/python -m pip install --quiet --no-deps boat-torch==1.1.1 graphviz==0.21 higher==0.2.1 optree==0.20.0 torchopt==0.7.3
+	$(PEERS)/bin/python -W ignore -m raybilevel.benchmark.hypergradient_peers --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
