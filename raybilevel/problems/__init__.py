@@ -48,6 +48,8 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
 def make_problem(name: str, options: Mapping[str, Any] | None = None, data: str | None = None) -> BilevelProblem:
     """A problem by name, with options of its constructor; `data`, the folder of data files, for those that read any.
 
+    The option `device` of all is where trainings run, e.g. "cuda".
+
     Raises:
         ConfigError: there is no such problem, or it has no such option.
     """
@@ -55,15 +57,19 @@ def make_problem(name: str, options: Mapping[str, Any] | None = None, data: str 
         raise ConfigError(f"unknown problem {name!r}; choose one of {', '.join(sorted(PROBLEMS))}")
     known = option_names(PROBLEMS[name])
     given = dict(options or {})
+    device = given.pop("device", None)
     if data is not None and "data" in known:
         given.setdefault("data", data)
     for option in given:
         if option not in known:
             raise ConfigError(f"problem {name!r} has no option {option!r}; it has {', '.join(known)}")
     try:
-        return PROBLEMS[name](**given)
+        problem = PROBLEMS[name](**given)
     except TypeError as error:
         raise ConfigError(f"problem {name!r}: {error}") from error
+    if device is not None:
+        problem.device = device
+    return problem
 
 
 def option_names(problem: type[BilevelProblem]) -> list[str]:
