@@ -66,6 +66,12 @@ class BilevelProblem(ABC):
         a fixed seed, another one for each start."""
         return None
 
+    def lower_map(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
+        """g at the model's parameters y, where the lower level is a fixed point y = g(x, y), an equilibrium, and not a
+        minimum (method "hypergradient" with lower "fixed_point"): shape (rows, n / rows), the parameters in their
+        order; rows are independent of each other, e.g. examples. `lower_loss` is then some measure of y - g(x, y)."""
+        raise NotImplementedError(f"{type(self).__name__} has no lower_map")
+
     def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
         """F on one batch where it depends on x itself, and not through the weights only."""
         return self.upper_loss(model, batch)

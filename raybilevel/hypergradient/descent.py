@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from raybilevel import checkpoint
-from raybilevel.errors import NotFiniteError
+from raybilevel.errors import NotFiniteError, ProblemError
+from raybilevel.hypergradient.fixed_point import AndersonAcceleration
 from raybilevel.hypergradient.krylov import KrylovMemory
 from raybilevel.hypergradient.lower import solve_lower
 from raybilevel.hypergradient.recycling import RecycleSpace
@@ -63,6 +64,8 @@ class BilevelDescent:
         self.x = nn.Parameter(x)
         self.adam = torch.optim.Adam([self.x], lr=settings.rate)
         self.functions = bilevel_functions(problem, self.model, self.variables)
+        if settings.lower == "fixed_point" and self.functions.lower_map is None:
+            raise ProblemError(f"{type(problem).__name__} has no lower_map(), which lower='fixed_point' needs")
         with self._random():
             self.optimizer = problem.optimizer(self.model)
         self.step = 0
@@ -159,6 +162,10 @@ class BilevelDescent:
             y = solve_lower(self.functions, x, weights_of(model), self.settings.lower_tolerance).y
             set_weights(model, y)
             return y
+        if self.settings.lower == "fixed_point":
+            y = self._fixed_point(x, weights_of(model))
+            set_weights(model, y)
+            return y
         problem, size = self.problem, 0
         given = self.variables.hyperparameters(x)
         with self._random():
@@ -180,6 +187,13 @@ class BilevelDescent:
             model.eval()
         self.training_passes += epochs
         return weights_of(model)
+
+    def _fixed_point(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = len(self.functions.mapped(x, y))
+        found = AndersonAcceleration(self.settings.lower_tolerance).solve(
+            lambda z: self.functions.mapped(x, z.flatten()), y.view(rows, -1)
+        )
+        return found.y.flatten()
 
     @contextmanager
     def _random(self, seed: int | None = None) -> Iterator[None]:
