@@ -18,7 +18,7 @@ S3 := $(VENV)/s3
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-scale check format clean
+.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-graph bench-scale check format clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,10 @@ compare: $(STAMP)
 # Krylov iterations that recycling saves when filters of an image regulariser are learned: table and recycling.json in OUT.
 bench-recycling: $(STAMP)
 	$(BIN)/python -m raybilevel.benchmark.recycling --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# Learned edges of Cora and Citeseer against those that are left and a nearest-neighbour graph: table, graph.json and figures.
+bench-graph: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.graph --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
+from raybilevel.problems.graph import GraphStructure
 from raybilevel.problems.imaging import FieldsOfExperts, RegularisationParameters
 from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed
@@ -26,6 +27,7 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
     "digits": DigitsPerceptron,
     "digits_logistic": DigitsLogistic,
     "fields_of_experts": FieldsOfExperts,
+    "graph_structure": GraphStructure,
     "income": Income,
     "long_tail": LongTailed,
     "many_minimisers": ManyMinimisers,
