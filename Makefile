@@ -18,7 +18,7 @@ S3 := $(VENV)/s3
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-graph bench-scale check format clean
+.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-graph bench-architecture bench-scale check format clean
 
 setup: $(STAMP)
 
@@ -68,6 +68,10 @@ bench-recycling: $(STAMP)
 # Learned edges of Cora and Citeseer against those that are left and a nearest-neighbour graph: table, graph.json and figures.
 bench-graph: $(STAMP)
 	$(BIN)/python -m raybilevel.benchmark.graph --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# Architectures of a cell by a descent against random ones at equal cost; ARGS="--config configs/architecture_cifar.yaml" with DATA.
+bench-architecture: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.architecture $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

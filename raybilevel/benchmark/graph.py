@@ -20,10 +20,8 @@ DIR gets graph.json, a figure, and runs/, a file for each measurement; those tha
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from raybilevel.benchmark.families import (
     arguments_parser,
@@ -35,6 +33,7 @@ from raybilevel.benchmark.families import (
     wide_console,
     write_json,
 )
+from raybilevel.benchmark.kept import kept
 from raybilevel.config import ExperimentConfig, read_config, resolved
 from raybilevel.problems import make_problem
 from raybilevel.problems.graph import GraphStructure, nearest
@@ -67,7 +66,7 @@ def accuracies(problem: GraphStructure, config: ExperimentConfig, seed: int) -> 
     start = problem.start_probabilities()
     found = descend(problem, descent_method(config), seed)
     return {
-        "given": problem.accuracies(problem.given, seed=seed)["test"],
+        "given": found["given_accuracy"],
         "start": problem.accuracies(problem.candidates, start, seed=seed)["test"],
         "start+": problem.accuracies(problem.candidates, start, "labelled", seed)["test"],
         "learned": found["test_accuracy"],
@@ -75,16 +74,6 @@ def accuracies(problem: GraphStructure, config: ExperimentConfig, seed: int) -> 
         "upper_loss": found["upper_loss"],
         "homophily": found["homophily"],
     }
-
-
-def recorded(file: Path, settings: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """From the file where it was made with the same settings, else measured and written there."""
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if saved.get("settings") != settings:
-        saved = {"settings": settings, "found": measure()}
-        write_json(file, saved)
-    found: dict[str, float] = saved["found"]
-    return found
 
 
 def chart(graph: str, rows: Mapping[float, Mapping[str, Interval]]) -> Chart:
@@ -132,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 measure_near = partial(neighbour_accuracy, near, seed)
                 measure = partial(accuracies, problem, config, seed)
                 one = {
-                    **recorded(runs / f"{graph}-neighbours-{seed}.json", settings, measure_near),
-                    **recorded(runs / f"{graph}-{missing:g}-{seed}.json", settings, measure),
+                    **kept(runs / f"{graph}-neighbours-{seed}.json", settings, measure_near),
+                    **kept(runs / f"{graph}-{missing:g}-{seed}.json", settings, measure),
                 }
                 rows.append(one)
                 said = ", ".join(f"{name} {one[name]:.3f}" for name in COLUMNS)

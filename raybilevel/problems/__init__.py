@@ -8,6 +8,7 @@ from typing import Any
 
 from raybilevel.errors import ConfigError
 from raybilevel.problem import BilevelProblem
+from raybilevel.problems.architecture import Architecture
 from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
@@ -22,6 +23,7 @@ from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
 from raybilevel.problems.weighting import NoisyLabels
 
 PROBLEMS: dict[str, type[BilevelProblem]] = {
+    "architecture": Architecture,
     "cifar_lenet": CifarLenet,
     "cleaning": HyperCleaning,
     "digits": DigitsPerceptron,
