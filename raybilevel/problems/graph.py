@@ -14,32 +14,20 @@ from raybilevel import datasets
 from raybilevel.errors import ConfigError
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level, move
 from raybilevel.problems.classification import check_positive, data_folder
+from raybilevel.problems.sparse import Pattern, Sparse, pattern
 
 GIVEN, NEIGHBOUR, ONLY_NEIGHBOUR = 0.9, 0.1, 0.5
 """Probabilities at the start: of a given edge; of a nearest neighbour beside given edges, and without any."""
 
 
-class Sparse(NamedTuple):
-    """A sparse matrix: row and column numbers and entries, each (e,), and how many rows it has."""
-
-    row: Tensor
-    column: Tensor
-    entry: Tensor
-    rows: int
-
-    def times(self, dense: Tensor) -> Tensor:
-        """The product with a matrix, (columns, d) -> (rows, d); twice differentiable in both."""
-        terms = self.entry[:, None] * dense[self.column]
-        return dense.new_zeros(self.rows, dense.shape[1]).index_add(0, self.row, terms)
-
-
 class Nodes(NamedTuple):
-    """Numbers of some nodes and their labels, int64, (b,); features of all nodes, (n, f); candidate edges, (m, 2)."""
+    """Numbers of some nodes and their labels, int64, (b,); features of all nodes, (n, f); where the graph of the
+    candidate edges has entries."""
 
     nodes: Tensor
     labels: Tensor
     features: Sparse
-    edges: Tensor
+    graph: Pattern
 
 
 class GraphConvolution(nn.Module):
@@ -114,21 +102,30 @@ class GraphStructure(BilevelProblem):
         words = self.citations.features
         words = words / words.norm(dim=1, keepdim=True).clamp_min(1e-12)
         row, column = words.nonzero(as_tuple=True)
-        return Sparse(row, column, words[row, column], len(words))
+        return Sparse(pattern(row, column, *words.shape), words[row, column])
+
+    @property
+    def count(self) -> int:
+        """How many nodes there are."""
+        return len(self.citations.labels)
 
     @cached_property
     def given(self) -> Tensor:
         """The edges that are left, (m, 2)."""
         edges = self.citations.edges
         order = torch.randperm(len(edges), generator=torch.Generator().manual_seed(self.data_seed))
-        return undirected(edges[order[: round((1 - self.missing) * len(edges))]], self.features.rows)
+        return undirected(edges[order[: round((1 - self.missing) * len(edges))]], self.count)
 
     @cached_property
     def candidates(self) -> Tensor:
         """The given edges first, then those to nearest neighbours that are not among them, (m, 2)."""
-        near, nodes = nearest(self.citations.features, self.neighbours), self.features.rows
+        near, nodes = nearest(self.citations.features, self.neighbours), self.count
         code = torch.tensor([nodes, 1])
         return torch.cat([self.given, near[~torch.isin(near @ code, self.given @ code)]])
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        return adjacency(self.candidates, self.count)
 
     @cached_property
     def parts(self) -> dict[str, Tensor]:
@@ -143,7 +140,7 @@ class GraphStructure(BilevelProblem):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the data, so that a worker is sent little and reads its own."""
-        read = ("citations", "features", "given", "candidates", "parts")
+        read = ("citations", "features", "given", "candidates", "pattern", "parts")
         return {name: value for name, value in self.__dict__.items() if name not in read}
 
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Nodes]:
@@ -151,7 +148,7 @@ class GraphStructure(BilevelProblem):
 
     def nodes(self, part: str) -> Nodes:
         nodes = self.parts[part]
-        return Nodes(nodes, self.citations.labels[nodes], self.features, self.candidates)
+        return Nodes(nodes, self.citations.labels[nodes], self.features, self.pattern)
 
     def model(self) -> nn.Module:
         found = self.citations
@@ -177,14 +174,8 @@ class GraphStructure(BilevelProblem):
         raise NotImplementedError("F depends on the edges: upper_loss_at")
 
     def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Nodes) -> Tensor:
-        logits = self.logits(model, batch, batch.edges, hyperparameters["upper"]())
-        return cross_entropy(logits[batch.nodes], batch.labels)
-
-    @staticmethod
-    def logits(model: nn.Module, batch: Nodes, edges: Tensor, probabilities: Tensor) -> Tensor:
-        """Of all nodes, (n, c)."""
-        found: Tensor = model(batch.features, normalised(edges, probabilities, batch.features.rows))
-        return found
+        graph = normalised(batch.graph, hyperparameters["upper"]())
+        return cross_entropy(model(batch.features, graph)[batch.nodes], batch.labels)
 
     def selection_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> float:
         batch = move(self.nodes("selection"), self.device, self.dtype)
@@ -197,7 +188,7 @@ class GraphStructure(BilevelProblem):
         nodes (`refit_accuracy`)."""
         batch = move(self.nodes("test"), self.device, self.dtype)
         probabilities = hyperparameters["upper"]()
-        logits = self.logits(model, batch, batch.edges, probabilities)[batch.nodes]
+        logits = model(batch.features, normalised(batch.graph, probabilities))[batch.nodes]
         ends = self.citations.labels[self.candidates].to(probabilities.device)
         same = (ends[:, 0] == ends[:, 1]).to(probabilities)
         near = nearest(self.citations.features, self.neighbours)
@@ -220,7 +211,7 @@ class GraphStructure(BilevelProblem):
         """
         weights = torch.ones(len(edges), dtype=self.dtype) if probabilities is None else probabilities.detach()
         batch = move(self.nodes(part), self.device, self.dtype)
-        adjacency = normalised(edges.to(self.device), weights.to(self.device), batch.features.rows)
+        graph = normalised(move(adjacency(edges, self.count), self.device, self.dtype), weights.to(self.device))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.model().to(self.device, self.dtype)
@@ -229,7 +220,7 @@ class GraphStructure(BilevelProblem):
         def closure() -> float:
             optimizer.zero_grad()
             squares = torch.stack([w.square().sum() for w in model.parameters()]).sum()
-            logits = model(batch.features, adjacency)[batch.nodes]
+            logits = model(batch.features, graph)[batch.nodes]
             loss = cross_entropy(logits, batch.labels) + self.decay / 2 * squares
             loss.backward()
             return loss.item()
@@ -238,22 +229,24 @@ class GraphStructure(BilevelProblem):
             for _ in range(self.epochs):
                 optimizer.step(closure)
         with torch.no_grad():
-            said = model(batch.features, adjacency).argmax(1).cpu()
+            said = model(batch.features, graph).argmax(1).cpu()
         labels = self.citations.labels
         return {name: (said[part] == labels[part]).double().mean().item() for name, part in self.parts.items()}
 
 
-def normalised(edges: Tensor, probabilities: Tensor, nodes: int) -> Sparse:
-    """D^-1/2 (P + I) D^-1/2, D the row sums of P + I.
+def adjacency(edges: Tensor, nodes: int) -> Pattern:
+    """Where P + I has entries: edges (i, j), (m, 2), undirected, each once, then (j, i), then the diagonal."""
+    loops = torch.arange(nodes)
+    row, column = torch.cat([edges[:, 0], edges[:, 1], loops]), torch.cat([edges[:, 1], edges[:, 0], loops])
+    return pattern(row, column, nodes, nodes)
 
-    edges: int64, (m, 2), undirected, each once; probabilities: their entries in P, (m,).
-    """
-    loops = torch.arange(nodes, device=edges.device)
-    row = torch.cat([edges[:, 0], edges[:, 1], loops])
-    column = torch.cat([edges[:, 1], edges[:, 0], loops])
+
+def normalised(graph: Pattern, probabilities: Tensor) -> Sparse:
+    """D^-1/2 (P + I) D^-1/2, D the row sums of P + I, whose edges have these probabilities, (m,)."""
+    nodes = len(graph.row_starts)
     entry = torch.cat([probabilities, probabilities, probabilities.new_ones(nodes)])
-    scale = entry.new_zeros(nodes).index_add(0, row, entry).rsqrt()
-    return Sparse(row, column, scale[row] * entry * scale[column], nodes)
+    scale = entry.new_zeros(nodes).index_add(0, graph.row, entry).rsqrt()
+    return Sparse(graph, scale.index_select(0, graph.row) * entry * scale.index_select(0, graph.column))
 
 
 def nearest(features: Tensor, k: int) -> Tensor:

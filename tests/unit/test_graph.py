@@ -24,11 +24,12 @@ from raybilevel.problems.graph import (
     NEIGHBOUR,
     GraphConvolution,
     GraphStructure,
-    Sparse,
+    adjacency,
     nearest,
     normalised,
     undirected,
 )
+from raybilevel.problems.sparse import Sparse, pattern
 
 DATA = os.environ.get("RAYBILEVEL_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="RAYBILEVEL_TEST_DATA does not name a folder with the data sets")
@@ -55,11 +56,23 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_normalised_graph_by_hand() -> None:
     edges, probabilities = torch.tensor([[0, 1], [1, 2]]), torch.tensor([0.5, 1.0], dtype=torch.double)
-    found = normalised(edges, probabilities, 3)
+    found = normalised(adjacency(edges, 3), probabilities)
     dense = torch.tensor([[1, 0.5, 0], [0.5, 1, 1], [0, 1, 1]], dtype=torch.double)
     scale = torch.diag(dense.sum(1).rsqrt())
     x = torch.randn(3, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(found.times(x), scale @ dense @ scale @ x)
+
+
+def test_sparse_products_have_first_and_second_derivatives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    row, column = torch.tensor([3, 0, 3, 1]), torch.tensor([1, 0, 0, 1])  # rows 2 and 4, and column 2, are empty
+    where = pattern(row, column, 5, 3)
+    entry = torch.randn(4, dtype=torch.double, generator=generator, requires_grad=True)
+    dense = torch.randn(3, 2, dtype=torch.double, generator=generator, requires_grad=True)
+    matrix = torch.zeros(5, 3, dtype=torch.double).index_put((row, column), entry)
+    torch.testing.assert_close(Sparse(where, entry).times(dense), matrix @ dense)
+    assert torch.autograd.gradcheck(lambda a, b: Sparse(where, a).times(b), (entry, dense))
+    assert torch.autograd.gradgradcheck(lambda a, b: Sparse(where, a).times(b), (entry, dense))
 
 
 def test_nearest_neighbours_by_hand() -> None:
