@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, cross_entropy
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, cross_entropy
 
 from raybilevel import datasets
 from raybilevel.errors import ConfigError
@@ -19,7 +19,7 @@ Source = Literal["digits", "mnist", "cifar10"]
 Genotype = tuple[str, ...]
 """The operation of each edge."""
 
-CELLS, CLASSES = 2, 10
+CELLS, CLASSES, QUARTERS = 2, 10, 4
 
 
 def convolution(channels: int, size: int) -> nn.Module:
@@ -66,7 +66,7 @@ class Cell(nn.Module):
 
 
 class CellNetwork(nn.Module):
-    """3x3 convolution, cell, 2x2 max pooling, cell, mean over the image, linear layer.
+    """3x3 convolution, cell, 2x2 max pooling, cell, means over the image's quarters, linear layer.
 
     choices: the operations that each edge may have; with one each it is a network as any other.
     """
@@ -78,7 +78,7 @@ class CellNetwork(nn.Module):
         )
         self.cells = nn.ModuleList(Cell(channels, nodes, choices) for _ in range(CELLS))
         self.pool = nn.MaxPool2d(2)
-        self.last = nn.Linear(channels, CLASSES)
+        self.last = nn.Linear(QUARTERS * channels, CLASSES)
         self.plain = [torch.ones(len(few)) for few in choices]
 
     def forward(self, x: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
@@ -87,7 +87,7 @@ class CellNetwork(nn.Module):
         x = self.stem(x)
         for number, cell in enumerate(self.cells):
             x = cell(self.pool(x) if number else x, given)
-        logits: Tensor = self.last(x.mean((2, 3)))
+        logits: Tensor = self.last(adaptive_avg_pool2d(torch.relu(x), 2).flatten(1))
         return logits
 
 

@@ -117,9 +117,14 @@ class GraphStructure(BilevelProblem):
         return undirected(edges[order[: round((1 - self.missing) * len(edges))]], self.count)
 
     @cached_property
+    def near(self) -> Tensor:
+        """The edges to nearest neighbours, (m, 2)."""
+        return nearest(self.citations.features, self.neighbours)
+
+    @cached_property
     def candidates(self) -> Tensor:
         """The given edges first, then those to nearest neighbours that are not among them, (m, 2)."""
-        near, nodes = nearest(self.citations.features, self.neighbours), self.count
+        near, nodes = self.near, self.count
         code = torch.tensor([nodes, 1])
         return torch.cat([self.given, near[~torch.isin(near @ code, self.given @ code)]])
 
@@ -140,7 +145,7 @@ class GraphStructure(BilevelProblem):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the data, so that a worker is sent little and reads its own."""
-        read = ("citations", "features", "given", "candidates", "pattern", "parts")
+        read = ("citations", "features", "given", "near", "candidates", "pattern", "parts")
         return {name: value for name, value in self.__dict__.items() if name not in read}
 
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Nodes]:
@@ -191,14 +196,13 @@ class GraphStructure(BilevelProblem):
         logits = model(batch.features, normalised(batch.graph, probabilities))[batch.nodes]
         ends = self.citations.labels[self.candidates].to(probabilities.device)
         same = (ends[:, 0] == ends[:, 1]).to(probabilities)
-        near = nearest(self.citations.features, self.neighbours)
         return {
             "test_loss": cross_entropy(logits, batch.labels).item(),
             "test_accuracy": (logits.argmax(1) == batch.labels).double().mean().item(),
             "edges": probabilities.sum().item(),
             "homophily": ((probabilities * same).sum() / probabilities.sum()).item(),
             "given_accuracy": self.accuracies(self.given)["test"],
-            "neighbour_accuracy": self.accuracies(near)["test"],
+            "neighbour_accuracy": self.accuracies(self.near)["test"],
             "refit_accuracy": self.accuracies(self.candidates, probabilities, "labelled")["test"],
         }
 
@@ -253,7 +257,8 @@ def nearest(features: Tensor, k: int) -> Tensor:
     """Edges between each node and the k others whose features have the highest cosine with its own, int64, (m, 2); none
     between nodes that share no feature."""
     unit = features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    similarity = unit @ unit.T
+    row, column = unit.nonzero(as_tuple=True)
+    similarity = Sparse(pattern(row, column, *unit.shape), unit[row, column]).times(unit.T)
     similarity.fill_diagonal_(0)
     value, neighbour = similarity.topk(min(k, len(features) - 1), dim=1)
     node = torch.arange(len(features))[:, None].expand_as(neighbour)
