@@ -21,7 +21,8 @@ PEERS := $(VENV)/peers
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-treatment bench-equilibrium bench-few-shot bench-peers bench-scale check format clean
+.PHONY: setup run test test-all test-cluster compare check format clean bench-algorithm bench-scale bench-recycling \
+	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers
 
 setup: $(STAMP)
 
@@ -94,6 +95,14 @@ bench-peers: $(STAMP)
 		"$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
 	$(PEERS)/bin/python -m pip install --quiet --no-deps boat-torch==1.1.1 graphviz==0.21 higher==0.2.1 optree==0.20.0 torchopt==0.7.3
 	$(PEERS)/bin/python -W ignore -m raybilevel.benchmark.hypergradient_peers --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# Learned edges of Cora and Citeseer against those that are left and a nearest-neighbour graph: table, graph.json and figures.
+bench-graph: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.graph --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# Architectures of a cell by a descent against random ones at equal cost; ARGS="--config configs/architecture_cifar.yaml" with DATA.
+bench-architecture: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.architecture $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -80,6 +80,11 @@ class BilevelProblem(ABC):
         """`evaluate` where it depends on x itself."""
         return self.evaluate(model)
 
+    def selection_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> float | None:
+        """What chooses among the x on the way of a descent, the lowest: a loss on data that neither level sees, where x
+        has variables enough to fit the upper level's. None: F."""
+        return None
+
     def refit_batches(self, generator: torch.Generator | None) -> Iterable[Batch] | None:
         """One pass over training plus validation data, for the final refit; None where a refit makes no sense."""
         return None

@@ -110,8 +110,10 @@ class BilevelDescent:
         upper = self.functions.upper(x, y).value  # a penalty estimator's own weights have seen validation data
         if not math.isfinite(upper):
             raise NotFiniteError(f"the upper-level loss is {upper} in step {self.step + 1}")
-        if upper < self.best[0]:
-            self.best = (upper, x)
+        selection = self._selection(x)
+        chosen_by = upper if selection is None else selection
+        if chosen_by < self.best[0]:
+            self.best = (chosen_by, x)
         self.memory = found.memory
         self.iterations += found.iterations
         self.products += found.products
@@ -123,6 +125,8 @@ class BilevelDescent:
             self.x.copy_(self.variables.project(self.x))
         self.step += 1
         self.last = {"upper_loss": upper, "hypergradient_norm": found.gradient.norm().item()}
+        if selection is not None:
+            self.last["selection_loss"] = selection
         return {
             **self.last,
             "lower_loss": self.functions.lower(x, y).value,
@@ -131,8 +135,9 @@ class BilevelDescent:
         }
 
     def conclude(self) -> dict[str, Any]:
-        """F, f and the problem's metrics at the x with the lowest F on the way, at weights trained anew, from the seed;
-        and x itself, as "hyperparameters", where it is a point of a box."""
+        """F, f and the problem's metrics at the x with the lowest F on the way (or selection loss, if the problem has
+        one), at weights trained anew, from the seed; and x itself, as "hyperparameters", where it is a point of a
+        box."""
         x = self.best[1]
         with self._random(self.seed):
             model: nn.Module = self.problem.model().to(self.problem.device, self.problem.dtype)
@@ -147,6 +152,15 @@ class BilevelDescent:
         found: dict[str, Any] = {"upper_loss": upper.value, "lower_loss": lower.value, **self.metrics()}
         if self.space is not None:
             found["hyperparameters"] = self.space.suggest(x.detach().cpu().double())
+        return found
+
+    def _selection(self, x: Tensor) -> float | None:
+        """The problem's selection loss at x and the weights in the model."""
+        self.model.eval()
+        with torch.no_grad():
+            found = self.problem.selection_loss_at(self.model, self.variables.hyperparameters(x))
+        if found is not None and not math.isfinite(found):
+            raise NotFiniteError(f"the selection loss is {found} in step {self.step + 1}")
         return found
 
     def metrics(self) -> dict[str, float]:

@@ -50,7 +50,8 @@ class HypergradientDescent:
 
     Inexact by design: the lower level is solved to `lower_tolerance`, or trained on for `lower_epochs`; the linear
     solve may end when the estimated error of the hypergradient is below `accuracy` times the norm of the last one. At
-    the end the lower level is trained anew, cold, at the x with the lowest F, and F there is the trial's result.
+    the end the lower level is trained anew, cold, at the x with the lowest F, or the lowest selection loss where the
+    problem has one, and F there is the trial's result.
 
     steps, rate:     of Adam, on x; the rate falls to a tenth of itself along a cosine.
     estimator:       "implicit", "unrolled", "first_order" (F2SA), "dynamic_barrier" (BOME), or, of a fixed point,

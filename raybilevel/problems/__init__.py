@@ -8,11 +8,13 @@ from typing import Any
 
 from raybilevel.errors import ConfigError
 from raybilevel.problem import BilevelProblem
+from raybilevel.problems.architecture import Architecture
 from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
 from raybilevel.problems.equilibrium import EquilibriumDigits
 from raybilevel.problems.few_shot import FewShot
+from raybilevel.problems.graph import GraphStructure
 from raybilevel.problems.imaging import FieldsOfExperts, RegularisationParameters
 from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed
@@ -24,6 +26,7 @@ from raybilevel.problems.treatment import TreatmentEffects
 from raybilevel.problems.weighting import NoisyLabels
 
 PROBLEMS: dict[str, type[BilevelProblem]] = {
+    "architecture": Architecture,
     "cifar_lenet": CifarLenet,
     "cleaning": HyperCleaning,
     "digits": DigitsPerceptron,
@@ -31,6 +34,7 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
     "equilibrium": EquilibriumDigits,
     "few_shot": FewShot,
     "fields_of_experts": FieldsOfExperts,
+    "graph_structure": GraphStructure,
     "income": Income,
     "long_tail": LongTailed,
     "many_minimisers": ManyMinimisers,
