@@ -137,11 +137,13 @@ def summarise(runs: Sequence[Run], suite: Suite, out: Path) -> int:
     everything, _ = records.read_all(out)
     for name, members in report.grouped(found, "problem_name").items():
         same = (members[0]["settings"]["problem"], members[0]["settings"]["options"])
-        best = report.best_seen([r for r in everything if (r["settings"]["problem"], r["settings"]["options"]) == same])
+        rivals = [r for r in everything if (r["settings"]["problem"], r["settings"]["options"]) == same]
         for record in members:
-            record["optimum"] = best
-        print(f"{name}: F* = {best:.6g}")
-    text = report.markdown(found, suite.marks, wrong)
+            seed = record["settings"]["seed"]
+            alike = [r for r in rivals if r["settings"]["seed"] == seed] if suite.problems[name].by_seed else rivals
+            record["optimum"] = report.best_seen(alike)
+        print(f"{name}: F* = {', '.join(f'{best:.6g}' for best in sorted({r['optimum'] for r in members}))}")
+    text = report.markdown(found, suite.marks, wrong, suite.overview)
     (out / "table.md").write_text(text, encoding="utf-8")
     drawn = report.figures(found, out / "figures")
     print(text)

@@ -77,7 +77,10 @@ class Entry(BaseModel):
 
 
 class ProblemEntry(Entry):
-    """budget: instead of the config's. methods: only these, all if not given. caps: lower budgets by method."""
+    """budget: instead of the config's. methods: only these, all if not given. caps: lower budgets by method.
+
+    by_seed: the seed's initial weights decide what F can be (networks trained for some epochs), so F* is a seed's own.
+    """
 
     problem: str
     options: dict[str, Any] = {}
@@ -85,6 +88,7 @@ class ProblemEntry(Entry):
     seeds: int | None = Field(default=None, ge=1)
     methods: tuple[str, ...] | None = None
     caps: dict[str, float] = {}
+    by_seed: bool = False
 
     @model_validator(mode="after")
     def known(self) -> ProblemEntry:
@@ -127,11 +131,12 @@ class MethodEntry(Entry):
 
 
 class Suite(Entry):
-    """budget: cost of a run, in lower-level trainings. marks: costs at which the table reports."""
+    """budget: cost of a run, in lower-level trainings. marks: costs at which the tables report, `overview` the first."""
 
     budget: float = Field(100, gt=0)
     seeds: int = Field(3, ge=1)
     marks: tuple[float, ...] = (10, 20, 50, 100)
+    overview: tuple[float, ...] = ()
     workers: int = Field(2, ge=1)
     problems: dict[str, ProblemEntry]
     methods: dict[str, MethodEntry]

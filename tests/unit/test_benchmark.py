@@ -256,12 +256,19 @@ def test_table_worked_out_by_hand() -> None:
     interval = report.Interval.of([2.0, 4.0])
     assert interval.mean == 3 and interval.half == pytest.approx(12.706, rel=1e-4)  # t_{0.975, 1} * sqrt(2) / sqrt(2)
     assert "3 ±1e+01 (50 %)" in report.markdown(runs, (5, 20))
-    assert report.curve(runs, 2.0) == (
+    assert report.curve([{**run, "optimum": 2.0} for run in runs]) == (
         [2, 4, 10],
         [0.5, 1e-6, 1e-6],
         [0.75, pytest.approx(0.5), pytest.approx(0.5)],
         [1, 1, 1],
     )
+
+
+def test_regret_may_be_of_each_seed_on_its_own() -> None:
+    runs = [record([3.0, 2.0]) | {"optimum": 1.0}, record([4.0, 5.0]) | {"optimum": 4.0}]
+    text = report.markdown(runs, (5, 10))
+    assert "F\\* = 1 to 4" in text
+    assert "3 ±1e+01 (50 %)" in text  # of 100 % and 0 %
 
 
 def test_known_optimum_counts_as_best_seen() -> None:
