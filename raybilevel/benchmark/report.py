@@ -78,7 +78,7 @@ def _incumbent(record: Record, cost: float) -> int | None:
 def markdown(
     records: Sequence[Record], marks: Sequence[float], wrong: Sequence[str] = (), shown: Sequence[float] = ()
 ) -> str:
-    """An overview at the costs `shown`, by default all marks, and one section per problem. Cells are means over seeds with 95 % t intervals."""
+    """An overview at the costs `shown` (all marks by default), and a section per problem: means over seeds."""
     records = with_optimum(records)
     end = max(r["settings"]["budget"] for r in records)
     marks = sorted({*(mark for mark in marks if mark < end), end})

@@ -131,7 +131,7 @@ class MethodEntry(Entry):
 
 
 class Suite(Entry):
-    """budget: cost of a run, in lower-level trainings. marks: costs at which the tables report, `overview` the first."""
+    """budget: cost of a run, in lower-level trainings. marks: costs at which tables report; `overview`: the first."""
 
     budget: float = Field(100, gt=0)
     seeds: int = Field(3, ge=1)
