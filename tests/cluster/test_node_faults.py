@@ -83,24 +83,32 @@ def test_a_node_lost_in_trainings_and_in_a_step_costs_no_observation(cluster: Cl
     assert 0 <= again <= 2 * len(failures.trials)  # at most the epoch under way and the one not yet reported
 
 
+class AddsNode(tune.Callback):
+    """A node joins when the second training has ended; Tune calls this in the thread that may start processes."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.ended = cluster, 0
+        self.joined: list[str] = []
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.ended += 1
+        if self.ended == 2:
+            self.joined.append(self.cluster.add_node(num_cpus=1).node_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"cluster": None, "ended": 0, "joined": []}
+
+
 @pytest.mark.slow
 def test_a_node_that_joins_later_is_used(cluster: Cluster, tmp_path: Path) -> None:
     first = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
     problem = Slow(str(tmp_path))
-    search = BilevelSearch(problem)
-    joined: list[str] = []
-
-    def add_node() -> None:
-        wait_for(tmp_path / "pass 12")
-        joined.append(cluster.add_node(num_cpus=1).node_id)
-
-    adding = threading.Thread(target=add_node)
-    adding.start()
-    results = fit(tune.with_resources(lower_level_trainable(problem), {"cpu": 1}), search, tmp_path, 20)
-    adding.join(1)
+    search, adds = BilevelSearch(problem), AddsNode(cluster)
+    trainable = tune.with_resources(lower_level_trainable(problem), {"cpu": 1})
+    results = fit(trainable, search, tmp_path, 20, callbacks=[adds])
     assert not results.errors
-    assert {path.name.removeprefix("node ") for path in tmp_path.glob("node *")} == {first.node_id, *joined}
+    assert {path.name.removeprefix("node ") for path in tmp_path.glob("node *")} == {first.node_id, *adds.joined}
     assert search._ready().slots == 2  # the search, too, counts on it
 
 

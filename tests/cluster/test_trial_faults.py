@@ -67,19 +67,28 @@ def test_a_limit_ends_what_hangs_and_nothing_else() -> None:
 
 
 class SpoilsTheStorage(tune.Callback):
-    """When the fourth trial has ended, the disk under the storage is full or cannot be written any more."""
+    """When the fourth trial has ended, the disk under the storage is full, cannot be written any more, or is gone.
+
+    Once: a restored experiment has its callbacks again.
+    """
 
     def __init__(self, disk: Path, how: str) -> None:
         self.disk, self.how, self.ended = disk, how, 0
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self.ended += 1
-        if self.ended == 4 and self.how == "full":
+        once = self.disk.with_name("spoilt")
+        if self.ended != 4 or once.exists():
+            return
+        once.touch()
+        if self.how == "full":
             with contextlib.suppress(OSError), open(self.disk / "ballast", "wb") as file:
                 while True:
                     file.write(bytes(4096))
-        if self.ended == 4 and self.how == "read-only":
+        elif self.how == "read-only":
             subprocess.run(["mount", "-o", "remount,ro", str(self.disk)], check=True)
+        else:
+            subprocess.run(["umount", "-l", str(self.disk)], check=True)
 
 
 @pytest.mark.slow
@@ -110,5 +119,36 @@ def test_a_spoilt_disk_keeps_its_last_good_state(how: str, tmp_path: Path) -> No
         assert len({result.config["x"]["a"] for result in results}) == 8
         state = state_file.read(max(run.glob("searcher-state-*.pkl"))).state
         assert len(state.done) == 8
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_storage_that_vanishes_stops_the_run_and_it_goes_on_when_the_storage_is_back(tmp_path: Path) -> None:
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("mounting a folder needs root on Linux")
+    real, disk = tmp_path / "real", tmp_path / "disk"
+    real.mkdir()
+    disk.mkdir()
+    mount = ["mount", "--bind", str(real), str(disk)]
+    subprocess.run(mount, check=True)
+    problem = Parabola()
+    trainable = lower_level_trainable(problem)
+    search = BilevelSearch(problem, max_concurrent=1)
+    run = disk / "runs" / "run"
+    with pytest.raises(Exception, match=r"upper-level steps in a row failed.*cannot read the checkpoint"):
+        fit(trainable, search, disk, 12, callbacks=[SpoilsTheStorage(disk, "vanished")])
+    before = {t.unit for t in search.state.done[:4]}
+    subprocess.run(mount, check=True)
+    try:
+        prepare_resume(local_filesystem(), str(run))
+        results = tune.Tuner.restore(
+            str(run), trainable, storage_filesystem=local_filesystem(), resume_errored=True
+        ).fit()
+        assert len(results) == 12
+        assert not results.errors
+        state = state_file.read(max(run.glob("searcher-state-*.pkl"))).state
+        assert len(state.done) == len({t.unit for t in state.done}) == 12
+        assert before <= {t.unit for t in state.done}
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
