@@ -111,7 +111,7 @@ def chart(accuracy: dict[str, Interval]) -> Chart:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     assert __doc__ is not None
-    parser = arguments_parser("few_shot", __doc__.splitlines()[0], "configs/few_shot.yaml", 5)
+    parser = arguments_parser("few_shot", __doc__.splitlines()[0], "configs/few_shot.yaml", 3)
     given = parser.parse_args(arguments)
     config, console = read_config(given.config, given.set), wide_console()
     rows: list[dict[str, float]] = []
