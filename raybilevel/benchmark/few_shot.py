@@ -6,12 +6,13 @@ From each start: the initialisation that the descent of configs/few_shot.yaml le
 whose convolutions were trained, on the images of the same tasks, to tell all their classes apart ("joint"), with a last
 layer of zeros. In every task the last layer is learned from its few examples, as near to the initialisation as
 `nearness` says: that of the config for ours, for the others the best of several on the tasks to learn from. DIR gets
-few_shot.json and a figure.
+few_shot.json and a figure; DIR/runs has every start, and those there are not run again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from raybilevel.benchmark.families import (
     wide_console,
     write_json,
 )
-from raybilevel.config import read_config
+from raybilevel.benchmark.kept import kept
+from raybilevel.config import ExperimentConfig, read_config, resolved
 from raybilevel.hypergradient.descent import BilevelDescent
 from raybilevel.problems import make_problem
 from raybilevel.problems.few_shot import FewShot, Initialisation, Tasks
@@ -76,6 +78,22 @@ def nearest(tasks: Tasks) -> float:
     return (found == tasks.query_y).double().mean().item()
 
 
+def measured(config: ExperimentConfig, data: str | None, seed: int) -> dict[str, float]:
+    """Test accuracy of all from one start, on tasks drawn by the same seed."""
+    problem = make_problem(config.problem, {**config.options, "split_seed": seed}, data)
+    assert isinstance(problem, FewShot)
+    descent = BilevelDescent(problem, {"start": float(seed)}, descent_method(config))
+    start: Initialisation = descent.variables.hyperparameters(descent.x.detach().clone())["upper"]
+    row = {
+        "nearest example": nearest(problem.splits["test"]),
+        "random": at_best_nearness(problem, start),
+        "joint": at_best_nearness(problem, joint(start, problem.splits["learn"], seed)),
+    }
+    while not descent.finished:
+        descent.run_step()
+    return {**row, OURS: descent.conclude()["test_accuracy"]}
+
+
 def chart(accuracy: dict[str, Interval]) -> Chart:
     means = [one.mean for one in accuracy.values()]
     widths = [max((i.high or i.mean) - i.mean, i.mean - (i.low or i.mean)) for i in accuracy.values()]
@@ -93,25 +111,13 @@ def chart(accuracy: dict[str, Interval]) -> Chart:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     assert __doc__ is not None
-    parser = arguments_parser("few_shot", __doc__.splitlines()[0], "configs/few_shot.yaml", 5)
+    parser = arguments_parser("few_shot", __doc__.splitlines()[0], "configs/few_shot.yaml", 3)
     given = parser.parse_args(arguments)
-    config = read_config(given.config, given.set)
-    method, console = descent_method(config), wide_console()
+    config, console = read_config(given.config, given.set), wide_console()
     rows: list[dict[str, float]] = []
     for seed in range(given.seeds):
-        problem = make_problem(config.problem, {**config.options, "split_seed": seed}, given.data)
-        assert isinstance(problem, FewShot)
-        descent = BilevelDescent(problem, {"start": float(seed)}, method)
-        x = descent.x.detach().clone()
-        start: Initialisation = descent.variables.hyperparameters(x)["upper"]
-        row = {
-            "nearest example": nearest(problem.splits["test"]),
-            "random": at_best_nearness(problem, start),
-            "joint": at_best_nearness(problem, joint(start, problem.splits["learn"], seed)),
-        }
-        while not descent.finished:
-            descent.run_step()
-        row[OURS] = descent.conclude()["test_accuracy"]
+        file = given.out / "runs" / f"{seed}.json"
+        row = kept(file, resolved(config), partial(measured, config, given.data, seed))
         rows.append(row)
         console.print(f"seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in row.items()), style="dim")
     accuracy = intervals(rows)

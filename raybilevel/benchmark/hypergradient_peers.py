@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert __doc__ is not None
     parser = arguments_parser("hypergradient_peers", __doc__.splitlines()[0], "configs/noisy_labels.yaml", 1)
     parser.add_argument("--products", type=int, default=20, help="with second derivatives, by default %(default)s")
-    parser.add_argument("--steps", type=int, default=20, help="of a descent, by default %(default)s")
+    parser.add_argument("--steps", type=int, default=10, help="of a descent, by default %(default)s")
     given = parser.parse_args(arguments)
     config, console = read_config(given.config, given.set), wide_console()
     method = descent_method(config)

@@ -4,12 +4,14 @@
 
 Each seed draws units anew, learns weights by the descent of configs/treatment_effects.yaml, and measures the error of
 the mean effect and of the units' effects, whose true values are known. The table has means over seeds with 95 %
-bootstrap intervals, and the paired difference to inverse propensities. DIR gets treatment.json and a figure.
+bootstrap intervals, and the paired difference to inverse propensities. DIR gets treatment.json and a
+figure; DIR/runs has every draw, and those there are not run again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from raybilevel.benchmark.families import (
@@ -22,7 +24,8 @@ from raybilevel.benchmark.families import (
     wide_console,
     write_json,
 )
-from raybilevel.config import read_config
+from raybilevel.benchmark.kept import kept
+from raybilevel.config import read_config, resolved
 from raybilevel.problems import make_problem
 from raybilevel.report.charts import Chart, Series
 from raybilevel.report.static import write_figures
@@ -71,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     method, console = descent_method(config), wide_console()
     found: list[dict[str, Any]] = []
     for seed in range(given.seeds):
-        found.append(descend(make_problem(config.problem, {**config.options, "data_seed": seed}), method))
+        problem = make_problem(config.problem, {**config.options, "data_seed": seed})
+        file = given.out / "runs" / f"{seed}.json"
+        found.append(kept(file, resolved(config), partial(descend, problem, method)))
         console.print(f"seed {seed}: error of the mean effect {found[-1]['ate_error']:.2f}", style="dim")
     rows = {measure: [by_name(one, measure) for one in found] for measure in ("ate_error", "pehe")}
     ate, pehe = intervals(rows["ate_error"]), intervals(rows["pehe"])

@@ -80,8 +80,8 @@ class FewShot(BilevelProblem):
     with y_t, task t's deviation from x, at first zero: implicit MAML (Rajeswaran, Finn, Kakade & Levine 2019,
     arXiv:1909.04630), of which only the last layer is learned in a task, as in ANIL (Raghu, Raghu, Bengio & Vinyals
     2020, arXiv:1909.09157), so that f is convex in y. Tasks are of MNIST digits averaged over 2x2 pixels. A class to
-    learn from is a digit of `learn` of the training images in one of four orientations, as in Santoro et al. 2016; test
-    tasks are of all other digits, upright, of the test images.
+    learn from is a digit of `learn` of the training images in one of four orientations, as in Santoro et al. 2016 (some
+    look alike: a 0 on its side is a 0); test tasks are of all other digits, upright, of the test images.
 
     data:  the folder of the data files. tasks, test_tasks: how many. queries: judged images of each class of a task.
     turns: whether the classes to learn from are turned, too, or upright digits only.
@@ -139,7 +139,7 @@ class FewShot(BilevelProblem):
             taken.append([classes[number][0] * TURNS + classes[number][1] for number in chosen])
             rows = []
             for digit, turn in (classes[number] for number in chosen):
-                picked = members[digit][torch.randint(len(members[digit]), (each,), generator=generator)]
+                picked = members[digit][torch.randperm(len(members[digit]), generator=generator)[:each]]
                 rows.append(torch.rot90(images[picked], turn, (1, 2)))
             drawn.append(torch.stack(rows))
         found = torch.stack(drawn)  # (T, ways, each, 14, 14)
