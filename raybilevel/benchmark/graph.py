@@ -2,8 +2,8 @@
 
     python -m raybilevel.benchmark.graph --data DIR --out DIR
 
-For each graph, share of missing edges and seed (of the edges removed, the halves of the validation nodes and the first
-weights), test accuracies of one network, trained on the training nodes, with
+For each graph, share of missing edges and seed (of the edges removed and the halves of the validation nodes), test
+accuracies of one network, trained on the training nodes, with
 
     given       the edges that are left;
     neighbours  a nearest-neighbour graph, of 10 or 20 by accuracy on all validation nodes;
@@ -15,7 +15,7 @@ and with the validation nodes of F, whose labels a descent uses, among the train
     start+      the expected graph at the start of the descent;
     learned+    the learned one.
 
-DIR gets graph.json, a figure, and runs/, a file for each measurement; those that are there are not made again.
+DIR gets graph.json, figures, and runs/, a file for each measurement; those that are there are not made again.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             by_share[missing] = intervals(rows)
             gains = bootstrap([row["learned"] - max(row[name] for name in BASELINES) for row in rows])
             result.append({"graph": graph, "missing": missing, "means": by_share[missing], "gain": gains, "rows": rows})
-            means = [shown(by_share[missing][name]) for name in COLUMNS]
+            means = [f"{by_share[missing][name].mean:.3f}" for name in COLUMNS]
             lines.append((f"{graph}, {missing:.0%} missing", *means, shown(gains)))
         charts.append(chart(graph, by_share))
     console.print(table(("edges", *COLUMNS, "learned less the better of the first two"), lines), highlight=False)

@@ -19,7 +19,7 @@ Source = Literal["digits", "mnist", "cifar10"]
 Genotype = tuple[str, ...]
 """The operation of each edge."""
 
-CELLS, CLASSES, QUARTERS = 2, 10, 4
+CELLS, CLASSES = 2, 10
 
 
 def convolution(channels: int, size: int) -> nn.Module:
@@ -66,19 +66,20 @@ class Cell(nn.Module):
 
 
 class CellNetwork(nn.Module):
-    """3x3 convolution, cell, 2x2 max pooling, cell, means over the image's quarters, linear layer.
+    """3x3 convolution, cell, 2x2 max pooling, cell, means over grid x grid parts of the image, linear layer.
 
     choices: the operations that each edge may have; with one each it is a network as any other.
     """
 
-    def __init__(self, inputs: int, channels: int, nodes: int, choices: Sequence[Sequence[str]]) -> None:
+    def __init__(self, inputs: int, channels: int, nodes: int, grid: int, choices: Sequence[Sequence[str]]) -> None:
         super().__init__()
+        self.grid = grid
         self.stem = nn.Sequential(
             nn.Conv2d(inputs, channels, 3, padding=1, bias=False), nn.GroupNorm(1, channels, affine=False)
         )
         self.cells = nn.ModuleList(Cell(channels, nodes, choices) for _ in range(CELLS))
         self.pool = nn.MaxPool2d(2)
-        self.last = nn.Linear(QUARTERS * channels, CLASSES)
+        self.last = nn.Linear(grid**2 * channels, CLASSES)
         self.plain = [torch.ones(len(few)) for few in choices]
 
     def forward(self, x: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
@@ -87,7 +88,7 @@ class CellNetwork(nn.Module):
         x = self.stem(x)
         for number, cell in enumerate(self.cells):
             x = cell(self.pool(x) if number else x, given)
-        logits: Tensor = self.last(adaptive_avg_pool2d(torch.relu(x), 2).flatten(1))
+        logits: Tensor = self.last(adaptive_avg_pool2d(torch.relu(x), self.grid).flatten(1))
         return logits
 
 
@@ -113,7 +114,8 @@ class Architecture(Classification):
     Test examples are those that digits leaves, or the first `test` of the official ones.
 
     source: "digits" (8 x 8), or from the data folder "mnist" (averaged to 14 x 14) or "cifar10" (16 x 16).
-    nodes, channels: of each of the two cells, which have the same architecture.
+    nodes, channels: of each of the two cells, which have the same architecture. grid: the last layer sees the means of
+        grid x grid parts of the image.
     epochs: of a training of one architecture; search_epochs: of the mixed network before the first step.
     """
 
@@ -126,6 +128,7 @@ class Architecture(Classification):
         test: int = 1000,
         nodes: int = 3,
         channels: int = 8,
+        grid: int = 2,
         epochs: int = 40,
         search_epochs: int = 20,
         batch: int = 50,
@@ -135,13 +138,15 @@ class Architecture(Classification):
     ) -> None:
         if source not in get_args(Source):
             raise ConfigError(f"unknown source {source!r}; choose one of {', '.join(get_args(Source))}")
-        check_positive(train=train, validation=validation, test=test, nodes=nodes, channels=channels, batch=batch)
-        check_positive(epochs=epochs, search_epochs=search_epochs, learning_rate=learning_rate, decay=decay)
+        check_positive(train=train, validation=validation, test=test, nodes=nodes, channels=channels, grid=grid)
+        check_positive(
+            batch=batch, epochs=epochs, search_epochs=search_epochs, learning_rate=learning_rate, decay=decay
+        )
         if source == "digits":
             check_split(train, validation)
         self.source, self.data = source, None if source == "digits" else data_folder(self, data)
         self.train, self.validation, self.test, self.split_seed = train, validation, test, split_seed
-        self.nodes, self.channels, self.batch = nodes, channels, batch
+        self.nodes, self.channels, self.grid, self.batch = nodes, channels, grid, batch
         self.training_epochs, self.epochs = epochs, search_epochs
         self.learning_rate, self.decay = learning_rate, decay
 
@@ -174,7 +179,7 @@ class Architecture(Classification):
         return self.network([tuple(OPERATIONS)] * len(edges(self.nodes)))
 
     def network(self, choices: Sequence[Sequence[str]]) -> nn.Module:
-        return CellNetwork(3 if self.source == "cifar10" else 1, self.channels, self.nodes, choices)
+        return CellNetwork(3 if self.source == "cifar10" else 1, self.channels, self.nodes, self.grid, choices)
 
     def upper_variables(self) -> nn.Module:
         return MixingWeights(self.nodes)
