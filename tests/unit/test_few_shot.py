@@ -101,6 +101,7 @@ def test_a_learned_initialisation_helps_with_new_digits() -> None:
     assert descent.conclude()["test_accuracy"] > before + 0.05
 
 
+@pytest.mark.slow
 def test_joint_training_tells_the_classes_apart() -> None:
     problem = few_shot(tasks=30, test_tasks=20)
     torch.manual_seed(0)
