@@ -16,11 +16,13 @@ STAMP := $(VENV)/.installed
 S3 := $(VENV)/s3
 # What Ray needs to take jobs, beside $(VENV): with it every local Ray would start more processes.
 HOSTS := $(VENV)/hosts
+PEERS := $(VENV)/peers
 
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster compare bench-algorithm bench-recycling bench-scale check format clean
+.PHONY: setup run test test-all test-cluster compare check format clean bench-algorithm bench-scale bench-recycling \
+	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers
 
 setup: $(STAMP)
 
@@ -72,6 +74,35 @@ compare: $(STAMP)
 # Krylov iterations that recycling saves when filters of an image regulariser are learned: table and recycling.json in OUT.
 bench-recycling: $(STAMP)
 	$(BIN)/python -m raybilevel.benchmark.recycling --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# Effects of a treatment by learned weights against inverse propensities: table, treatment.json and figure in OUT.
+bench-treatment: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.treatment --out "$(OUT)" $(ARGS)
+
+# A deep-equilibrium classifier: accuracy, and memory of a gradient; ARGS="--config configs/equilibrium_mnist.yaml" with DATA.
+bench-equilibrium: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.equilibrium $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
+
+# A learned initialisation against a random one and joint training: table, few_shot.json and figure in OUT.
+bench-few-shot: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.few_shot --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# One hypergradient by torchopt, boat-torch, higher and raybilevel: table and hypergradient_peers.json in OUT. The peers
+# live in a virtual environment of their own, which sees the project's: boat-torch asks for an older numpy.
+bench-peers: $(STAMP)
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -c 'import site, sys; open(site.getsitepackages()[0] + "/project.pth", "w").write(sys.argv[1])' \
+		"$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	$(PEERS)/bin/python -m pip install --quiet --no-deps boat-torch==1.1.1 graphviz==0.21 higher==0.2.1 optree==0.20.0 torchopt==0.7.3
+	$(PEERS)/bin/python -W ignore -m raybilevel.benchmark.hypergradient_peers --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# Learned edges of Cora and Citeseer against those that are left and a nearest-neighbour graph: table, graph.json and figures.
+bench-graph: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.graph --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# Architectures of a cell by a descent against random ones at equal cost; ARGS="--config configs/architecture_cifar.yaml" with DATA.
+bench-architecture: $(STAMP)
+	$(BIN)/python -m raybilevel.benchmark.architecture $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -187,6 +187,10 @@ def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None
         ):
             if best[key] is not None:
                 table.add_row(label, f"{best[key]:.5g}")
+    counts = ("test_loss", "solver_iterations", "second_order_products")
+    others = [f"{name} {value:.4g}" for name, value in summary["metrics"].items() if name not in counts]
+    if others:
+        table.add_row("metrics", ", ".join(others))
     failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""
     table.add_row("trainings", f"{summary['trainings']}{failed}; cost {summary['cost']:.1f} trainings in all")
     table.add_row("verdict", summary["verdict"])

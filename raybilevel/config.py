@@ -175,14 +175,19 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         config = ExperimentConfig.model_validate(raw)
         config.split_space()
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {'no such key' if e['type'] == 'extra_forbidden' else e['msg']}"
-            for e in error.errors()
-        )
-        raise ConfigError(f"{path}: {problems}") from error
+        raise ConfigError(f"{path}: {in_words(error)}") from error
     except SpaceError as error:
         raise ConfigError(f"{path}: space: {error}") from error
     return config
+
+
+def in_words(error: ValidationError) -> str:
+    """What is wrong with a config, by the dotted names of its keys."""
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or 'config'}: "
+        f"{'no such key' if e['type'] == 'extra_forbidden' else e['msg'].removeprefix('Value error, ')}"
+        for e in error.errors()
+    )
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from raybilevel.methods.hypergradient import HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.shared import Shared
 from raybilevel.space import STARTS, Space
-from raybilevel.trainable import FINISHED, PASSES, TRIAL_PATH
+from raybilevel.trainable import FINISHED, PASSES, send
 
 HYPERPARAMETERS = "hyperparameters"
 
@@ -79,15 +78,10 @@ def descend(
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             descent.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
-    path = tune.get_context().get_storage().trial_fs_path
     while not descent.finished:
-        metrics: dict[str, Any] = {**descent.run_step(), "step": descent.step, TRIAL_PATH: path}
+        metrics: dict[str, Any] = {**descent.run_step(), "step": descent.step}
         if descent.finished:
             metrics |= descent.conclude()
         metrics |= {PASSES: descent.passes, FINISHED: descent.finished}
-        if not descent.finished and descent.step % checkpoint_every:
-            tune.report(metrics)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / CHECKPOINT_FILE).write_bytes(dump_checkpoint(descent))
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+        due = descent.finished or descent.step % checkpoint_every == 0
+        send(metrics, CHECKPOINT_FILE, dump_checkpoint(descent) if due else None)

@@ -47,9 +47,10 @@ class DerivativeRBFKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
     has_lengthscale = True
 
     def __init__(self, dimension: int, ard: bool = True) -> None:
-        # The prior of Hvarfner, Hellsten & Nardi (2024), BoTorch's default: length scales grow with sqrt(d).
+        # The prior of Hvarfner, Hellsten & Nardi (2024), BoTorch's default: length scales grow with sqrt(d). Narrower
+        # in few dimensions, where every coordinate matters: a short scale would rather mean that trainings are noisy.
         count = dimension if ard else 1
-        prior = LogNormalPrior(math.sqrt(2) + math.log(dimension) / 2, math.sqrt(3))
+        prior = LogNormalPrior(math.sqrt(2) + math.log(dimension) / 2, math.sqrt(min(3.0, 1 + math.log(dimension))))
         super().__init__(
             ard_num_dims=count if ard else None,
             lengthscale_prior=prior,

@@ -66,6 +66,12 @@ class BilevelProblem(ABC):
         a fixed seed, another one for each start."""
         return None
 
+    def lower_map(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
+        """g at the model's parameters y, where the lower level is a fixed point y = g(x, y), an equilibrium, and not a
+        minimum (method "hypergradient" with lower "fixed_point"): shape (rows, n / rows), the parameters in their
+        order; rows are independent of each other, e.g. examples. `lower_loss` is then some measure of y - g(x, y)."""
+        raise NotImplementedError(f"{type(self).__name__} has no lower_map")
+
     def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
         """F on one batch where it depends on x itself, and not through the weights only."""
         return self.upper_loss(model, batch)
@@ -73,6 +79,11 @@ class BilevelProblem(ABC):
     def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
         """`evaluate` where it depends on x itself."""
         return self.evaluate(model)
+
+    def selection_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> float | None:
+        """What chooses among the x on the way of a descent, the lowest: a loss on data that neither level sees, where x
+        has variables enough to fit the upper level's. None: F."""
+        return None
 
     def refit_batches(self, generator: torch.Generator | None) -> Iterable[Batch] | None:
         """One pass over training plus validation data, for the final refit; None where a refit makes no sense."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
 from raybilevel.errors import ConfigError, ProblemError
@@ -20,6 +21,7 @@ FINISHED = "lower_level_finished"
 GRADIENT = "lower_gradient"
 PASSES = "lower_passes"
 TRIAL_PATH = "trial_path"
+GPUS = "gpus"
 
 
 def lower_level_trainable(
@@ -76,12 +78,21 @@ def lower_level(
         with time_limit(epoch_time_limit):
             training.run_epoch()
             metrics = report(training)
-        if not training.finished and training.epoch % checkpoint_every:
-            tune.report(metrics)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / CHECKPOINT_FILE).write_bytes(dump_checkpoint(training))
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+        due = training.finished or training.epoch % checkpoint_every == 0
+        send(metrics, CHECKPOINT_FILE, dump_checkpoint(training) if due else None)
+
+
+def send(metrics: dict[str, Any], name: str, checkpoint: bytes | None) -> None:
+    """Report to Tune, with where the trial runs and keeps its files; `name` is the file of a checkpoint that is due."""
+    metrics = {**metrics, TRIAL_PATH: tune.get_context().get_storage().trial_fs_path}
+    if gpus := ray.get_gpu_ids():
+        metrics[GPUS] = ",".join(map(str, gpus))
+    if checkpoint is None:
+        tune.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(checkpoint)
+        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 def report(training: LowerLevelTraining) -> dict[str, Any]:
@@ -92,7 +103,6 @@ def report(training: LowerLevelTraining) -> dict[str, Any]:
         "epoch": training.epoch,
         PASSES: passes,
         FINISHED: training.finished,
-        TRIAL_PATH: tune.get_context().get_storage().trial_fs_path,
     }
     if training.finished:
         metrics[GRADIENT] = training.gradient()

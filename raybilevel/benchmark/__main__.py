@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", help="problems, comma-separated")
     parser.add_argument("--methods", help="methods, comma-separated")
     parser.add_argument("--budget", type=float, help="largest cost of a run")
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--seeds", type=int, help="seeds of every problem and method, whatever the config says")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--redo", default="", help="methods whose records are to be made anew, comma-separated")
     parser.add_argument("--report-only", action="store_true", help="run nothing, report what is there")
@@ -67,6 +67,8 @@ def narrowed(suite: Suite, options: argparse.Namespace) -> Suite:
         if options.seeds is not None:
             changes["seeds"] = options.seeds
         problems[name] = problem.model_copy(update=changes)
+    if options.seeds is not None:
+        methods = {name: method.model_copy(update={"seeds": None}) for name, method in methods.items()}
     changes = {"problems": problems, "methods": methods}
     changes |= {k: v for k in ("seeds", "workers") if (v := getattr(options, k)) is not None}
     return suite.model_copy(update=changes)
@@ -135,11 +137,13 @@ def summarise(runs: Sequence[Run], suite: Suite, out: Path) -> int:
     everything, _ = records.read_all(out)
     for name, members in report.grouped(found, "problem_name").items():
         same = (members[0]["settings"]["problem"], members[0]["settings"]["options"])
-        best = report.best_seen([r for r in everything if (r["settings"]["problem"], r["settings"]["options"]) == same])
+        rivals = [r for r in everything if (r["settings"]["problem"], r["settings"]["options"]) == same]
         for record in members:
-            record["optimum"] = best
-        print(f"{name}: F* = {best:.6g}")
-    text = report.markdown(found, suite.marks, wrong)
+            seed = record["settings"]["seed"]
+            alike = [r for r in rivals if r["settings"]["seed"] == seed] if suite.problems[name].by_seed else rivals
+            record["optimum"] = report.best_seen(alike)
+        print(f"{name}: F* = {', '.join(f'{best:.6g}' for best in sorted({r['optimum'] for r in members}))}")
+    text = report.markdown(found, suite.marks, wrong, suite.overview)
     (out / "table.md").write_text(text, encoding="utf-8")
     drawn = report.figures(found, out / "figures")
     print(text)

@@ -11,6 +11,7 @@ from typing import Any
 from raybilevel.benchmark.suite import FORMAT
 
 Record = dict[str, Any]
+PART = ".part"
 
 
 class DamagedRecord(ValueError):  # noqa: N818
@@ -30,8 +31,31 @@ def read(path: Path) -> Record:
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """What is in the way, a failed or a damaged record, is set aside under a number."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     set_aside(path)
+    dump(path, record)
+    path.with_suffix(PART).unlink(missing_ok=True)
+
+
+def keep(path: Path, record: Mapping[str, Any]) -> None:
+    """What a run has seen so far, beside the place of its record, until that is written."""
+    dump(path.with_suffix(PART), record)
+
+
+def left_over(path: Path) -> Record | None:
+    """What a run had seen that was cut off before its record was written; it is set aside under a number."""
+    part = path.with_suffix(PART)
+    if not part.exists():
+        return None
+    if path.exists() and path.stat().st_mtime_ns >= part.stat().st_mtime_ns:  # cut off just after that
+        part.unlink()
+        return None
+    record = read(part)
+    part.rename(aside(path))
+    return record
+
+
+def dump(path: Path, record: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(record, file)
@@ -42,10 +66,15 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
 
 def set_aside(path: Path) -> None:
     if path.exists():
-        number = 1
-        while (other := path.with_name(f"{path.name}.old{number}")).exists():
-            number += 1
-        path.rename(other)
+        path.rename(aside(path))
+
+
+def aside(path: Path) -> Path:
+    """The first name under a number that is free."""
+    number = 1
+    while (other := path.with_name(f"{path.name}.old{number}")).exists():
+        number += 1
+    return other
 
 
 def read_all(folder: Path) -> tuple[list[Record], list[str]]:

@@ -19,8 +19,9 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from statistics import mean
+from statistics import geometric_mean, mean
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from raybilevel.hypergradient import LinearSystem, MinimalResidual, Selection, s
 from raybilevel.hypergradient.krylov import KrylovMemory
 from raybilevel.hypergradient.variables import ModuleVariables, bilevel_functions, set_weights, weights_of
 from raybilevel.problems.imaging import FieldsOfExperts
+from raybilevel.report.charts import Chart, Series
+from raybilevel.report.static import write_figures
 
 BASELINE = "none_warm_started"
 CRITERIA = ("true error", "residual", "estimated error")
@@ -67,6 +70,8 @@ class Run:
     iterations: of the Krylov method, all solves; products with the Hessian, and jacobians with the Jacobian: those that
         recycling itself takes included.
     hypergradient_error: true, relative, mean over the steps; upper_loss: F at the end.
+    estimated: estimate of the hypergradient's error over the true one, geometric mean over the steps that have one;
+        1 where there is none.
     x:        filters and logarithms of weights at the end.
     """
 
@@ -80,6 +85,7 @@ class Run:
     upper_loss: float
     psnr: float
     seconds: float
+    estimated: float = 1.0
     per_step: list[int] = field(default_factory=list)
     x: list[float] = field(default_factory=list)
 
@@ -148,6 +154,7 @@ def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run
     exact = MinimalResidual(1e-9, limit=5000)
     norm = 0.0
     errors: list[float] = []
+    ratios: list[float] = []
     per_step: list[int] = []
     products = jacobians = 0
     seconds = 0.0
@@ -171,6 +178,8 @@ def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run
         products += found.products
         jacobians += found.jacobians
         errors.append(error(found.solution))
+        if found.error is not None:
+            ratios.append(found.error / (errors[-1] * scale))
         norm = scale
         x.grad = upper.in_x - linear.mixed(found.solution)
         adam.step()
@@ -179,7 +188,8 @@ def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run
     metrics = problem.evaluate_at(model, variables.hyperparameters(x.detach()))
     return Run(
         experiment.name, strategy, criterion, sum(per_step), products, jacobians, mean(errors),
-        functions.upper(x.detach(), y).value, metrics["test_psnr"], seconds, per_step, x.tolist(),
+        functions.upper(x.detach(), y).value, metrics["test_psnr"], seconds,
+        geometric_mean(ratios) if ratios else 1.0, per_step, x.tolist(),
     )  # fmt: skip
 
 
@@ -216,17 +226,28 @@ def table(runs: Sequence[Run]) -> Table:
     shown = Table(box=None, pad_edge=False)
     for column in ("experiment", "ends by", "strategy"):
         shown.add_column(column)
-    for column in ("iterations", "saved", "H products", "J products", "error", "F", "test PSNR", "filters"):
+    for column in (
+        "iterations",
+        "saved",
+        "H products",
+        "J products",
+        "error",
+        "estimated",
+        "F",
+        "test PSNR",
+        "filters",
+    ):
         shown.add_column(column, justify="right")
     for one in runs:
         peer = "residual" if one.criterion == "estimated error" else one.criterion
         base = next(r for r in runs if (r.experiment, r.strategy, r.criterion) == (one.experiment, BASELINE, peer))
         saved = 1 - one.iterations / base.iterations
         distance = math.dist(one.x, base.x) / math.hypot(*base.x)
+        estimated = f"{one.estimated:.2f}" if one.strategy.startswith("ritz_generalized") else ""
         shown.add_row(
             one.experiment, one.criterion, one.strategy, f"{one.iterations}", f"{saved:.0%}",
-            f"{one.products}", f"{one.jacobians}", f"{one.hypergradient_error:.2g}", f"{one.upper_loss:.4g}",
-            f"{one.psnr:.2f}", f"{distance:.1%}",
+            f"{one.products}", f"{one.jacobians}", f"{one.hypergradient_error:.2g}", estimated,
+            f"{one.upper_loss:.4g}", f"{one.psnr:.2f}", f"{distance:.1%}",
         )  # fmt: skip
     return shown
 
@@ -242,6 +263,33 @@ def summary(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     }
 
 
+def figures(runs: Sequence[Run]) -> list[Chart]:
+    """Krylov iterations so far by step, at equal true error: one chart an experiment."""
+    charts = []
+    for experiment in dict.fromkeys(one.experiment for one in runs):
+        chosen = [one for one in runs if (one.experiment, one.criterion) == (experiment, "true error")]
+        series = [
+            Series(
+                one.strategy.replace("_", " "), "line", list(range(1, len(one.per_step) + 1)),
+                list(accumulate(one.per_step)), colour=number,
+            )
+            for number, one in enumerate(chosen)
+        ]  # fmt: skip
+        last = ", ".join(f"{one.strategy.replace('_', ' ')} {one.iterations}" for one in chosen)
+        charts.append(
+            Chart(
+                f"recycling_{experiment.lower().replace(' ', '_')}",
+                f"{experiment}: Krylov iterations of all solves so far",
+                "Every solve ends at the same true error of the hypergradient.",
+                f"Rising lines, one a strategy; at the end: {last}.",
+                "step of the bilevel descent",
+                "iterations",
+                tuple(series),
+            )
+        )
+    return charts
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m raybilevel.benchmark.recycling", description=__doc__.splitlines()[0]
@@ -253,11 +301,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiments: tuple[Experiment, ...] = EXPERIMENTS
     if given.steps is not None:
         experiments = tuple(Experiment(**{**vars(e), "steps": given.steps}) for e in EXPERIMENTS)
-    console = Console()
+    console = Console(width=200)  # a table in a file keeps its columns
     runs = run_all(experiments, given.data, given.out / "runs", console)
     assert all(math.isfinite(r.upper_loss) for r in runs)
     console.print(table(runs), highlight=False)
     (given.out / "recycling.json").write_text(json.dumps(summary(runs), indent=2) + "\n", encoding="utf-8")
+    write_figures(figures(runs), given.out / "figures")
     console.print(f"written to {given.out / 'recycling.json'}")
 
 

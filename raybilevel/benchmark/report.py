@@ -45,6 +45,18 @@ def upper_at(record: Record, cost: float) -> float | None:
     return None if index is None else float(record["observations"][index]["upper"])
 
 
+def with_optimum(records: Sequence[Record]) -> list[Record]:
+    """Records that know F*; where they do not, it is the best that any record of the problem has."""
+    best = {name: best_seen(members) for name, members in grouped(records, "problem_name").items()}
+    return [r if r.get("optimum") is not None else {**r, "optimum": best[r["problem_name"]]} for r in records]
+
+
+def regret_at(record: Record, cost: float) -> float | None:
+    """(F - F*) / |F*| of the incumbent."""
+    upper, best = upper_at(record, cost), record["optimum"]
+    return None if upper is None else (upper - best) / (abs(best) or 1.0)
+
+
 def metric_at(name: str) -> Value:
     def value(record: Record, cost: float) -> float | None:
         index = _incumbent(record, cost)
@@ -63,16 +75,20 @@ def _incumbent(record: Record, cost: float) -> int | None:
     return incumbent_at(record["observations"], cost) if spent and record["status"] == "done" else None
 
 
-def markdown(records: Sequence[Record], marks: Sequence[float], wrong: Sequence[str] = ()) -> str:
-    """One section per problem. Cells are means over seeds with 95 % t intervals."""
+def markdown(
+    records: Sequence[Record], marks: Sequence[float], wrong: Sequence[str] = (), shown: Sequence[float] = ()
+) -> str:
+    """An overview at the costs `shown` (all marks by default), and a section per problem: means over seeds."""
+    records = with_optimum(records)
     end = max(r["settings"]["budget"] for r in records)
     marks = sorted({*(mark for mark in marks if mark < end), end})
     parts = [
         "# Benchmark of the algorithm",
         "Cost is counted in lower-level trainings; upper-level steps and linear solves by their gradient evaluations. "
         "F, its regret (F - F\\*)/|F\\*| and test losses are those of each method's incumbent; F\\* is the best F seen "
-        "by any method, or the known optimum. Means over seeds, with 95 % t intervals. `-`: the budget ends before.",
-        overview(records, marks),
+        "by any method, or the known optimum; where the seed decides the initial weights of networks, of each seed. "
+        "Means over seeds, with 95 % t intervals. `-`: the budget ends before.",
+        overview(records, shown or marks),
     ]
     for problem, members in grouped(records, "problem_name").items():
         parts.append(section(problem, members, marks))
@@ -86,23 +102,21 @@ def overview(records: Sequence[Record], marks: Sequence[float]) -> str:
     methods = list(grouped(records, "method_name"))
     rows = []
     for problem, members in grouped(records, "problem_name").items():
-        best = best_seen(members)
         by_method = grouped(members, "method_name")
-        cells = [
-            " / ".join(_percent(_mean(by_method.get(m, []), upper_at, mark), best) for mark in marks) for m in methods
-        ]
+        cells = [" / ".join(_percent(_mean(by_method.get(m, []), regret_at, mark)) for mark in marks) for m in methods]
         rows.append([problem, *cells])
     return f"## Regret in percent, at cost {' / '.join(map(_plain, marks))}\n\n" + table(["problem", *methods], rows)
 
 
 def section(problem: str, records: Sequence[Record], marks: Sequence[float]) -> str:
-    best = best_seen(records)
+    best = sorted({r["optimum"] for r in records})
+    told = f"{best[0]:.5g}" if len(best) == 1 else f"{best[0]:.5g} to {best[-1]:.5g}"
     settings = records[0]["settings"]
     names = {name for r in records for o in r["observations"] for name in o["metrics"]}
     loss = "test_loss" if "test_loss" in names else next((n for n in sorted(names) if n.endswith("_loss")), None)
     options = ", ".join(f"{k} {v}" for k, v in settings["options"].items())
     title = f"{settings['problem']}{f' ({options})' if options else ''}"
-    head = f"## {problem}\n\n{title}, d = {len(records[0]['space'])}, F\\* = {best:.5g}"
+    head = f"## {problem}\n\n{title}, d = {len(records[0]['space'])}, F\\* = {told}"
     headers = ["method"] + [f"F at {_plain(m)} (regret)" for m in marks]
     if loss is not None:
         headers += [f"{loss.replace('_', ' ')} at {_plain(m)}" for m in marks]
@@ -113,8 +127,8 @@ def section(problem: str, records: Sequence[Record], marks: Sequence[float]) -> 
     for method, members in grouped(records, "method_name").items():
         row = [method]
         for mark in marks:
-            interval = _mean(members, upper_at, mark)
-            row.append(_cell(interval) + (f" ({_percent(interval, best)} %)" if interval else ""))
+            regret = _mean(members, regret_at, mark)
+            row.append(_cell(_mean(members, upper_at, mark)) + (f" ({_percent(regret)} %)" if regret else ""))
         if loss is not None:
             row += [_cell(_mean(members, metric_at(loss), mark)) for mark in marks]
         if any(r["refits"] for r in records):
@@ -152,11 +166,10 @@ def _mean(records: Sequence[Record], value: Value, mark: float) -> Interval | No
     return Interval.of(found) if found else None
 
 
-def _percent(interval: Interval | None, best: float) -> str:
-    if interval is None:
+def _percent(regret: Interval | None) -> str:
+    if regret is None:
         return "-"
-    regret = (interval.mean - best) / (abs(best) or 1.0)
-    return f"{100 * regret:.3g}" if regret < 10 else f"{100 * regret:.0f}"
+    return f"{100 * regret.mean:.3g}" if regret.mean < 10 else f"{100 * regret.mean:.0f}"
 
 
 def _cell(interval: Interval | None) -> str:
@@ -182,13 +195,12 @@ def figures(records: Sequence[Record], folder: Path) -> list[Path]:
     colour = {m: palette(i % 10) for i, m in enumerate(methods)}
     dashes = {m: "-" if i < 10 else "--" for i, m in enumerate(methods)}
     written = []
-    for problem, members in grouped(records, "problem_name").items():
-        best = best_seen(members)
+    for problem, members in grouped(with_optimum(records), "problem_name").items():
         figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
         for method in methods:
             runs = [r for r in members if r["method_name"] == method and r["status"] == "done"]
             if runs:
-                costs, low, mean, high = curve(runs, best)
+                costs, low, mean, high = curve(runs)
                 width = 2.5 if method == "default" else 1.4
                 axes.plot(
                     costs,
@@ -201,7 +213,7 @@ def figures(records: Sequence[Record], folder: Path) -> list[Path]:
                 )
                 axes.fill_between(costs, low, high, step="post", alpha=0.12, linewidth=0, color=colour[method])
         axes.set(xlabel="cost (lower-level trainings)", ylabel="regret (F - F*) / |F*|", yscale="log")
-        axes.set_title(f"{problem}: d = {len(members[0]['space'])}, F* = {best:.5g}")
+        axes.set_title(f"{problem}: d = {len(members[0]['space'])}")
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
         axes.legend(fontsize="small", ncols=2)
         path = folder / f"{problem}.svg"
@@ -211,15 +223,15 @@ def figures(records: Sequence[Record], folder: Path) -> list[Path]:
     return written
 
 
-def curve(runs: Sequence[Record], best: float) -> tuple[list[float], list[float], list[float], list[float]]:
+def curve(runs: Sequence[Record]) -> tuple[list[float], list[float], list[float], list[float]]:
     """Costs, and least, mean and largest regret over the seeds there; from where every seed has an incumbent."""
     end = min(r["settings"]["budget"] for r in runs)
     ends = {o["cost"] for r in runs for o in r["observations"] if o["cost"] <= end}
     floor = 1e-6
     rows: list[tuple[float, float, float, float]] = []
     for cost in sorted({*ends, end}):
-        values = [upper_at(r, cost) for r in runs]
-        regrets = [max(floor, (v - best) / (abs(best) or 1.0)) for v in values if v is not None]
+        values = [regret_at(r, cost) for r in runs]
+        regrets = [max(floor, v) for v in values if v is not None]
         if len(regrets) == len(runs):
             rows.append((cost, min(regrets), fmean(regrets), max(regrets)))
     columns: Any = zip(*rows, strict=True) if rows else ([], [], [], [])

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raybilevel.benchmark import peers, reference
 from raybilevel.benchmark.objective import BudgetSpent, Objective
 from raybilevel.benchmark.ours import bilevel, configured
+from raybilevel.config import in_words, read_mapping
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.lower_level import refit
 from raybilevel.methods import METHODS
@@ -77,7 +77,10 @@ class Entry(BaseModel):
 
 
 class ProblemEntry(Entry):
-    """budget: instead of the config's. methods: only these, all if not given. caps: lower budgets by method."""
+    """budget: instead of the config's. methods: only these, all if not given. caps: lower budgets by method.
+
+    by_seed: the seed's initial weights decide what F can be (networks trained for some epochs), so F* is a seed's own.
+    """
 
     problem: str
     options: dict[str, Any] = {}
@@ -85,6 +88,7 @@ class ProblemEntry(Entry):
     seeds: int | None = Field(default=None, ge=1)
     methods: tuple[str, ...] | None = None
     caps: dict[str, float] = {}
+    by_seed: bool = False
 
     @model_validator(mode="after")
     def known(self) -> ProblemEntry:
@@ -100,6 +104,7 @@ class MethodEntry(Entry):
     only:     the problems on which it runs; all if not given.
     budget:   at most; as `caps` of a problem.
     slots:    trainings and upper-level steps at once, on a simulated clock: its cost is the time, in trainings.
+    seeds:    at most.
     """
 
     method: str
@@ -107,6 +112,7 @@ class MethodEntry(Entry):
     only: tuple[str, ...] | None = None
     budget: float = Field(math.inf, gt=0)
     slots: int = Field(1, ge=1)
+    seeds: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def known(self) -> MethodEntry:
@@ -125,11 +131,12 @@ class MethodEntry(Entry):
 
 
 class Suite(Entry):
-    """budget: cost of a run, in lower-level trainings. marks: costs at which the table reports."""
+    """budget: cost of a run, in lower-level trainings. marks: costs at which tables report; `overview`: the first."""
 
     budget: float = Field(100, gt=0)
     seeds: int = Field(3, ge=1)
     marks: tuple[float, ...] = (10, 20, 50, 100)
+    overview: tuple[float, ...] = ()
     workers: int = Field(2, ge=1)
     problems: dict[str, ProblemEntry]
     methods: dict[str, MethodEntry]
@@ -156,7 +163,8 @@ class Suite(Entry):
                     budget = min(
                         entry.budget or self.budget, entry.caps.get(method, math.inf), self.methods[method].budget
                     )
-                    if seed >= (entry.seeds or self.seeds) or not low <= dimension_of(entry) <= high:
+                    seeds = min(entry.seeds or self.seeds, self.methods[method].seeds or math.inf)
+                    if seed >= seeds or not low <= dimension_of(entry) <= high:
                         continue
                     found.append(Run(problem, entry, method, self.methods[method], seed, budget, self.marks, data))
         return found
@@ -180,13 +188,9 @@ def read_suite(path: str | Path) -> Suite:
         ConfigError: it cannot be read, or a key is wrong; the key is named.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return Suite.model_validate(content)
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        return Suite.model_validate(read_mapping(path))
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{path}: {wrong}") from error
+        raise ConfigError(f"{path}: {in_words(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -42,10 +43,14 @@ def prepare(config: CompareConfig, out: Path, resume: bool) -> None:
 
 
 def settled(path: Path, say: Callable[[str], None]) -> bool:
-    """Whether a run has a good record; what is half-written, failed or interrupted is named and done again."""
-    if not path.exists():
-        return False
+    """Whether a run has a good record; what is half-written, failed, interrupted or cut off is named and done again."""
     try:
+        part = records.left_over(path)
+        if part is not None:
+            seen = len(part["observations"])
+            say(f"{path.name}: cut off after {seen} trainings, which are set aside; it is done again")
+        if not path.exists():
+            return False
         record = records.read(path)
     except records.DamagedRecord as error:
         say(f"{error}; it is set aside and done again")
@@ -76,8 +81,8 @@ def run_all(
             head = f"[{number}/{len(missing)}] {run.problem_name} {run.method_name} seed {run.seed}"
             try:
                 with Progress(console, head, run) as progress:
-                    record = execute(run, progress.update)
-            except KeyboardInterrupt:  # at once: this run leaves no record, and is made anew
+                    record = execute(run, progress.update, functools.partial(records.keep, out / run.path))
+            except KeyboardInterrupt:  # at once: this run leaves no record but what it has kept, and is made anew
                 return bad + len(missing) - number + 1, True
             records.write(out / run.path, record)
             bad += record["status"] not in ("done", "unavailable")

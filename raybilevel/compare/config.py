@@ -19,6 +19,7 @@ from raybilevel.config import (
     ResourcesConfig,
     SearchConfig,
     apply_override,
+    in_words,
     read_config,
     read_mapping,
 )
@@ -241,12 +242,7 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
     try:
         return CompareConfig.model_validate(raw)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'config'}: "
-            f"{'no such key' if e['type'] == 'extra_forbidden' else e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        )
-        raise ConfigError(f"{path}: {problems}") from error
+        raise ConfigError(f"{path}: {in_words(error)}") from error
 
 
 def inline_configs(raw: dict[str, Any], folder: Path) -> None:

@@ -59,11 +59,18 @@ SECONDS_TO_CANCEL = 10.0
 """For upper-level steps that the end of a run cuts off."""
 
 
-def execute(run: Run, news: Callable[[Ledger], None] = lambda ledger: None) -> Record:
+def execute(
+    run: Run,
+    news: Callable[[Ledger], None] = lambda ledger: None,
+    keep: Callable[[Record], None] = lambda record: None,
+) -> Record:
     """The record of a run, on the Ray cluster that this process has joined.
 
     Of a method that cannot be run the status is "unavailable", of an interrupted or failed run "interrupted" or
     "failed"; both keep what was seen before.
+
+    news: called again and again while the run is under way. keep: called after every training with the record so far,
+        of status "running", for what kills this process.
     """
     parts, problem = parse(run.method.method), make_problem(run.experiment.problem, run.experiment.options, run.data)
     space, constants = run.experiment.split_space()
@@ -76,7 +83,16 @@ def execute(run: Run, news: Callable[[Ledger], None] = lambda ledger: None) -> R
     except UnavailableError as error:
         return {**record, "status": "unavailable", "error": str(error)}
     ledger = Ledger(space, problem.epochs, run.budget, gpus_of(run, problem))
-    ledger.on_news = news
+    kept = 0
+
+    def so_far(ledger: Ledger) -> None:
+        nonlocal kept
+        news(ledger)
+        if len(ledger.observed) > kept:
+            kept = len(ledger.observed)
+            keep({**record, "status": "running", **seen(ledger, began)})
+
+    ledger.on_news = so_far
     failure: str | None = None
     exhausted = False
     refits: Record = {}
@@ -97,19 +113,25 @@ def execute(run: Run, news: Callable[[Ledger], None] = lambda ledger: None) -> R
         if searcher is not None and isinstance(searcher.inner, BilevelSearch):
             searcher.inner.cancel_steps(SECONDS_TO_CANCEL)
         shutil.rmtree(folder, ignore_errors=True)
-    observations = ledger.observations()
     status = "failed" if failure else "interrupted" if ledger.interrupted else "done"
     return {
         **record,
         "status": status,
         "error": failure,
         "exhausted": exhausted,
+        "refits": refits,
+        **seen(ledger, began),
+        **own_part(searcher, ledger),
+    }
+
+
+def seen(ledger: Ledger, began: float) -> Record:
+    """What trials have told so far."""
+    return {
         "seconds": round(time.perf_counter() - began, 2),
         "spent": {"epochs": ledger.epochs, "gpu_seconds": round(ledger.gpu_seconds, 3)},
-        "observations": observations,
+        "observations": ledger.observations(),
         "trials": [vars(trial) for trial in ledger.trials.values()],
-        "refits": refits,
-        **own_part(searcher, ledger),
     }
 
 

@@ -13,7 +13,7 @@ from ray.tune import Callback, Stopper
 from raybilevel.benchmark.objective import lowest
 from raybilevel.compare.config import Budget
 from raybilevel.space import Space, flatten, nest
-from raybilevel.trainable import FINISHED, PASSES
+from raybilevel.trainable import FINISHED, GPUS, PASSES
 
 NOT_METRICS = frozenset({"lower_loss", "upper_loss", "epoch", PASSES, "training_iteration", "timestamp", "pid"})
 """Numbers in a result that are none of the problem's own metrics."""
@@ -23,7 +23,7 @@ NOT_METRICS = frozenset({"lower_loss", "upper_loss", "epoch", PASSES, "training_
 class TrialLog:
     """A trial's life, for the timeline and the curves.
 
-    node, pid: where it ran last.
+    node, pid, gpus: where it ran last; its GPUs by their numbers, with commas between.
     seconds, uppers, epochs: when each epoch ended since the start of the run, F there, and which epoch it was.
     took: seconds of each epoch.
     """
@@ -32,6 +32,7 @@ class TrialLog:
     status: str = "running"
     node: str = ""
     pid: int = 0
+    gpus: str = ""
     seconds: list[float] = field(default_factory=list)
     took: list[float] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
@@ -157,6 +158,7 @@ class Ledger(Callback):  # type: ignore[misc]
         self.epochs += 1
         log = self.trials.setdefault(trial.trial_id, TrialLog(trial.trial_id))
         log.node, log.pid = str(result.get("node_ip", "")), int(result.get("pid", 0))
+        log.gpus = str(result.get(GPUS, ""))
         log.seconds.append(round(self.seconds, 3))
         log.took.append(round(float(result.get("time_this_iter_s", 0.0)), 4))
         log.epochs.append(int(result["epoch"]))

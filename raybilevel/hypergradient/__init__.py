@@ -2,12 +2,14 @@
 
 from raybilevel.hypergradient.estimators import (
     DynamicBarrier,
+    Equilibrium,
     Estimator,
     FirstOrder,
     Hypergradient,
     Implicit,
     Unrolled,
 )
+from raybilevel.hypergradient.fixed_point import AndersonAcceleration, FixedPoint
 from raybilevel.hypergradient.functions import BilevelFunctions, Linearisation
 from raybilevel.hypergradient.krylov import (
     ConjugateGradients,
@@ -21,11 +23,14 @@ from raybilevel.hypergradient.lower import LowerSolution, solve_lower
 from raybilevel.hypergradient.recycling import RecycleSpace, Selection
 
 __all__ = [
+    "AndersonAcceleration",
     "BilevelFunctions",
     "ConjugateGradients",
     "DynamicBarrier",
+    "Equilibrium",
     "Estimator",
     "FirstOrder",
+    "FixedPoint",
     "Hypergradient",
     "Implicit",
     "LinearSolution",

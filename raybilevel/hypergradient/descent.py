@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from raybilevel import checkpoint
-from raybilevel.errors import NotFiniteError
+from raybilevel.errors import NotFiniteError, ProblemError
+from raybilevel.hypergradient.fixed_point import AndersonAcceleration
 from raybilevel.hypergradient.krylov import KrylovMemory
 from raybilevel.hypergradient.lower import solve_lower
 from raybilevel.hypergradient.recycling import RecycleSpace
@@ -63,6 +64,8 @@ class BilevelDescent:
         self.x = nn.Parameter(x)
         self.adam = torch.optim.Adam([self.x], lr=settings.rate)
         self.functions = bilevel_functions(problem, self.model, self.variables)
+        if settings.lower == "fixed_point" and self.functions.lower_map is None:
+            raise ProblemError(f"{type(problem).__name__} has no lower_map(), which lower='fixed_point' needs")
         with self._random():
             self.optimizer = problem.optimizer(self.model)
         self.step = 0
@@ -107,8 +110,10 @@ class BilevelDescent:
         upper = self.functions.upper(x, y).value  # a penalty estimator's own weights have seen validation data
         if not math.isfinite(upper):
             raise NotFiniteError(f"the upper-level loss is {upper} in step {self.step + 1}")
-        if upper < self.best[0]:
-            self.best = (upper, x)
+        selection = self._selection(x)
+        chosen_by = upper if selection is None else selection
+        if chosen_by < self.best[0]:
+            self.best = (chosen_by, x)
         self.memory = found.memory
         self.iterations += found.iterations
         self.products += found.products
@@ -120,6 +125,8 @@ class BilevelDescent:
             self.x.copy_(self.variables.project(self.x))
         self.step += 1
         self.last = {"upper_loss": upper, "hypergradient_norm": found.gradient.norm().item()}
+        if selection is not None:
+            self.last["selection_loss"] = selection
         return {
             **self.last,
             "lower_loss": self.functions.lower(x, y).value,
@@ -128,8 +135,9 @@ class BilevelDescent:
         }
 
     def conclude(self) -> dict[str, Any]:
-        """F, f and the problem's metrics at the x with the lowest F on the way, at weights trained anew, from the seed;
-        and x itself, as "hyperparameters", where it is a point of a box."""
+        """F, f and the problem's metrics at the x with the lowest F on the way (or selection loss, if the problem has
+        one), at weights trained anew, from the seed; and x itself, as "hyperparameters", where it is a point of a
+        box."""
         x = self.best[1]
         with self._random(self.seed):
             model: nn.Module = self.problem.model().to(self.problem.device, self.problem.dtype)
@@ -146,6 +154,15 @@ class BilevelDescent:
             found["hyperparameters"] = self.space.suggest(x.detach().cpu().double())
         return found
 
+    def _selection(self, x: Tensor) -> float | None:
+        """The problem's selection loss at x and the weights in the model."""
+        self.model.eval()
+        with torch.no_grad():
+            found = self.problem.selection_loss_at(self.model, self.variables.hyperparameters(x))
+        if found is not None and not math.isfinite(found):
+            raise NotFiniteError(f"the selection loss is {found} in step {self.step + 1}")
+        return found
+
     def metrics(self) -> dict[str, float]:
         """What the problem's `evaluate_at` says of the present x and y."""
         self.model.eval()
@@ -157,6 +174,10 @@ class BilevelDescent:
         """Minimise f(x, .) from the model's weights; they are left in the model and returned flat."""
         if self.settings.lower == "tolerance":
             y = solve_lower(self.functions, x, weights_of(model), self.settings.lower_tolerance).y
+            set_weights(model, y)
+            return y
+        if self.settings.lower == "fixed_point":
+            y = self._fixed_point(x, weights_of(model))
             set_weights(model, y)
             return y
         problem, size = self.problem, 0
@@ -180,6 +201,13 @@ class BilevelDescent:
             model.eval()
         self.training_passes += epochs
         return weights_of(model)
+
+    def _fixed_point(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = len(self.functions.mapped(x, y))
+        found = AndersonAcceleration(self.settings.lower_tolerance).solve(
+            lambda z: self.functions.mapped(x, z.flatten()), y.view(rows, -1)
+        )
+        return found.y.flatten()
 
     @contextmanager
     def _random(self, seed: int | None = None) -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raybilevel.errors import ConfigError, NotFiniteError
+from raybilevel.hypergradient.fixed_point import AndersonAcceleration
 from raybilevel.hypergradient.functions import BilevelFunctions
 from raybilevel.hypergradient.krylov import KrylovMemory, LinearSolver, LinearSystem, MinimalResidual
 
@@ -64,6 +65,48 @@ class Implicit:
             Hypergradient(
                 gradient, upper.value, found.error, found.iterations, found.products + found.jacobians + 1, kept
             )
+        )
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """The implicit function theorem where the lower level is a fixed point y = g(x, y) (Bai, Kolter & Koltun 2019,
+    Theorem 1):
+
+        dF/dx + (dg/dx)^T u,    u = (dg/dy)^T u + dF/dy,
+
+    u by the same acceleration as y. Only one evaluation of g is differentiated, however many y took.
+    """
+
+    tolerance: float = 1e-4
+    limit: int = 100
+    history: int = 5
+
+    def __post_init__(self) -> None:
+        self._acceleration()
+
+    def _acceleration(self) -> AndersonAcceleration:
+        return AndersonAcceleration(self.tolerance, self.limit, self.history)
+
+    def __call__(
+        self, functions: BilevelFunctions, x: Tensor, y: Tensor, memory: Tensor | None = None, target: float = 0.0
+    ) -> Hypergradient:
+        upper = functions.upper(x, y)
+        x, y = x.detach().requires_grad_(True), y.detach().requires_grad_(True)
+        with torch.enable_grad():
+            image = functions.mapped(x, y)
+        right = upper.in_y.view_as(image)
+
+        def step(u: Tensor) -> Tensor:
+            functions.passes += 0.5
+            (part,) = torch.autograd.grad(image, y, u, retain_graph=True, allow_unused=True, materialize_grads=True)
+            return part.view_as(image) + right
+
+        found = self._acceleration().solve(step, right if memory is None else memory.view_as(image))
+        (in_x,) = torch.autograd.grad(image, x, found.y, allow_unused=True, materialize_grads=True)
+        gradient = upper.in_x + in_x
+        return checked(
+            Hypergradient(gradient, upper.value, None, found.iterations, found.iterations + 1, found.y.flatten())
         )
 
 

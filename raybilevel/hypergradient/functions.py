@@ -21,10 +21,16 @@ class LevelGradient(NamedTuple):
     in_y: Tensor
 
 
+LowerMap = Callable[[Tensor, Tensor], Tensor]
+"""g of a lower level y = g(x, y), as a function of x, shape (p,), and y, shape (n,): shape (rows, n / rows), in y's
+order; the rows are independent of each other."""
+
+
 @dataclass
 class BilevelFunctions:
     """Both levels, each as a sum of terms (one a batch), so that only one term's graph is held at a time.
 
+    lower_map:  g, where the lower level is a fixed point; None where it is a minimum.
     upper_cost: what a gradient of F costs in gradients of f.
     passes:     what has been spent, in gradients of f; a product with second derivatives counts as one.
     """
@@ -32,6 +38,7 @@ class BilevelFunctions:
     upper_terms: Sequence[Term]
     lower_terms: Sequence[Term]
     upper_cost: float = 1.0
+    lower_map: LowerMap | None = None
     passes: float = field(default=0.0, init=False)
 
     def upper(self, x: Tensor, y: Tensor) -> LevelGradient:
@@ -43,6 +50,12 @@ class BilevelFunctions:
         """f and its gradients."""
         self.passes += 1
         return _gradient(self.lower_terms, x, y)
+
+    def mapped(self, x: Tensor, y: Tensor) -> Tensor:
+        """g(x, y), shape (rows, n / rows); differentiable where x and y are."""
+        assert self.lower_map is not None
+        self.passes += 0.5  # a gradient takes a pass forward and one back
+        return self.lower_map(x, y)
 
     def linearise(self, x: Tensor, y: Tensor) -> Linearisation:
         """df/dy around (x, y), for products with its derivatives."""

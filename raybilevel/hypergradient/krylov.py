@@ -228,7 +228,7 @@ class MinimalResidual:
         estimate, kept, jacobians = error(residual), space, 0
         if self.selection is not None and basis:
             w, hw = torch.cat([u, torch.stack(basis, 1)], 1), torch.cat([c, torch.stack(images, 1)], 1)
-            kept, jacobians = self.selection.select(w, hw, system.jacobian)
+            kept, jacobians = self.selection.select(w, hw, system.jacobian, space.estimator if space else None)
         return (
             LinearSolution(solution, phi / scale, iterations, products + iterations, jacobians, estimate),
             KrylovMemory(solution, kept),

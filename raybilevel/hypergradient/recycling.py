@@ -21,11 +21,12 @@ class ErrorEstimator:
     """|J H^-1 r| from what an earlier system has shown (Ehrhardt, Gazzola & Scott, arXiv:2412.08264).
 
     On W, orthonormal, J H^-1 is about J W (W^T H W)^-1 W^T = P S Q^T W^T; outside W it is taken to be no larger than
-    `rest`, the smallest generalized singular value seen. The paper has no such second term, without which a residual
-    that has left W would count as no error.
+    `rest`. The paper has no such second term, without which a residual that has left W would count as no error.
 
     weighted: S Q^T W^T, shape (k, n).
     basis:    W, shape (n, m).
+    rest:     the norm of S Q^T W^T on what W has and the W of the system before had not: how large J H^-1 turned out to
+        be where nothing was known of it. The largest generalized singular value where there was no system before.
     """
 
     weighted: Tensor
@@ -76,8 +77,13 @@ class Selection:
     def estimates_error(self) -> bool:
         return self.strategy == "ritz_generalized_singular"
 
-    def select(self, w: Tensor, hw: Tensor, jacobian: Callable[[Tensor], Tensor]) -> tuple[RecycleSpace, int]:
-        """The space to keep of W and H W, both (n, m), and how many products with J it took."""
+    def select(
+        self, w: Tensor, hw: Tensor, jacobian: Callable[[Tensor], Tensor], earlier: ErrorEstimator | None = None
+    ) -> tuple[RecycleSpace, int]:
+        """The space to keep of W and H W, both (n, m), and how many products with J it took.
+
+        earlier: estimator that the system before left.
+        """
         # Orthonormal basis; directions that are numerically dependent are dropped.
         left, values, right = torch.linalg.svd(w, full_matrices=False)
         rank = int((values > 1e-10 * values[0]).sum())
@@ -86,7 +92,7 @@ class Selection:
         projected = w.T @ hw
         projected = (projected + projected.T) / 2
         if self.strategy == "ritz_generalized_singular":
-            return self._generalized_singular(w, projected, jacobian)
+            return self._generalized_singular(w, projected, jacobian, earlier)
         if self.strategy == "ritz":
             _, vectors = torch.linalg.eigh(projected)
         else:
@@ -98,7 +104,11 @@ class Selection:
         return RecycleSpace(w @ self._choose(vectors)), 0
 
     def _generalized_singular(
-        self, w: Tensor, projected: Tensor, jacobian: Callable[[Tensor], Tensor]
+        self,
+        w: Tensor,
+        projected: Tensor,
+        jacobian: Callable[[Tensor], Tensor],
+        earlier: ErrorEstimator | None,
     ) -> tuple[RecycleSpace, int]:
         """With W^T H W invertible the generalized singular value decomposition of (J W, W^T H W) is the singular value
         decomposition P S Q^T of the quotient J W (W^T H W)^-1: left vectors Q, right vectors (W^T H W)^-1 Q."""
@@ -108,7 +118,8 @@ class Selection:
         _, values, qt = torch.linalg.svd(quotient, full_matrices=True)
         ascending = qt.T.flip(1)
         found = torch.linalg.solve(projected, ascending)
-        estimator = ErrorEstimator(values[:, None] * qt[: len(values)] @ w.T, w, values[values > 0].min().item())
+        weighted = values[:, None] * qt[: len(values)] @ w.T
+        estimator = ErrorEstimator(weighted, w, _norm_outside(weighted, w, earlier))
         return RecycleSpace(w @ self._choose(found), estimator), w.shape[1]
 
     def _choose(self, vectors: Tensor) -> Tensor:
@@ -120,6 +131,16 @@ class Selection:
             return vectors[:, count - self.dimension :]
         small = self.dimension // 2
         return torch.cat([vectors[:, :small], vectors[:, count - (self.dimension - small) :]], 1)
+
+
+def _norm_outside(weighted: Tensor, w: Tensor, earlier: ErrorEstimator | None) -> float:
+    """The spectral norm of `weighted`, (k, n), on the part of the span of W that an earlier W did not have."""
+    if earlier is not None:
+        left, values, _ = torch.linalg.svd(w - earlier.basis @ (earlier.basis.T @ w), full_matrices=False)
+        new = values > 1e-6  # sines of angles between the spaces; below, rounding
+        if new.any():
+            weighted = weighted @ left[:, new]
+    return float(torch.linalg.matrix_norm(weighted, 2))
 
 
 def deflation(hessian: Callable[[Tensor], Tensor], vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.hypergradient.functions import BilevelFunctions, Term
+from raybilevel.hypergradient.functions import BilevelFunctions, LowerMap, Term
 from raybilevel.problem import Batch, BilevelProblem, Level, move
 from raybilevel.space import Space, flatten, nest
 
@@ -60,7 +61,7 @@ class BothLevels(nn.Module):
         self.problem, self.model, self.variables = problem, model, variables
         self.upper = variables.module if isinstance(variables, ModuleVariables) else None
 
-    def forward(self, level: Level, x: Tensor, batch: Batch) -> Tensor:
+    def forward(self, level: Level | Literal["map"], x: Tensor, batch: Batch) -> Tensor:
         given: Mapping[str, Any] = (
             {**self.variables.constants, UPPER: self.upper}
             if isinstance(self.variables, ModuleVariables)
@@ -68,6 +69,8 @@ class BothLevels(nn.Module):
         )
         if level == "upper":
             return self.problem.upper_loss_at(self.model, given, batch)
+        if level == "map":
+            return self.problem.lower_map(self.model, given, batch)
         return self.problem.lower_loss(self.model, given, batch)
 
 
@@ -75,12 +78,17 @@ def bilevel_functions(problem: BilevelProblem, model: nn.Module, variables: Uppe
     """F and f of a problem over all its batches, in eval mode.
 
     Raises:
-        ProblemError: a level has no data.
+        ProblemError: a level has no data, or one that is a fixed point has more than one batch.
     """
     model.eval()
     both = BothLevels(problem, model, variables)
     inner = {f"model.{name}": w for name, w in model.named_parameters() if w.requires_grad}
     outer = dict(both.upper.named_parameters(prefix="upper")) if both.upper is not None else {}
+
+    def evaluate(level: Level | Literal["map"], x: Tensor, y: Tensor, batch: Batch) -> Tensor:
+        given = {**split(y, inner), **split(x, outer)}
+        found: Tensor = torch.func.functional_call(both, given, (level, x, batch))
+        return found
 
     def terms(level: Level) -> tuple[list[Term], int]:
         batches = list(problem.batches(level, None))
@@ -91,17 +99,23 @@ def bilevel_functions(problem: BilevelProblem, model: nn.Module, variables: Uppe
         def term(batch: Batch, share: float) -> Term:
             moved = move(batch, problem.device, problem.dtype)
 
-            def value(x: Tensor, y: Tensor) -> Tensor:
-                given = {**split(y, inner), **split(x, outer)}
-                loss: Tensor = torch.func.functional_call(both, given, (level, x, moved))
-                return loss * share
-
-            return value
+            return lambda x, y: evaluate(level, x, y, moved) * share
 
         return [term(b, size / sum(sizes)) for b, size in zip(batches, sizes, strict=True)], sum(sizes)
 
     (upper, upper_size), (lower, lower_size) = terms("upper"), terms("lower")
-    return BilevelFunctions(upper, lower, upper_size / lower_size)
+    lower_map: LowerMap | None = None
+    if is_fixed_point(problem):
+        batches = [move(batch, problem.device, problem.dtype) for batch in problem.batches("lower", None)]
+        if len(batches) != 1:
+            raise ProblemError(f"{type(problem).__name__}: with a lower_map, the lower level must be one batch")
+        lower_map = functools.partial(evaluate, "map", batch=batches[0])
+    return BilevelFunctions(upper, lower, upper_size / lower_size, lower_map)
+
+
+def is_fixed_point(problem: BilevelProblem) -> bool:
+    """Whether the lower level is y = g(x, y) and not a minimum."""
+    return type(problem).lower_map is not BilevelProblem.lower_map
 
 
 def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any]) -> None:

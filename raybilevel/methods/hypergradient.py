@@ -13,6 +13,7 @@ from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import (
     ConjugateGradients,
     DynamicBarrier,
+    Equilibrium,
     Estimator,
     FirstOrder,
     Implicit,
@@ -30,7 +31,8 @@ from raybilevel.space import Space, sobol_points
 MOST_MODELLED = 100
 """Above so many hyperparameters, or where x is a module, the command line takes this method unless one is named."""
 
-ESTIMATORS: dict[str, type[Unrolled] | type[FirstOrder] | type[DynamicBarrier]] = {
+ESTIMATORS: dict[str, type[Unrolled] | type[FirstOrder] | type[DynamicBarrier] | type[Equilibrium]] = {
+    "equilibrium": Equilibrium,
     "unrolled": Unrolled,
     "first_order": FirstOrder,
     "dynamic_barrier": DynamicBarrier,
@@ -48,24 +50,26 @@ class HypergradientDescent:
 
     Inexact by design: the lower level is solved to `lower_tolerance`, or trained on for `lower_epochs`; the linear
     solve may end when the estimated error of the hypergradient is below `accuracy` times the norm of the last one. At
-    the end the lower level is trained anew, cold, at the x with the lowest F, and F there is the trial's result.
+    the end the lower level is trained anew, cold, at the x with the lowest F, or the lowest selection loss where the
+    problem has one, and F there is the trial's result.
 
     steps, rate:     of Adam, on x; the rate falls to a tenth of itself along a cosine.
-    estimator:       "implicit", "unrolled", "first_order" (F2SA) or "dynamic_barrier" (BOME); `estimator_settings`
-        are those of its class in `raybilevel.hypergradient`.
+    estimator:       "implicit", "unrolled", "first_order" (F2SA), "dynamic_barrier" (BOME), or, of a fixed point,
+        "equilibrium"; `estimator_settings` are those of its class in `raybilevel.hypergradient`.
     solver:          of "implicit": "minres", "cg" or "neumann", with `solver_settings`; those of "minres" may name a
         `selection` to recycle by, e.g. {strategy: ritz_generalized_singular, end: largest, dimension: 20}.
     lower:           "tolerance": L-BFGS on all lower data to |df/dy| <= lower_tolerance; "optimizer": the problem's
-        optimizer, its `epochs` at first and `lower_epochs` after each step.
+        optimizer, its `epochs` at first and `lower_epochs` after each step; "fixed_point": of the problem's
+        `lower_map`, by Anderson acceleration to |g(y) - y| <= lower_tolerance |g(y)|.
     """
 
     steps: int = 50
     rate: float = 0.05
-    estimator: Literal["implicit", "unrolled", "first_order", "dynamic_barrier"] = "implicit"
+    estimator: Literal["implicit", "unrolled", "first_order", "dynamic_barrier", "equilibrium"] = "implicit"
     estimator_settings: Mapping[str, Any] = field(default_factory=dict)
     solver: Literal["minres", "cg", "neumann"] = "minres"
     solver_settings: Mapping[str, Any] = field(default_factory=dict)
-    lower: Literal["tolerance", "optimizer"] = "optimizer"
+    lower: Literal["tolerance", "optimizer", "fixed_point"] = "optimizer"
     lower_tolerance: float = 1e-5
     lower_epochs: int = 1
     accuracy: float = 0.1
@@ -73,8 +77,10 @@ class HypergradientDescent:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lower_epochs < 1 or not min(self.rate, self.lower_tolerance, self.accuracy) > 0:
             raise ConfigError("steps and lower_epochs must be at least 1; rate, lower_tolerance, accuracy positive")
-        if self.lower not in ("tolerance", "optimizer"):
-            raise ConfigError(f"lower must be 'tolerance' or 'optimizer', got {self.lower!r}")
+        if self.lower not in ("tolerance", "optimizer", "fixed_point"):
+            raise ConfigError(f"lower must be 'tolerance', 'optimizer' or 'fixed_point', got {self.lower!r}")
+        if self.estimator == "equilibrium" and self.lower != "fixed_point":
+            raise ConfigError("estimator 'equilibrium' needs lower 'fixed_point'")
         self.make_estimator()
 
     def make_estimator(self) -> Estimator:

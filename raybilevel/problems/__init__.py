@@ -8,9 +8,13 @@ from typing import Any
 
 from raybilevel.errors import ConfigError
 from raybilevel.problem import BilevelProblem
+from raybilevel.problems.architecture import Architecture
 from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
+from raybilevel.problems.equilibrium import EquilibriumDigits
+from raybilevel.problems.few_shot import FewShot
+from raybilevel.problems.graph import GraphStructure
 from raybilevel.problems.imaging import FieldsOfExperts, RegularisationParameters
 from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed
@@ -18,14 +22,19 @@ from raybilevel.problems.mnist import Mnist, Mnist1K
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
+from raybilevel.problems.treatment import TreatmentEffects
 from raybilevel.problems.weighting import NoisyLabels
 
 PROBLEMS: dict[str, type[BilevelProblem]] = {
+    "architecture": Architecture,
     "cifar_lenet": CifarLenet,
     "cleaning": HyperCleaning,
     "digits": DigitsPerceptron,
     "digits_logistic": DigitsLogistic,
+    "equilibrium": EquilibriumDigits,
+    "few_shot": FewShot,
     "fields_of_experts": FieldsOfExperts,
+    "graph_structure": GraphStructure,
     "income": Income,
     "long_tail": LongTailed,
     "many_minimisers": ManyMinimisers,
@@ -36,11 +45,14 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
     "regularisation_parameters": RegularisationParameters,
     "ridge": Ridge,
     "several_optima": SeveralOptima,
+    "treatment_effects": TreatmentEffects,
 }
 
 
 def make_problem(name: str, options: Mapping[str, Any] | None = None, data: str | None = None) -> BilevelProblem:
     """A problem by name, with options of its constructor; `data`, the folder of data files, for those that read any.
+
+    The option `device` of all is where trainings run, e.g. "cuda".
 
     Raises:
         ConfigError: there is no such problem, or it has no such option.
@@ -49,15 +61,19 @@ def make_problem(name: str, options: Mapping[str, Any] | None = None, data: str 
         raise ConfigError(f"unknown problem {name!r}; choose one of {', '.join(sorted(PROBLEMS))}")
     known = option_names(PROBLEMS[name])
     given = dict(options or {})
+    device = given.pop("device", None)
     if data is not None and "data" in known:
         given.setdefault("data", data)
     for option in given:
         if option not in known:
             raise ConfigError(f"problem {name!r} has no option {option!r}; it has {', '.join(known)}")
     try:
-        return PROBLEMS[name](**given)
+        problem = PROBLEMS[name](**given)
     except TypeError as error:
         raise ConfigError(f"problem {name!r}: {error}") from error
+    if device is not None:
+        problem.device = device
+    return problem
 
 
 def option_names(problem: type[BilevelProblem]) -> list[str]:

@@ -83,13 +83,14 @@ def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis:
     label, what = (unit_name(records), "cost") if axis == "spent" else ("seconds since the start", "wall-clock")
     best = min(ends, key=lambda m: ends[m], default="none")
     seeds = len({r["settings"]["seed"] for r in records})
+    over = "one seed" if seeds == 1 else f"mean over {seeds} seeds with a 95 % bootstrap interval"
     told = ", ".join(f"{m} {v:.4g}" for m, v in sorted(ends.items(), key=lambda item: item[1]))
     everything = [y for s in series for y in s.y]
     return Chart(
         name=f"{problem}-{'cost' if axis == 'spent' else 'time'}",
         title=f"{problem}: best F so far against {what}",
-        caption=f"Validation loss F of the best training that ran to its end, mean over {seeds} seeds with a 95 % "
-        f"bootstrap interval; a curve begins where every seed has one. {charged(axis)}",
+        caption=f"Validation loss F of the best training that ran to its end, {over}; a curve begins where every seed "
+        f"has one. {charged(axis)}",
         alt=f"Curves of the best validation loss of {len(series)} methods against {what}. At the end the lowest is "
         f"{best}. Final values: {told}.",
         x_label=label,

@@ -57,7 +57,8 @@ def axis(label: str, log: bool, values: Sequence[Any]) -> dict[str, Any]:
         return found
     decades = math.log10(max(values) / min(values)) if values and min(values) > 0 else 0.0
     step = {} if decades < 0.7 else {"dtick": "D2" if decades < 3 else 1}
-    return {**found, "type": "log", "exponentformat": "power" if decades >= 3 else "none", **step}
+    form = {"exponentformat": "power"} if decades >= 3 else {"tickformat": "~g"}  # 0.2 and 0.5, not 2 and 5
+    return {**found, "type": "log", **form, **step}
 
 
 def traces(series: Series) -> list[Any]:

@@ -372,7 +372,8 @@ def timeline(record: Record, prefix: str) -> Chart:
     spans: dict[str, list[tuple[str, float, float, str]]] = {}
     workers: dict[tuple[str, int], str] = {}
     for trial in record.get("trials", ()):
-        lane = workers.setdefault((trial["node"], trial["pid"]), f"{trial['node']} worker {len(workers) + 1}")
+        gpus = f", GPU {trial['gpus']}" if trial.get("gpus") else ""
+        lane = workers.setdefault((trial["node"], trial["pid"]), f"{trial['node']} worker {len(workers) + 1}{gpus}")
         for begin, end in stretches(trial["seconds"], trial["took"]):
             spans.setdefault(trial["status"], []).append((lane, begin, end - begin, f"trial {trial['trial']}"))
     lanes = list(workers.values())

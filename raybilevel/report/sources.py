@@ -17,7 +17,7 @@ from raybilevel.experiment import CONFIG_FILE, SUMMARY_FILE, TUNE_FOLDER
 from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space
 from raybilevel.summary import config_of, finite
-from raybilevel.trainable import FINISHED, PASSES
+from raybilevel.trainable import FINISHED, GPUS, PASSES
 
 NOT_METRICS = frozenset({"lower_loss", "upper_loss", "epoch", PASSES, "timestamp"})
 
@@ -203,6 +203,7 @@ def trial_log(trial: str, lines: list[dict[str, Any]], began: float, saved: stat
         "status": "done" if lines[-1].get(FINISHED) else status,
         "node": str(lines[-1].get("node_ip", "")),
         "pid": int(lines[-1].get("pid", 0)),
+        "gpus": str(lines[-1].get(GPUS, "")),
         "seconds": [float(line["timestamp"]) - began for line in lines],
         "took": [float(line["time_this_iter_s"]) for line in lines],
         "epochs": [int(line["epoch"]) for line in lines],

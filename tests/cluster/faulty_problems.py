@@ -31,6 +31,13 @@ def enter(folder: str, name: str) -> int:
             number += 1
 
 
+def say_where(folder: str, name: str) -> None:
+    """Leave the id of the node that this runs on in a file, which others find whole or not at all."""
+    written = Path(folder, f"{name} {os.getpid()}")
+    written.write_text(ray.get_runtime_context().get_node_id())
+    os.replace(written, Path(folder, name))
+
+
 class Faulty(Parabola):
     """Every second training goes wrong, each in another way, in its second epoch, or in its first and never reports."""
 
@@ -80,10 +87,8 @@ class Slow(Parabola):
 
     def batches(self, level: Any, generator: Any) -> Any:
         if generator is not None:
-            here = ray.get_runtime_context().get_node_id()
-            Path(self.folder, f"training {os.getpid()}").write_text(here)
-            os.replace(Path(self.folder, f"training {os.getpid()}"), Path(self.folder, "training is on"))
-            Path(self.folder, f"node {here}").touch()
+            say_where(self.folder, "training is on")
+            Path(self.folder, f"node {ray.get_runtime_context().get_node_id()}").touch()
             enter(self.folder, "pass")
             time.sleep(0.2)
         return super().batches(level, generator)
@@ -91,6 +96,6 @@ class Slow(Parabola):
     def upper_loss(self, model: Any, batch: Any) -> Tensor:
         # Only an upper-level step differentiates F.
         if torch.is_grad_enabled() and Path(self.folder, "go").exists() and enter(self.folder, "step") == 0:
-            Path(self.folder, "step is on").write_text(ray.get_runtime_context().get_node_id())
+            say_where(self.folder, "step is on")
             time.sleep(self.step_seconds)
         return super().upper_loss(model, batch)

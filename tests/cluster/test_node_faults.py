@@ -27,6 +27,16 @@ from tests.cluster.runs import fit
 ROOT = Path(__file__).parents[2]
 
 
+class Failures(tune.Callback):
+    """The trials that failed and were begun again, in order."""
+
+    def __init__(self) -> None:
+        self.trials: list[str] = []
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.trials.append(trial.trial_id)
+
+
 def wait_for(path: Path, seconds: float = 500) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -55,9 +65,13 @@ def test_a_node_lost_in_trainings_and_in_a_step_costs_no_observation(cluster: Cl
 
     losing = threading.Thread(target=lose_nodes)
     losing.start()
-    results = fit(trainable, search, tmp_path, 9, failure_config=tune.FailureConfig(max_failures=-1))
-    losing.join(1)
+    failures = Failures()
+    results = fit(
+        trainable, search, tmp_path, 9, failure_config=tune.FailureConfig(max_failures=-1), callbacks=[failures]
+    )
+    losing.join(60)
     assert lost == ["training", "step"]
+    assert failures.trials  # the first node took a training along
     assert len(results) == 9
     assert not results.errors
     assert [t.status for t in search.state.trainings] == ["done"] * 9
@@ -65,7 +79,8 @@ def test_a_node_lost_in_trainings_and_in_a_step_costs_no_observation(cluster: Cl
     assert not any(step.failed for step in search.state.steps)  # begun again elsewhere
     # A node that does not answer is noticed within seconds: the step alone would have slept for two minutes.
     passes = len(list(tmp_path.glob("pass *")))
-    assert 9 * problem.epochs < passes <= 9 * problem.epochs + 4  # only the epochs under way were done again
+    again = passes - 9 * problem.epochs
+    assert 0 <= again <= 2 * len(failures.trials)  # at most the epoch under way and the one not yet reported
 
 
 class AddsNode(tune.Callback):

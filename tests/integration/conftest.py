@@ -1,4 +1,4 @@
-"""One local Ray per test module: few workers, its own folder, shut down at the end."""
+"""One local Ray per test module: few workers, a GPU in its books only, its own folder, shut down at the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def local_ray() -> Iterator[None]:
     for attempt in range(3):
         try:
             ray.init(
-                address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder,
+                address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=folder,
                 runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2])])}},
             )  # fmt: skip
             break

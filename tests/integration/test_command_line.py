@@ -32,7 +32,7 @@ def test_a_run_writes_its_summary_config_and_storage(tmp_path: Path) -> None:
     done = raybilevel("run", "configs/digits.yaml", "--out", str(out), *SMALL)
     assert done.returncode == 0, done.stderr
     assert "[7/7]" in done.stdout  # plain lines where the output is no terminal
-    assert "best" in done.stdout
+    assert "best" in done.stdout and "test_accuracy 0." in done.stdout
     assert "\x1b[" not in done.stdout
     summary = json.loads((out / "summary.json").read_text())
     assert {"problem", "method", "seed", "versions", "best", "trainings", "failed_trainings", "upper_steps", "cost",

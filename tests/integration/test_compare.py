@@ -55,10 +55,14 @@ def check_record(record: dict[str, Any], budget: float = 7) -> None:
 
 
 def test_raybilevel_and_random_search_are_counted_alike(local_ray: None) -> None:
-    own, random = (execute(run) for run in comparison(["raybilevel", "random"]).runs(None))
+    kept: list[Any] = []
+    own, random = (execute(run, keep=kept.append) for run in comparison(["raybilevel", "random"]).runs(None))
     check_record(own)
     check_record(random)
     assert len(random["observations"]) == 7
+    assert kept[-1]["status"] == "running"  # after every training, for what kills the process
+    assert kept[-1]["observations"] == random["observations"][: len(kept[-1]["observations"])]
+    assert len(kept[-1]["observations"]) >= 5
     assert random["observations"][-1]["cost"] == pytest.approx(7)
     steps = own["search"]["state"]["steps"]
     assert steps and own["overhead"]["upper_passes"] == pytest.approx(sum(s["passes"] for s in steps))
@@ -114,6 +118,23 @@ def test_a_good_record_is_kept_and_a_damaged_or_failed_one_is_named(tmp_path: Pa
     assert path.with_name(f"{path.name}.old1").read_text() == whole[: len(whole) // 2]
     assert not settled(path, said.append)
     assert "failed (ValueError: no); it is done again" in said[-1]
+
+
+def test_what_a_killed_run_has_seen_is_kept_and_named(tmp_path: Path) -> None:
+    run = comparison(["random"], budget=2).runs(None)[0]
+    path = tmp_path / run.path
+    said: list[str] = []
+    record = {"format": 1, "status": "running", "error": None, "observations": [1]}
+    records.keep(path, record)
+    records.keep(path, {**record, "observations": [1, 2]})
+    assert not settled(path, said.append)
+    assert "cut off after 2 trainings" in said.pop()
+    assert json.loads(path.with_name(f"{path.name}.old1").read_text())["observations"] == [1, 2]
+    assert not settled(path, said.append) and not said
+    records.keep(path, record)
+    records.write(path, {**record, "status": "done"})
+    assert settled(path, said.append) and not said
+    assert {other.name for other in path.parent.iterdir()} == {path.name, f"{path.name}.old1"}
 
 
 @pytest.mark.slow

@@ -57,3 +57,17 @@ def test_mlflow_keeps_them_too(local_ray: None, tmp_path: Path) -> None:
     assert all({"upper_loss", "lower_loss", "search/cost"} <= set(found.data.metrics) for found in runs)
     assert any("search/multiplier" in found.data.metrics for found in runs)
     assert all("x/a" in found.data.params for found in runs)
+
+
+@pytest.mark.filterwarnings("ignore")  # of wandb
+def test_weights_and_biases_keeps_them_too(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    from ray.air.integrations.wandb import WandbLoggerCallback
+
+    monkeypatch.setenv("WANDB_MODE", "offline")  # so that no key is asked for
+    run(tmp_path, WandbLoggerCallback(project="decays", mode="offline", dir=str(tmp_path)))
+    written = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(written) == 6
+    logs = [path.read_bytes() for path in written]
+    assert all(b"upper_loss" in log and b"search/cost" in log for log in logs)
+    assert any(b"search/multiplier" in log for log in logs)

@@ -107,13 +107,15 @@ def test_a_failed_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     log = tmp_path / "epochs"
     problem = Fragile(str(log))
     search = BilevelSearch(problem, max_concurrent=1)
+    trainable = tune.with_resources(lower_level_trainable(problem, checkpoint_every=1), {"cpu": 1, "gpu": 0.5})
     analysis = tune.run(
-        lower_level_trainable(problem, checkpoint_every=1), config=SPACE, search_alg=search, metric="upper_loss",
-        mode="min", num_samples=1, storage_path=str(tmp_path), max_failures=1, verbose=0,
+        trainable, config=SPACE, search_alg=search, metric="upper_loss", mode="min", num_samples=1,
+        storage_path=str(tmp_path), max_failures=1, verbose=0,
     )  # fmt: skip
     (trial,) = analysis.trials
     assert trial.status == "TERMINATED"
     assert trial.last_result["epoch"] == 4
+    assert trial.last_result["gpus"] == "0"
     assert log.read_text().count("epoch") == 5  # the third one twice, the first two once
     assert [t.status for t in search.state.trainings] == ["done"]
 

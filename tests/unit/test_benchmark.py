@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raybilevel.benchmark import records, report
-from raybilevel.benchmark.__main__ import main
+from raybilevel.benchmark.__main__ import main, narrowed, parser
 from raybilevel.benchmark.objective import BudgetSpent, Objective
 from raybilevel.benchmark.ours import bilevel
 from raybilevel.benchmark.reference import ImplicitGradient
@@ -111,6 +111,20 @@ def test_seeds_and_ablations_make_a_difference() -> None:
     assert steps and all(not step["hypergradients"] for step in steps)
 
 
+def test_methods_and_problems_may_have_seeds_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(
+        "seeds: 2\nmethods: {random: {method: random}, diagonal: {method: diagonal, seeds: 1}}\n"
+        "problems: {a: {problem: ridge, options: {groups: 5}}, b: {problem: ridge, options: {groups: 30}, seeds: 3}}\n"
+    )
+    suite = read_suite(path)
+    found = [(run.problem_name, run.method_name) for run in suite.runs(None)]
+    counts = [found.count((p, m)) for p in ("a", "b") for m in ("random", "diagonal")]
+    assert counts == [2, 1, 3, 1]
+    asked = narrowed(suite, parser().parse_args([str(path), "--out", str(tmp_path), "--seeds", "4"]))
+    assert len(asked.runs(None)) == 16
+
+
 def test_a_failure_is_recorded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from raybilevel.benchmark import suite
 
@@ -180,7 +194,7 @@ def test_the_command_narrows_the_suite_and_refuses_unknown_names(
         ("methods: {m: {method: default, settings: {warp: 1}}}\nproblems: {}", "no setting 'warp'"),
         ("methods: {m: {method: random}}\nproblems: {a: {problem: ridge, caps: {n: 1}}}", "'n'"),
         ("methods: {m: {method: random, only: [b]}}\nproblems: {a: {problem: ridge}}", "'b'"),
-        ("speed: 1\nmethods: {}\nproblems: {}", "speed: Extra inputs"),
+        ("speed: 1\nmethods: {}\nproblems: {}", "speed: no such key"),
     ],
 )
 def test_a_wrong_config_names_the_key(tmp_path: Path, text: str, told: str) -> None:
@@ -242,12 +256,19 @@ def test_table_worked_out_by_hand() -> None:
     interval = report.Interval.of([2.0, 4.0])
     assert interval.mean == 3 and interval.half == pytest.approx(12.706, rel=1e-4)  # t_{0.975, 1} * sqrt(2) / sqrt(2)
     assert "3 ±1e+01 (50 %)" in report.markdown(runs, (5, 20))
-    assert report.curve(runs, 2.0) == (
+    assert report.curve([{**run, "optimum": 2.0} for run in runs]) == (
         [2, 4, 10],
         [0.5, 1e-6, 1e-6],
         [0.75, pytest.approx(0.5), pytest.approx(0.5)],
         [1, 1, 1],
     )
+
+
+def test_regret_may_be_of_each_seed_on_its_own() -> None:
+    runs = [record([3.0, 2.0]) | {"optimum": 1.0}, record([4.0, 5.0]) | {"optimum": 4.0}]
+    text = report.markdown(runs, (5, 10))
+    assert "F\\* = 1 to 4" in text
+    assert "3 ±1e+01 (50 %)" in text  # of 100 % and 0 %
 
 
 def test_known_optimum_counts_as_best_seen() -> None:

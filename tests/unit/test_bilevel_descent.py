@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -119,6 +119,27 @@ def test_the_result_is_judged_at_weights_that_saw_training_data_only(estimator: 
         assert reported == pytest.approx(problem.F(problem.solution(x.exp())).item(), rel=1e-6)
     best = descent.best[1]
     assert descent.conclude()["upper_loss"] == pytest.approx(problem.F(problem.solution(best.exp())).item(), rel=1e-6)
+
+
+def test_a_selection_loss_chooses_among_the_x_on_the_way() -> None:
+    """F falls at every step; the selection loss does so for two steps only."""
+
+    class Held(ModuleRidge):
+        seen: ClassVar[list[Tensor]] = []
+
+        def selection_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> float:
+            self.seen.append(hyperparameters["upper"].logs.detach().clone())
+            return float(abs(len(self.seen) - 3))
+
+    Held.seen.clear()
+    descent = BilevelDescent(Held(), {"start": 0.0}, HypergradientDescent(steps=5, rate=0.1, lower="tolerance"))
+    reports = [descent.run_step() for _ in range(5)]
+    assert [report["selection_loss"] for report in reports] == [2, 1, 0, 1, 2]
+    losses = [report["upper_loss"] for report in reports]
+    assert losses == sorted(losses, reverse=True)
+    assert torch.equal(descent.best[1], Held.seen[2])
+    found = descent.conclude()
+    assert found["upper_loss"] == pytest.approx(losses[2], rel=1e-4)
 
 
 @pytest.mark.parametrize("at", [1, 3])

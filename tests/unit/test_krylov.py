@@ -134,6 +134,25 @@ def test_the_error_criterion_stops_where_the_estimate_says() -> None:
     assert iterations == sorted(iterations, reverse=True) and len(set(iterations)) == 3
 
 
+def test_the_estimate_outside_the_basis_is_what_new_directions_had() -> None:
+    h = matrix(1e-2)
+    jacobian = torch.randn(7, N, generator=generator(3), dtype=torch.double)
+    eye, gain = torch.eye(N, dtype=torch.double), jacobian @ torch.linalg.inv(h)
+    selection = Selection("ritz_generalized_singular", "largest", 4)
+    half, _ = selection.select(eye[:, :30], h[:, :30], lambda v: jacobian @ v)
+    assert half.estimator is not None
+    # none before: the largest of what was seen
+    seen = half.estimator.weighted
+    assert half.estimator.rest == pytest.approx(torch.linalg.matrix_norm(seen, 2).item())
+    whole, _ = selection.select(eye, h, lambda v: jacobian @ v, half.estimator)
+    assert whole.estimator is not None
+    # W is all of space now, and its new half the last 30 unit vectors
+    assert whole.estimator.rest == pytest.approx(torch.linalg.matrix_norm(gain[:, 30:], 2).item())
+    again, _ = selection.select(eye, h, lambda v: jacobian @ v, whole.estimator)
+    assert again.estimator is not None
+    assert again.estimator.rest == pytest.approx(torch.linalg.matrix_norm(gain, 2).item())  # nothing new
+
+
 def test_a_right_side_of_zero_has_the_solution_zero() -> None:
     zero = torch.zeros(N, dtype=torch.double)
     given = LinearSystem(lambda v: v, zero, lambda v: v)

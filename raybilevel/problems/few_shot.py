@@ -1,0 +1,203 @@
+"""A learned initialisation: weights from which a few examples of new classes suffice."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cross_entropy, layer_norm, relu
+
+from raybilevel import datasets
+from raybilevel.datasets import Images
+from raybilevel.errors import ConfigError
+from raybilevel.hypergradient import BilevelFunctions, solve_lower
+from raybilevel.problem import BilevelProblem, Hyperparameters, Level
+from raybilevel.problems.classification import check_positive, data_folder
+
+SIDE, FEATURES = 14, 32 * 3 * 3
+TURNS = 4
+
+
+class Tasks(NamedTuple):
+    """Of T tasks: images to learn from, (T, n, 14, 14), and their labels, (T, n); images to be judged by,
+    (T, q, 14, 14), and theirs, (T, q); which class each label stands for, (T, ways), as a number of `digit, turn`."""
+
+    x: Tensor
+    y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+    classes: Tensor
+
+
+class Initialisation(nn.Module):
+    """The upper-level variable: a small convolutional network, which all tasks share, and the weights of its last layer
+    that every task starts from."""
+
+    def __init__(self, ways: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.head = nn.Linear(FEATURES, ways)
+        nn.init.zeros_(self.head.weight)  # no class is preferred
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Of images, (T, n, 14, 14) -> (T, n, 288), with mean 0 and deviation 1."""
+        found = images.reshape(-1, 1, SIDE, SIDE)
+        for layer in (self.first, self.second):
+            found = avg_pool2d(relu(layer(found)), 2)
+        return layer_norm(found.flatten(1), (FEATURES,)).view(*images.shape[:2], FEATURES)
+
+
+class Deviations(nn.Module):
+    """The lower-level variable: how far the last layer of every task is from the initialisation, at first zero."""
+
+    def __init__(self, tasks: int, ways: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(tasks, ways, FEATURES))
+        self.bias = nn.Parameter(torch.zeros(tasks, ways))
+
+
+def logits(head: nn.Linear, weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
+    """Of every task's last layer for its features, (T, n, 288) -> (T, n, ways)."""
+    return torch.baddbmm((head.bias + bias)[:, None], features, (head.weight + weight).mT)
+
+
+def mean_loss(found: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(found.flatten(0, 1), labels.flatten())
+
+
+class FewShot(BilevelProblem):
+    """Weights x from which a network learns to tell apart `ways` classes it has not seen from `shots` examples of each:
+
+        f(x, y) = mean_t [CE of task t's examples at x + y_t + nearness |y_t|^2 / 2],
+        F(x, y) = mean_t CE of task t's other images at x + y_t
+
+    with y_t, task t's deviation from x, at first zero: implicit MAML (Rajeswaran, Finn, Kakade & Levine 2019,
+    arXiv:1909.04630), of which only the last layer is learned in a task, as in ANIL (Raghu, Raghu, Bengio & Vinyals
+    2020, arXiv:1909.09157), so that f is convex in y. Tasks are of MNIST digits averaged over 2x2 pixels. A class to
+    learn from is a digit of `learn` of the training images in one of four orientations, as in Santoro et al. 2016; test
+    tasks are of all other digits, upright, of the test images.
+
+    data:  the folder of the data files. tasks, test_tasks: how many. queries: judged images of each class of a task.
+    turns: whether the classes to learn from are turned, too, or upright digits only.
+    nearness: of the lower level; the larger, the nearer a task stays to the initialisation.
+    """
+
+    epochs = 1
+
+    def __init__(
+        self,
+        data: str | None = None,
+        learn: Sequence[int] = (0, 1, 2, 3, 4),
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 5,
+        tasks: int = 100,
+        test_tasks: int = 200,
+        turns: bool = True,
+        nearness: float = 0.01,
+        split_seed: int = 0,
+    ) -> None:
+        check_positive(shots=shots, queries=queries, tasks=tasks, test_tasks=test_tasks)
+        check_positive(nearness=nearness)
+        self.data = data_folder(self, data)
+        self.learn, self.ways, self.shots, self.queries = tuple(sorted(set(learn))), ways, shots, queries
+        self.tasks, self.test_tasks, self.turns = tasks, test_tasks, turns
+        self.nearness, self.split_seed = nearness, split_seed
+        if not set(self.learn) <= set(range(10)):
+            raise ConfigError(f"learn: digits from 0 to 9, got {list(learn)}")
+        if not 2 <= ways <= min(len(self.learn) * (TURNS if turns else 1), len(self.others)):
+            raise ConfigError(f"too few classes for tasks of {ways}: learn={list(learn)}, turns={turns}")
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        return tuple(digit for digit in range(10) if digit not in self.learn)
+
+    @cached_property
+    def splits(self) -> dict[str, Tasks]:
+        train, test = datasets.mnist(self.data)
+        generator = torch.Generator().manual_seed(self.split_seed)
+        return {
+            "learn": self.drawn(train, self.learn, self.tasks, self.turns, generator),
+            "test": self.drawn(test, self.others, self.test_tasks, False, generator),
+        }
+
+    def drawn(self, split: Images, digits: Sequence[int], count: int, turns: bool, generator: torch.Generator) -> Tasks:
+        """Tasks of random classes and images."""
+        images = avg_pool2d(split.images[:, None].to(self.dtype) / 255, 2)[:, 0]
+        members = {digit: (split.labels == digit).nonzero().flatten() for digit in digits}
+        classes = [(digit, turn) for digit in digits for turn in range(TURNS if turns else 1)]
+        each = self.shots + self.queries
+        drawn, taken = [], []
+        for _ in range(count):
+            chosen = torch.randperm(len(classes), generator=generator)[: self.ways].tolist()
+            taken.append([classes[number][0] * TURNS + classes[number][1] for number in chosen])
+            rows = []
+            for digit, turn in (classes[number] for number in chosen):
+                picked = members[digit][torch.randint(len(members[digit]), (each,), generator=generator)]
+                rows.append(torch.rot90(images[picked], turn, (1, 2)))
+            drawn.append(torch.stack(rows))
+        found = torch.stack(drawn)  # (T, ways, each, 14, 14)
+        labels = torch.arange(self.ways)[None, :, None].expand(count, -1, each)
+        parts = (slice(self.shots), slice(self.shots, None))
+        shown, asked = ((found[:, :, part].flatten(1, 2), labels[:, :, part].flatten(1)) for part in parts)
+        return Tasks(*shown, *asked, torch.tensor(taken))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "splits"}
+
+    def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Tasks]:
+        yield self.splits["learn"]
+
+    def upper_variables(self) -> nn.Module:
+        return Initialisation(self.ways)
+
+    def model(self) -> nn.Module:
+        return Deviations(self.tasks, self.ways)
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Tasks) -> Tensor:
+        start, (weight, bias) = hyperparameters["upper"], model.parameters()
+        return self.task_loss(start.head, weight, bias, start.features(batch.x), batch.y, self.nearness)
+
+    @staticmethod
+    def task_loss(
+        head: nn.Linear, weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor, nearness: float
+    ) -> Tensor:
+        near = (weight.square().sum() + bias.square().sum()) / len(features)
+        return mean_loss(logits(head, weight, bias, features), labels) + nearness / 2 * near
+
+    def upper_loss(self, model: nn.Module, batch: Tasks) -> Tensor:
+        raise NotImplementedError("the upper level depends on the initialisation")
+
+    def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Tasks) -> Tensor:
+        start, (weight, bias) = hyperparameters["upper"], model.parameters()
+        return mean_loss(logits(start.head, weight, bias, start.features(batch.query_x)), batch.query_y)
+
+    def accuracies(self, start: Initialisation, split: str, nearness: float) -> Tensor:
+        """Of each task of a split, (T,), on its judged images, after learning from the others."""
+        tasks = Tasks(*(part.to(self.device) for part in self.splits[split]))
+        head = copy.deepcopy(start.head).requires_grad_(False)
+        with torch.no_grad():
+            known, asked = start.features(tasks.x), start.features(tasks.query_x)
+        shape = (len(tasks.x), self.ways, FEATURES)
+        cut = math.prod(shape)
+
+        def parts(flat: Tensor) -> tuple[Tensor, Tensor]:
+            return flat[:cut].view(shape), flat[cut:].view(shape[:2])
+
+        def lower(_: Tensor, flat: Tensor) -> Tensor:
+            return self.task_loss(head, *parts(flat), known, tasks.y, nearness)
+
+        zero = torch.zeros(cut + len(tasks.x) * self.ways).to(known)
+        with torch.enable_grad():
+            flat = solve_lower(BilevelFunctions([], [lower]), zero[:0], zero, 1e-3, limit=100).y
+        return (logits(head, *parts(flat), asked).argmax(2) == tasks.query_y).double().mean(1)
+
+    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+        """`test_accuracy` on tasks of the digits that were not learned from."""
+        return {"test_accuracy": self.accuracies(hyperparameters["upper"], "test", self.nearness).mean().item()}

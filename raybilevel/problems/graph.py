@@ -1,0 +1,271 @@
+"""Graph structure: the edge probabilities of a citation graph that lacks edges, for a graph convolutional network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from raybilevel import datasets
+from raybilevel.errors import ConfigError
+from raybilevel.problem import BilevelProblem, Hyperparameters, Level, move
+from raybilevel.problems.classification import check_positive, data_folder
+from raybilevel.problems.sparse import Pattern, Sparse, pattern
+
+GIVEN, NEIGHBOUR, ONLY_NEIGHBOUR = 0.9, 0.1, 0.5
+"""Probabilities at the start: of a given edge; of a nearest neighbour beside given edges, and without any."""
+
+
+class Nodes(NamedTuple):
+    """Numbers of some nodes and their labels, int64, (b,); features of all nodes, (n, f); where the graph of the
+    candidate edges has entries."""
+
+    nodes: Tensor
+    labels: Tensor
+    features: Sparse
+    graph: Pattern
+
+
+class GraphConvolution(nn.Module):
+    """A relu(A X W1 + b1) W2 + b2 (Kipf & Welling 2017, equation (9)), on whichever graph A it is given."""
+
+    def __init__(self, features: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.weight1, self.bias1 = nn.Parameter(torch.empty(features, hidden)), nn.Parameter(torch.zeros(hidden))
+        self.weight2, self.bias2 = nn.Parameter(torch.empty(hidden, classes)), nn.Parameter(torch.zeros(classes))
+        for weight in (self.weight1, self.weight2):
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, features: Sparse, adjacency: Sparse) -> Tensor:
+        hidden = torch.relu(adjacency.times(features.times(self.weight1)) + self.bias1)
+        return adjacency.times(hidden @ self.weight2) + self.bias2
+
+
+class EdgeProbabilities(nn.Module):
+    """The upper-level variable: the logits of the candidate edges' probabilities, (m,)."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.logit(start) + 0.01 * torch.randn(len(start)))
+
+    def forward(self) -> Tensor:
+        return torch.sigmoid(self.logits)
+
+
+class GraphStructure(BilevelProblem):
+    """A graph convolutional network on Cora or Citeseer, a share of whose edges is missing:
+
+        f(x, y) = CE on the training nodes + decay |y|^2 / 2,    F(x, y) = CE on half of the validation nodes,
+
+    the network's graph being the expected one, D^-1/2 (P(x) + I) D^-1/2 with the probabilities P of the candidate
+    edges: those that are left, and those to the nearest neighbours in the features. After Franceschi, Niepert, Pontil &
+    He 2019 (LDS, arXiv:1903.11960), who draw graphs and learn the probabilities of all pairs of nodes. x has tens of
+    thousands of variables and F a few hundred nodes, so the other half of the validation nodes chooses the x (selection
+    loss), as theirs does.
+
+    data: the folder of the data files. graph: "cora" or "citeseer". missing: share of the edges that is removed.
+    neighbours: k; data_seed: of the edges removed and of the halves of the validation nodes.
+    """
+
+    epochs = 10  # of 20 iterations each
+
+    def __init__(
+        self,
+        data: str | None = None,
+        graph: str = "cora",
+        missing: float = 0.75,
+        neighbours: int = 20,
+        hidden: int = 16,
+        decay: float = 3e-3,
+        data_seed: int = 0,
+    ) -> None:
+        check_positive(neighbours=neighbours, hidden=hidden, decay=decay)
+        if graph not in datasets.PLANETOID or not 0 <= missing <= 1:
+            raise ConfigError(
+                f"graph is one of {', '.join(datasets.PLANETOID)} and missing from 0 to 1; got {graph!r}, {missing}"
+            )
+        self.data = data_folder(self, data)
+        self.graph, self.missing, self.neighbours = graph, missing, neighbours
+        self.hidden, self.decay, self.data_seed = hidden, decay, data_seed
+
+    @cached_property
+    def citations(self) -> datasets.Graph:
+        return datasets.planetoid(self.data, self.graph)
+
+    @cached_property
+    def features(self) -> Sparse:
+        """Bags of words, each of norm 1."""
+        words = self.citations.features
+        words = words / words.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        row, column = words.nonzero(as_tuple=True)
+        return Sparse(pattern(row, column, *words.shape), words[row, column])
+
+    @property
+    def count(self) -> int:
+        """How many nodes there are."""
+        return len(self.citations.labels)
+
+    @cached_property
+    def given(self) -> Tensor:
+        """The edges that are left, (m, 2)."""
+        edges = self.citations.edges
+        order = torch.randperm(len(edges), generator=torch.Generator().manual_seed(self.data_seed))
+        return undirected(edges[order[: round((1 - self.missing) * len(edges))]], self.count)
+
+    @cached_property
+    def near(self) -> Tensor:
+        """The edges to nearest neighbours, (m, 2)."""
+        return nearest(self.citations.features, self.neighbours)
+
+    @cached_property
+    def candidates(self) -> Tensor:
+        """The given edges first, then those to nearest neighbours that are not among them, (m, 2)."""
+        near, nodes = self.near, self.count
+        code = torch.tensor([nodes, 1])
+        return torch.cat([self.given, near[~torch.isin(near @ code, self.given @ code)]])
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        return adjacency(self.candidates, self.count)
+
+    @cached_property
+    def parts(self) -> dict[str, Tensor]:
+        """Numbers of the nodes of each part; "labelled" is "lower" and "upper" together."""
+        found = self.citations
+        generator = torch.Generator().manual_seed(self.data_seed)
+        mixed = found.validation[torch.randperm(len(found.validation), generator=generator)]
+        upper, selection = mixed.split(-(-len(mixed) // 2))
+        labelled = torch.cat([found.train, upper])
+        parts = {"lower": found.train, "upper": upper, "selection": selection, "test": found.test}
+        return {**parts, "validation": found.validation, "labelled": labelled}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the data, so that a worker is sent little and reads its own."""
+        read = ("citations", "features", "given", "near", "candidates", "pattern", "parts")
+        return {name: value for name, value in self.__dict__.items() if name not in read}
+
+    def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Nodes]:
+        yield self.nodes(level)
+
+    def nodes(self, part: str) -> Nodes:
+        nodes = self.parts[part]
+        return Nodes(nodes, self.citations.labels[nodes], self.features, self.pattern)
+
+    def model(self) -> nn.Module:
+        found = self.citations
+        return GraphConvolution(found.features.shape[1], self.hidden, int(found.labels.max()) + 1)
+
+    def start_probabilities(self) -> Tensor:
+        """Of the candidate edges at the start, (m,)."""
+        start = torch.full((len(self.candidates),), NEIGHBOUR if len(self.given) else ONLY_NEIGHBOUR)
+        start[: len(self.given)] = GIVEN
+        return start
+
+    def upper_variables(self) -> nn.Module:
+        return EdgeProbabilities(self.start_probabilities())
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(model.parameters(), max_iter=20, history_size=20, line_search_fn="strong_wolfe")
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Nodes) -> Tensor:
+        squares = torch.stack([part.square().sum() for part in model.parameters()]).sum()
+        return self.upper_loss_at(model, hyperparameters, batch) + self.decay / 2 * squares
+
+    def upper_loss(self, model: nn.Module, batch: Nodes) -> Tensor:
+        raise NotImplementedError("F depends on the edges: upper_loss_at")
+
+    def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Nodes) -> Tensor:
+        graph = normalised(batch.graph, hyperparameters["upper"]())
+        return cross_entropy(model(batch.features, graph)[batch.nodes], batch.labels)
+
+    def selection_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> float:
+        batch = move(self.nodes("selection"), self.device, self.dtype)
+        return self.upper_loss_at(model, hyperparameters, batch).item()
+
+    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+        """Loss and accuracy on the test nodes; `edges`, how many are expected; `homophily`, the share of them between
+        papers on one topic; test accuracies of the same network on the edges that are left (`given_accuracy`), on the
+        nearest neighbours' (`neighbour_accuracy`), and on the learned ones with the nodes of F among the training
+        nodes (`refit_accuracy`)."""
+        batch = move(self.nodes("test"), self.device, self.dtype)
+        probabilities = hyperparameters["upper"]()
+        logits = model(batch.features, normalised(batch.graph, probabilities))[batch.nodes]
+        ends = self.citations.labels[self.candidates].to(probabilities.device)
+        same = (ends[:, 0] == ends[:, 1]).to(probabilities)
+        return {
+            "test_loss": cross_entropy(logits, batch.labels).item(),
+            "test_accuracy": (logits.argmax(1) == batch.labels).double().mean().item(),
+            "edges": probabilities.sum().item(),
+            "homophily": ((probabilities * same).sum() / probabilities.sum()).item(),
+            "given_accuracy": self.accuracies(self.given)["test"],
+            "neighbour_accuracy": self.accuracies(self.near)["test"],
+            "refit_accuracy": self.accuracies(self.candidates, probabilities, "labelled")["test"],
+        }
+
+    def accuracies(
+        self, edges: Tensor, probabilities: Tensor | None = None, part: str = "lower", seed: int = 0
+    ) -> dict[str, float]:
+        """Accuracies on each part of the nodes after a training on the nodes of one part, with a graph that stays.
+
+        edges: (m, 2); probabilities: (m,), 1 by default.
+        """
+        weights = torch.ones(len(edges), dtype=self.dtype) if probabilities is None else probabilities.detach()
+        batch = move(self.nodes(part), self.device, self.dtype)
+        graph = normalised(move(adjacency(edges, self.count), self.device, self.dtype), weights.to(self.device))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.model().to(self.device, self.dtype)
+        optimizer = self.optimizer(model)
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            squares = torch.stack([w.square().sum() for w in model.parameters()]).sum()
+            logits = model(batch.features, graph)[batch.nodes]
+            loss = cross_entropy(logits, batch.labels) + self.decay / 2 * squares
+            loss.backward()
+            return loss.item()
+
+        with torch.enable_grad():
+            for _ in range(self.epochs):
+                optimizer.step(closure)
+        with torch.no_grad():
+            said = model(batch.features, graph).argmax(1).cpu()
+        labels = self.citations.labels
+        return {name: (said[part] == labels[part]).double().mean().item() for name, part in self.parts.items()}
+
+
+def adjacency(edges: Tensor, nodes: int) -> Pattern:
+    """Where P + I has entries: edges (i, j), (m, 2), undirected, each once, then (j, i), then the diagonal."""
+    loops = torch.arange(nodes)
+    row, column = torch.cat([edges[:, 0], edges[:, 1], loops]), torch.cat([edges[:, 1], edges[:, 0], loops])
+    return pattern(row, column, nodes, nodes)
+
+
+def normalised(graph: Pattern, probabilities: Tensor) -> Sparse:
+    """D^-1/2 (P + I) D^-1/2, D the row sums of P + I, whose edges have these probabilities, (m,)."""
+    nodes = len(graph.row_starts)
+    entry = torch.cat([probabilities, probabilities, probabilities.new_ones(nodes)])
+    scale = entry.new_zeros(nodes).index_add(0, graph.row, entry).rsqrt()
+    return Sparse(graph, scale.index_select(0, graph.row) * entry * scale.index_select(0, graph.column))
+
+
+def nearest(features: Tensor, k: int) -> Tensor:
+    """Edges between each node and the k others whose features have the highest cosine with its own, int64, (m, 2); none
+    between nodes that share no feature."""
+    unit = features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    row, column = unit.nonzero(as_tuple=True)
+    similarity = Sparse(pattern(row, column, *unit.shape), unit[row, column]).times(unit.T)
+    similarity.fill_diagonal_(0)
+    value, neighbour = similarity.topk(min(k, len(features) - 1), dim=1)
+    node = torch.arange(len(features))[:, None].expand_as(neighbour)
+    return undirected(torch.stack([node[value > 0], neighbour[value > 0]], 1), len(features))
+
+
+def undirected(edges: Tensor, nodes: int) -> Tensor:
+    """Each edge once, its lower node first, in order; int64, (m, 2)."""
+    code = torch.unique(edges.min(1).values * nodes + edges.max(1).values)
+    return torch.stack([code // nodes, code % nodes], 1)

@@ -1,0 +1,53 @@
+"""The measurements of graph structure and architecture, on very small problems: what they write and compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raybilevel import datasets
+from raybilevel.benchmark import architecture, graph
+from tests.unit.test_graph import blocks
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_graphs_are_measured_once_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "planetoid", lambda folder, name: blocks())
+    monkeypatch.setattr("raybilevel.problems.graph.GraphStructure.epochs", 1)
+    arguments = [
+        "--data", "data", "--out", str(tmp_path), "--seeds", "1", "--graphs", "cora", "--missing", "0.5",
+        "--config", str(CONFIGS / "graph_structure.yaml"), "--set", "search.settings.steps=1",
+    ]  # fmt: skip
+    graph.main(arguments)
+    found = json.loads((tmp_path / "graph.json").read_text())
+    (result,) = found["results"]
+    means = {name: result["means"][name]["mean"] for name in graph.COLUMNS}
+    assert all(0 <= value <= 1 for value in means.values())
+    better = max(means["given"], means["neighbours"])
+    assert result["gain"]["mean"] == pytest.approx(means["learned"] - better)
+    assert (tmp_path / "figures" / "graph_cora.svg").is_file()
+    monkeypatch.setattr(graph, "accuracies", lambda *_: pytest.fail("measured again"))
+    graph.main(arguments)
+    assert json.loads((tmp_path / "graph.json").read_text()) == found
+
+
+def test_architectures_are_compared_at_equal_cost(tmp_path: Path) -> None:
+    small = ["train=40", "validation=30", "nodes=1", "channels=2", "epochs=2", "search_epochs=1", "batch=20"]
+    arguments = ["--config", str(CONFIGS / "architecture.yaml"), "--out", str(tmp_path), "--seeds", "1"]
+    for key in [*(f"options.{one}" for one in small), "search.settings.steps=1"]:
+        arguments += ["--set", key]
+    architecture.main(arguments)
+    (row,) = json.loads((tmp_path / "architecture.json").read_text())["rows"]
+    ours, drawn = row["learned"], row["random"]
+    # the epoch before the step; its unrolled gradient step, two products, f as reported, and twice F at 30 / 40
+    assert ours["cost_gradients"] == pytest.approx(1 + (1 + 1 + 2 + 1 + 2 * 30 / 40) / 2)
+    # 3x3 from 1 to 2 channels on 64 pixels, and the edge's operations: kernels of 10, or 2 on average, on 80 pixels
+    ratio = (9 * 2 * 64 + 10 * 4 * 80) / (9 * 2 * 64 + 2 * 4 * 80)
+    assert ours["cost_operations"] == pytest.approx(1 + ratio * (ours["cost_gradients"] - 1))
+    assert len(drawn) == -(-ours["cost_operations"] // 1)
+    lowest = min(drawn, key=lambda one: one["validation_loss"])
+    assert row["test"]["random_by_operations"] == lowest["test_accuracy"]
+    assert (tmp_path / "figures" / "architecture_digits.svg").is_file()
