@@ -68,6 +68,18 @@ class Levels:
 
     def _mean(self, level: Level, hyperparameters: Mapping[str, Any], wrt: Sequence[Tensor]) -> LevelValue:
         self.model.eval()
+        total, count, sums = self._sums(level, hyperparameters, wrt)
+        if count == 0:
+            raise ProblemError(f"{type(self.problem).__name__}.batches({level!r}, None) yields no examples")
+        value = total / count
+        if not math.isfinite(value):
+            raise NotFiniteError(f"the {level}-level loss is {value}")
+        return LevelValue(value, tuple(entry / count for entry in sums))
+
+    def _sums(
+        self, level: Level, hyperparameters: Mapping[str, Any], wrt: Sequence[Tensor]
+    ) -> tuple[float, int, list[Tensor]]:
+        """The sum of a level's losses over its examples, their number, and the sum of the losses' gradients."""
         total, count = 0.0, 0
         sums = [torch.zeros_like(tensor) for tensor in wrt]
         for raw in self.problem.batches(level, None):
@@ -81,12 +93,7 @@ class Levels:
                 self.examples += size
             total += loss.item() * size
             count += size
-        if count == 0:
-            raise ProblemError(f"{type(self.problem).__name__}.batches({level!r}, None) yields no examples")
-        value = total / count
-        if not math.isfinite(value):
-            raise NotFiniteError(f"the {level}-level loss is {value}")
-        return LevelValue(value, tuple(entry / count for entry in sums))
+        return total, count, sums
 
 
 def as_tensors(config: Mapping[str, Any], problem: BilevelProblem, requires_grad: bool = False) -> dict[str, Any]:

@@ -73,15 +73,23 @@ class LowerLevelTraining:
 
                 def closure(batch: Any = batch, size: int = size) -> float:
                     self.optimizer.zero_grad()
-                    loss = self.levels.batch_loss("lower", self.hyperparameters, batch)
+                    loss = self.batch_loss(batch)
                     loss.backward()
                     self.levels.examples += size
-                    return loss.item()
+                    return self.number(loss)
 
                 loss = float(self.optimizer.step(closure))
                 if not math.isfinite(loss):
                     raise NotFiniteError(f"the lower-level loss is {loss} in epoch {self.epoch + 1} at {self.config}")
         self.epoch += 1
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        """f on a batch that is on the device, to be differentiated."""
+        return self.levels.batch_loss("lower", self.hyperparameters, batch)
+
+    def number(self, loss: Tensor) -> float:
+        """The same as a number, which a line search compares."""
+        return loss.item()
 
     def losses(self) -> dict[str, float]:
         """f and F at the present weights, and the problem's own metrics."""
