@@ -305,6 +305,8 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # on Ctrl-C it gives advice for a script, not for a command
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
+        # Ray ends what has been idle for a second: most upper-level steps would then import torch in a new process.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     else:
         try:
