@@ -144,17 +144,18 @@ def test_processes_that_have_imported_torch_are_kept_for_the_next_step() -> None
         "from raybilevel.experiment import cluster\n"
         "@ray.remote(num_cpus=0)\n"
         "def where():\n"
-        "    time.sleep(0.5)\n"
+        "    time.sleep(3)\n"
         "    return os.getpid()\n"
         "with cluster(None, 1):\n"
-        "    before = set(ray.get([where.remote() for _ in range(3)]))\n"
-        "    time.sleep(6)\n"
-        "    print(set(ray.get([where.remote() for _ in range(3)])) <= before)\n"
+        "    idle = set(ray.get([where.remote() for _ in range(3)]))\n"
+        "    time.sleep(8)\n"
+        "    [os.kill(process, 0) for process in idle]\n"  # raises where it has ended
+        "    print(len(idle))\n"
     )
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, cwd=ROOT,
                           env=environment, check=True)  # fmt: skip
-    assert said.stdout.splitlines()[-1] == "True"
+    assert int(said.stdout.splitlines()[-1]) > 1  # more than there are CPUs
 
 
 def test_problems_lists_what_ships() -> None:
