@@ -16,12 +16,12 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raybilevel.errors import ConfigError, ProblemError
+from raybilevel.errors import ProblemError
 from raybilevel.levels import Levels
 from raybilevel.lower_level import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
 from raybilevel.problem import Batch, BilevelProblem, Level, leaves
 from raybilevel.shared import Shared
-from raybilevel.trainable import FINISHED, report, send
+from raybilevel.trainable import FINISHED, a_fifth, check_arguments, report, send
 
 RUN = "data_parallel"
 
@@ -46,11 +46,8 @@ def data_parallel_trainable(
         ProblemError: `problem` is not a `BilevelProblem` instance.
         ConfigError: `checkpoint_every` is not positive.
     """
-    if not isinstance(problem, BilevelProblem):
-        raise ProblemError(f"expected a BilevelProblem, got {problem!r}")
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    every = checkpoint_every or max(1, -(-problem.epochs // 5))
+    check_arguments("data_parallel_trainable", problem, checkpoint_every)
+    every = checkpoint_every or a_fifth(problem.epochs)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         data_parallel, problem=Shared(problem), scaling=scaling, seed=seed, checkpoint_every=every
     )

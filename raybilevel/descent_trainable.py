@@ -10,13 +10,13 @@ from typing import Any
 from ray import tune
 
 from raybilevel.domains import split_param_space
-from raybilevel.errors import ConfigError, ProblemError
+from raybilevel.errors import ProblemError
 from raybilevel.hypergradient.descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
 from raybilevel.methods.hypergradient import HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.shared import Shared
 from raybilevel.space import STARTS, Space
-from raybilevel.trainable import FINISHED, PASSES, send
+from raybilevel.trainable import FINISHED, PASSES, a_fifth, check_arguments, send
 
 HYPERPARAMETERS = "hyperparameters"
 
@@ -46,17 +46,14 @@ def hypergradient_trainable(
         ProblemError: `problem` is not a `BilevelProblem` instance, or has neither a space nor `upper_variables`.
         ConfigError: `checkpoint_every` is not positive.
     """
-    if not isinstance(problem, BilevelProblem):
-        raise ProblemError(f"expected a BilevelProblem, got {problem!r}")
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    check_arguments("hypergradient_trainable", problem, checkpoint_every)
     if space is not None and not isinstance(space, Space):
         space, _ = split_param_space(space)
     box = None if space is None or space == STARTS else space
     if box is None and problem.upper_variables() is None:
         raise ProblemError(f"{type(problem).__name__} has no upper_variables(); give the search space")
     settings = settings or HypergradientDescent()
-    every = checkpoint_every or max(1, -(-settings.steps // 5))
+    every = checkpoint_every or a_fifth(settings.steps)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         descend, problem=Shared(problem), settings=settings, space=box, seed=seed, checkpoint_every=every
     )

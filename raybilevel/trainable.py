@@ -45,18 +45,28 @@ def lower_level_trainable(
         ProblemError: `problem` is not a `BilevelProblem` instance.
         ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
     """
-    if not isinstance(problem, BilevelProblem):
-        hint = "; pass an instance: lower_level_trainable(MyProblem())" if isinstance(problem, type) else ""
-        raise ProblemError(f"expected a BilevelProblem, got {problem!r}{hint}")
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    check_arguments("lower_level_trainable", problem, checkpoint_every)
     if epoch_time_limit is not None and not epoch_time_limit > 0:
         raise ConfigError(f"epoch_time_limit must be positive, got {epoch_time_limit}")
-    every = checkpoint_every or max(1, -(-problem.epochs // 5))
+    every = checkpoint_every or a_fifth(problem.epochs)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         lower_level, problem=Shared(problem), seed=seed, checkpoint_every=every, epoch_time_limit=epoch_time_limit
     )
     return trainable
+
+
+def check_arguments(function: str, problem: object, checkpoint_every: int | None) -> None:
+    """What all functions that make a trainable refuse; `function` is the one that was called."""
+    if not isinstance(problem, BilevelProblem):
+        hint = f"; pass an instance: {function}(MyProblem())" if isinstance(problem, type) else ""
+        raise ProblemError(f"expected a BilevelProblem, got {problem!r}{hint}")
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+
+
+def a_fifth(count: int) -> int:
+    """Epochs or steps between checkpoints, so that there are five."""
+    return max(1, -(-count // 5))
 
 
 def lower_level(

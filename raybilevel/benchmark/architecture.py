@@ -26,19 +26,20 @@ from raybilevel.benchmark.families import (
     arguments_parser,
     descent_method,
     intervals,
+    kept,
+    run_to_end,
     shown,
     table,
     wide_console,
     write_json,
 )
-from raybilevel.benchmark.kept import kept
 from raybilevel.config import ExperimentConfig, read_config, resolved
 from raybilevel.hypergradient.descent import BilevelDescent
 from raybilevel.problems import make_problem
 from raybilevel.problems.architecture import OPERATIONS, Architecture, edges, genotype, random_genotype
 from raybilevel.report.charts import Chart, Series
 from raybilevel.report.static import write_figures
-from raybilevel.report.statistics import Interval, paired_test
+from raybilevel.report.statistics import paired_test
 
 NAMES = {
     "learned": "learned by a descent",
@@ -58,9 +59,7 @@ def problem_of(config: ExperimentConfig, data: str | None, seed: int) -> Archite
 def learned(problem: Architecture, config: ExperimentConfig, seed: int) -> dict[str, Any]:
     """A descent, what became of it, and what it cost in trainings of one architecture: by gradients, and by
     multiply-adds of a mean random architecture."""
-    descent = BilevelDescent(problem, {"start": float(seed)}, descent_method(config))
-    while not descent.finished:
-        descent.run_step()
+    descent = run_to_end(BilevelDescent(problem, {"start": float(seed)}, descent_method(config)))
     gradients = descent.passes / problem.training_epochs
     found = descent.conclude()
     count = len(edges(problem.nodes))
@@ -104,16 +103,12 @@ def chart(rows: Sequence[dict[str, Any]], source: str) -> Chart:
         (
             Series(
                 "random search", "line", counts, [one.mean for one in searched],
-                low=[_or_mean(one.low, one) for one in searched], high=[_or_mean(one.high, one) for one in searched],
+                low=[one.ends[0] for one in searched], high=[one.ends[1] for one in searched],
                 colour=7,
             ),
             Series("learned by a descent", "points", costs, [ours.mean] * 2, strong=True),
         ),
     )  # fmt: skip
-
-
-def _or_mean(value: float | None, interval: Interval) -> float:
-    return interval.mean if value is None else value
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

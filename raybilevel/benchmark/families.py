@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from raybilevel.hypergradient.descent import BilevelDescent
 from raybilevel.methods import make_method
 from raybilevel.methods.hypergradient import HypergradientDescent
 from raybilevel.problem import BilevelProblem
+from raybilevel.report.charts import Chart, Series
 from raybilevel.report.statistics import Interval, bootstrap
 
 
@@ -35,10 +36,14 @@ def descent_method(config: ExperimentConfig) -> HypergradientDescent:
 
 def descend(problem: BilevelProblem, method: HypergradientDescent, start: int = 0) -> dict[str, Any]:
     """What a descent from a start reports at its end."""
-    descent = BilevelDescent(problem, {"start": float(start)}, method)
+    return run_to_end(BilevelDescent(problem, {"start": float(start)}, method)).conclude()
+
+
+def run_to_end(descent: BilevelDescent) -> BilevelDescent:
+    """The same, after its last step."""
     while not descent.finished:
         descent.run_step()
-    return descent.conclude()
+    return descent
 
 
 def arguments_parser(name: str, about: str, config: str, seeds: int) -> argparse.ArgumentParser:
@@ -64,6 +69,18 @@ def intervals(rows: Sequence[Mapping[str, float]]) -> dict[str, Interval]:
     return {name: bootstrap([row[name] for row in rows]) for name in rows[0]}
 
 
+def dots(
+    name: str, title: str, caption: str, values: Mapping[str, Interval], y_label: str, label: str, digits: int
+) -> Chart:
+    """A point with its interval for each name."""
+    means = [one.mean for one in values.values()]
+    # the interval need not be symmetric: the larger side
+    widths = [max(one.ends[1] - one.mean, one.mean - one.ends[0]) for one in values.values()]
+    said = "; ".join(f"{key} {mean:.{digits}f}" for key, mean in zip(values, means, strict=True))
+    series = Series(label, "points", list(range(len(means))), means, error=widths)
+    return Chart(name, title, caption, said, "", y_label, (series,), ticks=tuple(values))
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """The first column is words, the others figures."""
     made = Table(box=None, pad_edge=False)
@@ -83,3 +100,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, default=lambda value: asdict(value))
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def kept(file: Path, settings: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """From the file where it was made with the same settings, else measured and written there, so that a measurement
+    that was stopped goes on where it was."""
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if saved.get("settings") != settings:
+        saved = {"settings": settings, "found": measure()}
+        write_json(file, saved)
+    found: dict[str, Any] = saved["found"]
+    return found

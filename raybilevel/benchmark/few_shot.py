@@ -21,18 +21,20 @@ from torch.nn.functional import cross_entropy
 from raybilevel.benchmark.families import (
     arguments_parser,
     descent_method,
+    dots,
     intervals,
+    kept,
+    run_to_end,
     shown,
     table,
     wide_console,
     write_json,
 )
-from raybilevel.benchmark.kept import kept
 from raybilevel.config import ExperimentConfig, read_config, resolved
 from raybilevel.hypergradient.descent import BilevelDescent
 from raybilevel.problems import make_problem
 from raybilevel.problems.few_shot import FewShot, Initialisation, Tasks
-from raybilevel.report.charts import Chart, Series
+from raybilevel.report.charts import Chart
 from raybilevel.report.static import write_figures
 from raybilevel.report.statistics import Interval, paired_test
 
@@ -89,24 +91,13 @@ def measured(config: ExperimentConfig, data: str | None, seed: int) -> dict[str,
         "random": at_best_nearness(problem, start),
         "joint": at_best_nearness(problem, joint(start, problem.splits["learn"], seed)),
     }
-    while not descent.finished:
-        descent.run_step()
-    return {**row, OURS: descent.conclude()["test_accuracy"]}
+    return {**row, OURS: run_to_end(descent).conclude()["test_accuracy"]}
 
 
 def chart(accuracy: dict[str, Interval]) -> Chart:
-    means = [one.mean for one in accuracy.values()]
-    widths = [max((i.high or i.mean) - i.mean, i.mean - (i.low or i.mean)) for i in accuracy.values()]
-    return Chart(
-        "few_shot",
-        "New digits from one example of each, by initialisation",
-        "Means over starts with 95 % intervals; higher is better. Chance is 0.2.",
-        "; ".join(f"{name} {mean:.3f}" for name, mean in zip(accuracy, means, strict=True)),
-        "",
-        "test accuracy",
-        (Series("mean over starts", "points", list(range(len(means))), means, error=widths),),
-        ticks=tuple(accuracy),
-    )
+    title = "New digits from one example of each, by initialisation"
+    caption = "Means over starts with 95 % intervals; higher is better. Chance is 0.2."
+    return dots("few_shot", title, caption, accuracy, "test accuracy", "mean over starts", digits=3)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

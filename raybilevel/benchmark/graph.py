@@ -28,12 +28,12 @@ from raybilevel.benchmark.families import (
     descend,
     descent_method,
     intervals,
+    kept,
     shown,
     table,
     wide_console,
     write_json,
 )
-from raybilevel.benchmark.kept import kept
 from raybilevel.config import ExperimentConfig, read_config, resolved
 from raybilevel.problems import make_problem
 from raybilevel.problems.graph import GraphStructure, nearest
@@ -81,8 +81,7 @@ def chart(graph: str, rows: Mapping[float, Mapping[str, Interval]]) -> Chart:
     series = tuple(
         Series(
             name, "line", [100 * share for share in missing], [rows[share][name].mean for share in missing],
-            low=[_end(rows[share][name].low, rows[share][name]) for share in missing],
-            high=[_end(rows[share][name].high, rows[share][name]) for share in missing],
+            low=[rows[share][name].ends[0] for share in missing], high=[rows[share][name].ends[1] for share in missing],
             colour=number, strong=name == "learned",
         )
         for number, name in enumerate(COLUMNS)
@@ -97,10 +96,6 @@ def chart(graph: str, rows: Mapping[float, Mapping[str, Interval]]) -> Chart:
         "test accuracy",
         series,
     )
-
-
-def _end(value: float | None, interval: Interval) -> float:
-    return interval.mean if value is None else value
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

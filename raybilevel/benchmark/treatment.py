@@ -18,16 +18,17 @@ from raybilevel.benchmark.families import (
     arguments_parser,
     descend,
     descent_method,
+    dots,
     intervals,
+    kept,
     shown,
     table,
     wide_console,
     write_json,
 )
-from raybilevel.benchmark.kept import kept
 from raybilevel.config import read_config, resolved
 from raybilevel.problems import make_problem
-from raybilevel.report.charts import Chart, Series
+from raybilevel.report.charts import Chart
 from raybilevel.report.static import write_figures
 from raybilevel.report.statistics import Interval, paired_test
 
@@ -50,20 +51,9 @@ def by_name(found: Mapping[str, float], measure: str) -> dict[str, float]:
 
 
 def chart(errors: Mapping[str, Interval]) -> Chart:
-    names = list(errors)
-    means = [errors[name].mean for name in names]
-    # the interval need not be symmetric: the larger side
-    widths = [max((i.high or i.mean) - i.mean, i.mean - (i.low or i.mean)) for i in errors.values()]
-    return Chart(
-        "treatment_effects",
-        "Error of the mean effect (true effect 10), by estimator",
-        "Means over draws of the data with 95 % intervals; lower is better.",
-        "; ".join(f"{name} {mean:.2f}" for name, mean in zip(names, means, strict=True)),
-        "",
-        "absolute error",
-        (Series("mean over seeds", "points", list(range(len(names))), means, error=widths),),
-        ticks=tuple(names),
-    )
+    title = "Error of the mean effect (true effect 10), by estimator"
+    caption = "Means over draws of the data with 95 % intervals; lower is better."
+    return dots("treatment_effects", title, caption, errors, "absolute error", "mean over seeds", digits=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -172,8 +172,11 @@ class GraphStructure(BilevelProblem):
         return torch.optim.LBFGS(model.parameters(), max_iter=20, history_size=20, line_search_fn="strong_wolfe")
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Nodes) -> Tensor:
-        squares = torch.stack([part.square().sum() for part in model.parameters()]).sum()
-        return self.upper_loss_at(model, hyperparameters, batch) + self.decay / 2 * squares
+        return self.upper_loss_at(model, hyperparameters, batch) + self.penalty(model)
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """decay |y|^2 / 2."""
+        return self.decay / 2 * torch.stack([part.square().sum() for part in model.parameters()]).sum()
 
     def upper_loss(self, model: nn.Module, batch: Nodes) -> Tensor:
         raise NotImplementedError("F depends on the edges: upper_loss_at")
@@ -223,9 +226,7 @@ class GraphStructure(BilevelProblem):
 
         def closure() -> float:
             optimizer.zero_grad()
-            squares = torch.stack([w.square().sum() for w in model.parameters()]).sum()
-            logits = model(batch.features, graph)[batch.nodes]
-            loss = cross_entropy(logits, batch.labels) + self.decay / 2 * squares
+            loss = cross_entropy(model(batch.features, graph)[batch.nodes], batch.labels) + self.penalty(model)
             loss.backward()
             return loss.item()
 

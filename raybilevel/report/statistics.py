@@ -22,6 +22,11 @@ class Interval:
     high: float | None
     count: int
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Low and high; of a single value, that value."""
+        return (self.mean if self.low is None else self.low, self.mean if self.high is None else self.high)
+
 
 def bootstrap(values: Sequence[float]) -> Interval:
     """The mean over seeds and its bootstrap interval (Efron 1979), the same at every call.
