@@ -21,7 +21,7 @@ from raybilevel.levels import Levels
 from raybilevel.lower_level import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
 from raybilevel.problem import Batch, BilevelProblem, Level, leaves
 from raybilevel.shared import Shared
-from raybilevel.trainable import FINISHED, a_fifth, check_arguments, report, send
+from raybilevel.trainable import FINISHED, a_fifth, check_arguments, check_not_optimistic, report, send
 
 RUN = "data_parallel"
 
@@ -43,10 +43,11 @@ def data_parallel_trainable(
     say how many such trainings the cluster holds. An upper-level step still runs on one GPU.
 
     Raises:
-        ProblemError: `problem` is not a `BilevelProblem` instance.
+        ProblemError: `problem` is not a `BilevelProblem` instance, or `optimistic`.
         ConfigError: `checkpoint_every` is not positive.
     """
     check_arguments("data_parallel_trainable", problem, checkpoint_every)
+    check_not_optimistic("data_parallel_trainable", problem)
     every = checkpoint_every or a_fifth(problem.epochs)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         data_parallel, problem=Shared(problem), scaling=scaling, seed=seed, checkpoint_every=every

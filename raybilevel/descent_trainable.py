@@ -16,7 +16,7 @@ from raybilevel.methods.hypergradient import HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.shared import Shared
 from raybilevel.space import STARTS, Space
-from raybilevel.trainable import FINISHED, PASSES, a_fifth, check_arguments, send
+from raybilevel.trainable import FINISHED, PASSES, a_fifth, check_arguments, check_not_optimistic, send
 
 HYPERPARAMETERS = "hyperparameters"
 
@@ -43,10 +43,12 @@ def hypergradient_trainable(
     checkpoint_every: steps between checkpoints; None for five in a descent.
 
     Raises:
-        ProblemError: `problem` is not a `BilevelProblem` instance, or has neither a space nor `upper_variables`.
+        ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, or has neither a space nor
+            `upper_variables`.
         ConfigError: `checkpoint_every` is not positive.
     """
     check_arguments("hypergradient_trainable", problem, checkpoint_every)
+    check_not_optimistic("hypergradient_trainable", problem)
     if space is not None and not isinstance(space, Space):
         space, _ = split_param_space(space)
     box = None if space is None or space == STARTS else space

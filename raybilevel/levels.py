@@ -48,6 +48,11 @@ class Levels:
     def passes(self) -> float:
         return self.examples / self.lower_examples
 
+    def evaluation_passes(self) -> float:
+        """What one gradient of both levels costs, in gradient evaluations of f."""
+        upper = sum(self.problem.batch_size(batch) for batch in self.problem.batches("upper", None))
+        return 1 + upper / self.lower_examples
+
     def on_device(self, batch: Batch) -> Batch:
         return move(batch, self.problem.device, self.problem.dtype)
 

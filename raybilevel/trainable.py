@@ -64,6 +64,14 @@ def check_arguments(function: str, problem: object, checkpoint_every: int | None
         raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
 
 
+def check_not_optimistic(function: str, problem: BilevelProblem) -> None:
+    if problem.optimistic:
+        raise ProblemError(
+            f"{type(problem).__name__}.optimistic: {function} does not choose among minimisers of f; set it to False, "
+            "or use lower_level_trainable and a search by the default method"
+        )
+
+
 def a_fifth(count: int) -> int:
     """Epochs or steps between checkpoints, so that there are five."""
     return max(1, -(-count // 5))

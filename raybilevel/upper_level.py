@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from raybilevel.augmented_lagrangian import MultiplierState, OneSided
+from raybilevel.lbfgs import Merit, Tensors, inner, minimise, norm
 from raybilevel.levels import Levels
 from raybilevel.space import Space, flatten, nest
 from raybilevel.value_function import ValueFunction
-
-Tensors = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,7 @@ class TrainedPoint:
     @cached_property
     def evaluation_passes(self) -> float:
         """What one evaluation costs, in gradient evaluations of f."""
-        problem = self.levels.problem
-        upper = sum(problem.batch_size(batch) for batch in problem.batches("upper", None))
-        return 1 + upper / self.levels.lower_examples
+        return self.levels.evaluation_passes()
 
 
 @dataclass(frozen=True)
@@ -232,40 +229,6 @@ def _curvature(point: TrainedPoint, squared: float) -> float:
     step = point.difference / math.sqrt(squared)
     moved = point.lower(point.unit, [step * g for g in point.here.upper_gradient])[1]
     return max(inner(moved, point.here.upper_gradient) / step, 1e-12 * squared) / squared
-
-
-Merit = tuple[float, Tensors]
-
-
-def minimise(merit: Callable[[Tensors], Merit], start: Tensors, max_evaluations: int, tolerance: float) -> Tensors:
-    """L-BFGS with strong Wolfe line search on a merit that gives its own gradient, until that is below `tolerance`."""
-    variables = [s.clone().requires_grad_(True) for s in start]
-    optimizer = torch.optim.LBFGS(
-        variables,
-        max_iter=max_evaluations,
-        max_eval=max_evaluations,
-        history_size=20,
-        tolerance_grad=tolerance,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> float:
-        value, gradient = merit([v.detach() for v in variables])
-        for variable, entry in zip(variables, gradient, strict=True):
-            variable.grad = entry.to(variable.dtype)
-        return value
-
-    optimizer.step(closure)
-    return [v.detach() for v in variables]
-
-
-def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return sum((p.double() * q.double()).sum().item() for p, q in zip(a, b, strict=True))
-
-
-def norm(a: Sequence[Tensor]) -> float:
-    return math.sqrt(inner(a, a))
 
 
 @dataclass(frozen=True)

@@ -121,10 +121,10 @@ class ManyMinimisers(Analytic):
     dimension = 2
     best = 0.1
 
-    def __init__(self, weights: int = 12, strength: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, weights: int = 12, strength: float = 1.0, seed: int = 0, optimistic: bool = False) -> None:
         if weights <= self.dimension:
             raise ConfigError(f"weights must exceed {self.dimension}, got {weights}")
-        self.weights, self.strength, self.seed = weights, strength, seed
+        self.weights, self.strength, self.seed, self.optimistic = weights, strength, seed, optimistic
         generator = torch.Generator().manual_seed(seed)
         basis = torch.linalg.qr(torch.randn(weights, weights, generator=generator, dtype=torch.double)).Q
         self.pinned, self.free = basis[: self.dimension], basis[self.dimension :]

@@ -210,6 +210,7 @@ def test_the_shipped_suite_is_valid_and_has_the_grid_for_one_and_two_only() -> N
         "digits-1",
         "digits-2",
         "many-minimisers",
+        "many-minimisers-optimistic",
         "mlp-1",
         "mlp-2",
         "ridge-1",

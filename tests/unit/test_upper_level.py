@@ -8,18 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raybilevel.lbfgs import Merit, inner, minimise
 from raybilevel.levels import Levels
 from raybilevel.problem import Hyperparameters
 from raybilevel.upper_level import (
     Hypergradient,
-    Merit,
     TrainedPoint,
     descend,
     hypergradient,
-    inner,
     joint_descent,
     limit_direction,
-    minimise,
 )
 from tests.problems_for_tests import Formula, Logistic, Network, Ridge, trained_point, vector
 
