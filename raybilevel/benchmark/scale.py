@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from raybilevel import BilevelProblem, BilevelSearch, lower_level_trainable
 from raybilevel.benchmark.sharded import sharded
+from raybilevel.experiment import cluster
 from raybilevel.methods.base import UpperResult, UpperStep
 from raybilevel.optimizer import BilevelOptimizer
 from raybilevel.problem import Hyperparameters, Level
@@ -242,52 +243,52 @@ def simulate(count: int, share: float, trainings: int) -> tuple[float, float]:
 
 
 def overhead(trials: int, counts: list[int], seconds: float) -> None:
-    import ray
+    print(f"{trials} trials that sleep {seconds} s, on a local Ray; efficiency is sleeping / (slots x time):")
+    for count in counts:
+        with cluster(None, cpus=count):
+            floor = driven("random", trials, count, seconds)
+            driven("raybilevel", trials, count, seconds, floor)
+
+
+def driven(name: str, trials: int, count: int, seconds: float, floor: float | None = None) -> float:
+    """The driver's processor time for an experiment of so many trials on so many slots."""
     from ray import tune
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    print(f"{trials} trials that sleep {seconds} s, on a local Ray; efficiency is sleeping / (slots x time):")
-    for count in counts:
-        ray.init(address="local", num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        floor = 0.0
-        for name in ("random", "raybilevel"):
-            problem = Sleeper(4, seconds)
-            search: Any = (
-                BilevelSearch(problem, max_concurrent=count, metric="upper_loss", mode="min")
-                if name == "raybilevel"
-                else BasicVariantGenerator(max_concurrent=count)
-            )
-            with tempfile.TemporaryDirectory() as folder:
-                begun, used = time.monotonic(), time.process_time()
-                tune.run(
-                    tune.with_resources(lower_level_trainable(problem), {"cpu": 1}), config=space(4), search_alg=search,
-                    num_samples=trials, reuse_actors=True, storage_path=folder, verbose=0,
-                    **({"metric": "upper_loss", "mode": "min"} if name == "random" else {}),
-                )  # fmt: skip
-                wall, used = time.monotonic() - begun, time.process_time() - used
-            floor = floor or used
-            print(
-                f"  {count:3d} slots, {name:10}: driver {1e3 * used / trials:6.1f} ms a trial, {used / floor:.2f} of "
-                f"the floor; {wall:6.1f} s in all, efficiency {100 * trials * seconds / (count * wall):5.1f} %",
-                flush=True,
-            )
-        ray.shutdown()
+    problem = Sleeper(4, seconds)
+    aim: dict[str, Any] = {"metric": "upper_loss", "mode": "min"}
+    ours = name == "raybilevel"
+    search: Any = (
+        BilevelSearch(problem, max_concurrent=count, **aim) if ours else BasicVariantGenerator(max_concurrent=count)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        begun, used = time.monotonic(), time.process_time()
+        tune.run(
+            tune.with_resources(lower_level_trainable(problem), {"cpu": 1}), config=space(4), search_alg=search,
+            num_samples=trials, reuse_actors=True, storage_path=folder, verbose=0, **({} if ours else aim),
+        )  # fmt: skip
+        wall, used = time.monotonic() - begun, time.process_time() - used
+    print(
+        f"  {count:3d} slots, {name:10}: driver {1e3 * used / trials:6.1f} ms a trial, {used / (floor or used):.2f} of "
+        f"the floor; {wall:6.1f} s in all, efficiency {100 * trials * seconds / (count * wall):5.1f} %",
+        flush=True,
+    )
+    return used
 
 
 def sharing(trials: int = 30, megabytes: float = 40.0) -> None:
-    import ray
     from ray import tune
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    for size in (0.0, megabytes):
-        with tempfile.TemporaryDirectory() as folder:
-            begun = time.monotonic()
-            tune.run(
-                lower_level_trainable(Sleeper(1, megabytes=size)), config=space(1), num_samples=trials,
-                reuse_actors=True, storage_path=folder, verbose=0,
-            )  # fmt: skip
-            print(f"  problem of {size:.0f} MB: {(time.monotonic() - begun) / trials:.3f} s a trial ({trials} trials)")
-    ray.shutdown()
+    with cluster(None, cpus=1):
+        for size in (0.0, megabytes):
+            with tempfile.TemporaryDirectory() as folder:
+                begun = time.monotonic()
+                tune.run(
+                    lower_level_trainable(Sleeper(1, megabytes=size)), config=space(1), num_samples=trials,
+                    reuse_actors=True, storage_path=folder, verbose=0,
+                )  # fmt: skip
+                seconds = (time.monotonic() - begun) / trials
+                print(f"  problem of {size:.0f} MB: {seconds:.3f} s a trial ({trials} trials)", flush=True)
 
 
 def main() -> None:
