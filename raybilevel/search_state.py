@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -58,6 +59,9 @@ class Training:
     gradient: Unit = ()
     passes: float = 0.0
     hypergradient: Unit | None = None
+
+    def __hash__(self) -> int:
+        return hash((self.index, self.status, self.upper))
 
     @property
     def unit(self) -> Unit:
@@ -128,10 +132,18 @@ class SearchState:
     @cached_property
     def done_by_region(self) -> dict[int, list[int]]:
         """Trust region -> the trainings that were proposed in it and ran to their end, in order."""
-        found: dict[int, list[int]] = {}
-        for training in self.done:
+        return {
+            region: [training.index for training in told if training.status == "done"]
+            for region, told in self.told_by_region.items()
+        }
+
+    @cached_property
+    def told_by_region(self) -> dict[int, list[Training]]:
+        """Trust region -> the trainings that were proposed in it and ended, in order."""
+        found: dict[int, list[Training]] = {}
+        for training in self.told:
             if training.proposal.region is not None:
-                found.setdefault(training.proposal.region, []).append(training.index)
+                found.setdefault(training.proposal.region, []).append(training)
         return found
 
     @cached_property
@@ -171,9 +183,14 @@ class SearchState:
     def add(self, proposal: Proposal) -> SearchState:
         return replace(self, trainings=(*self.trainings, Training(len(self.trainings), proposal)))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what can be worked out again."""
-        return {"trainings": self.trainings, "steps": self.steps}
+    def __getstate__(self) -> bytes:
+        """Without what can be worked out again; as bytes, since Ray's pickler looks at every object in Python, and a
+        state goes out with every upper-level step."""
+        return pickle.dumps((self.trainings, self.steps), pickle.HIGHEST_PROTOCOL)
+
+    def __setstate__(self, state: bytes) -> None:
+        trainings, steps = pickle.loads(state)
+        self.__dict__.update(trainings=trainings, steps=steps)
 
     def change(self, index: int, **changes: Any) -> SearchState:
         changed = replace(self.trainings[index], **changes)

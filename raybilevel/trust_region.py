@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from operator import sub
 
 from raybilevel.search_state import SearchState, Training
 
@@ -37,12 +39,11 @@ class TrustRegionRule:
 
     def replay(self, state: SearchState, starts: tuple[int, ...]) -> tuple[TrustRegion, ...]:
         """The regions begun at the trainings `starts`, after all results so far in their order."""
-        regions = {start: TrustRegion(start, start, self.initial) for start in starts}
-        for training in state.told:
-            region = regions.get(training.proposal.region if training.proposal.region is not None else -1)
-            if region is not None and training.index != region.began:
-                regions[region.began] = self.update(region, state.trainings[region.centre], training)
-        return tuple(regions.values())
+        told = state.told_by_region
+        return tuple(
+            replayed(self, (state.trainings[start], *(t for t in told.get(start, ()) if t.index != start)))
+            for start in starts
+        )
 
     def update(self, region: TrustRegion, centre: Training, training: Training) -> TrustRegion:
         members = region.members + 1
@@ -53,12 +54,28 @@ class TrustRegionRule:
         radius = region.radius
         if predicted is not None:
             ratio = decrease / max(centre.upper - predicted, 1e-12 * max(1.0, abs(centre.upper)))
-            step = max(abs(a - b) for a, b in zip(training.unit, centre.unit, strict=True))
             if ratio < self.poor:
-                radius = min(radius, max(step, radius / 4)) / 2
-            elif ratio > self.good and step > 0.8 * radius:
+                radius = min(radius, max(distance(training, centre), radius / 4)) / 2
+            elif ratio > self.good and distance(training, centre) > 0.8 * radius:
                 radius = min(self.largest, 2 * radius)
         return replace(region, centre=training.index if decrease > 0 else region.centre, radius=radius, members=members)
 
     def collapsed(self, region: TrustRegion) -> bool:
         return region.radius < self.smallest
+
+
+@lru_cache(maxsize=4096)
+def replayed(rule: TrustRegionRule, members: tuple[Training, ...]) -> TrustRegion:
+    """A region after the results of its members, in their order; the first is where it began. Most regions have not
+    changed since the last step, so what they came to is remembered."""
+    known = {training.index: training for training in members}
+    began = members[0].index
+    region = TrustRegion(began, began, rule.initial)
+    for training in members[1:]:
+        region = rule.update(region, known[region.centre], training)
+    return region
+
+
+def distance(one: Training, other: Training) -> float:
+    """Largest difference of a coordinate in the unit cube."""
+    return float(max(map(abs, map(sub, one.unit, other.unit))))

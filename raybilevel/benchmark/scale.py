@@ -5,7 +5,8 @@
 latency:  of `suggest` and `on_trial_complete` with 1,000 observations in 20 dimensions, the searcher alone.
 memory:   of the searcher at 10,000 observations.
 slots:    idle slots at up to 256 slots, in simulated time: the real search, trainings and steps that only take time.
-overhead: the driver's processor time per trial and the efficiency on a real local Ray, against random search there.
+overhead: the driver's processor time per trial and the efficiency on a real local Ray, against random search there;
+          upper-level steps answer at once.
 sharing:  seconds a trial with a problem of 40 MB, against one of none.
 sharded:  several searches with a part of the space each against one, at the same number of slots, in simulated time.
 """
@@ -21,7 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,12 @@ from torch import Tensor, nn
 from raybilevel import BilevelProblem, BilevelSearch, lower_level_trainable
 from raybilevel.benchmark.sharded import sharded
 from raybilevel.experiment import cluster
-from raybilevel.methods.base import UpperResult, UpperStep
+from raybilevel.methods.base import LoadCheckpoint, UpperResult, UpperStep
+from raybilevel.methods.default import Default
 from raybilevel.optimizer import BilevelOptimizer
 from raybilevel.problem import Hyperparameters, Level
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
+from raybilevel.space import Space
 
 DIMENSION = 20
 
@@ -199,7 +203,6 @@ def slots(counts: list[int], share: float = 0.2, trainings_a_slot: int = 6) -> N
 def simulate(count: int, share: float, trainings: int) -> tuple[float, float]:
     """The shares of slots x time that were idle and that trained, once the start design had been asked."""
     from raybilevel.domains import split_param_space
-    from raybilevel.methods.default import Default
     from raybilevel.optimizer import Observation
 
     box, _ = split_param_space(space())
@@ -242,6 +245,22 @@ def simulate(count: int, share: float, trainings: int) -> tuple[float, float]:
     return idle / whole, busy / whole
 
 
+@dataclass(frozen=True)
+class AtOnce(Default):
+    """Upper-level steps with made-up answers: for the driver they are as real ones."""
+
+    def run(
+        self,
+        problem: BilevelProblem,
+        space: Space,
+        constants: Mapping[str, Any],
+        step: UpperStep,
+        load: LoadCheckpoint,
+        memory: bytes | None = None,
+    ) -> UpperResult:
+        return Answers(space.dimension, step.number).step(step)
+
+
 def overhead(trials: int, counts: list[int], seconds: float) -> None:
     print(f"{trials} trials that sleep {seconds} s, on a local Ray; efficiency is sleeping / (slots x time):")
     for count in counts:
@@ -255,16 +274,18 @@ def driven(name: str, trials: int, count: int, seconds: float, floor: float | No
     from ray import tune
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    problem = Sleeper(4, seconds)
+    problem = Sleeper(seconds=seconds)
     aim: dict[str, Any] = {"metric": "upper_loss", "mode": "min"}
     ours = name == "raybilevel"
     search: Any = (
-        BilevelSearch(problem, max_concurrent=count, **aim) if ours else BasicVariantGenerator(max_concurrent=count)
+        BilevelSearch(problem, max_concurrent=count, method=AtOnce(), **aim)
+        if ours
+        else BasicVariantGenerator(max_concurrent=count)
     )
     with tempfile.TemporaryDirectory() as folder:
         begun, used = time.monotonic(), time.process_time()
         tune.run(
-            tune.with_resources(lower_level_trainable(problem), {"cpu": 1}), config=space(4), search_alg=search,
+            tune.with_resources(lower_level_trainable(problem), {"cpu": 1}), config=space(), search_alg=search,
             num_samples=trials, reuse_actors=True, storage_path=folder, verbose=0, **({} if ours else aim),
         )  # fmt: skip
         wall, used = time.monotonic() - begun, time.process_time() - used
