@@ -17,7 +17,7 @@ from torch import Tensor
 from raybilevel.gaussian_process import FittedGP, exact, fit, value_rows
 from raybilevel.search_state import Training
 from raybilevel.space import sobol_points
-from raybilevel.value_function import nearest
+from raybilevel.value_function import nearest, thinned
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,12 @@ class UpperModel:
 def fit_upper_model(
     trainings: Sequence[Training], pending: Sequence[Tensor], near: Tensor, max_rows: int
 ) -> UpperModel:
-    """The model of measured trainings; where rows run out, hypergradients nearest to `near` are kept."""
+    """The model of measured trainings; where rows run out, hypergradients nearest to `near` are kept, and at most half
+    of the rows are values (`thinned`)."""
+    warp = Warp.of(torch.tensor([t.upper for t in trainings], dtype=torch.double))
+    trainings = thinned(trainings, near, max_rows // 2)
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
     upper = torch.tensor([t.upper for t in trainings], dtype=torch.double)
-    warp = Warp.of(upper)
     slope = warp.slope(upper)
     known = [i for i, t in enumerate(trainings) if t.hypergradient]
     kept = [known[i] for i in nearest(x[known], near, (max_rows - len(x)) // x.shape[1])] if known else []
@@ -78,8 +80,8 @@ def fit_upper_model(
             believed = process.model.posterior(points).mean.squeeze(-1)
         rows = torch.cat([process.model.train_inputs[0], value_rows(points)])
         process.model.set_train_data(rows, torch.cat([process.model.train_targets, believed]), strict=False)
-    z = (warp(upper) - process.shift) / process.scale
-    return UpperModel(process, warp, z.min().item())
+    lowest = (warp(torch.tensor(warp.low, dtype=torch.double)) - process.shift) / process.scale
+    return UpperModel(process, warp, lowest.item())
 
 
 def minimise_in_box(

@@ -27,12 +27,27 @@ class ValueFunction:
 
 
 def fit_value_function(trainings: Sequence[Training], near: Tensor, gradients: bool, max_rows: int) -> ValueFunction:
-    """v_hat of finished trainings; where rows run out, gradients are kept for the points nearest to `near`."""
+    """v_hat of finished trainings; where rows run out, gradients are kept for the points nearest to `near`, and at most
+    half of the rows are values (`thinned`)."""
+    if gradients:
+        trainings = thinned(trainings, near, max_rows // 2)
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
     values = torch.tensor([t.value for t in trainings], dtype=torch.double)
     kept = nearest(x, near, (max_rows - len(x)) // x.shape[1]) if gradients else []
     observed = {i: torch.tensor(trainings[i].gradient, dtype=torch.double) for i in kept}
     return ValueFunction(fit(x, values, observed, doubt=False))
+
+
+def thinned(trainings: Sequence[Training], near: Tensor, most: int) -> Sequence[Training]:
+    """At most so many trainings, in their order: one half the nearest to a point of the unit cube, the other evenly
+    spaced among the rest, which are spread over the box."""
+    if len(trainings) <= most:
+        return trainings
+    x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
+    close = nearest(x, near, most - most // 2)
+    rest = sorted(set(range(len(trainings))) - set(close))
+    spread = torch.linspace(0, len(rest) - 1, most // 2).round().long().tolist()
+    return [trainings[i] for i in sorted({*close, *(rest[i] for i in spread)})]
 
 
 def nearest(x: Tensor, near: Tensor, count: int) -> list[int]:

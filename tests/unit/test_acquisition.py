@@ -103,10 +103,20 @@ def test_hypergradients_make_it_better(count: int):
 def test_rows_run_out_for_the_hypergradients_that_are_far():
     near = vector(0.9, 0.9)
     trainings = trained(sobol_points(2, 6, 1))
-    model = fit_upper_model(trainings, (), near, 6 + 2 * 2)
-    closest = sorted(trainings, key=lambda t: sum((a - 0.9) ** 2 for a in t.unit))[:2]
+    model = fit_upper_model(trainings, (), near, 6 + 3 * 2)
+    closest = sorted(trainings, key=lambda t: sum((a - 0.9) ** 2 for a in t.unit))[:3]
     kept = {tuple(row) for row in model.process.model.train_inputs[0][6:, :2].tolist()}
     assert kept == {t.unit for t in closest}
+
+
+def test_many_observations_leave_room_for_hypergradients_and_for_the_best():
+    trainings = trained(sobol_points(2, 60, 1))
+    model = fit_upper_model(trainings, (), vector(0.9, 0.9), 40)
+    assert len(model.process.model.train_inputs[0]) == 20 + 10 * 2
+    z = (
+        model.warp(torch.tensor(min(t.upper for t in trainings), dtype=torch.double)).item() - model.process.shift
+    ) / model.process.scale
+    assert model.best == pytest.approx(z, rel=1e-6)
 
 
 def test_a_pending_point_is_believed_at_its_mean():

@@ -7,7 +7,7 @@ import torch
 
 from raybilevel.search_state import Proposal, Training
 from raybilevel.space import sobol_points
-from raybilevel.value_function import fit_value_function, nearest
+from raybilevel.value_function import fit_value_function, nearest, thinned
 from tests.problems_for_tests import vector
 
 
@@ -49,7 +49,7 @@ def test_ties_go_to_the_first():
         (True, 100, 15),
         (True, 11, 11),  # 5 values and 3 gradients of 2
         (True, 10, 9),  # half a gradient is none
-        (True, 3, 5),  # values are always kept
+        (True, 4, 4),  # half of the rows are values
     ],
 )
 def test_how_many_rows_are_kept(gradients: bool, max_rows: int, expected: int):
@@ -59,11 +59,26 @@ def test_how_many_rows_are_kept(gradients: bool, max_rows: int, expected: int):
 def test_the_gradients_kept_are_the_nearest():
     near = vector(0.9, 0.1)
     made = trainings(6)
-    v = fit_value_function(made, near, True, 6 + 2)
+    v = fit_value_function(made, near, True, 6 + 3 * 2)
     derivative = v.process.model.train_inputs[0][6:]
-    closest = min(made, key=lambda t: sum((a - b) ** 2 for a, b in zip(t.unit, near.tolist(), strict=True)))
-    assert derivative[:, :2].tolist() == [list(closest.unit)] * 2
-    assert derivative[:, 2:].tolist() == [[0, 1, 0], [0, 0, 1]]
+    by_distance = sorted(made, key=lambda t: sum((a - b) ** 2 for a, b in zip(t.unit, near.tolist(), strict=True)))
+    closest = sorted(by_distance[:3], key=lambda t: t.index)
+    assert derivative[:, :2].tolist() == [list(t.unit) for t in closest for _ in range(2)]
+    assert derivative[:, 2:].tolist() == [[0, 1, 0], [0, 0, 1]] * 3
+
+
+def test_thinned_keeps_the_nearest_and_some_of_all_others():
+    made = trainings(100)
+    near = vector(0.9, 0.1)
+    kept = thinned(made, near, 11)
+    by_distance = sorted(made, key=lambda t: sum((a - b) ** 2 for a, b in zip(t.unit, near.tolist(), strict=True)))
+    assert len(kept) == 11 and [t.index for t in kept] == sorted(t.index for t in kept)
+    assert {t.index for t in by_distance[:6]} <= {t.index for t in kept}
+    far = [t.index for t in kept if t not in by_distance[:6]]
+    assert min(far) < 10 and max(far) > 90
+    assert thinned(made, near, 100) is made
+    assert thinned(made, near, 1) == by_distance[:1]
+    assert list(thinned(made, near, 0)) == []
 
 
 def test_mean_gradient_and_deviation_of_a_bowl():
