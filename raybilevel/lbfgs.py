@@ -35,8 +35,20 @@ def minimise(merit: Callable[[Tensors], Merit], start: Tensors, max_evaluations:
     return [v.detach() for v in variables]
 
 
+def curvature(
+    merit: Callable[[Tensors], Merit], at: Tensors, gradient: Tensors, along: Tensors, difference: float
+) -> float:
+    """<p, H p> / <p, p> of a merit with this gradient there, along a direction p, by a difference of gradients."""
+    length = difference / norm(along)
+    _, moved = merit([a + length * p for a, p in zip(at, along, strict=True)])
+    change = [b - a for a, b in zip(gradient, moved, strict=True)]
+    return inner(change, along) / length / inner(along, along)
+
+
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return sum((p.double() * q.double()).sum().item() for p, q in zip(a, b, strict=True))
+    """Summed in double precision where the device has it."""
+    wide = torch.float32 if a[0].device.type == "mps" else torch.double
+    return torch.stack([(p.to(wide) * q.to(wide)).sum() for p, q in zip(a, b, strict=True)]).sum().item()
 
 
 def norm(a: Sequence[Tensor]) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from raybilevel import checkpoint
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.levels import Levels, as_tensors, lower_gradient
-from raybilevel.optimistic import lower_upper_level
+from raybilevel.optimistic import select_minimiser
 from raybilevel.problem import BilevelProblem
 
 CHECKPOINT_FILE = "lower_level.pt"
@@ -62,8 +62,7 @@ class LowerLevelTraining:
         return self.epoch >= self.problem.epochs
 
     def run_epoch(self) -> None:
-        """One pass over the lower-level batches; at the end of an optimistic problem's training also the choice among
-        the minimisers of f.
+        """One pass over the lower-level batches.
 
         Raises:
             NotFiniteError: the loss is NaN or infinite; training on would waste the rest.
@@ -84,8 +83,11 @@ class LowerLevelTraining:
                 if not math.isfinite(loss):
                     raise NotFiniteError(f"the lower-level loss is {loss} in epoch {self.epoch + 1} at {self.config}")
         self.epoch += 1
-        if self.finished and self.problem.optimistic and not self.refit:
-            lower_upper_level(self.levels, self.hyperparameters, self.problem.epochs)
+
+    def conclude(self) -> None:
+        """After the last epoch: of an optimistic problem, choose among the minimisers of f."""
+        if self.problem.optimistic:
+            select_minimiser(self.levels, self.hyperparameters, self.levels.passes)
 
     def batch_loss(self, batch: Any) -> Tensor:
         """f on a batch that is on the device, to be differentiated."""
@@ -166,6 +168,7 @@ def train(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> 
     training = LowerLevelTraining(problem, config, seed)
     while not training.finished:
         training.run_epoch()
+    training.conclude()
     passes = training.levels.passes
     losses = training.losses()
     observed = TrainedLowerLevel(

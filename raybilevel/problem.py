@@ -28,8 +28,8 @@ class BilevelProblem(ABC):
     epochs: passes over the lower batches in one training.
     device, dtype: where and in which precision a training runs; batches are moved and cast to them.
     optimistic: where many y minimise f, take the one with the lowest F, as the problem above says, and not the one that
-        the training happens to reach. Each training then goes on from there, at a cost of up to `epochs` more
-        passes, and its weights have seen the upper level's data: judge them by other data.
+        the training happens to reach. Each training then goes on from there, at up to twice the cost, and its weights
+        have seen the upper level's data: judge them by other data.
     """
 
     epochs: int = 50

@@ -95,6 +95,11 @@ def lower_level(
     while not training.finished:
         with time_limit(epoch_time_limit):
             training.run_epoch()
+        if training.finished:
+            # of an optimistic problem, up to as many passes as there were epochs
+            with time_limit(epoch_time_limit and epoch_time_limit * training.epoch):
+                training.conclude()
+        with time_limit(epoch_time_limit):
             metrics = report(training)
         due = training.finished or training.epoch % checkpoint_every == 0
         send(metrics, CHECKPOINT_FILE, dump_checkpoint(training) if due else None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raybilevel.augmented_lagrangian import MultiplierState, OneSided
-from raybilevel.lbfgs import Merit, Tensors, inner, minimise, norm
+from raybilevel.lbfgs import Merit, Tensors, curvature, inner, minimise, norm
 from raybilevel.levels import Levels
 from raybilevel.space import Space, flatten, nest
 from raybilevel.value_function import ValueFunction
@@ -226,9 +226,9 @@ def descend(
 
 def _curvature(point: TrainedPoint, squared: float) -> float:
     """<g, H g> / <g, g> of f along g = dF/dy at the trained weights, by one difference of gradients."""
-    step = point.difference / math.sqrt(squared)
-    moved = point.lower(point.unit, [step * g for g in point.here.upper_gradient])[1]
-    return max(inner(moved, point.here.upper_gradient) / step, 1e-12 * squared) / squared
+    here, still = point.here, [torch.zeros_like(w) for w in point.trained]  # tilted f has gradient 0 there
+    along, length = here.upper_gradient, point.difference
+    return max(1e-12, curvature(lambda move: point.lower(point.unit, move)[:2], still, still, along, length))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from ray.tune.search import ConcurrencyLimiter
 
 from raybilevel import BilevelSearch, lower_level_trainable
 from raybilevel.errors import ConfigError, ProblemError, SpaceError
-from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint
+from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint, train
+from raybilevel.problems.synthetic import ManyMinimisers
 from raybilevel.snapshot import prepare_resume
 from raybilevel.storage import local_filesystem
 from tests.tiny_problems import Parabola, Unlucky
@@ -61,6 +62,17 @@ def test_tuner_finds_the_known_optimum(tmp_path: Path) -> None:
     assert best.metrics["training_iteration"] == 2
     assert len(search.state.steps) >= 4
     assert not any(step.failed for step in search.state.steps)
+
+
+def test_an_optimistic_problem_is_trained_in_trials_as_in_this_process(tmp_path: Path) -> None:
+    problem = ManyMinimisers(optimistic=True)
+    (result,) = tune.run(
+        lower_level_trainable(problem, epoch_time_limit=60), config={"x0": 0.6, "x1": -0.4}, metric="upper_loss",
+        mode="min", storage_path=str(tmp_path), verbose=0,
+    ).trials  # fmt: skip
+    here, _ = train(problem, {"x0": 0.6, "x1": -0.4})
+    assert result.last_result["upper_loss"] == pytest.approx(here.upper) == pytest.approx(0.1, rel=1e-3)
+    assert result.last_result["lower_passes"] == here.passes > problem.epochs
 
 
 def test_tune_run_gives_the_same_search(tmp_path: Path) -> None:
