@@ -31,7 +31,7 @@ from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
 from raybilevel.scalars import SearchScalars
 from raybilevel.search_state import Training
-from raybilevel.searcher import UPPER_LOSS, BilevelSearch, task_options
+from raybilevel.searcher import UPPER_LOSS, BilevelSearch, keep_idle_processes, task_options
 from raybilevel.shared import Shared
 from raybilevel.snapshot import ResumableGenerator, prepare_resume
 from raybilevel.space import STARTS, Space, flatten, nest
@@ -305,8 +305,7 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # on Ctrl-C it gives advice for a script, not for a command
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
-        # Ray ends what has been idle for a second: most upper-level steps would then import torch in a new process.
-        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+        keep_idle_processes()
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     else:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -102,6 +103,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         if step_time_limit is not None and not step_time_limit > 0:
             raise ConfigError(f"step_time_limit must be positive, got {step_time_limit}")
         super().__init__(metric=metric, mode=mode)
+        keep_idle_processes()
         self._metric: str | None = metric
         self._mode: str | None = mode
         self.problem = problem
@@ -562,6 +564,13 @@ def read_checkpoint(path: str, filesystem: pyarrow.fs.FileSystem | None = None) 
         raise CheckpointError(
             f"cannot read the checkpoint {path} ({error}); every node must see the experiment's storage"
         ) from error
+
+
+def keep_idle_processes() -> None:
+    """For a Ray that this process starts later: it would end what has been idle for a second, so that most upper-level
+    steps began with a new process and its imports. A Ray that is there already is not changed."""
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 
 
 def default_slots() -> int:
