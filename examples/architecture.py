@@ -30,7 +30,7 @@ if __name__ == "__main__":
         .fit()
         .get_best_result()
     )
-    mixing = problem.upper_variables()
+    mixing = problem.upper_variables().to(problem.dtype)
     mixing.load_state_dict(load_checkpoint(Path(best.checkpoint.path) / CHECKPOINT_FILE)["upper"])
     weights = mixing().max(1).values.tolist()
     for (i, j), operation, weight in zip(edges(problem.nodes), genotype(mixing), weights, strict=True):

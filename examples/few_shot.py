@@ -6,6 +6,7 @@ python few_shot.py DATA      DATA/mnist holds MNIST (train-images-idx3-ubyte.gz 
 import sys
 from pathlib import Path
 
+import torch
 from ray import tune
 
 from raybilevel import BilevelSearch, hypergradient_trainable
@@ -30,10 +31,11 @@ if __name__ == "__main__":
         .fit()
         .get_best_result()
     )
-    network = problem.upper_variables()
+    network = problem.upper_variables().to(problem.dtype)
     network.load_state_dict(load_checkpoint(Path(best.checkpoint.path) / CHECKPOINT_FILE)["upper"])
     print(f"{sum(weight.numel() for weight in network.parameters()):,} weights to begin a task with")
     print(f"validation loss {best.metrics['upper_loss']:.4f}")
     print(f"test accuracy on new digits: {best.metrics['test_accuracy']:.3f}")
+    torch.manual_seed(0)
     random = problem.accuracies(problem.upper_variables(), "test", problem.nearness).mean()
     print(f"from random weights:         {random:.3f}")

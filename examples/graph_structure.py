@@ -29,7 +29,7 @@ if __name__ == "__main__":
         .fit()
         .get_best_result()
     )
-    edges = problem.upper_variables()
+    edges = problem.upper_variables().to(problem.dtype)
     edges.load_state_dict(load_checkpoint(Path(best.checkpoint.path) / CHECKPOINT_FILE)["upper"])
     with torch.no_grad():
         found = edges()

@@ -32,9 +32,10 @@ if __name__ == "__main__":
         .get_best_result()
     )
     measured = problem.splits["test"]
+    learned = problem.upper_variables().to(problem.dtype)
+    learned.load_state_dict(load_checkpoint(Path(best.checkpoint.path) / CHECKPOINT_FILE)["upper"])
     torch.manual_seed(0)
-    experts = problem.upper_variables().to(problem.dtype)
-    for name in ("random filters", "learned filters"):
+    random = problem.upper_variables().to(problem.dtype)
+    for name, experts in (("random filters", random), ("learned filters", learned)):
         found = problem.reconstruct(measured, {"upper": experts}).detach()
         print(f"PSNR of other digits, {name}: {psnr(found, measured.clean):.2f} dB")
-        experts.load_state_dict(load_checkpoint(Path(best.checkpoint.path) / CHECKPOINT_FILE)["upper"])

@@ -108,6 +108,8 @@ def kept(file: Path, settings: str, measure: Callable[[], dict[str, Any]]) -> di
     saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if saved.get("settings") != settings:
         saved = {"settings": settings, "found": measure()}
-        write_json(file, saved)
+        part = file.with_suffix(".part")
+        write_json(part, saved)
+        part.replace(file)
     found: dict[str, Any] = saved["found"]
     return found

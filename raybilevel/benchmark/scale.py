@@ -318,8 +318,8 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("latency", "memory", "slots", "overhead", "sharing", "sharded", "all"))
     parser.add_argument("--trials", type=int, default=1000, help="of overhead")
-    parser.add_argument("--seconds", type=float, default=0.5, help="a training of overhead sleeps")
-    parser.add_argument("--slots", default="1,2,4,8", help="of overhead: each is a process")
+    parser.add_argument("--seconds", type=float, default=0.1, help="a training of overhead sleeps")
+    parser.add_argument("--slots", default="1,2,4", help="of overhead: each is a process")
     parser.add_argument("--simulated", default="1,4,16,64,256", help="slots of the simulation")
     given = parser.parse_args()
     counts = [int(count) for count in given.slots.split(",")]

@@ -81,16 +81,16 @@ class Slow(Parabola):
 
     epochs = 8
 
-    def __init__(self, folder: str, step_seconds: float = 0.0) -> None:
+    def __init__(self, folder: str, step_seconds: float = 0.0, epoch_seconds: float = 0.2) -> None:
         super().__init__()
-        self.folder, self.step_seconds = folder, step_seconds
+        self.folder, self.step_seconds, self.epoch_seconds = folder, step_seconds, epoch_seconds
 
     def batches(self, level: Any, generator: Any) -> Any:
         if generator is not None:
             say_where(self.folder, "training is on")
             Path(self.folder, f"node {ray.get_runtime_context().get_node_id()}").touch()
             enter(self.folder, "pass")
-            time.sleep(0.2)
+            time.sleep(self.epoch_seconds)
         return super().batches(level, generator)
 
     def upper_loss(self, model: Any, batch: Any) -> Tensor:

@@ -103,10 +103,12 @@ class AddsNode(tune.Callback):
 def test_a_node_that_joins_later_is_used(cluster: Cluster, tmp_path: Path) -> None:
     first = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
-    problem = Slow(str(tmp_path))
+    # Trainings that are shorter than the start of a process end before the new node has one, and Tune goes on with
+    # the process that has become free.
+    problem = Slow(str(tmp_path), epoch_seconds=4.0)
     search, adds = BilevelSearch(problem), AddsNode(cluster)
     trainable = tune.with_resources(lower_level_trainable(problem), {"cpu": 1})
-    results = fit(trainable, search, tmp_path, 20, callbacks=[adds])
+    results = fit(trainable, search, tmp_path, 7, callbacks=[adds])
     assert not results.errors
     assert {path.name.removeprefix("node ") for path in tmp_path.glob("node *")} == {first.node_id, *adds.joined}
     assert search._ready().slots == 2  # the search, too, counts on it
