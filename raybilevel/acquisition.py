@@ -62,10 +62,10 @@ class UpperModel:
 def fit_upper_model(
     trainings: Sequence[Training], pending: Sequence[Tensor], near: Tensor, max_rows: int
 ) -> UpperModel:
-    """The model of measured trainings; where rows run out, hypergradients nearest to `near` are kept, and at most half
-    of the rows are values (`thinned`)."""
+    """The model of measured trainings; where rows run out, hypergradients nearest to `near` are kept, and with them at
+    most half of the rows are values (`thinned`)."""
     warp = Warp.of(torch.tensor([t.upper for t in trainings], dtype=torch.double))
-    trainings = thinned(trainings, near, max_rows // 2)
+    trainings = thinned(trainings, near, max_rows // 2 if any(t.hypergradient for t in trainings) else max_rows)
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
     upper = torch.tensor([t.upper for t in trainings], dtype=torch.double)
     slope = warp.slope(upper)

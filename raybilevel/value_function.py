@@ -27,8 +27,8 @@ class ValueFunction:
 
 
 def fit_value_function(trainings: Sequence[Training], near: Tensor, gradients: bool, max_rows: int) -> ValueFunction:
-    """v_hat of finished trainings; where rows run out, gradients are kept for the points nearest to `near`, and at most
-    half of the rows are values (`thinned`)."""
+    """v_hat of finished trainings; where rows run out, gradients are kept for the points nearest to `near`, and with
+    them at most half of the rows are values (`thinned`)."""
     if gradients:
         trainings = thinned(trainings, near, max_rows // 2)
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
@@ -36,8 +36,8 @@ def fit_value_function(trainings: Sequence[Training], near: Tensor, gradients: b
     kept = nearest(x, near, (max_rows - len(x)) // x.shape[1]) if gradients else []
     observed = {i: torch.tensor(trainings[i].gradient, dtype=torch.double) for i in kept}
     # With exact gradients few rows tell the length scales: twice as many predicted no better, at three times the cost.
-    effort = {"max_iterations": 25, "max_rows": 120} if gradients else {}
-    return ValueFunction(fit(x, values, observed, doubt=False, **effort))
+    iterations, rows = (25, 120) if gradients else (50, 250)
+    return ValueFunction(fit(x, values, observed, max_iterations=iterations, max_rows=rows, doubt=False))
 
 
 def thinned(trainings: Sequence[Training], near: Tensor, most: int) -> Sequence[Training]:

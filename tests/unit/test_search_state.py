@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +21,17 @@ def state(*statuses: str, finished: tuple[int, ...] = (), passes: tuple[float, .
 
 def indices(trainings: tuple[Training, ...]) -> list[int]:
     return [t.index for t in trainings]
+
+
+def test_a_state_travels_as_it_is():
+    found = state("done", "pending", "stopped", "done")
+    found = found.change(0, hypergradient=(0.1, 0.2), gradient=(1.0, 2.0), value=0.5)
+    found = found.change(3, value=0.25).change(1, value=0.0).change(2, value=0.0)
+    found = replace(found, steps=(StepRecord(0, 0, 3.0, multiplier=2.0),))
+    assert found.done and found.told  # worked out, and not to be sent
+    copied = pickle.loads(pickle.dumps(found))
+    assert copied == found and hash(copied.trainings[0]) == hash(found.trainings[0])
+    assert set(vars(copied)) == {"trainings", "steps"}
 
 
 def test_who_is_what():

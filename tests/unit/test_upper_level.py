@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raybilevel.lbfgs import Merit, inner, minimise
+from raybilevel.lbfgs import inner
 from raybilevel.levels import Levels
 from raybilevel.problem import Hyperparameters
 from raybilevel.upper_level import (
@@ -401,28 +401,3 @@ def test_a_joint_descent_does_not_move_if_the_upper_level_is_constant():
 
 
 # The optimiser underneath.
-
-
-def rosenbrock(variables: list[Tensor]) -> Merit:
-    a, b = (v.clone().requires_grad_(True) for v in variables)
-    value = (1 - a) ** 2 + 100 * (b - a**2) ** 2
-    return value.item(), list(torch.autograd.grad(value, [a, b]))
-
-
-def test_minimise_goes_down_to_its_tolerance():
-    start = [vector(-1.2)[0], vector(1.0)[0]]
-    found = minimise(rosenbrock, start, 200, 1e-6)
-    assert max(g.abs().item() for g in rosenbrock(found)[1]) <= 1e-6
-    assert [v.item() for v in found] == pytest.approx([1.0, 1.0], abs=1e-5)
-    assert [v.item() for v in start] == [-1.2, 1.0]  # what it was given is left alone
-
-
-def test_minimise_keeps_to_its_evaluations():
-    calls = []
-
-    def counted(variables: list[Tensor]) -> Merit:
-        calls.append(variables)
-        return rosenbrock(variables)
-
-    minimise(counted, [vector(-1.2)[0], vector(1.0)[0]], 25, 1e-12)
-    assert 25 <= len(calls) <= 30  # line searches on this function take a few evaluations; to the end it takes 50
