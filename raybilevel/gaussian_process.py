@@ -194,15 +194,15 @@ def fit(
     """Fit to values, shape (n,), at x, shape (n, d), and gradients, shape (d,), at the points whose index is a key.
 
     Values are standardised; the hyperparameters maximise the marginal likelihood times the priors, always from the
-    same start, so that equal data give an equal model. They are fitted on at most `max_rows` rows (an evenly spaced
-    subset: each likelihood costs their cube, fifty times over), the posterior then conditions on all rows, once.
+    same start, so that equal data give an equal model. They are fitted on at most `max_rows` rows (`spaced`:
+    each likelihood costs their cube, many times over), the posterior then conditions on all rows, once.
     `doubt`: the gradients may contradict the values.
     """
     shift, scale = values.mean().item(), values.std().item() if len(values) > 1 else 1.0
     scale = scale if scale > 1e-12 * max(1.0, abs(shift)) else 1.0
     rows = torch.cat([value_rows(x), *(derivative_rows(x[i]) for i in gradients)])
     targets = torch.cat([(values - shift) / scale, *(gradient / scale for gradient in gradients.values())])
-    chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max_rows)).round().long()
+    chosen = spaced(rows[:, -x.shape[-1] :], max_rows)
     model = DerivativeGP(rows[chosen], targets[chosen], x.shape[-1], ard)
     marginal = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
 
@@ -228,6 +228,24 @@ def fit(
         model.set_train_data(rows, targets, strict=False)
     model.requires_grad_(False)
     return FittedGP(model, shift, scale)
+
+
+def spaced(derivatives: Tensor, most: int) -> Tensor:
+    """Numbers of at most so many rows, evenly spaced, of rows whose derivatives are along unit vectors, shape (n, d); 0
+    for values. The rows come point by point, so that some spacings leave out whole coordinates: the next wider one that
+    leaves each a third of its share is taken, if there is one."""
+    count = len(derivatives)
+    if count <= most:
+        return torch.arange(count)
+
+    def evenly(number: int) -> Tensor:
+        return torch.linspace(0, count - 1, number).round().long()
+
+    for number in range(most, most // 2, -1):
+        met = derivatives[evenly(number)].sum(0)
+        if bool((met >= (met.mean() / 3).floor()).all()):
+            return evenly(number)
+    return evenly(most)
 
 
 @contextmanager

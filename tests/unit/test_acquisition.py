@@ -119,6 +119,11 @@ def test_many_observations_leave_room_for_hypergradients_and_for_the_best():
     assert model.best == pytest.approx(z, rel=1e-6)
 
 
+def test_without_hypergradients_all_rows_are_values():
+    model = fit_upper_model(trained(sobol_points(2, 60, 1), gradients=False), (), vector(0.9, 0.9), 50)
+    assert len(model.process.model.train_inputs[0]) == 50
+
+
 def test_a_pending_point_is_believed_at_its_mean():
     pending = (vector(0.9, 0.1), vector(0.7, 0.7))
     without, believing = model_of(2, 6, False), model_of(2, 6, False, pending)

@@ -7,11 +7,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from raybilevel.gaussian_process import DerivativeRBFKernel, FittedGP, derivative_rows, fit, value_rows
+from raybilevel.gaussian_process import DerivativeRBFKernel, FittedGP, derivative_rows, fit, spaced, value_rows
 from raybilevel.space import sobol_points
 from tests.problems_for_tests import vector
 
 LENGTHS = [0.3, 0.7, 1.1]
+
+
+@pytest.mark.parametrize("dimension", [2, 3, 4, 8, 20, 30])
+@pytest.mark.parametrize("most", [120, 250])
+def test_spaced_rows_meet_every_coordinate(dimension: int, most: int):
+    for values in range(5, 260, 7):
+        for points in range(1, (500 - values) // dimension + 1, 3):
+            derivatives = torch.cat([torch.zeros(values, dimension), torch.eye(dimension).repeat(points, 1)])
+            chosen = spaced(derivatives, most)
+            assert len(set(chosen.tolist())) == len(chosen) <= most
+            assert chosen[0] == 0 and chosen[-1] == len(derivatives) - 1
+            met = derivatives[chosen].sum(0)
+            assert met.min() >= met.mean() // 3
+            if len(derivatives) <= most:
+                assert len(chosen) == len(derivatives)
 
 
 def kernel(d: int) -> DerivativeRBFKernel:
