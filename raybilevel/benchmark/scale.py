@@ -5,7 +5,7 @@
 latency:  of `suggest` and `on_trial_complete` with 1,000 observations in 20 dimensions, the searcher alone.
 memory:   of the searcher at 10,000 observations.
 slots:    idle slots at up to 256 slots, in simulated time: the real search, trainings and steps that only take time.
-overhead: the driver's processor time per trial and the efficiency on a real local Ray, against random search there,
+overhead: the driver's processor time per trial and the efficiency on a real local Ray, against random search there;
           upper-level steps answer at once.
 sharing:  seconds a trial with a problem of 40 MB, against one of none.
 sharded:  several searches with a part of the space each against one, at the same number of slots, in simulated time.
