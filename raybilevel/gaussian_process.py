@@ -242,9 +242,10 @@ def spaced(derivatives: Tensor, most: int) -> Tensor:
         return torch.linspace(0, count - 1, number).round().long()
 
     for number in range(most, most // 2, -1):
-        met = derivatives[evenly(number)].sum(0)
+        chosen = evenly(number)
+        met = derivatives[chosen].sum(0)
         if bool((met >= (met.mean() / 3).floor()).all()):
-            return evenly(number)
+            return chosen
     return evenly(most)
 
 

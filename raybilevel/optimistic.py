@@ -50,15 +50,15 @@ def select_minimiser(
     aim = tolerance * max(g.abs().max().item() for g in slope)
     move = search.start
     while True:
-        move, ended = search.descend(multiplier, move, aim, 0.8)
-        violation = multiplier * search.last_lower
+        move, lower, ended = search.descend(multiplier, move, aim, 0.8)
+        violation = multiplier * lower
         if not ended or violation <= tolerance * size:
             break
         multiplier *= 10
     if not -tolerance * size <= violation <= tolerance * size:
         search.place(search.start)
         return search.gave_up()
-    polished, _ = search.descend(None, move, 0.0, 1.0)
+    polished, _, _ = search.descend(None, move, 0.0, 1.0)
     search.place(polished)
     found = levels.value("upper", {})
     if found < upper:
@@ -84,8 +84,6 @@ class _Search:
         self.difference = math.sqrt(torch.finfo(self.trained[0].dtype).eps) * (norm(self.trained) or 1.0)
         here = levels.gradient("lower", hyperparameters, self.weights)
         self.lowest, self.tilt = here.value, list(here.gradient)
-        self.last_lower = 0.0
-        """f~ less f~ at the trained weights, where the last descent ended."""
 
     def place(self, move: Tensors) -> None:
         with torch.no_grad():
@@ -112,10 +110,12 @@ class _Search:
         noise = [torch.randn(w.shape, generator=chance, dtype=torch.double).to(w) for w in self.trained]
         return max(curvature(self.lower, self.start, self.start, along, self.difference) for along in (noise, slope))
 
-    def descend(self, multiplier: float | None, start: Tensors, aim: float, share: float) -> tuple[Tensors, bool]:
+    def descend(
+        self, multiplier: float | None, start: Tensors, aim: float, share: float
+    ) -> tuple[Tensors, float, bool]:
         """L-BFGS on F + m f~, or on f~ alone where m is None, in units of a Cauchy step and what it gains, so that all
         it sees is of order one. Where it was when it had to end, after a share of all passes or at a loss that is not
-        finite, and whether it ended by itself."""
+        finite, f~ there less f~ at the trained weights, and whether it ended by itself."""
         self.limit = share * self.max_passes
         best = (math.inf, start, 0.0)
         scale: tuple[float, float] | None = None
@@ -155,8 +155,7 @@ class _Search:
                 ended = True
         except (_Spent, NotFiniteError):
             pass
-        self.last_lower = best[2]
-        return best[1], ended
+        return best[1], best[2], ended
 
     def gave_up(self) -> bool:
         logger.warning(

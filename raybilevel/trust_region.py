@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from operator import sub
 
-from raybilevel.search_state import SearchState, Training
+from raybilevel.search_state import SearchState, Training, Unit
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class TrustRegionRule:
         if predicted is not None:
             ratio = decrease / max(centre.upper - predicted, 1e-12 * max(1.0, abs(centre.upper)))
             if ratio < self.poor:
-                radius = min(radius, max(distance(training, centre), radius / 4)) / 2
-            elif ratio > self.good and distance(training, centre) > 0.8 * radius:
+                radius = min(radius, max(distance(training.unit, centre.unit), radius / 4)) / 2
+            elif ratio > self.good and distance(training.unit, centre.unit) > 0.8 * radius:
                 radius = min(self.largest, 2 * radius)
         return replace(region, centre=training.index if decrease > 0 else region.centre, radius=radius, members=members)
 
@@ -76,6 +75,6 @@ def replayed(rule: TrustRegionRule, members: tuple[Training, ...]) -> TrustRegio
     return region
 
 
-def distance(one: Training, other: Training) -> float:
+def distance(one: Unit, other: Unit) -> float:
     """Largest difference of a coordinate in the unit cube."""
-    return float(max(map(abs, map(sub, one.unit, other.unit))))
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))

@@ -189,13 +189,13 @@ def descend(
     squared = inner(here.upper_gradient, here.upper_gradient)
     if squared == 0:  # F does not depend on y
         return Hypergradient(torch.zeros_like(point.unit), 0.0, 0.0, 0.0, [torch.zeros_like(w) for w in point.trained])
-    curvature = _curvature(point, squared)
-    cauchy = squared / (curvature * decrease * scale)
+    bent = _curvature(point)
+    cauchy = squared / (bent * decrease * scale)
     multiplier = first * cauchy
     move: Tensors = [torch.zeros_like(w) for w in point.trained]
     while True:
         # In units of the Cauchy step and its decrease, value, gradient and variables of the descent are of order one.
-        step, gain = math.sqrt(squared) / (multiplier * curvature), squared / (multiplier * curvature)
+        step, gain = math.sqrt(squared) / (multiplier * bent), squared / (multiplier * bent)
         evaluations = int((max_passes - (point.levels.passes - begun)) / point.evaluation_passes)
 
         def merit(scaled: Tensors, multiplier: float = multiplier, step: float = step, gain: float = gain) -> Merit:
@@ -224,7 +224,7 @@ def descend(
     )
 
 
-def _curvature(point: TrainedPoint, squared: float) -> float:
+def _curvature(point: TrainedPoint) -> float:
     """<g, H g> / <g, g> of f along g = dF/dy at the trained weights, by one difference of gradients."""
     here, still = point.here, [torch.zeros_like(w) for w in point.trained]  # tilted f has gradient 0 there
     along, length = here.upper_gradient, point.difference

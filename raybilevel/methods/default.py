@@ -22,7 +22,7 @@ from raybilevel.methods.base import LoadCheckpoint, UpperResult, UpperStep
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training, Unit
 from raybilevel.space import Space, sobol_points
-from raybilevel.trust_region import TrustRegion, TrustRegionRule
+from raybilevel.trust_region import TrustRegion, TrustRegionRule, distance
 from raybilevel.upper_level import Hypergradient, TrainedPoint, descend, hypergradient, joint_descent
 from raybilevel.value_function import ValueFunction, fit_value_function
 
@@ -283,7 +283,7 @@ def snap(unit: Tensor, space: Space) -> Tensor:
 def is_new(unit: Tensor, step: UpperStep) -> bool:
     """Whether a point is none of those trained or under way, to a thousandth of the box."""
     known = [t.unit for t in step.state.trainings] + list(step.pending)
-    return all(max(abs(a - b) for a, b in zip(unit.tolist(), other, strict=True)) > SAME for other in known)
+    return all(distance(tuple(unit.tolist()), other) > SAME for other in known)
 
 
 def trusted_radius(value_function: ValueFunction, centre: Tensor, descent: Hypergradient, radius: float) -> float:
