@@ -12,6 +12,7 @@ from ray import tune
 from raybilevel.domains import split_param_space
 from raybilevel.errors import ProblemError
 from raybilevel.hypergradient.descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
+from raybilevel.hypergradient.variables import check_shards
 from raybilevel.methods.hypergradient import HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.shared import Shared
@@ -43,8 +44,8 @@ def hypergradient_trainable(
     checkpoint_every: steps between checkpoints; None for five in a descent.
 
     Raises:
-        ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, or has neither a space nor
-            `upper_variables`.
+        ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, has neither a space nor
+            `upper_variables`, or cannot be divided into the settings' shards.
         ConfigError: `checkpoint_every` is not positive.
     """
     check_arguments("hypergradient_trainable", problem, checkpoint_every)
@@ -55,6 +56,7 @@ def hypergradient_trainable(
     if box is None and problem.upper_variables() is None:
         raise ProblemError(f"{type(problem).__name__} has no upper_variables(); give the search space")
     settings = settings or HypergradientDescent()
+    check_shards(problem, settings.shards, box is not None)
     every = checkpoint_every or a_fifth(settings.steps)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         descend, problem=Shared(problem), settings=settings, space=box, seed=seed, checkpoint_every=every

@@ -89,6 +89,11 @@ class BilevelProblem(ABC):
         has variables enough to fit the upper level's. None: F."""
         return None
 
+    def shard(self, index: int, count: int) -> BilevelProblem:
+        """This problem on part `index` of `count` parts of its data, for descents that see a part each (setting
+        `shards`). The upper-level variables are the same; the lower level's may be others, e.g. fewer images."""
+        raise NotImplementedError(f"{type(self).__name__} has no shard")
+
     def refit_batches(self, generator: torch.Generator | None) -> Iterable[Batch] | None:
         """One pass over training plus validation data, for the final refit; None where a refit makes no sense."""
         return None

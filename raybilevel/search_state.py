@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import pickle
@@ -36,8 +37,19 @@ class Proposal:
     violation: float | None = None
 
 
+class PickledOnce:
+    """Remembers its pickle: a record goes out with every upper-level step, and most do not change any more."""
+
+    @cached_property
+    def pickled(self) -> bytes:
+        return pickle.dumps(self, pickle.HIGHEST_PROTOCOL)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "pickled"}
+
+
 @dataclass(frozen=True)
-class Training:
+class Training(PickledOnce):
     """One lower-level training, from its proposal on.
 
     status:   "stopped" is a training that a scheduler ended early: it has an F, but says nothing of v;
@@ -69,7 +81,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class StepRecord:
+class StepRecord(PickledOnce):
     """One finished upper-level step.
 
     centre:      index of the training whose weights it started from.
@@ -184,13 +196,19 @@ class SearchState:
         return replace(self, trainings=(*self.trainings, Training(len(self.trainings), proposal)))
 
     def __getstate__(self) -> bytes:
-        """Without what can be worked out again; as bytes, since Ray's pickler looks at every object in Python, and a
-        state goes out with every upper-level step."""
-        return pickle.dumps((self.trainings, self.steps), pickle.HIGHEST_PROTOCOL)
+        """Without what can be worked out again; as bytes, one pickle after the other, since Ray's pickler would look at
+        every object in Python."""
+        return b"".join(record.pickled for record in (*self.trainings, *self.steps))
 
     def __setstate__(self, state: bytes) -> None:
-        trainings, steps = pickle.loads(state)
-        self.__dict__.update(trainings=trainings, steps=steps)
+        file = io.BytesIO(state)
+        records = []
+        while file.tell() < len(state):
+            records.append(pickle.load(file))
+        self.__dict__.update(
+            trainings=tuple(record for record in records if isinstance(record, Training)),
+            steps=tuple(record for record in records if isinstance(record, StepRecord)),
+        )
 
     def change(self, index: int, **changes: Any) -> SearchState:
         changed = replace(self.trainings[index], **changes)

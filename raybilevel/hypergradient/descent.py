@@ -54,8 +54,12 @@ class BilevelDescent:
         space: Space | None = None,
         seed: int = 0,
     ) -> None:
-        self.problem, self.config, self.settings, self.space = problem, dict(config), settings, space
-        self.seed = seed + (int(config.get("start", 0)) if space is None else 0)
+        number = int(config.get("start", 0)) if space is None else 0
+        self.whole, self.config, self.settings, self.space = problem, dict(config), settings, space
+        if settings.shards > 1:
+            problem = problem.shard(number % settings.shards, settings.shards)
+        self.problem = problem
+        self.seed = seed + number // settings.shards
         self.estimator = settings.make_estimator()
         self.generator = torch.Generator().manual_seed(self.seed)
         with self._random(self.seed):
@@ -95,7 +99,8 @@ class BilevelDescent:
     @property
     def passes(self) -> float:
         """What was spent, in gradients of f over all lower data."""
-        return self.functions.passes + self.training_passes
+        passes = self.functions.passes + self.training_passes
+        return passes if self.problem is self.whole else passes / self.settings.shards
 
     def run_step(self) -> dict[str, float]:
         """Solve or train the lower level, estimate the hypergradient there, and step in x; what was seen on the way.
@@ -136,9 +141,10 @@ class BilevelDescent:
 
     def conclude(self) -> dict[str, Any]:
         """F, f and the problem's metrics at the x with the lowest F on the way (or selection loss, if the problem has
-        one), at weights trained anew, from the seed; and x itself, as "hyperparameters", where it is a point of a
-        box."""
+        one), at weights trained anew, from the seed, on all data; and x itself, as "hyperparameters", where it is a
+        point of a box."""
         x = self.best[1]
+        self._take_all_data()
         with self._random(self.seed):
             model: nn.Module = self.problem.model().to(self.problem.device, self.problem.dtype)
             optimizer = self.problem.optimizer(model)
@@ -153,6 +159,15 @@ class BilevelDescent:
         if self.space is not None:
             found["hyperparameters"] = self.space.suggest(x.detach().cpu().double())
         return found
+
+    def _take_all_data(self) -> None:
+        """For a descent that saw a part of them."""
+        if self.problem is self.whole:
+            return
+        self.training_passes, self.problem = self.passes, self.whole
+        with self._random(self.seed):
+            self.model = self.problem.model().to(self.problem.device, self.problem.dtype)
+        self.functions = bilevel_functions(self.problem, self.model, self.variables)
 
     def _selection(self, x: Tensor) -> float | None:
         """The problem's selection loss at x and the weights in the model."""
@@ -248,6 +263,8 @@ class BilevelDescent:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         place = {"device": self.problem.device, "dtype": self.problem.dtype}
+        if state["finished"]:
+            self._take_all_data()
         self.step, self.last = state["step"], dict(state["last"])
         self.x.data = state["x"].to(**place)
         self.model.load_state_dict(state["model"])

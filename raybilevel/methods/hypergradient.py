@@ -61,6 +61,8 @@ class HypergradientDescent:
     lower:           "tolerance": L-BFGS on all lower data to |df/dy| <= lower_tolerance; "optimizer": the problem's
         optimizer, its `epochs` at first and `lower_epochs` after each step; "fixed_point": of the problem's
         `lower_map`, by Anderson acceleration to |g(y) - y| <= lower_tolerance |g(y)|.
+    shards:          parts of the data; start s descends on part s mod `shards` from the start s // shards, and its
+        result is taken at weights trained anew on all data. For problems with `upper_variables` that have a `shard`.
     """
 
     steps: int = 50
@@ -73,10 +75,14 @@ class HypergradientDescent:
     lower_tolerance: float = 1e-5
     lower_epochs: int = 1
     accuracy: float = 0.1
+    shards: int = 1
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lower_epochs < 1 or not min(self.rate, self.lower_tolerance, self.accuracy) > 0:
-            raise ConfigError("steps and lower_epochs must be at least 1; rate, lower_tolerance, accuracy positive")
+        positive = min(self.rate, self.lower_tolerance, self.accuracy) > 0
+        if min(self.steps, self.lower_epochs, self.shards) < 1 or not positive:
+            raise ConfigError(
+                "steps, lower_epochs and shards must be at least 1; rate, lower_tolerance and accuracy positive"
+            )
         if self.lower not in ("tolerance", "optimizer", "fixed_point"):
             raise ConfigError(f"lower must be 'tolerance', 'optimizer' or 'fixed_point', got {self.lower!r}")
         if self.estimator == "equilibrium" and self.lower != "fixed_point":

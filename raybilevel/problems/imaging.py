@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -121,6 +122,15 @@ class Imaging(BilevelProblem):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "splits"}
+
+    def shard(self, index: int, count: int) -> Imaging:
+        """Its share of the training images, which are measured as they are beside the others; all test images."""
+        if count > self.images:
+            raise ConfigError(f"{self.images} training images cannot be divided into {count} shards")
+        other = copy.copy(self)  # without the splits
+        start, end = (self.images * part // count for part in (index, index + 1))
+        other.first, other.images = self.first + start, end - start
+        return other
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """A: what would be measured of images without noise."""

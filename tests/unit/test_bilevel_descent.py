@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from ray import tune
 from torch import Tensor, nn
 
+from raybilevel import hypergradient_trainable
 from raybilevel.config import read_config
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError, ProblemError
 from raybilevel.experiment import with_method
@@ -42,6 +45,15 @@ class ModuleRidge(Ridge):
 
     def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
         return {"test_loss": float(hyperparameters["upper"].logs.sum())}
+
+
+class ShardedRidge(ModuleRidge):
+    """The ridge whose examples of either level can be divided."""
+
+    def shard(self, index: int, count: int) -> ShardedRidge:
+        other = copy.copy(self)
+        other.lower, other.upper = (tuple(part[index::count] for part in level) for level in (self.lower, self.upper))
+        return other
 
 
 def run(descent: BilevelDescent) -> dict[str, Any]:
@@ -168,6 +180,38 @@ def test_a_descent_resumes_exactly(at: int, settings: dict[str, Any]) -> None:
     assert second.products == whole.products and second.passes == whole.passes
 
 
+def test_shards_are_parts_of_the_data_and_all_of_it_judges() -> None:
+    problem = ShardedRidge(rows=24)
+    method = HypergradientDescent(steps=30, rate=0.3, lower="tolerance", lower_tolerance=1e-8, shards=2)
+    descents = [BilevelDescent(problem, {"start": float(start)}, method) for start in range(4)]
+    assert torch.equal(descents[0].x, descents[1].x) and torch.equal(descents[2].x, descents[3].x)
+    assert not torch.equal(descents[0].x, descents[2].x)
+    for number, descent in enumerate(descents[:2]):
+        part = problem.shard(number, 2)
+        while not descent.finished:
+            x = descent.x.detach().clone()
+            assert descent.run_step()["upper_loss"] == pytest.approx(part.F(part.solution(x.exp())).item(), rel=1e-6)
+        spent = descent.functions.passes + descent.training_passes
+        assert descent.passes == spent / 2  # in passes over all data
+        best = descent.best[1]
+        found = descent.conclude()
+        assert found["upper_loss"] == pytest.approx(problem.F(problem.solution(best.exp())).item(), rel=1e-6)
+        assert spent / 2 < descent.passes < spent
+        again = BilevelDescent(problem, {"start": float(number)}, method)
+        again.load_state_dict(load_checkpoint(dump_checkpoint(descent)))
+        assert again.finished and again.passes == descent.passes and again.conclude() == found
+    assert not torch.allclose(descents[0].x, descents[1].x, atol=0.1)
+
+
+def test_shards_are_refused_where_there_are_none() -> None:
+    method = HypergradientDescent(shards=2)
+    with pytest.raises(ProblemError, match="has no shard"):
+        hypergradient_trainable(ModuleRidge(), method)
+    with pytest.raises(ProblemError, match="all data"):
+        hypergradient_trainable(ShardedRidge(), method, space={"decay": {"0": tune.loguniform(1e-3, 1.0)}})
+    hypergradient_trainable(ShardedRidge(), method)
+
+
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot read"):
         load_checkpoint(b"no checkpoint")
@@ -206,6 +250,7 @@ def test_problems_are_tried_before_a_descent() -> None:
         ({"estimator": "unrolled", "estimator_settings": {"solver": 1}}, "no setting 'solver'"),
         ({"lower": "magic"}, "lower must be"),
         ({"steps": 0}, "at least 1"),
+        ({"shards": 0}, "at least 1"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:

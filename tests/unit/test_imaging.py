@@ -79,6 +79,12 @@ def test_measurements_belong_to_their_image() -> None:
     both, second = inpainting(images=2), inpainting(images=1, first=1)
     for pair, one in zip(both.splits["train"], second.splits["train"], strict=True):
         assert torch.equal(pair[1:], one)
+    three = inpainting(images=3)
+    shards = [three.shard(number, 2) for number in range(2)]
+    for whole, *parts in zip(three.splits["train"], *(s.splits["train"] for s in shards), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+    with pytest.raises(ConfigError, match="cannot be divided"):
+        both.shard(0, 3)
     mask = both.splits["train"].mask
     assert 0.6 < 1 - mask.mean().item() < 0.8
     assert torch.equal(both.splits["train"].measured * (1 - mask), torch.zeros_like(mask))

@@ -32,6 +32,10 @@ def test_a_state_travels_as_it_is():
     copied = pickle.loads(pickle.dumps(found))
     assert copied == found and hash(copied.trainings[0]) == hash(found.trainings[0])
     assert set(vars(copied)) == {"trainings", "steps"}
+    again = found.change(3, value=0.125)
+    assert again.trainings[0].pickled is found.trainings[0].pickled  # not worked out twice
+    assert pickle.loads(pickle.dumps(again)).trainings[3].value == 0.125
+    assert "pickled" not in vars(copied.trainings[0]) and copied.steps[0].pickled == found.steps[0].pickled
 
 
 def test_who_is_what():
