@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from raybilevel import BilevelProblem, BilevelSearch, lower_level_trainable
 from raybilevel.benchmark.sharded import sharded
+from raybilevel.environment import waiting_trials
 from raybilevel.experiment import cluster
 from raybilevel.methods.base import LoadCheckpoint, UpperResult, UpperStep
 from raybilevel.methods.default import Default
@@ -284,10 +285,11 @@ def driven(name: str, trials: int, count: int, seconds: float, floor: float | No
     )
     with tempfile.TemporaryDirectory() as folder:
         begun, used = time.monotonic(), time.process_time()
-        tune.run(
-            tune.with_resources(lower_level_trainable(problem), {"cpu": 1}), config=space(), search_alg=search,
-            num_samples=trials, reuse_actors=True, storage_path=folder, verbose=0, **({} if ours else aim),
-        )  # fmt: skip
+        with waiting_trials(count):
+            tune.run(
+                tune.with_resources(lower_level_trainable(problem), {"cpu": 1}), config=space(), search_alg=search,
+                num_samples=trials, reuse_actors=True, storage_path=folder, verbose=0, **({} if ours else aim),
+            )  # fmt: skip
         wall, used = time.monotonic() - begun, time.process_time() - used
     print(
         f"  {count:3d} slots, {name:10}: driver {1e3 * used / trials:6.1f} ms a trial, {used / (floor or used):.2f} of "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import platform
 import shutil
 import signal
@@ -39,6 +38,7 @@ from raybilevel.compare.methods import (
 )
 from raybilevel.compare.searchers import BudgetedSearch, TimedSearcher, overhead_of, spent_on_steps
 from raybilevel.config import ExperimentConfig
+from raybilevel.environment import environment
 from raybilevel.experiment import first_bundle, param_space, refit_task, trial_resources
 from raybilevel.levels import check_problem
 from raybilevel.methods import make_method
@@ -348,8 +348,6 @@ def installed(package: str) -> str | None:
 @contextlib.contextmanager
 def stop_on_interrupt(ledger: Ledger) -> Iterator[None]:
     """Ctrl-C ends the run in order, with what was seen; a second one at once. Only in the main thread."""
-    before = os.environ.get("TUNE_DISABLE_SIGINT_HANDLER")
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 
     def interrupt(number: int, frame: Any) -> None:
         if ledger.interrupted:
@@ -361,28 +359,16 @@ def stop_on_interrupt(ledger: Ledger) -> Iterator[None]:
     except ValueError:  # not the main thread, which is where signals arrive
         earlier = None
     try:
-        yield
+        with environment("TUNE_DISABLE_SIGINT_HANDLER", "1"):
+            yield
     finally:
         if earlier is not None:
             signal.signal(signal.SIGINT, earlier)
-        if before is None:
-            del os.environ["TUNE_DISABLE_SIGINT_HANDLER"]
-        else:
-            os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = before
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> contextlib.AbstractContextManager[None]:
     """Without Tune's files for TensorBoard and its lines per trial: a record holds what they would."""
-    before = os.environ.get("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS")
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"]
-        else:
-            os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = before
+    return environment("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 
 def first_line(error: BaseException) -> str:
