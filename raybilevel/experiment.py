@@ -22,10 +22,11 @@ from raybilevel.config import Domain as ConfigDomain
 from raybilevel.descent_trainable import HYPERPARAMETERS, hypergradient_trainable
 from raybilevel.environment import waiting_trials
 from raybilevel.errors import ConfigError, RaybilevelError, StorageError
-from raybilevel.hypergradient.variables import check_upper_variables
+from raybilevel.hypergradient.variables import check_shards, check_upper_variables
 from raybilevel.levels import check_problem
 from raybilevel.lower_level import refit
 from raybilevel.methods import make_method
+from raybilevel.methods.base import Method
 from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
@@ -57,9 +58,9 @@ def check(config: ExperimentConfig, data: str | None = None) -> None:
     """
     problem = make_problem(config.problem, config.options, data)
     config = with_method(config)
-    make_method(config.search.method, **config.search.settings)
+    method = make_method(config.search.method, **config.search.settings)
     space, constants = config.split_space()
-    check_levels(problem, space, constants)
+    check_levels(problem, space, constants, method)
 
 
 def run(
@@ -86,7 +87,7 @@ def run(
     config = with_method(config)
     method = make_method(config.search.method, **config.search.settings)
     space, constants = config.split_space()
-    check_levels(problem, space, constants)
+    check_levels(problem, space, constants, method)
     place = locate(storage or out)
     prepare_folder(out, config, resume, place)
     searcher = BilevelSearch(
@@ -186,7 +187,9 @@ def with_method(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(update={"search": search})
 
 
-def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]) -> None:
+def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], method: Method) -> None:
+    if isinstance(method, HypergradientDescent):
+        check_shards(problem, method.shards, space != STARTS)
     if space == STARTS:
         check_upper_variables(problem, constants)
     else:

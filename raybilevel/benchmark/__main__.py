@@ -148,6 +148,7 @@ def summarise(runs: Sequence[Run], suite: Suite, out: Path) -> int:
     drawn = report.figures(found, out / "figures")
     print(text)
     print(f"{out / 'table.md'}, {len(drawn)} figures in {out / 'figures'}")
+    print(f"{len(found)} runs, {sum(r['seconds'] for r in found) / 60:.0f} minutes on one core in all")
     failed = [r for r in found if r["status"] != "done"]
     if failed or len(found) < len(runs):
         print(f"{len(failed)} runs failed, {len(runs) - len(found)} are missing", file=sys.stderr)

@@ -171,6 +171,8 @@ def latency(observations: int = 1000) -> None:
         print(
             f"  {name:18} median {1e3 * median:6.2f} ms   99th percentile {1e3 * tail:6.2f} ms   ({len(values)} calls)"
         )
+    whole = sum(map(sum, times.values())) / len(times["on_trial_complete"])
+    print(f"  a training         {1e3 * whole:.1f} ms in all, on average")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "state")
         begun = time.process_time()

@@ -154,15 +154,16 @@ def check_shards(problem: BilevelProblem, shards: int, in_box: bool) -> None:
     """Descents can see a part of the data each.
 
     Raises:
-        ProblemError: x is a point of a box, whose descents have no number, or the problem cannot be divided.
+        ProblemError: x is a point of a box, whose descents have no number, or the problem cannot be divided at all.
+        ConfigError: it cannot be divided into so many.
     """
-    name = type(problem).__name__
-    if shards > 1 and in_box:
+    if shards == 1:
+        return
+    if in_box:
         raise ProblemError(f"shards={shards} is for upper_variables(); a search space's descents see all data")
-    if shards > 1 and type(problem).shard is BilevelProblem.shard:
-        raise ProblemError(f"{name} has no shard(index, count), which shards={shards} needs")
-    if shards > 1:
-        problem.shard(shards - 1, shards)
+    if type(problem).shard is BilevelProblem.shard:
+        raise ProblemError(f"{type(problem).__name__} has no shard(index, count), which shards={shards} needs")
+    problem.shard(shards - 1, shards)
 
 
 def split(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

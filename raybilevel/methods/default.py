@@ -282,8 +282,8 @@ def snap(unit: Tensor, space: Space) -> Tensor:
 
 def is_new(unit: Tensor, step: UpperStep) -> bool:
     """Whether a point is none of those trained or under way, to a thousandth of the box."""
-    known = [t.unit for t in step.state.trainings] + list(step.pending)
-    return all(distance(tuple(unit.tolist()), other) > SAME for other in known)
+    point, known = tuple(unit.tolist()), [t.unit for t in step.state.trainings] + list(step.pending)
+    return all(distance(point, other) > SAME for other in known)
 
 
 def trusted_radius(value_function: ValueFunction, centre: Tensor, descent: Hypergradient, radius: float) -> float:

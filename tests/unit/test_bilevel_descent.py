@@ -12,9 +12,9 @@ from ray import tune
 from torch import Tensor, nn
 
 from raybilevel import hypergradient_trainable
-from raybilevel.config import read_config
+from raybilevel.config import ExperimentConfig, read_config
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError, ProblemError
-from raybilevel.experiment import with_method
+from raybilevel.experiment import check, with_method
 from raybilevel.hypergradient.descent import BilevelDescent, dump_checkpoint, load_checkpoint
 from raybilevel.hypergradient.variables import check_upper_variables
 from raybilevel.methods import make_method
@@ -210,6 +210,12 @@ def test_shards_are_refused_where_there_are_none() -> None:
     with pytest.raises(ProblemError, match="all data"):
         hypergradient_trainable(ShardedRidge(), method, space={"decay": {"0": tune.loguniform(1e-3, 1.0)}})
     hypergradient_trainable(ShardedRidge(), method)
+    search = {"trainings": 2, "method": "hypergradient", "settings": {"shards": 2}}
+    config = ExperimentConfig.model_validate(
+        {"problem": "treatment_effects", "options": {"units": 50}, "search": search}
+    )
+    with pytest.raises(ProblemError, match="TreatmentEffects has no shard"):
+        check(config)
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
