@@ -62,19 +62,21 @@ class BilevelOptimizer:
         """The hyperparameters to train next, nested as the space is; None while there are none."""
         if trial in self.trials:
             return self.config(trial)
-        if not self.queue and not (self.state.done or self.state.pending or self.running or self.exhausted):
+        if not self.queue and not (self.running or self.state.pending or self.state.done or self.exhausted):
             # The whole start design failed: no method can plan from nothing.
             self._fill(self.seed + len(self.state.trainings))
         if not self.queue:
             return None
         proposal = self.queue.popleft()
         unit = torch.tensor(proposal.unit, dtype=torch.double)
-        trained = self.space.encode(self.space.suggest(unit))
+        config = self.space.suggest(unit)
+        trained = self.space.encode(config)
         if (trained - unit).abs().max() > 1e-9:  # the step of a quantised hyperparameter moved it
             proposal = replace(proposal, unit=tuple(trained.tolist()))
+            config = self.space.suggest(trained)
         self.trials[trial] = len(self.state.trainings)
         self.state = self.state.add(proposal)
-        return self.config(trial)
+        return config
 
     def config(self, trial: str) -> dict[str, Any]:
         """What a known trial was asked to train."""
@@ -151,8 +153,7 @@ class BilevelOptimizer:
             self.queue.append(result.proposal)
 
     def _record(self, record: StepRecord) -> None:
-        record = replace(record, finished=len(self.state.told))
-        self.state = replace(self.state, steps=(*self.state.steps, record))
+        self.state = self.state.after(replace(record, finished=len(self.state.told)))
 
     def _fill(self, seed: int) -> None:
         unit = sobol_points(self.space.dimension, 1, seed)[0]

@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -193,7 +194,29 @@ class SearchState:
         return len(list(itertools.takewhile(lambda step: step.failed, reversed(self.steps))))
 
     def add(self, proposal: Proposal) -> SearchState:
-        return replace(self, trainings=(*self.trainings, Training(len(self.trainings), proposal)))
+        training = Training(len(self.trainings), proposal)
+        new = replace(self, trainings=(*self.trainings, training))
+        return new._knowing(self.__dict__ | {"pending": (*self.pending, training)})
+
+    def after(self, step: StepRecord) -> SearchState:
+        """With one more finished step."""
+        return replace(self, steps=(*self.steps, step))._knowing(self.__dict__)
+
+    def change(self, index: int, **changes: Any) -> SearchState:
+        before, after = self.trainings[index], replace(self.trainings[index], **changes)
+        new = replace(self, trainings=(*self.trainings[:index], after, *self.trainings[index + 1 :]))
+        told, place = self.told, after.finished
+        if before.finished < 0 and place == len(told):
+            return new._knowing({"told": (*told, after)})
+        if before.finished == place >= 0 and told[place : place + 1] == (before,):
+            return new._knowing({"told": (*told[:place], after, *told[place + 1 :])})
+        return new
+
+    def _knowing(self, worked_out: Mapping[str, Any]) -> SearchState:
+        """With what need not be worked out again."""
+        for name, value in worked_out.items():
+            self.__dict__.setdefault(name, value)
+        return self
 
     def __getstate__(self) -> bytes:
         """Without what can be worked out again; as bytes, one pickle after the other, since Ray's pickler would look at
@@ -209,10 +232,6 @@ class SearchState:
             trainings=tuple(record for record in records if isinstance(record, Training)),
             steps=tuple(record for record in records if isinstance(record, StepRecord)),
         )
-
-    def change(self, index: int, **changes: Any) -> SearchState:
-        changed = replace(self.trainings[index], **changes)
-        return replace(self, trainings=(*self.trainings[:index], changed, *self.trainings[index + 1 :]))
 
     def without_last(self) -> SearchState:
         """As if the newest training had never been asked."""

@@ -30,6 +30,7 @@ from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent
 from raybilevel.optimizer import BilevelOptimizer, Observation
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import SearchState, Training
+from raybilevel.sent_state import SentState, joined
 from raybilevel.shared import Shared
 from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.time_limit import time_limit
@@ -124,6 +125,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._made = time.time()
         self._tasks: dict[int, ray.ObjectRef] = {}
         self._shared: ray.ObjectRef | None = None
+        self._sent = SentState(ray.put)
         self._samples: int | None = None
         self._completed: set[str] = set()
         if space is not None:
@@ -153,20 +155,19 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         optimizer = self._ready()
         self._follow_cluster()
-        self._collect()
+        self._hear()
         self._find_lost()
         config = optimizer.ask(trial_id)
         if config is not None:
             return config
+        before = len(self._tasks)
         self._launch()
         if optimizer.exhausted:
             return str(Searcher.FINISHED)
-        if not optimizer.state.pending and self._tasks:
-            # With no live trial Tune sleeps a second after a None; a step that is nearly done is worth a wait.
-            self._collect(timeout=0.9)
-            self._warn_of_starvation()
-            return optimizer.ask(trial_id)
-        return None
+        if len(self._tasks) == before:
+            return None
+        self._hear()
+        return optimizer.ask(trial_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._restored_at, self._idle_since = None, time.monotonic()
@@ -471,9 +472,18 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                     (Shared(self.problem), optimizer.space, self._constants, self.method, self._filesystem)
                 )
             paths = {index: self._checkpoints[index] for index in step.targets}
+            newest, blocks = self._sent.parts(step.state)
             self._tasks[step.number] = upper_level_step.options(**self._resources).remote(
-                self._shared, step, paths, optimizer.memory, self._step_time_limit
+                self._shared, replace(step, state=newest), paths, optimizer.memory, self._step_time_limit, *blocks
             )
+
+    def _hear(self) -> None:
+        """Hear of finished steps. With no live trial Tune sleeps a second after a None, so where nothing else is to be
+        done a step that is nearly done is worth a wait."""
+        idle = not (self._ready().queue or self.state.pending)
+        self._collect(timeout=0.9 if idle else 0.0)
+        if idle:
+            self._warn_of_starvation()
 
     def _collect(self, timeout: float = 0.0) -> None:
         """Hear of finished upper-level steps."""
@@ -524,7 +534,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: without what belongs to one Ray session. Steps under way are planned again."""
         kept = dict(self.__dict__)
-        kept["_tasks"], kept["_shared"], kept["_next_look"] = {}, None, 0.0
+        kept["_tasks"], kept["_shared"], kept["_sent"], kept["_next_look"] = {}, None, SentState(ray.put), 0.0
         if self._optimizer is not None:
             kept["_optimizer"] = self._optimizer.without_running()
         return kept
@@ -541,9 +551,11 @@ def upper_level_step(
     paths: Mapping[int, str],
     memory: bytes | None,
     limit: float | None,
+    *blocks: SearchState,
 ) -> UpperResult:
-    """An upper-level step as a Ray task."""
+    """An upper-level step as a Ray task; its state is what it holds and, before that, the blocks."""
     problem, space, constants, method, filesystem = shared
+    step = replace(step, state=joined(step.state, blocks))
     with time_limit(limit):
         return method.run(
             problem.value, space, constants, step, lambda index: read_checkpoint(paths[index], filesystem), memory

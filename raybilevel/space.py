@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ class Space:
 
     def suggest(self, unit: Tensor) -> dict[str, Any]:
         """The nested dict of plain floats at a point of the unit cube, with steps applied."""
-        return nest({p.path: p.round(p.decode(u).item()) for p, u in zip(self.parameters, unit, strict=True)})
+        values = suggested_values(self, tuple(unit.tolist()))
+        return nest({p.path: value for p, value in zip(self.parameters, values, strict=True)})
 
     def encode(self, config: Mapping[str, Any]) -> Tensor:
         """The point of the unit cube, shape (d,), of a nested config; other entries are ignored.
@@ -138,6 +140,13 @@ class Space:
         if isinstance(entry, bool) or not isinstance(entry, int | float) or not math.isfinite(entry):
             raise SpaceError(f"{parameter.name}: expected a finite number, got {entry!r}")
         return float(entry)
+
+
+@lru_cache(maxsize=1024)
+def suggested_values(space: Space, unit: tuple[float, ...]) -> tuple[float, ...]:
+    """What `Space.suggest` suggests; a search asks for a training's when it begins and when it ends."""
+    point = torch.tensor(unit, dtype=torch.double)
+    return tuple(p.round(p.decode(u).item()) for p, u in zip(space.parameters, point, strict=True))
 
 
 STARTS = Space((Parameter(("start",), 0.0, 65535.0, step=1.0),))

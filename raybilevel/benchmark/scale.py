@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from raybilevel.methods.default import Default
 from raybilevel.optimizer import BilevelOptimizer
 from raybilevel.problem import Hyperparameters, Level
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
+from raybilevel.sent_state import SentState
 from raybilevel.space import Space
 
 DIMENSION = 20
@@ -134,6 +135,7 @@ def drive(observations: int, watch: Callable[[str, float], None] | None = None, 
     optimizer.trials = {str(index): index for index in range(number)}
     search._checkpoints = {index: f"/storage/experiment/trial_{index}/checkpoint_000000" for index in range(number)}
     busy: list[str] = []
+    sent = SentState(cloudpickle.dumps)
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
         begun = time.process_time()
@@ -146,7 +148,9 @@ def drive(observations: int, watch: Callable[[str, float], None] | None = None, 
         """What `BilevelSearch.suggest` does in the driver, where a step is pickled and goes to the cluster."""
         config = optimizer.ask(str(number))
         step = optimizer.plan() if config is None else None
-        cloudpickle.dumps(step)
+        if step is not None:
+            newest, _ = sent.parts(step.state)
+            cloudpickle.dumps(replace(step, state=newest))
         return config, step
 
     while len(optimizer.state.told) < observations:

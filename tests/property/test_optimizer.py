@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from raybilevel.methods import Default
 from raybilevel.methods.base import UpperResult
 from raybilevel.optimizer import BilevelOptimizer, Observation
-from raybilevel.search_state import Proposal, StepRecord
+from raybilevel.search_state import Proposal, SearchState, StepRecord
 from raybilevel.space import Parameter, Space
 
 SPACE = Space((Parameter(("group", "a"), 1e-3, 10.0, log=True),))  # one: its design has three points only
@@ -143,6 +143,14 @@ class Events(RuleBasedStateMachine):
         assert sorted(numbers) == list(range(len(numbers)))
         told = [training.finished for training in self.optimizer.state.told]
         assert told == list(range(len(told)))
+
+    @invariant()
+    def what_is_remembered_is_what_would_be_worked_out(self) -> None:
+        state = self.optimizer.state
+        afresh = SearchState(state.trainings, state.steps)
+        for name in ("told", "done", "measured", "pending", "sorted_upper", "done_by_region", "best"):
+            assert getattr(state, name) == getattr(afresh, name), name
+        assert state.passes_per_training == afresh.passes_per_training
 
     @invariant()
     def there_is_always_something_to_do(self) -> None:
