@@ -28,6 +28,7 @@ from raybilevel.methods.base import Method, UpperResult, UpperStep
 from raybilevel.methods.default import Default
 from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent, start_points
 from raybilevel.optimizer import BilevelOptimizer, Observation
+from raybilevel.pace import Pace
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import SearchState, Training
 from raybilevel.sent_state import SentState, joined
@@ -126,6 +127,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._tasks: dict[int, ray.ObjectRef] = {}
         self._shared: ray.ObjectRef | None = None
         self._sent = SentState(ray.put)
+        self._pace = Pace()
         self._samples: int | None = None
         self._completed: set[str] = set()
         if space is not None:
@@ -304,7 +306,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
         timeout: seconds to wait for their ends.
         """
-        tasks, self._tasks = list(self._tasks.values()), {}
+        tasks, self._tasks, self._pace = list(self._tasks.values()), {}, Pace()
         for task in tasks:
             ray.cancel(task)
         if tasks and timeout:
@@ -432,6 +434,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         observation = self._observation(trial_id, result)
         optimizer.tell(trial_id, observation)
         if observation is not None and observation.complete and result is not None:
+            self._pace.trained(float(result.get("time_total_s", 0.0)))
             path = checkpoint_path(result)
             if path is not None:
                 self._checkpoints[index] = path
@@ -473,15 +476,25 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                 )
             paths = {index: self._checkpoints[index] for index in step.targets}
             newest, blocks = self._sent.parts(step.state)
+            self._pace.step_begun(step.number)
             self._tasks[step.number] = upper_level_step.options(**self._resources).remote(
                 self._shared, replace(step, state=newest), paths, optimizer.memory, self._step_time_limit, *blocks
             )
 
     def _hear(self) -> None:
-        """Hear of finished steps. With no live trial Tune sleeps a second after a None, so where nothing else is to be
-        done a step that is nearly done is worth a wait."""
-        idle = not (self._ready().queue or self.state.pending)
-        self._collect(timeout=0.9 if idle else 0.0)
+        """Hear of finished steps, and wait for one that is worth it where there is no next training.
+
+        With no live trial Tune sleeps a second after a None, so then some wait costs nothing.
+        """
+        if self._ready().queue:
+            self._collect()
+            return
+        idle = not self.state.pending
+        until = time.monotonic() + max(self._pace.patience(self._ready().slots), 0.9 if idle else 0.0)
+        while True:
+            self._collect(timeout=min(0.5, max(0.0, until - time.monotonic())))
+            if not self._tasks or self._ready().queue or time.monotonic() >= until:
+                break
         if idle:
             self._warn_of_starvation()
 
@@ -493,6 +506,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         for number in [number for number, task in self._tasks.items() if task in ready]:
             result: UpperResult | None = None
             failure: Exception | None = None
+            self._pace.step_ended(number)
             try:
                 result = ray.get(self._tasks.pop(number))
             except ray.exceptions.RayError as error:
@@ -534,7 +548,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: without what belongs to one Ray session. Steps under way are planned again."""
         kept = dict(self.__dict__)
-        kept["_tasks"], kept["_shared"], kept["_sent"], kept["_next_look"] = {}, None, SentState(ray.put), 0.0
+        kept["_tasks"], kept["_shared"], kept["_next_look"] = {}, None, 0.0
+        del kept["_sent"], kept["_pace"]
         if self._optimizer is not None:
             kept["_optimizer"] = self._optimizer.without_running()
         return kept
@@ -542,6 +557,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._made = time.time()
+        self._sent, self._pace = SentState(ray.put), Pace()
 
 
 @ray.remote(max_retries=3)  # type: ignore[untyped-decorator]

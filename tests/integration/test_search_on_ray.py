@@ -15,7 +15,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import ConcurrencyLimiter
 
-from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel import BilevelSearch, lower_level_trainable, pace
 from raybilevel.errors import ConfigError, ProblemError, SpaceError
 from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint, train
 from raybilevel.problems.synthetic import ManyMinimisers
@@ -86,6 +86,14 @@ def test_tune_run_gives_the_same_search(tmp_path: Path) -> None:
     again = BilevelSearch(problem, seed=3, max_concurrent=1)
     fit(again, tmp_path / "again", 6)
     assert [t.unit for t in again.state.trainings] == [t.unit for t in search.state.trainings]
+
+
+def test_the_processes_of_short_trainings_live_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that are idle while steps are under way Tune would end one, and start another for seconds."""
+    monkeypatch.setattr(pace, "PROCESS_START", 60.0)  # of a slow machine
+    results = fit(BilevelSearch(Parabola(), max_concurrent=2), tmp_path, 12)
+    told = results.get_dataframe().sort_values("timestamp")
+    assert len(set(told["pid"])) == len(set(told["pid"][-6:])) == 2
 
 
 def test_failed_trainings_are_counted_and_the_search_goes_on(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+
+from raybilevel.pace import PROCESS_START, Pace
+
+
+class Clock:
+    """Stands still until it is told how late it is."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def searching(clock: Clock, training: float, *steps: float) -> Pace:
+    """After trainings and steps of these lengths, with a step that has just begun."""
+    pace = Pace(clock)
+    pace.trained(training)
+    for number, seconds in enumerate(steps):
+        pace.step_begun(number)
+        clock.now += seconds
+        pace.step_ended(number)
+    pace.step_begun(len(steps))
+    return pace
+
+
+def test_nothing_is_waited_for_where_nothing_is_under_way(clock: Clock):
+    pace = searching(clock, 1.0, 0.5)
+    pace.step_ended(1)
+    assert pace.patience(2) == 0
+
+
+def test_nothing_is_waited_for_before_a_training_has_ended(clock: Clock):
+    pace = Pace(clock)
+    pace.step_begun(0)
+    assert pace.patience(2) == 0
+
+
+def test_a_quick_step_is_waited_for_as_long_as_a_process_takes_to_start(clock: Clock):
+    pace = searching(clock, 1.0, 5.0, 0.3)
+    assert pace.patience(2) == PROCESS_START
+    clock.now += 1.5
+    assert pace.patience(2) == PROCESS_START - 1.5
+    pace.step_begun(9)
+    assert pace.patience(2) == PROCESS_START - 1.5  # the oldest decides
+    clock.now += PROCESS_START
+    assert pace.patience(2) == 0
+
+
+def test_the_first_step_starts_a_process_itself(clock: Clock):
+    assert searching(clock, 1.0).patience(2) == 2 * PROCESS_START
+    assert searching(clock, 1.0, 9.0).patience(2) == PROCESS_START  # and says nothing of the others
+    assert searching(clock, 1.0, 9.0, 9.0).patience(2) == 0
+
+
+@pytest.mark.parametrize(("training", "step", "waits"), [(11.0, 0.5, True), (13.0, 0.5, False), (1.0, 2.5, False)])
+def test_long_trainings_and_slow_steps_are_not_waited_for(clock: Clock, training: float, step: float, waits: bool):
+    assert (searching(clock, training, 5.0, step, step, 0.1).patience(2) > 0) == waits
+
+
+def test_steps_that_could_not_keep_up_with_the_slots_are_not_waited_for(clock: Clock):
+    pace = searching(clock, 5.0, 5.0, 1.0)
+    assert pace.patience(10) > 0  # ten steps, or one, a training and the start of its process: 10 s
+    assert pace.patience(11) == 0
+
+
+def test_what_is_usual_follows_the_newest(clock: Clock):
+    pace = searching(clock, 1.0, 5.0, *[3.0] * 9)
+    assert pace.patience(2) == 0
+    for number in range(10, 15):
+        pace.step_ended(number)
+        pace.step_begun(number + 1)
+    assert pace.patience(2) > 0
