@@ -87,13 +87,16 @@ bench-equilibrium: $(STAMP)
 bench-few-shot: $(STAMP)
 	$(BIN)/python -m raybilevel.benchmark.few_shot --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
-# One hypergradient by torchopt, boat-torch, higher and raybilevel: table and hypergradient_peers.json in OUT. The peers
-# live in a virtual environment of their own, which sees the project's: boat-torch asks for an older numpy.
+# One hypergradient by torchopt, betty, boat-torch, higher and raybilevel: table and hypergradient_peers.json in OUT. The
+# peers live in a virtual environment of their own, which sees the project's: boat-torch asks for an older numpy, and
+# betty-ml for an older Python, in metadata that only an older pip reads.
 bench-peers: $(STAMP)
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -c 'import site, sys; open(site.getsitepackages()[0] + "/project.pth", "w").write(sys.argv[1])' \
 		"$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
 	$(PEERS)/bin/python -m pip install --quiet --no-deps boat-torch==1.1.1 graphviz==0.21 higher==0.2.1 optree==0.20.0 torchopt==0.7.3
+	$(PEERS)/bin/python -m pip install --quiet "pip==24.0"
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --ignore-requires-python betty-ml==0.2.1
 	$(PEERS)/bin/python -W ignore -m raybilevel.benchmark.hypergradient_peers --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 # Learned edges of Cora and Citeseer against those that are left and a nearest-neighbour graph: table, graph.json and figures.

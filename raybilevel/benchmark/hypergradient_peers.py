@@ -9,8 +9,7 @@ the time in gradients of f (the median of several), and the most bytes of tensor
 once; then the test accuracy after descents of `--steps` steps. DIR gets hypergradient_peers.json.
 
 Packages that are not installed are left out; `make bench-peers` installs them in a virtual environment of their own, as
-boat-torch asks for an older numpy than the rest. betty-ml is not among them: 0.2 asks for a Python older than 3.11, and
-pip refuses the metadata of 0.1.
+boat-torch asks for an older numpy than the rest and betty-ml for an older Python, without which it works.
 """
 
 from __future__ import annotations
@@ -176,11 +175,36 @@ def boat_cg(products: int, rate: float, folder: Path) -> HypergradientOf:
     return gradient
 
 
+def betty_cg(products: int) -> HypergradientOf:
+    from betty.configs import Config
+    from betty.problems import ImplicitProblem
+
+    class LowerLevel(ImplicitProblem):  # type: ignore[misc]
+        def training_step(self, batch: tuple[BilevelFunctions, Tensor]) -> Tensor:
+            functions, x = batch
+            found: Tensor = functions.lower_terms[0](x, self.module.values)
+            return found
+
+    def gradient(functions: BilevelFunctions, x: Tensor, y: Tensor) -> Tensor:
+        above, below = Vector(x), Vector(y)
+        upper = ImplicitProblem("upper", Config(), above)
+        lower = LowerLevel("lower", Config(type="cg", cg_iterations=products), below)
+        lower.cur_batch = functions, above.values
+        loss = functions.upper_terms[0](above.values, below.values)
+        upper.backward(loss, upper.trainable_parameters(), [[upper, lower, upper]])
+        found = above.values.grad
+        assert found is not None
+        return found
+
+    return gradient
+
+
 def all_ways(products: int, rate: float, folder: Path) -> dict[str, HypergradientOf]:
     """Ours, and those of the packages that are installed."""
     found = ours(products, rate)
     peers: dict[str, tuple[str, Callable[[], HypergradientOf]]] = {
         "torchopt CG": ("torchopt", lambda: torchopt_cg(products)),
+        "betty CG": ("betty", lambda: betty_cg(products)),
         "boat-torch CG": ("boat_torch", lambda: boat_cg(products, rate, folder)),
         "higher unrolled": ("higher", lambda: higher_unrolled(products, rate)),
     }
