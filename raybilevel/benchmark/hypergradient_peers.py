@@ -175,7 +175,8 @@ def boat_cg(products: int, rate: float, folder: Path) -> HypergradientOf:
     return gradient
 
 
-def betty_cg(products: int) -> HypergradientOf:
+def betty_neumann(products: int, rate: float) -> HypergradientOf:
+    """Not its CG: 0.2.1 makes the next direction from the residual before, and does not converge."""
     from betty.configs import Config
     from betty.problems import ImplicitProblem
 
@@ -188,7 +189,7 @@ def betty_cg(products: int) -> HypergradientOf:
     def gradient(functions: BilevelFunctions, x: Tensor, y: Tensor) -> Tensor:
         above, below = Vector(x), Vector(y)
         upper = ImplicitProblem("upper", Config(), above)
-        lower = LowerLevel("lower", Config(type="cg", cg_iterations=products), below)
+        lower = LowerLevel("lower", Config(type="neumann", neumann_iterations=products, neumann_alpha=rate), below)
         lower.cur_batch = functions, above.values
         loss = functions.upper_terms[0](above.values, below.values)
         upper.backward(loss, upper.trainable_parameters(), [[upper, lower, upper]])
@@ -204,7 +205,7 @@ def all_ways(products: int, rate: float, folder: Path) -> dict[str, Hypergradien
     found = ours(products, rate)
     peers: dict[str, tuple[str, Callable[[], HypergradientOf]]] = {
         "torchopt CG": ("torchopt", lambda: torchopt_cg(products)),
-        "betty CG": ("betty", lambda: betty_cg(products)),
+        "betty Neumann": ("betty", lambda: betty_neumann(products, rate)),
         "boat-torch CG": ("boat_torch", lambda: boat_cg(products, rate, folder)),
         "higher unrolled": ("higher", lambda: higher_unrolled(products, rate)),
     }

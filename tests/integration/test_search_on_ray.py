@@ -88,12 +88,21 @@ def test_tune_run_gives_the_same_search(tmp_path: Path) -> None:
     assert [t.unit for t in again.state.trainings] == [t.unit for t in search.state.trainings]
 
 
-def test_the_processes_of_short_trainings_live_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two that are idle while steps are under way Tune would end one, and start another for seconds."""
-    monkeypatch.setattr(pace, "PROCESS_START", 60.0)  # of a slow machine
-    results = fit(BilevelSearch(Parabola(), max_concurrent=2), tmp_path, 12)
-    told = results.get_dataframe().sort_values("timestamp")
-    assert len(set(told["pid"])) == len(set(told["pid"][-6:])) == 2
+@pytest.mark.parametrize("start_of_a_process", [60.0, 0.0])
+def test_a_step_is_waited_for_where_trainings_are_short(
+    start_of_a_process: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else Tune would hear of the next training's end, and end one of two processes that are idle."""
+    monkeypatch.setattr(pace, "PROCESS_START", start_of_a_process)
+    search = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min", max_concurrent=2)
+    for trial in "abc":
+        assert search.suggest(trial) is not None
+    for number, trial in enumerate("ab"):
+        found = {"upper_loss": 1.0 + number, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
+        search.on_trial_complete(trial, {**found, "lower_level_finished": True, "time_total_s": 1.0})
+    assert search.steps_under_way == 1 and len(search.state.pending) == 1
+    assert (search.suggest("d") is not None) == (start_of_a_process > 0)
+    search.cancel_steps(timeout=10)
 
 
 def test_failed_trainings_are_counted_and_the_search_goes_on(tmp_path: Path) -> None:
