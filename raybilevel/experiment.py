@@ -20,7 +20,7 @@ from rich.console import Console
 from raybilevel.config import BundlesConfig, ExperimentConfig, entries, read_config, resolved
 from raybilevel.config import Domain as ConfigDomain
 from raybilevel.descent_trainable import HYPERPARAMETERS, hypergradient_trainable
-from raybilevel.environment import waiting_trials
+from raybilevel.environment import keep_idle_processes, waiting_trials
 from raybilevel.errors import ConfigError, RaybilevelError, StorageError
 from raybilevel.hypergradient.variables import check_shards, check_upper_variables
 from raybilevel.levels import check_problem
@@ -33,7 +33,7 @@ from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
 from raybilevel.scalars import SearchScalars
 from raybilevel.search_state import Training
-from raybilevel.searcher import MOST_SLOTS, UPPER_LOSS, BilevelSearch, keep_idle_processes, task_options
+from raybilevel.searcher import MOST_SLOTS, UPPER_LOSS, BilevelSearch, task_options
 from raybilevel.shared import Shared
 from raybilevel.snapshot import ResumableGenerator, prepare_resume
 from raybilevel.space import STARTS, Space, flatten, nest

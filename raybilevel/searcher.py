@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from ray.tune.utils.util import flatten_dict
 
 from raybilevel import snapshot, state_file
 from raybilevel.domains import split_param_space
+from raybilevel.environment import keep_idle_processes
 from raybilevel.errors import CheckpointError, ConfigError, RaybilevelError, SpaceError, StateError
 from raybilevel.hypergradient.variables import check_upper_variables
 from raybilevel.levels import check_problem
@@ -306,7 +306,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
         timeout: seconds to wait for their ends.
         """
-        tasks, self._tasks, self._pace = list(self._tasks.values()), {}, Pace()
+        tasks, self._tasks = list(self._tasks.values()), {}
+        self._pace.steps_cancelled()
         for task in tasks:
             ray.cancel(task)
         if tasks and timeout:
@@ -491,7 +492,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             return
         idle = not self.state.pending
         until = time.monotonic() + max(self._pace.patience(self._ready().slots), 0.9 if idle else 0.0)
-        while True:
+        while True:  # not in one go, so that Ctrl-C is heard
             self._collect(timeout=min(0.5, max(0.0, until - time.monotonic())))
             if not self._tasks or self._ready().queue or time.monotonic() >= until:
                 break
@@ -592,13 +593,6 @@ def read_checkpoint(path: str, filesystem: pyarrow.fs.FileSystem | None = None) 
         raise CheckpointError(
             f"cannot read the checkpoint {path} ({error}); every node must see the experiment's storage"
         ) from error
-
-
-def keep_idle_processes() -> None:
-    """For a Ray that this process starts later: it would end what has been idle for a second, so that most upper-level
-    steps began with a new process and its imports. A Ray that is there already is not changed."""
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 
 
 def default_slots() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from ray.tune import uniform
 from ray.tune.search import Searcher
 
+from raybilevel.pace import StepTime
 from raybilevel.searcher import BilevelSearch
 from raybilevel.space import Space
 
@@ -93,17 +94,8 @@ def coordinates(box: Space) -> list[str]:
     return [f"x{number}" for number in range(box.dimension)]
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """When an upper-level step was begun and its result heard, in seconds on `time.monotonic`."""
-
-    number: int
-    began: float
-    ended: float
-
-
 class BudgetedSearch(BilevelSearch):
-    """`BilevelSearch` that begins no training for which the budget has no room left, and times its upper-level steps.
+    """`BilevelSearch` that begins no training for which the budget has no room left, and tells how long steps took.
 
     room: whether there is; asked before each suggestion.
     """
@@ -111,28 +103,16 @@ class BudgetedSearch(BilevelSearch):
     def __init__(self, *arguments: Any, room: Callable[[], bool] = lambda: True, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.room = room
-        self.step_times: list[StepTime] = []
-        self._step_began: dict[int, float] = {}
+
+    @property
+    def step_times(self) -> Sequence[StepTime]:
+        """Of its upper-level steps so far."""
+        return self._pace.steps
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if not self.room():
             return str(Searcher.FINISHED)
         return super().suggest(trial_id)
-
-    def _launch(self) -> None:
-        super()._launch()
-        self._note_steps()
-
-    def _collect(self, timeout: float = 0.0) -> None:
-        super()._collect(timeout)
-        self._note_steps()
-
-    def _note_steps(self) -> None:
-        now = time.monotonic()
-        for number in self._tasks:
-            self._step_began.setdefault(number, now)
-        for number in [number for number in self._step_began if number not in self._tasks]:
-            self.step_times.append(StepTime(number, self._step_began.pop(number), now))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "room": None}
