@@ -88,6 +88,12 @@ class HostCluster:
     def add_worker(self) -> Host:
         return self.start(f"--address={self.head.address}:6379", "--num-cpus=1")
 
+    def workers(self, count: int) -> list[Host]:
+        """The first workers, those added that are not there."""
+        while len(self.network.hosts) <= count:
+            self.add_worker()
+        return self.network.hosts[1 : count + 1]
+
     def ray(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """A `ray` command on this machine, which is none of the cluster's."""
         return subprocess.run(
@@ -151,7 +157,7 @@ def test_nobody_without_the_token_is_served(hosts: HostCluster) -> None:
 
 
 def test_a_job_trains_on_every_host_and_keeps_everything_in_the_bucket(hosts: HostCluster) -> None:
-    workers = [hosts.add_worker() for _ in range(2)]
+    workers = hosts.workers(2)
     done = hosts.submit("one", *small(8), "--set", "search.max_concurrent=2")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     trials = hosts.trials("one")
@@ -193,9 +199,10 @@ print("trained", len(results), "failed", len(results.errors))
 
 def test_a_tuner_runs_over_ray_client(hosts: HostCluster) -> None:
     assert IMAGE is not None
+    hosts.workers(2)
     done = subprocess.run(
         [IMAGE, "-c", CLIENT, f"ray://{hosts.head.address}:10001"],
-        capture_output=True, text=True, check=False, env=hosts.environment,
+        capture_output=True, text=True, check=False, env=hosts.environment, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "trained 5 failed 0" in done.stdout
@@ -206,20 +213,21 @@ def test_a_tuner_runs_over_ray_client(hosts: HostCluster) -> None:
 
 
 def test_a_folder_that_hosts_do_not_share_is_refused(hosts: HostCluster) -> None:
+    workers = hosts.workers(2)
     refused = hosts.submit("private", "--storage", f"{hosts.network.disk}/runs", *small(8))
     assert refused.returncode != 0
     output = refused.stdout + refused.stderr
     assert "cannot be read on 2 of the cluster's nodes" in output
-    for worker in hosts.network.hosts[1:3]:
+    for worker in workers:
         assert worker.address in output
 
 
 def test_hosts_lost_in_the_middle_cost_nothing_and_one_that_joins_is_used(hosts: HostCluster) -> None:
     """One host dies, another is cut off the network; a third one comes. All in one experiment of 14 trainings."""
+    dead, cut = hosts.workers(2)
     options = ["--set", "search.max_concurrent=2", "--set", "search.max_failures=-1"]
     submitted = hosts.submit("faults", *small(14, epochs=40), *options, wait=False)
     assert submitted.returncode == 0, submitted.stderr
-    dead, cut = hosts.network.hosts[1:3]
 
     def ended(count: int) -> bool:
         return sum(trial.status == "TERMINATED" for trial in hosts.trials("faults")) >= count
