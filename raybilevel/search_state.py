@@ -73,9 +73,6 @@ class Training(PickledOnce):
     passes: float = 0.0
     hypergradient: Unit | None = None
 
-    def __hash__(self) -> int:
-        return hash((self.index, self.status, self.upper))
-
     @property
     def unit(self) -> Unit:
         return self.proposal.unit
@@ -143,21 +140,13 @@ class SearchState:
         return sorted(t.upper for t in self.done)
 
     @cached_property
-    def done_by_region(self) -> dict[int, list[int]]:
-        """Trust region -> the trainings that were proposed in it and ran to their end, in order."""
-        return {
-            region: [training.index for training in told if training.status == "done"]
-            for region, told in self.told_by_region.items()
-        }
-
-    @cached_property
-    def told_by_region(self) -> dict[int, list[Training]]:
+    def told_by_region(self) -> dict[int, tuple[Training, ...]]:
         """Trust region -> the trainings that were proposed in it and ended, in order."""
         found: dict[int, list[Training]] = {}
         for training in self.told:
             if training.proposal.region is not None:
                 found.setdefault(training.proposal.region, []).append(training)
-        return found
+        return {region: tuple(trainings) for region, trainings in found.items()}
 
     @cached_property
     def best(self) -> Training | None:
@@ -205,11 +194,15 @@ class SearchState:
     def change(self, index: int, **changes: Any) -> SearchState:
         before, after = self.trainings[index], replace(self.trainings[index], **changes)
         new = replace(self, trainings=(*self.trainings[:index], after, *self.trainings[index + 1 :]))
-        told, place = self.told, after.finished
+        told, by_region, region, place = self.told, self.told_by_region, before.proposal.region, after.finished
         if before.finished < 0 and place == len(told):
-            return new._knowing({"told": (*told, after)})
+            if region is not None:
+                by_region = by_region | {region: (*by_region.get(region, ()), after)}
+            return new._knowing({"told": (*told, after), "told_by_region": by_region})
         if before.finished == place >= 0 and told[place : place + 1] == (before,):
-            return new._knowing({"told": (*told[:place], after, *told[place + 1 :])})
+            if region is not None:
+                by_region = by_region | {region: tuple(after if t is before else t for t in by_region[region])}
+            return new._knowing({"told": (*told[:place], after, *told[place + 1 :]), "told_by_region": by_region})
         return new
 
     def _knowing(self, worked_out: Mapping[str, Any]) -> SearchState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Parameter:
         if self.step is not None and math.ceil(self.low / self.step - 1e-9) * self.step > self.high + 1e-9 * self.step:
             raise SpaceError(f"{self.name}: no multiple of the step {self.step} lies in [{self.low}, {self.high}]")
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The path as Tune flattens it: "weight_decay/fc1"."""
         return "/".join(self.path)
@@ -54,6 +54,10 @@ class Parameter:
         if self.log:
             return torch.exp(math.log(self.low) + unit * math.log(self.high / self.low))
         return self.low + unit * (self.high - self.low)
+
+    def suggest(self, unit: float) -> float:
+        """The plain value at a unit-cube coordinate, with the step applied."""
+        return self.round(self.low * math.exp(unit * self.width) if self.log else self.low + unit * self.width)
 
     def encode(self, value: float) -> float:
         """The unit-cube coordinate of a value, clipped to [0, 1]."""
@@ -112,8 +116,7 @@ class Space:
 
     def suggest(self, unit: Tensor) -> dict[str, Any]:
         """The nested dict of plain floats at a point of the unit cube, with steps applied."""
-        values = suggested_values(self, tuple(unit.tolist()))
-        return nest({p.path: value for p, value in zip(self.parameters, values, strict=True)})
+        return nest({p.path: p.suggest(u) for p, u in zip(self.parameters, unit.tolist(), strict=True)})
 
     def encode(self, config: Mapping[str, Any]) -> Tensor:
         """The point of the unit cube, shape (d,), of a nested config; other entries are ignored.
@@ -140,13 +143,6 @@ class Space:
         if isinstance(entry, bool) or not isinstance(entry, int | float) or not math.isfinite(entry):
             raise SpaceError(f"{parameter.name}: expected a finite number, got {entry!r}")
         return float(entry)
-
-
-@lru_cache(maxsize=1024)
-def suggested_values(space: Space, unit: tuple[float, ...]) -> tuple[float, ...]:
-    """What `Space.suggest` suggests; a search asks for a training's when it begins and when it ends."""
-    point = torch.tensor(unit, dtype=torch.double)
-    return tuple(p.round(p.decode(u).item()) for p, u in zip(space.parameters, point, strict=True))
 
 
 STARTS = Space((Parameter(("start",), 0.0, 65535.0, step=1.0),))

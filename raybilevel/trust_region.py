@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from raybilevel.search_state import SearchState, Training, Unit
 
@@ -38,11 +37,14 @@ class TrustRegionRule:
 
     def replay(self, state: SearchState, starts: tuple[int, ...]) -> tuple[TrustRegion, ...]:
         """The regions begun at the trainings `starts`, after all results so far in their order."""
-        told = state.told_by_region
-        return tuple(
-            replayed(self, (state.trainings[start], *(t for t in told.get(start, ()) if t.index != start)))
-            for start in starts
-        )
+        regions = []
+        for start in starts:
+            region = TrustRegion(start, start, self.initial)
+            for training in state.told_by_region.get(start, ()):
+                if training.index != start:
+                    region = self.update(region, state.trainings[region.centre], training)
+            regions.append(region)
+        return tuple(regions)
 
     def update(self, region: TrustRegion, centre: Training, training: Training) -> TrustRegion:
         members = region.members + 1
@@ -61,18 +63,6 @@ class TrustRegionRule:
 
     def collapsed(self, region: TrustRegion) -> bool:
         return region.radius < self.smallest
-
-
-@lru_cache(maxsize=4096)
-def replayed(rule: TrustRegionRule, members: tuple[Training, ...]) -> TrustRegion:
-    """A region after the results of its members, in their order; the first is where it began. Most regions have not
-    changed since the last step, so what they came to is remembered."""
-    known = {training.index: training for training in members}
-    began = members[0].index
-    region = TrustRegion(began, began, rule.initial)
-    for training in members[1:]:
-        region = rule.update(region, known[region.centre], training)
-    return region
 
 
 def distance(one: Unit, other: Unit) -> float:

@@ -97,7 +97,7 @@ class Default:
             return self._look(step, running)
         region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper))
         claimed = {index for step in running for index in step.targets}
-        newest = self._members(region.began, state)[-1]
+        newest = self._members(region.began, state)[-1].index
         lacking = [i for i in dict.fromkeys((region.centre, newest)) if state.trainings[i].hypergradient is None]
         if not self.hypergradients:
             lacking = []
@@ -130,26 +130,27 @@ class Default:
     def open_regions(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[TrustRegion, ...]:
         """Regions that still promise something: not collapsed, not settled, not beaten by another."""
         begun = {t.proposal.region for t in state.trainings} | {step.region for step in running}
-        settled = {step.settled for step in state.steps}
-        regions = self.region.replay(state, tuple(sorted(r for r in begun - settled if r is not None)))
-        return tuple(r for r in regions if not self.region.collapsed(r) and not self._over(r, state))
+        begun -= {step.settled for step in state.steps} | {None}
+        promising = tuple(sorted(region for region in begun if region is not None and not self._over(region, state)))
+        return tuple(r for r in self.region.replay(state, promising) if not self.region.collapsed(r))
 
-    def _over(self, region: TrustRegion, state: SearchState) -> bool:
-        upper = state.sorted_upper
-        gain = self.settled * (upper[len(upper) // 2] - upper[0])
-        members = [state.trainings[i] for i in self._members(region.began, state)][1:]
-        if not members:
+    def _over(self, began: int, state: SearchState) -> bool:
+        members = self._members(began, state)
+        if len(members) == 1:
             return False
-        centre, last = state.trainings[region.centre], members[-1]
+        upper, last = state.sorted_upper, members[-1]
+        gain = self.settled * (upper[len(upper) // 2] - upper[0])
         promised = last.proposal.predicted_upper
-        beaten = len(members) >= 3 and centre.upper > upper[0] and (promised is None or promised > upper[0])
-        before = min([state.trainings[region.began].upper, *(t.upper for t in members[:-1])])
+        before = min(t.upper for t in members[:-1])
+        best = min(before, last.upper)
+        beaten = len(members) > 3 and best > upper[0] and (promised is None or promised > upper[0])
         settled = promised is not None and 0 <= before - promised < gain and before - last.upper < gain
         return beaten or settled
 
     @staticmethod
-    def _members(began: int, state: SearchState) -> list[int]:
-        return [began, *(index for index in state.done_by_region.get(began, ()) if index != began)]
+    def _members(began: int, state: SearchState) -> list[Training]:
+        told = state.told_by_region.get(began, ())
+        return [state.trainings[began], *(t for t in told if t.status == "done" and t.index != began)]
 
     @staticmethod
     def _under_way(region: TrustRegion, state: SearchState, running: tuple[UpperStep, ...]) -> int:
