@@ -38,10 +38,11 @@ class Pace:
         self._clock = clock
         self.steps: list[StepTime] = []
         self._begun: dict[int, float] = {}
-        self._trainings: deque[float] = deque(maxlen=NEWEST)
+        self._trainings: deque[tuple[float, float]] = deque(maxlen=NEWEST)
 
-    def trained(self, seconds: float) -> None:
-        self._trainings.append(seconds)
+    def trained(self, seconds: float, reports: int = 1) -> None:
+        """A training took so long and reported so often, the last time at its end."""
+        self._trainings.append((seconds, seconds / max(1, reports)))
 
     def step_begun(self, number: int) -> None:
         self._begun[number] = self._clock()
@@ -55,15 +56,19 @@ class Pace:
     def patience(self, slots: int) -> float:
         """Seconds that the steps under way are worth waiting for, at most what a new process would take.
 
-        0 where trainings take much longer than that, or steps not much shorter; and where steps that wait for each
-        other could not keep up with so many slots, even if each training's process had to start.
+        0 where steps are not much shorter than that; where steps that wait for each other could not keep up with so
+        many slots, even if each training's process had to start; and where the other trainings, which wait for the
+        driver when they report, would lose more by it than one process's start.
         """
         if not self._begun or not self._trainings:
             return 0.0
-        training = statistics.median(self._trainings)
+        training, between = map(statistics.median, zip(*self._trainings, strict=True))
         newest = self.steps[max(1, len(self.steps) - NEWEST) :]  # the first one's process had to start
+        if not newest and training > 3 * PROCESS_START:
+            return 0.0  # too much to lose by a step of unknown length
         step = statistics.median(one.ended - one.began for one in newest) if newest else 0.0
-        if training > 3 * PROCESS_START or step > PROCESS_START / 2:
+        held_up = step * min(1.0, step / (2 * max(between, 1e-9)))  # how long one of them is, by one step, on average
+        if step > PROCESS_START / 2 or (slots - 1) * held_up > PROCESS_START:
             return 0.0
         if slots * step > training + step + PROCESS_START:
             return 0.0

@@ -435,7 +435,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         observation = self._observation(trial_id, result)
         optimizer.tell(trial_id, observation)
         if observation is not None and observation.complete and result is not None:
-            self._pace.trained(float(result.get("time_total_s", 0.0)))
+            self._pace.trained(float(result.get("time_total_s", 0.0)), int(result.get("training_iteration", 1)))
             path = checkpoint_path(result)
             if path is not None:
                 self._checkpoints[index] = path

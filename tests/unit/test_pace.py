@@ -19,10 +19,10 @@ def clock() -> Clock:
     return Clock()
 
 
-def searching(clock: Clock, training: float, *steps: float) -> Pace:
+def searching(clock: Clock, training: float, *steps: float, reports: int = 1) -> Pace:
     """After trainings and steps of these lengths, with a step that has just begun."""
     pace = Pace(clock)
-    pace.trained(training)
+    pace.trained(training, reports)
     for number, seconds in enumerate(steps):
         pace.step_begun(number)
         clock.now += seconds
@@ -60,9 +60,21 @@ def test_the_first_step_starts_a_process_itself(clock: Clock):
     assert searching(clock, 1.0, 9.0, 9.0).patience(2) == 0
 
 
-@pytest.mark.parametrize(("training", "step", "waits"), [(11.0, 0.5, True), (13.0, 0.5, False), (1.0, 2.5, False)])
-def test_long_trainings_and_slow_steps_are_not_waited_for(clock: Clock, training: float, step: float, waits: bool):
-    assert (searching(clock, training, 5.0, step, step, 0.1).patience(2) > 0) == waits
+def test_a_first_step_is_not_waited_for_by_long_trainings(clock: Clock):
+    assert searching(clock, 11.0).patience(2) > 0
+    assert searching(clock, 13.0).patience(2) == 0
+    assert searching(clock, 13.0, 9.0, 0.5).patience(2) > 0  # but the others are, once it is known that they are quick
+
+
+def test_slow_steps_are_not_waited_for(clock: Clock):
+    assert searching(clock, 1.0, 5.0, 1.5, 1.5, 0.1).patience(2) > 0
+    assert searching(clock, 1.0, 5.0, 2.5, 2.5, 0.1).patience(2) == 0
+
+
+@pytest.mark.parametrize(("slots", "reports", "waits"), [(16, 1, True), (16, 300, False), (8, 300, True)])
+def test_trainings_that_report_often_are_not_held_up(clock: Clock, slots: int, reports: int, waits: bool):
+    """A step of half a second holds up each other training's next report by as much, if they report that often."""
+    assert (searching(clock, 60.0, 5.0, 0.5, reports=reports).patience(slots) > 0) == waits
 
 
 def test_steps_that_could_not_keep_up_with_the_slots_are_not_waited_for(clock: Clock):
