@@ -108,6 +108,21 @@ class StepRecord(PickledOnce):
     failed: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class RegionHistory:
+    """A trust region's trainings that have ended, in order; the first is the one at which it began."""
+
+    trainings: tuple[Training, ...]
+
+    @cached_property
+    def done(self) -> tuple[Training, ...]:
+        """The first, and the others that ran to their end."""
+        return (self.trainings[0], *(t for t in self.trainings[1:] if t.status == "done"))
+
+    def change(self, before: Training, after: Training) -> RegionHistory:
+        return RegionHistory(tuple(after if t is before else t for t in self.trainings))
+
+
 @dataclass(frozen=True)
 class SearchState:
     """Every training and every upper-level step so far. What is derived from them is worked out once."""
@@ -140,13 +155,17 @@ class SearchState:
         return sorted(t.upper for t in self.done)
 
     @cached_property
-    def told_by_region(self) -> dict[int, tuple[Training, ...]]:
-        """Trust region -> the trainings that were proposed in it and ended, in order."""
+    def regions(self) -> dict[int, RegionHistory]:
+        """Trust regions in which a training has ended, by the index of the training at which each began."""
         found: dict[int, list[Training]] = {}
         for training in self.told:
-            if training.proposal.region is not None:
-                found.setdefault(training.proposal.region, []).append(training)
-        return {region: tuple(trainings) for region, trainings in found.items()}
+            region = training.proposal.region
+            if region not in (None, training.index):
+                found.setdefault(region, [self.trainings[region]]).append(training)
+        return {region: RegionHistory(tuple(trainings)) for region, trainings in found.items()}
+
+    def region(self, began: int) -> RegionHistory:
+        return self.regions.get(began) or RegionHistory((self.trainings[began],))
 
     @cached_property
     def best(self) -> Training | None:
@@ -194,15 +213,16 @@ class SearchState:
     def change(self, index: int, **changes: Any) -> SearchState:
         before, after = self.trainings[index], replace(self.trainings[index], **changes)
         new = replace(self, trainings=(*self.trainings[:index], after, *self.trainings[index + 1 :]))
-        told, by_region, region, place = self.told, self.told_by_region, before.proposal.region, after.finished
+        told, regions, place = self.told, self.regions, after.finished
         if before.finished < 0 and place == len(told):
-            if region is not None:
-                by_region = by_region | {region: (*by_region.get(region, ()), after)}
-            return new._knowing({"told": (*told, after), "told_by_region": by_region})
+            region = after.proposal.region
+            if region not in (None, index):
+                regions = regions | {region: RegionHistory((*self.region(region).trainings, after))}
+            return new._knowing({"told": (*told, after), "regions": regions})
         if before.finished == place >= 0 and told[place : place + 1] == (before,):
-            if region is not None:
-                by_region = by_region | {region: tuple(after if t is before else t for t in by_region[region])}
-            return new._knowing({"told": (*told[:place], after, *told[place + 1 :]), "told_by_region": by_region})
+            own = {region for region in (index, before.proposal.region) if region in regions}
+            regions = regions | {region: regions[region].change(before, after) for region in own}
+            return new._knowing({"told": (*told[:place], after, *told[place + 1 :]), "regions": regions})
         return new
 
     def _knowing(self, worked_out: Mapping[str, Any]) -> SearchState:

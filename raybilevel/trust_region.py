@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from raybilevel.search_state import SearchState, Training, Unit
+from raybilevel.search_state import RegionHistory, SearchState, Training, Unit
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,7 @@ class TrustRegionRule:
 
     def replay(self, state: SearchState, starts: tuple[int, ...]) -> tuple[TrustRegion, ...]:
         """The regions begun at the trainings `starts`, after all results so far in their order."""
-        regions = []
-        for start in starts:
-            region = TrustRegion(start, start, self.initial)
-            for training in state.told_by_region.get(start, ()):
-                if training.index != start:
-                    region = self.update(region, state.trainings[region.centre], training)
-            regions.append(region)
-        return tuple(regions)
+        return tuple(replayed(self, state.region(start)) for start in starts)
 
     def update(self, region: TrustRegion, centre: Training, training: Training) -> TrustRegion:
         members = region.members + 1
@@ -63,6 +57,16 @@ class TrustRegionRule:
 
     def collapsed(self, region: TrustRegion) -> bool:
         return region.radius < self.smallest
+
+
+@lru_cache(maxsize=4096)
+def replayed(rule: TrustRegionRule, history: RegionHistory) -> TrustRegion:
+    """A region after all its results. Most have had none since the last step, so what they came to is remembered."""
+    first, *members = history.trainings
+    region, known = TrustRegion(first.index, first.index, rule.initial), {t.index: t for t in history.trainings}
+    for training in members:
+        region = rule.update(region, known[region.centre], training)
+    return region
 
 
 def distance(one: Unit, other: Unit) -> float:

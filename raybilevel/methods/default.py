@@ -97,7 +97,7 @@ class Default:
             return self._look(step, running)
         region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper))
         claimed = {index for step in running for index in step.targets}
-        newest = self._members(region.began, state)[-1].index
+        newest = state.region(region.began).done[-1].index
         lacking = [i for i in dict.fromkeys((region.centre, newest)) if state.trainings[i].hypergradient is None]
         if not self.hypergradients:
             lacking = []
@@ -135,7 +135,7 @@ class Default:
         return tuple(r for r in self.region.replay(state, promising) if not self.region.collapsed(r))
 
     def _over(self, began: int, state: SearchState) -> bool:
-        members = self._members(began, state)
+        members = state.region(began).done
         if len(members) == 1:
             return False
         upper, last = state.sorted_upper, members[-1]
@@ -146,11 +146,6 @@ class Default:
         beaten = len(members) > 3 and best > upper[0] and (promised is None or promised > upper[0])
         settled = promised is not None and 0 <= before - promised < gain and before - last.upper < gain
         return beaten or settled
-
-    @staticmethod
-    def _members(began: int, state: SearchState) -> list[Training]:
-        told = state.told_by_region.get(began, ())
-        return [state.trainings[began], *(t for t in told if t.status == "done" and t.index != began)]
 
     @staticmethod
     def _under_way(region: TrustRegion, state: SearchState, running: tuple[UpperStep, ...]) -> int:

@@ -148,9 +148,11 @@ class Events(RuleBasedStateMachine):
     def what_is_remembered_is_what_would_be_worked_out(self) -> None:
         state = self.optimizer.state
         afresh = SearchState(state.trainings, state.steps)
-        for name in ("told", "done", "measured", "pending", "sorted_upper", "told_by_region", "best"):
+        for name in ("told", "done", "measured", "pending", "sorted_upper", "best"):
             assert getattr(state, name) == getattr(afresh, name), name
         assert state.passes_per_training == afresh.passes_per_training
+        histories, anew = ({r: h.trainings for r, h in one.regions.items()} for one in (state, afresh))
+        assert histories == anew
 
     @invariant()
     def there_is_always_something_to_do(self) -> None:
