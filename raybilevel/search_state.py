@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import io
 import itertools
 import math
@@ -119,6 +120,16 @@ class RegionHistory:
         """The first, and the others that ran to their end."""
         return (self.trainings[0], *(t for t in self.trainings[1:] if t.status == "done"))
 
+    @cached_property
+    def best(self) -> float:
+        """The lowest F of `done`."""
+        return min(t.upper for t in self.done)
+
+    @cached_property
+    def best_before(self) -> float:
+        """The lowest F of `done` but the last."""
+        return min((t.upper for t in self.done[:-1]), default=math.nan)
+
     def change(self, before: Training, after: Training) -> RegionHistory:
         return RegionHistory(tuple(after if t is before else t for t in self.trainings))
 
@@ -178,6 +189,11 @@ class SearchState:
         done = self.done
         return max(1e-12, sum(t.passes for t in done) / len(done)) if done else 1.0
 
+    @cached_property
+    def left(self) -> frozenset[int]:
+        """Trust regions in which a step found nothing better to propose."""
+        return frozenset(step.settled for step in self.steps if step.settled is not None)
+
     @property
     def cost(self) -> float:
         """What was spent, in trainings."""
@@ -201,6 +217,8 @@ class SearchState:
         """How many of the newest upper-level steps failed."""
         return len(list(itertools.takewhile(lambda step: step.failed, reversed(self.steps))))
 
+    # With a change, what is derived is carried over or brought up to date, not worked out again from all trainings.
+
     def add(self, proposal: Proposal) -> SearchState:
         training = Training(len(self.trainings), proposal)
         new = replace(self, trainings=(*self.trainings, training))
@@ -208,22 +226,47 @@ class SearchState:
 
     def after(self, step: StepRecord) -> SearchState:
         """With one more finished step."""
-        return replace(self, steps=(*self.steps, step))._knowing(self.__dict__)
+        left = self.left if step.settled is None else self.left | {step.settled}
+        return replace(self, steps=(*self.steps, step))._knowing(self.__dict__ | {"left": left})
 
     def change(self, index: int, **changes: Any) -> SearchState:
         before, after = self.trainings[index], replace(self.trainings[index], **changes)
         new = replace(self, trainings=(*self.trainings[:index], after, *self.trainings[index + 1 :]))
-        told, regions, place = self.told, self.regions, after.finished
-        if before.finished < 0 and place == len(told):
-            region = after.proposal.region
-            if region not in (None, index):
-                regions = regions | {region: RegionHistory((*self.region(region).trainings, after))}
-            return new._knowing({"told": (*told, after), "regions": regions})
-        if before.finished == place >= 0 and told[place : place + 1] == (before,):
-            own = {region for region in (index, before.proposal.region) if region in regions}
-            regions = regions | {region: regions[region].change(before, after) for region in own}
-            return new._knowing({"told": (*told[:place], after, *told[place + 1 :]), "regions": regions})
+        new._knowing({"left": self.left})
+        if before.finished < 0 and after.finished == len(self.told):
+            return new._knowing(self._with_end(before, after))
+        same = before.status == after.status and before.upper == after.upper and before.finished == after.finished
+        if same and self.told[before.finished : before.finished + 1] == (before,):
+            return new._knowing(self._with_more(before, after))
         return new
+
+    def _with_end(self, before: Training, after: Training) -> dict[str, Any]:
+        """What is known once a training has ended, as the last of all."""
+        regions, region = self.regions, after.proposal.region
+        if region not in (None, after.index):
+            regions = regions | {region: RegionHistory((*self.region(region).trainings, after))}
+        pending = tuple(t for t in self.pending if t is not before)
+        known: dict[str, Any] = {"told": (*self.told, after), "pending": pending, "regions": regions}
+        if after.status != "done":
+            return known | {name: getattr(self, name) for name in ("done", "sorted_upper", "best")}
+        sorted_upper = self.sorted_upper.copy()
+        bisect.insort(sorted_upper, after.upper)
+        best = self.best if self.best is not None and self.best.upper <= after.upper else after
+        return known | {"done": (*self.done, after), "sorted_upper": sorted_upper, "best": best}
+
+    def _with_more(self, before: Training, after: Training) -> dict[str, Any]:
+        """What is known once something was found out, e.g. a hypergradient, of a training that had ended."""
+        own = {region for region in (after.index, after.proposal.region) if region in self.regions}
+        regions = self.regions | {region: self.regions[region].change(before, after) for region in own}
+        known: dict[str, Any] = {"regions": regions, "pending": self.pending, "sorted_upper": self.sorted_upper}
+        known["best"] = after if self.best is before else self.best
+        for name in ("told", "done"):
+            there: tuple[Training, ...] = getattr(self, name)
+            place = bisect.bisect_left(there, after.finished, key=lambda t: t.finished)
+            known[name] = (
+                (*there[:place], after, *there[place + 1 :]) if there[place : place + 1] == (before,) else there
+            )
+        return known
 
     def _knowing(self, worked_out: Mapping[str, Any]) -> SearchState:
         """With what need not be worked out again."""

@@ -20,7 +20,7 @@ from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.levels import Levels
 from raybilevel.methods.base import LoadCheckpoint, UpperResult, UpperStep
 from raybilevel.problem import BilevelProblem
-from raybilevel.search_state import Proposal, SearchState, StepRecord, Training, Unit
+from raybilevel.search_state import Proposal, RegionHistory, SearchState, StepRecord, Training, Unit
 from raybilevel.space import Space, sobol_points
 from raybilevel.trust_region import TrustRegion, TrustRegionRule, distance
 from raybilevel.upper_level import Hypergradient, TrainedPoint, descend, hypergradient, joint_descent
@@ -129,21 +129,22 @@ class Default:
 
     def open_regions(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[TrustRegion, ...]:
         """Regions that still promise something: not collapsed, not settled, not beaten by another."""
-        begun = {t.proposal.region for t in state.trainings} | {step.region for step in running}
-        begun -= {step.settled for step in state.steps} | {None}
-        promising = tuple(sorted(region for region in begun if region is not None and not self._over(region, state)))
+        begun = self._begun(state, running) - state.left
+        promising = tuple(sorted(region for region in begun if not self._over(state.region(region), state)))
         return tuple(r for r in self.region.replay(state, promising) if not self.region.collapsed(r))
 
-    def _over(self, began: int, state: SearchState) -> bool:
-        members = state.region(began).done
-        if len(members) == 1:
+    @staticmethod
+    def _begun(state: SearchState, running: tuple[UpperStep, ...]) -> set[int]:
+        under_way = [*(t.proposal.region for t in state.pending), *(step.region for step in running)]
+        return {*state.regions, *(region for region in under_way if region is not None)}
+
+    def _over(self, region: RegionHistory, state: SearchState) -> bool:
+        if len(region.done) == 1:
             return False
-        upper, last = state.sorted_upper, members[-1]
+        upper, last = state.sorted_upper, region.done[-1]
         gain = self.settled * (upper[len(upper) // 2] - upper[0])
-        promised = last.proposal.predicted_upper
-        before = min(t.upper for t in members[:-1])
-        best = min(before, last.upper)
-        beaten = len(members) > 3 and best > upper[0] and (promised is None or promised > upper[0])
+        promised, before = last.proposal.predicted_upper, region.best_before
+        beaten = len(region.done) > 3 and region.best > upper[0] and (promised is None or promised > upper[0])
         settled = promised is not None and 0 <= before - promised < gain and before - last.upper < gain
         return beaten or settled
 
@@ -157,9 +158,8 @@ class Default:
         """The best training outside every region that has no better one within a region's first radius (the rule of
         multi-level single linkage, Rinnooy Kan & Timmer 1987). When the last open region has been left, the box is
         explored once more first: None until a point from outside is the newest."""
-        begun = {t.proposal.region for t in state.trainings} | {step.region for step in running}
-        begun |= {step.settled for step in state.steps}  # some were left before anything was trained in them
-        left = bool(begun - {None}) and not any(step.region is not None for step in running)
+        begun = self._begun(state, running) | state.left  # some were left before anything was trained in them
+        left = bool(begun) and not any(step.region is not None for step in running)
         done = state.done
         if left and done[-1].proposal.region is not None:
             return None
