@@ -161,6 +161,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._find_lost()
         config = optimizer.ask(trial_id)
         if config is not None:
+            self._warm_up()
             return config
         before = len(self._tasks)
         self._launch()
@@ -471,16 +472,25 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             if missing:
                 logger.warning("trainings %s left no checkpoint; their hypergradients are left out", missing)
             step = replace(step, targets=tuple(index for index in step.targets if index in self._checkpoints))
-            if self._shared is None:
-                self._shared = ray.put(
-                    (Shared(self.problem), optimizer.space, self._constants, self.method, self._filesystem)
-                )
             paths = {index: self._checkpoints[index] for index in step.targets}
             newest, blocks = self._sent.parts(step.state)
             self._pace.step_begun(step.number)
             self._tasks[step.number] = upper_level_step.options(**self._resources).remote(
-                self._shared, replace(step, state=newest), paths, optimizer.memory, self._step_time_limit, *blocks
+                self._share(), replace(step, state=newest), paths, optimizer.memory, self._step_time_limit, *blocks
             )
+
+    def _share(self) -> ray.ObjectRef:
+        """What all steps need, in the object store."""
+        if self._shared is None:
+            space = self._ready().space
+            self._shared = ray.put((Shared(self.problem), space, self._constants, self.method, self._filesystem))
+        return self._shared
+
+    def _warm_up(self) -> None:
+        """Start a process for the first step beside the first trainings, where it takes no resources from them."""
+        steps = not isinstance(self.method, HypergradientDescent)
+        if self._shared is None and steps and ray.is_initialized() and self._resources == {"num_cpus": 0}:
+            warm_up.remote(self._share())
 
     def _hear(self) -> None:
         """Hear of finished steps, and wait for one that is worth it where there is no next training.
@@ -559,6 +569,11 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self.__dict__.update(state)
         self._made = time.time()
         self._sent, self._pace = SentState(ray.put), Pace()
+
+
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
+def warm_up(shared: Any) -> None:
+    """A process that has unpickled what steps share has imported what they need."""
 
 
 @ray.remote(max_retries=3)  # type: ignore[untyped-decorator]

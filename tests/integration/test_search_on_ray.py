@@ -88,6 +88,30 @@ def test_tune_run_gives_the_same_search(tmp_path: Path) -> None:
     assert [t.unit for t in again.state.trainings] == [t.unit for t in search.state.trainings]
 
 
+class Marking(Parabola):
+    """Leaves a file in a folder wherever it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        (self.folder / str(os.getpid())).touch()
+
+
+def test_a_process_for_the_first_step_starts_beside_the_first_training(tmp_path: Path) -> None:
+    search = BilevelSearch(Marking(tmp_path), space=SPACE, metric="upper_loss", mode="min", max_concurrent=2)
+    search.suggest("one")
+    search.suggest("two")
+    deadline = time.monotonic() + 60
+    while not (found := [path.name for path in tmp_path.iterdir()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(found) == 1
+    assert found != [str(os.getpid())]
+    assert search.steps_under_way == 0
+
+
 @pytest.mark.parametrize("start_of_a_process", [60.0, 0.0])
 def test_a_step_is_waited_for_where_trainings_are_short(
     start_of_a_process: float, monkeypatch: pytest.MonkeyPatch
