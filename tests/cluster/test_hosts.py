@@ -226,7 +226,7 @@ def test_hosts_lost_in_the_middle_cost_nothing_and_one_that_joins_is_used(hosts:
     """One host dies, another is cut off the network; a third one comes. All in one experiment of 14 trainings."""
     dead, cut = hosts.workers(2)
     options = ["--set", "search.max_concurrent=2", "--set", "search.max_failures=-1"]
-    submitted = hosts.submit("faults", *small(14, epochs=40), *options, wait=False)
+    submitted = hosts.submit("faults", *small(14, epochs=400), *options, wait=False)
     assert submitted.returncode == 0, submitted.stderr
 
     def ended(count: int) -> bool:
@@ -236,6 +236,7 @@ def test_hosts_lost_in_the_middle_cost_nothing_and_one_that_joins_is_used(hosts:
     dead.lose()
     new = hosts.add_worker()
     until(lambda: ended(6), "six trainings end", hosts.head.log)
+    assert not ended(14), "the trainings are too short to be hit in the middle"
     cut.cut()
     until(lambda: hosts.status("faults") not in ("PENDING", "RUNNING"), "the job ends", hosts.head.log, seconds=900)
     assert hosts.status("faults") == "SUCCEEDED", hosts.ray("job", "logs", "faults").stdout[-3000:]
