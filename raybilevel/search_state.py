@@ -190,7 +190,7 @@ class SearchState:
         return max(1e-12, sum(t.passes for t in done) / len(done)) if done else 1.0
 
     @cached_property
-    def left(self) -> frozenset[int]:
+    def settled(self) -> frozenset[int]:
         """Trust regions in which a step found nothing better to propose."""
         return frozenset(step.settled for step in self.steps if step.settled is not None)
 
@@ -226,13 +226,13 @@ class SearchState:
 
     def after(self, step: StepRecord) -> SearchState:
         """With one more finished step."""
-        left = self.left if step.settled is None else self.left | {step.settled}
-        return replace(self, steps=(*self.steps, step))._knowing(self.__dict__ | {"left": left})
+        settled = self.settled if step.settled is None else self.settled | {step.settled}
+        return replace(self, steps=(*self.steps, step))._knowing(self.__dict__ | {"settled": settled})
 
     def change(self, index: int, **changes: Any) -> SearchState:
         before, after = self.trainings[index], replace(self.trainings[index], **changes)
-        new = replace(self, trainings=(*self.trainings[:index], after, *self.trainings[index + 1 :]))
-        new._knowing({"left": self.left})
+        new = replace(self, trainings=put(self.trainings, index, after))
+        new._knowing({"settled": self.settled})
         if before.finished < 0 and after.finished == len(self.told):
             return new._knowing(self._with_end(before, after))
         same = before.status == after.status and before.upper == after.upper and before.finished == after.finished
@@ -258,15 +258,12 @@ class SearchState:
         """What is known once something was found out, e.g. a hypergradient, of a training that had ended."""
         own = {region for region in (after.index, after.proposal.region) if region in self.regions}
         regions = self.regions | {region: self.regions[region].change(before, after) for region in own}
-        known: dict[str, Any] = {"regions": regions, "pending": self.pending, "sorted_upper": self.sorted_upper}
-        known["best"] = after if self.best is before else self.best
-        for name in ("told", "done"):
-            there: tuple[Training, ...] = getattr(self, name)
-            place = bisect.bisect_left(there, after.finished, key=lambda t: t.finished)
-            known[name] = (
-                (*there[:place], after, *there[place + 1 :]) if there[place : place + 1] == (before,) else there
-            )
-        return known
+        done = self.done
+        if after.status == "done":
+            done = put(done, bisect.bisect_left(done, after.finished, key=lambda t: t.finished), after)
+        best = after if self.best is before else self.best
+        known = {"told": put(self.told, after.finished, after), "done": done, "best": best, "regions": regions}
+        return known | {name: getattr(self, name) for name in ("pending", "sorted_upper")}
 
     def _knowing(self, worked_out: Mapping[str, Any]) -> SearchState:
         """With what need not be worked out again."""
@@ -292,3 +289,8 @@ class SearchState:
     def without_last(self) -> SearchState:
         """As if the newest training had never been asked."""
         return replace(self, trainings=self.trainings[:-1])
+
+
+def put(trainings: tuple[Training, ...], place: int, training: Training) -> tuple[Training, ...]:
+    """With another one in that place."""
+    return (*trainings[:place], training, *trainings[place + 1 :])

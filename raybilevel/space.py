@@ -52,8 +52,8 @@ class Parameter:
     def decode(self, unit: Tensor) -> Tensor:
         """The value at a unit-cube coordinate, differentiable, any shape; steps are not applied."""
         if self.log:
-            return torch.exp(math.log(self.low) + unit * math.log(self.high / self.low))
-        return self.low + unit * (self.high - self.low)
+            return torch.exp(math.log(self.low) + unit * self.width)
+        return self.low + unit * self.width
 
     def suggest(self, unit: float) -> float:
         """The plain value at a unit-cube coordinate, with the step applied."""
@@ -64,9 +64,9 @@ class Parameter:
         if self.log:
             if not value > 0:
                 return 0.0
-            unit = math.log(value / self.low) / math.log(self.high / self.low)
+            unit = math.log(value / self.low) / self.width
         else:
-            unit = (value - self.low) / (self.high - self.low)
+            unit = (value - self.low) / self.width
         return min(1.0, max(0.0, unit))
 
     @property

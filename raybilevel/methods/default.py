@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -88,7 +89,8 @@ class Default:
         if number % self.explore_every == self.explore_every - 1:
             return self._look(step, running)
         regions = self.open_regions(state, running)
-        busy = {region.began: self._under_way(region, state, running) for region in regions}
+        under_way = self._under_way(state, running)
+        busy = {region.began: under_way[region.began] for region in regions}
         if not regions or (min(busy.values()) > 0 and len(regions) < min(slots, self.max_regions)):
             start = self._next_start(state, running)
             if start is not None:
@@ -129,14 +131,13 @@ class Default:
 
     def open_regions(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[TrustRegion, ...]:
         """Regions that still promise something: not collapsed, not settled, not beaten by another."""
-        begun = self._begun(state, running) - state.left
+        begun = self._begun(state, running) - state.settled
         promising = tuple(sorted(region for region in begun if not self._over(state.region(region), state)))
         return tuple(r for r in self.region.replay(state, promising) if not self.region.collapsed(r))
 
-    @staticmethod
-    def _begun(state: SearchState, running: tuple[UpperStep, ...]) -> set[int]:
-        under_way = [*(t.proposal.region for t in state.pending), *(step.region for step in running)]
-        return {*state.regions, *(region for region in under_way if region is not None)}
+    @classmethod
+    def _begun(cls, state: SearchState, running: tuple[UpperStep, ...]) -> set[int]:
+        return {*state.regions, *(region for region in cls._under_way(state, running) if region is not None)}
 
     def _over(self, region: RegionHistory, state: SearchState) -> bool:
         if len(region.done) == 1:
@@ -149,16 +150,15 @@ class Default:
         return beaten or settled
 
     @staticmethod
-    def _under_way(region: TrustRegion, state: SearchState, running: tuple[UpperStep, ...]) -> int:
-        return sum(t.proposal.region == region.began for t in state.pending) + sum(
-            step.region == region.began for step in running
-        )
+    def _under_way(state: SearchState, running: tuple[UpperStep, ...]) -> Counter[int | None]:
+        """How many trainings and steps each region has under way; None stands for those outside every region."""
+        return Counter([*(t.proposal.region for t in state.pending), *(step.region for step in running)])
 
     def _next_start(self, state: SearchState, running: tuple[UpperStep, ...]) -> int | None:
         """The best training outside every region that has no better one within a region's first radius (the rule of
         multi-level single linkage, Rinnooy Kan & Timmer 1987). When the last open region has been left, the box is
         explored once more first: None until a point from outside is the newest."""
-        begun = self._begun(state, running) | state.left  # some were left before anything was trained in them
+        begun = self._begun(state, running) | state.settled  # some were left before anything was trained in them
         left = bool(begun) and not any(step.region is not None for step in running)
         done = state.done
         if left and done[-1].proposal.region is not None:
