@@ -303,14 +303,16 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         """Cancel upper-level steps under way; they are planned again if the search goes on.
 
         For the end of a run, so that no step reads a storage that may be gone, or holds a GPU. The search does it by
-        itself after the last of Tune's `num_samples` trials, a number that it does not know after a restore.
+        itself after the last of Tune's `num_samples` trials, a number that it does not know after a restore. Their
+        processes end with them: an exception raised wherever a step happens to be, in the middle of an import for
+        instance, would leave a broken process for the next task.
 
         timeout: seconds to wait for their ends.
         """
         tasks, self._tasks = list(self._tasks.values()), {}
         self._pace.steps_cancelled()
         for task in tasks:
-            ray.cancel(task)
+            ray.cancel(task, force=True)
         if tasks and timeout:
             for task in ray.wait(tasks, num_returns=len(tasks), timeout=timeout)[0]:
                 with suppress(ray.exceptions.RayError):
