@@ -42,7 +42,9 @@ logger = logging.getLogger(__name__)
 UPPER_LOSS = "upper_loss"
 MOST_SLOTS = 16
 FAILED_STEPS_IN_A_ROW = 3
-SECONDS_OF_SILENCE = 60.0
+SECONDS_OF_SILENCE = 30.0
+SECONDS_BETWEEN_QUESTIONS = 0.9
+QUESTIONS_OF_IDLE_TUNE = 60
 SECONDS_BETWEEN_LOOKS = 5.0
 
 
@@ -120,24 +122,35 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._constants: dict[str, Any] = {}
         self._checkpoints: dict[int, str] = {}
         self._early: list[tuple[Mapping[str, Any], float | None]] = []
-        self._restored_at: float | None = None
-        self._idle_since = time.monotonic()
-        self._next_look = 0.0
-        self._made = time.time()
+        self._samples: int | None = None
+        self._completed: set[str] = set()
+        self._resumed: set[str] = set()
+        self._told_before = 0
+        self._begin_session()
+        if space is not None:
+            self._set_up(space)
+
+    def _begin_session(self) -> None:
+        """What belongs to one run on one Ray."""
         self._tasks: dict[int, ray.ObjectRef] = {}
         self._shared: ray.ObjectRef | None = None
         self._sent = SentState(ray.put)
         self._pace = Pace()
-        self._samples: int | None = None
-        self._completed: set[str] = set()
-        if space is not None:
-            self._set_up(space)
+        self._fatal: RaybilevelError | None = None
+        self._made = time.time()
+        self._idle_since = self._answered = time.monotonic()
+        self._next_look = 0.0
+        self._questions = 0
 
     # The contract with Tune.
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         self._samples = spec.get("num_samples")
-        if self._optimizer is not None:
+        if self._optimizer is not None:  # from `space`, of an earlier run or restored by hand
+            self._completed.clear()
+            self._begin_session()
+            self._optimizer.running.clear()
+            self._optimizer.forget(self._pending())
             return False
         self._metric = metric or self._metric
         self._mode = mode or self._mode
@@ -147,19 +160,30 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         return True
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
-        """Tune's `max_concurrent_trials` or a `ConcurrencyLimiter`, which goes on limiting."""
-        if self._slots is None:
-            self._slots = max_concurrent
-            if self._optimizer is not None:
-                self._optimizer.slots = max_concurrent
-        return False
+        """Tune's `max_concurrent_trials` or a `ConcurrencyLimiter`, in whose place the search keeps the limit.
+
+        The limiter itself would forget after a crash which trials live: it saves its state later than the search does.
+        """
+        self._slots = min(max_concurrent, self._slots or max_concurrent)
+        if self._optimizer is not None:
+            self._optimizer.slots = self._slots
+        return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        late = time.monotonic() - self._answered > SECONDS_BETWEEN_QUESTIONS
+        self._questions = self._questions + 1 if late else 0
+        answer = self._suggest(trial_id)
+        self._answered = time.monotonic()
+        return answer
+
+    def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         optimizer = self._ready()
         self._follow_cluster()
         self._hear()
         self._find_lost()
-        config = optimizer.ask(trial_id)
+        if self._fatal is not None:
+            raise self._fatal
+        config = self._ask(trial_id)
         if config is not None:
             self._warm_up()
             return config
@@ -170,13 +194,13 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         if len(self._tasks) == before:
             return None
         self._hear()
-        return optimizer.ask(trial_id)
+        return self._ask(trial_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._restored_at, self._idle_since = None, time.monotonic()
+        self._heard_of(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._restored_at, self._idle_since = None, time.monotonic()
+        self._heard_of(trial_id)
         optimizer = self._optimizer
         if optimizer is None:
             return
@@ -188,7 +212,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._collect()
         if self._samples is not None and len(self._completed) >= self._samples:
             self.cancel_steps()
-        else:
+        elif self._fatal is None:
             self._launch()
 
     def add_evaluated_point(
@@ -204,6 +228,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             self._early.append((parameters, None if error else value))
             return
         nested = unflatten(parameters)
+        check_points([nested], self._optimizer.space, "evaluated points")
         observation = None if error else Observation(self._sign * float(value), complete=False)
         self._optimizer.add(f"evaluated-{len(self._optimizer.state.trainings)}", nested, observation)
 
@@ -386,17 +411,16 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         for record in records:
             if record.trial not in optimizer.trials:
                 heard += self._adopt(record.trial, record.config)
-        ended = [r for r in records if r.status in ("TERMINATED", "ERROR") and r.trial in optimizer.trials]
-        for record in sorted(ended, key=lambda record: record.result.get("timestamp", 0)):
-            if optimizer.state.trainings[optimizer.trials[record.trial]].status in ("pending", "lost"):
-                self._tell(record.trial, record.result if record.status == "TERMINATED" else None)
+        over = [r for r in records if r.status in ("TERMINATED", "ERROR") and r.trial in optimizer.trials]
+        for record in sorted(over, key=lambda record: record.result.get("timestamp", 0)):
+            before = optimizer.state.trainings[optimizer.trials[record.trial]].status
+            ended = record.status == "TERMINATED"
+            if before in ("pending", "lost") or (before == "failed" and ended):  # it was tried again
+                self._tell(record.trial, record.result if ended else None)
                 heard += 1
         known = {record.trial for record in records}
-        pending = {index for index, t in enumerate(optimizer.state.trainings) if t.status == "pending"}
-        optimizer.forget(
-            [trial for trial, index in optimizer.trials.items() if index in pending and trial not in known]
-        )
-        self._restored_at = None
+        optimizer.forget([trial for trial in self._pending() if trial not in known])
+        self._resumed, self._told_before = set(self._pending()), len(optimizer.state.told)
         if heard or report:
             logger.warning(
                 "%d trials or results were taken over from Tune's snapshot; the search knows %d trainings and %d "
@@ -418,8 +442,14 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         if saved.method != type(self.method).__name__:
             raise StateError(f"the state is of method {saved.method}, this search is of {type(self.method).__name__}")
         space = Space(saved.parameters)
+        if self._optimizer is None:
+            self._constants = json.loads(saved.constants)
+        elif self._optimizer.space != space:  # the constants are what they are: JSON would make lists of tuples
+            raise StateError(
+                f"the state is of the space {', '.join(map(str, space.parameters))}; this search is of "
+                f"{', '.join(map(str, self._optimizer.space.parameters))}"
+            )
         self._metric, self._mode, self.seed = saved.metric, saved.mode, saved.seed
-        self._constants = json.loads(saved.constants)
         if isinstance(self.method, Default) and saved.metric != UPPER_LOSS:
             self.method = replace(self.method, hypergradients=False)
         optimizer = BilevelOptimizer(space, self.method, saved.seed, self._slots or saved.slots)
@@ -430,7 +460,25 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         optimizer.memory = state_file.decode(saved.memory)
         self._checkpoints = dict(saved.checkpoints)
         self._optimizer = optimizer
-        self._restored_at = time.monotonic()
+        self._resumed, self._told_before = set(self._pending()), len(optimizer.state.told)
+
+    def _pending(self) -> list[str]:
+        """Trials that are under way, as far as the search knows."""
+        optimizer = self._ready()
+        pending = {training.index for training in optimizer.state.pending}
+        return [trial for trial, index in optimizer.trials.items() if index in pending]
+
+    def _heard_of(self, trial_id: str) -> None:
+        self._resumed.discard(trial_id)
+        self._questions, self._idle_since = 0, time.monotonic()
+
+    def _ask(self, trial_id: str) -> dict[str, Any] | None:
+        """A trial's hyperparameters; None while there are none, or no slot for one more trial."""
+        optimizer = self._ready()
+        under_way = len(optimizer.state.pending) + len(optimizer.running)
+        if trial_id not in optimizer.trials and under_way >= optimizer.slots:
+            return None
+        return optimizer.ask(trial_id)
 
     def _tell(self, trial_id: str, result: Mapping[str, Any] | None) -> None:
         optimizer = self._ready()
@@ -453,10 +501,10 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         metric = self._metric or UPPER_LOSS
         if metric not in flat or "lower_loss" not in flat:
             missing = metric if metric not in flat else "lower_loss"
-            logger.error(
-                "trial %s reported no %r; is its trainable lower_level_trainable(problem)? It counts as failed",
-                trial_id, missing,
-            )  # fmt: skip
+            text = f"trial {trial_id} reported no {missing!r}; is its trainable lower_level_trainable(problem)?"
+            if not self.state.done:
+                self._fatal = RaybilevelError(f"{text} A Repeater passes on means of the metric alone")
+            logger.error("%s It counts as failed", text)
             return None
         upper, passes = self._sign * float(flat[metric]), float(flat.get(PASSES, 0.0))
         if not flat.get(FINISHED, False):
@@ -527,10 +575,11 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                 failure = error
             self._ready().tell_step(number, result)
             if self.state.failed_steps_in_a_row >= FAILED_STEPS_IN_A_ROW:
-                raise RaybilevelError(
+                # Raised where a trial is asked for: at a trial's end Tune takes it for a fault of that trial.
+                self._fatal = RaybilevelError(
                     f"{FAILED_STEPS_IN_A_ROW} upper-level steps in a row failed; the search would be a random one. "
                     f"The last error: {failure}"
-                ) from failure
+                )
 
     def _follow_cluster(self) -> None:
         """Without a given number of slots, nodes that join or leave change it."""
@@ -543,34 +592,41 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             self._idle_since = time.monotonic()
             logger.warning(
                 "nothing but %d upper-level steps (%s) has been under way for %.0f s; if they wait for resources that "
-                "idle actors hold, use reuse_actors=False or leave them a share", len(self._tasks), self._resources,
+                "the last trial's process still holds, leave them a share, e.g. trainings {'gpu': 0.8} and "
+                "upper_resources={'gpu': 0.2} where there is one GPU", len(self._tasks), self._resources,
                 SECONDS_OF_SILENCE,
             )  # fmt: skip
 
     def _find_lost(self) -> None:
-        """After a restore, give up trials that nobody runs: started after Tune's last snapshot, they never report."""
-        if self._restored_at is None or time.monotonic() - self._restored_at < SECONDS_OF_SILENCE:
+        """Give up trials that nobody runs, of which Tune says nothing; a late result of theirs would still count.
+
+        All that are under way where Tune has had nothing to run for a minute: it asks once a second then, else ten
+        times. Of those under way at a restore, which Tune may have been told to leave out, the ones not heard of when
+        twice as many as there are slots have ended since.
+        """
+        if self._questions > QUESTIONS_OF_IDLE_TUNE:
+            lost = self._pending()
+        elif self._resumed and len(self.state.told) - self._told_before > 2 * self._ready().slots:
+            lost = [trial for trial in self._pending() if trial in self._resumed]
+        else:
             return
-        self._restored_at = None
-        optimizer = self._ready()
-        by_index = {index: trial for trial, index in optimizer.trials.items()}
-        for training in optimizer.state.pending:
-            logger.warning("trial %s was not resumed; its point is trained again", by_index[training.index])
-            optimizer.lose(by_index[training.index])
+        self._resumed.clear()
+        for trial in lost:
+            logger.warning("nobody runs trial %s; its point is trained again", trial)
+            self._ready().lose(trial)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: without what belongs to one Ray session. Steps under way are planned again."""
-        kept = dict(self.__dict__)
-        kept["_tasks"], kept["_shared"], kept["_next_look"] = {}, None, 0.0
-        del kept["_sent"], kept["_pace"]
+        session = type(self).__new__(type(self))
+        session._begin_session()
+        kept = {name: value for name, value in self.__dict__.items() if name not in session.__dict__}
         if self._optimizer is not None:
             kept["_optimizer"] = self._optimizer.without_running()
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._made = time.time()
-        self._sent, self._pace = SentState(ray.put), Pace()
+        self._begin_session()
 
 
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
@@ -639,22 +695,20 @@ def task_options(resources: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_cpus": 0, **options}
 
 
-def check_points(points: Sequence[Mapping[str, Any]], space: Space) -> None:
-    """Points to evaluate name every hyperparameter of the space, nested as it is, within its bounds."""
+def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = "points_to_evaluate") -> None:
+    """Points name every hyperparameter of the space, nested as it is, within its bounds."""
     for number, point in enumerate(points):
         names = {"/".join(path) for path in flatten(point)}
         unknown = names - set(space.names)
         if unknown:
             raise SpaceError(
-                f"points_to_evaluate[{number}]: {', '.join(sorted(unknown))} not in the space, which has "
-                f"{', '.join(space.names)}"
+                f"{name}[{number}]: {', '.join(sorted(unknown))} not in the space, which has {', '.join(space.names)}"
             )
         for parameter in space.parameters:
             value = space.value(point, parameter)
             if not parameter.low <= value <= parameter.high:
                 raise SpaceError(
-                    f"points_to_evaluate[{number}]: {parameter.name} = {value} is outside "
-                    f"[{parameter.low}, {parameter.high}]"
+                    f"{name}[{number}]: {parameter.name} = {value} is outside [{parameter.low}, {parameter.high}]"
                 )
 
 

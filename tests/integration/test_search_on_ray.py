@@ -120,11 +120,12 @@ def test_a_step_is_waited_for_where_trainings_are_short(
     """Else Tune would hear of the next training's end, and end one of two processes that are idle."""
     monkeypatch.setattr(pace, "PROCESS_START", start_of_a_process)
     search = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min", max_concurrent=2)
-    for trial in "abc":
+    for trial in "ab":
         assert search.suggest(trial) is not None
     for number, trial in enumerate("ab"):
         found = {"upper_loss": 1.0 + number, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
         search.on_trial_complete(trial, {**found, "lower_level_finished": True, "time_total_s": 1.0})
+        assert number > 0 or search.suggest("c") is not None
     assert search.steps_under_way == 1 and len(search.state.pending) == 1
     assert (search.suggest("d") is not None) == (start_of_a_process > 0)
     search.cancel_steps(timeout=10)
@@ -227,6 +228,25 @@ def test_steps_under_way_at_the_end_of_a_run_end_with_their_processes(tmp_path: 
     while is_alive(int(step.read_text())) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_alive(int(step.read_text()))
+
+
+def test_a_run_whose_steps_all_fail_is_stopped_and_its_trainings_stay_good(tmp_path: Path) -> None:
+    class Forbidding(Parabola):
+        """Only a step differentiates F."""
+
+        def upper_loss(self, model: Any, batch: Any) -> Any:
+            if torch.is_grad_enabled() and os.getpid() != driver:
+                raise RuntimeError("not here")
+            return super().upper_loss(model, batch)
+
+    driver = os.getpid()
+    search = BilevelSearch(Forbidding(), max_concurrent=2)
+    with pytest.raises(Exception, match="3 upper-level steps in a row failed") as caught:
+        fit(search, tmp_path, 20)
+    assert "not here" in str(caught.value) + str(caught.value.__cause__)
+    assert 3 <= len(search.state.done) < 10
+    assert not any(t.status == "failed" for t in search.state.trainings)
+    assert not list(tmp_path.glob("run/*/error.txt"))
 
 
 def is_alive(process: int) -> bool:

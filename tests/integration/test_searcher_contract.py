@@ -12,17 +12,18 @@ from typing import Any
 
 import pytest
 from ray import tune
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from raybilevel import BilevelSearch, searcher
+from raybilevel.errors import RaybilevelError, SpaceError
 from raybilevel.state_file import read
 from tests.tiny_problems import Parabola
 
 SPACE: dict[str, Any] = {"x": {"a": tune.loguniform(1e-4, 1e2)}, "note": "constant", "deep": {"size": 3}}
 
 
-def ready(**options: Any) -> BilevelSearch:
-    search = BilevelSearch(Parabola(), max_concurrent=4, **options)
+def ready(max_concurrent: int = 4, **options: Any) -> BilevelSearch:
+    search = BilevelSearch(Parabola(), max_concurrent=max_concurrent, **options)
     assert search.set_search_properties("upper_loss", "min", SPACE)
     return search
 
@@ -161,17 +162,94 @@ def test_a_state_that_cannot_be_used_is_reported_and_not_raised(
     assert fresh.set_search_properties("upper_loss", "min", SPACE)
 
 
-def test_a_trial_that_nobody_resumes_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    search = BilevelSearch(Parabola(), max_concurrent=1)
-    search.set_search_properties("upper_loss", "min", SPACE)
+def test_no_more_trials_are_under_way_than_slots() -> None:
+    search = ready(max_concurrent=1)
+    assert search.suggest("a") == search.suggest("a") is not None
+    assert search.suggest("b") is None
+    search.on_trial_complete("a", error=True)
+    assert search.suggest("b") is not None
+
+
+def test_a_concurrency_limiter_leaves_the_limit_to_the_search() -> None:
+    """Restored from a file older than the search's, its own list of live trials would drop results and stay full."""
+    search = BilevelSearch(Parabola(), max_concurrent=4)
+    limiter = ConcurrencyLimiter(search, max_concurrent=2)
+    limiter.set_search_properties("upper_loss", "min", SPACE)
+    assert [limiter.suggest(trial) is not None for trial in "abc"] == [True, True, False]
+    limiter.set_state({**limiter.get_state(), "live_trials": {"x", "y"}})
+    limiter.on_trial_complete("a", result(1.0))
+    assert [t.status for t in search.state.trainings] == ["done", "pending"]
+    assert limiter.suggest("c") is not None
+
+
+def test_trials_that_nobody_runs_are_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = ready(max_concurrent=1)
     lost = search.suggest("lost")
     search.save(str(tmp_path / "state"))
-    fresh = BilevelSearch(Parabola())
+    fresh = BilevelSearch(Parabola(), max_concurrent=1)
     fresh.restore(str(tmp_path / "state"))
-    monkeypatch.setattr(searcher, "SECONDS_OF_SILENCE", 0.0)
-    assert fresh.suggest("new")["x"]["a"] == pytest.approx(lost["x"]["a"])
+    assert fresh.suggest("new") is None
+    monkeypatch.setattr(searcher, "SECONDS_BETWEEN_QUESTIONS", -1.0)  # as if Tune had waited a second before each
+    answers = [fresh.suggest("new") for _ in range(searcher.QUESTIONS_OF_IDLE_TUNE + 1)]
+    assert not any(answers[:-1])
+    assert answers[-1] is not None and lost is not None
+    assert answers[-1]["x"] == lost["x"]
     fresh.on_trial_complete("lost", result(1.0))  # it was alive after all: nothing that is observed is lost
     assert len(fresh.state.done) == 1
+
+
+def test_a_resumed_trial_of_which_nothing_is_heard_does_not_hold_its_slot(tmp_path: Path) -> None:
+    search = ready(max_concurrent=2)
+    for trial in "ab":
+        search.suggest(trial)
+    search.save(str(tmp_path / "state"))
+    fresh = BilevelSearch(Parabola(), max_concurrent=2, space=SPACE)
+    fresh.restore(str(tmp_path / "state"))
+    fresh.on_trial_result("a", result(2.0, finished=False))
+    for number in range(5):  # "a" goes on, while others come and go in the other slot
+        fresh._ready().adopt(str(number), {"x": {"a": 0.1 * (number + 1)}})
+        fresh.on_trial_complete(str(number), error=True)
+    fresh.suggest("new")
+    assert [t.status for t in fresh.state.trainings[:2]] == ["pending", "lost"]
+
+
+def test_a_second_run_with_one_searcher_knows_that_the_first_is_over() -> None:
+    search = BilevelSearch(Parabola(), space=SPACE, max_concurrent=4)
+    search.set_search_properties("upper_loss", "min", {}, num_samples=2)
+    first = [search.suggest(trial) for trial in "ab"]
+    search.on_trial_complete("a", error=True)  # "b" was interrupted
+    search.set_search_properties("upper_loss", "min", {}, num_samples=2)
+    assert search.suggest("c") == first[1]
+    cancelled: list[float] = []
+    search.cancel_steps = cancelled.append  # type: ignore[method-assign,assignment]
+    search.on_trial_complete("c", error=True)
+    assert not cancelled
+
+
+def test_a_state_of_another_space_is_refused_and_constants_stay_as_they_were_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    space = {**SPACE, "shape": (3, 3)}
+    search = BilevelSearch(Parabola(), space=space)
+    search.suggest("a")
+    search.save(str(tmp_path / "state"))
+    same = BilevelSearch(Parabola(), space=space)
+    same.restore(str(tmp_path / "state"))
+    assert len(same.state.trainings) == 1
+    assert same.constants["shape"] == (3, 3)
+    other = BilevelSearch(Parabola(), space={**space, "x": {"a": tune.loguniform(1e-4, 1e1)}})
+    with caplog.at_level(logging.ERROR):
+        other.restore(str(tmp_path / "state"))
+    assert "the state is of the space" in caplog.text
+    assert not other.state.trainings
+
+
+def test_a_run_in_which_no_trial_says_what_the_search_needs_is_stopped() -> None:
+    search = ready(max_concurrent=1)
+    search.suggest("a")
+    search.on_trial_complete("a", {"upper_loss": 1.0})
+    with pytest.raises(RaybilevelError, match=r"no 'lower_loss'.*Repeater"):
+        search.suggest("b")
 
 
 # Restoring beside Tune's own snapshot.
@@ -272,6 +350,17 @@ def test_a_state_newer_or_older_than_the_snapshot_agrees_with_it_afterwards(tmp_
     assert older.suggest("d") == search.suggest("d")
 
 
+def test_a_trial_that_failed_and_was_tried_again_with_success_counts(tmp_path: Path) -> None:
+    search = ready()
+    search.suggest("a")
+    search.on_trial_complete("a", error=True)
+    search.save_to_dir(str(tmp_path), "1")
+    snapshot_of(tmp_path, ("a", "TERMINATED", config_of(search, "a"), result(1.0)))
+    fresh = ready()
+    fresh.restore_from_dir(str(tmp_path))
+    assert [(t.status, t.upper) for t in fresh.state.trainings] == [("done", 1.0)]
+
+
 def test_a_trial_that_the_search_does_not_remember_counts_if_it_is_of_its_space() -> None:
     search = ready()
     search.on_trial_complete("a", result(1.0, **{"config/x/a": 0.1, "config/note": "constant"}))
@@ -286,12 +375,14 @@ def test_points_known_from_elsewhere_inform_the_search() -> None:
     search.set_search_properties("upper_loss", "min", SPACE)
     search.add_evaluated_point({"x": {"a": 0.1}}, 0.1)
     search.add_evaluated_point({"x": {"a": 0.2}}, 0.0, error=True)
+    with pytest.raises(SpaceError, match=r"x/a = 1000000.0 is outside"):
+        search.add_evaluated_point({"x": {"a": 1e6}}, 0.0)
     assert [t.upper for t in search.state.measured] == [0.7, 0.1]
     assert search.state.best is None  # no trained weights are known there
 
 
 def test_the_paper_s_method_finishes_by_itself() -> None:
-    search = ready(method="paper")
+    search = ready(method="paper", max_concurrent=5)
     trials = [str(number) for number in range(5)]
     assert [search.suggest(trial)["x"]["a"] for trial in trials] == pytest.approx([1e-4, 10**-2.5, 0.1, 10**0.5, 100])
     from dataclasses import replace
