@@ -33,7 +33,7 @@ from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
 from raybilevel.scalars import SearchScalars
 from raybilevel.search_state import Training
-from raybilevel.searcher import MOST_SLOTS, UPPER_LOSS, BilevelSearch, task_options
+from raybilevel.searcher import MOST_SLOTS, UPPER_LOSS, BilevelSearch, default_resources, task_options
 from raybilevel.shared import Shared
 from raybilevel.snapshot import ResumableGenerator, prepare_resume
 from raybilevel.space import STARTS, Space, flatten, nest
@@ -44,6 +44,7 @@ from raybilevel.trainable import lower_level_trainable
 TUNE_FOLDER = "tune"
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
+SHARE_OF_STEPS = 0.2
 
 
 class InterruptedRunError(RaybilevelError):
@@ -90,21 +91,22 @@ def run(
     check_levels(problem, space, constants, method)
     place = locate(storage or out)
     prepare_folder(out, config, resume, place)
-    searcher = BilevelSearch(
-        problem,
-        metric=UPPER_LOSS,
-        mode="min",
-        method=method,
-        seed=config.search.seed,
-        max_concurrent=config.search.max_concurrent,
-        points_to_evaluate=config.search.points_to_evaluate,
-        upper_resources=config.resources.upper,
-        storage_filesystem=place.filesystem,
-        step_time_limit=config.search.step_time_limit,
-    )
     started = time.monotonic()
     with cluster(address):
         check_access(place)
+        config = with_room_for_steps(config, problem)
+        searcher = BilevelSearch(
+            problem,
+            metric=UPPER_LOSS,
+            mode="min",
+            method=method,
+            seed=config.search.seed,
+            max_concurrent=config.search.max_concurrent,
+            points_to_evaluate=config.search.points_to_evaluate,
+            upper_resources=config.resources.upper,
+            storage_filesystem=place.filesystem,
+            step_time_limit=config.search.step_time_limit,
+        )
         if resume:
             prepare_resume(place.filesystem, f"{place.path}/{TUNE_FOLDER}")
         title = f"{config.problem}: {upper_level(problem, space)}, method {config.search.method}"
@@ -282,6 +284,22 @@ def trial_resources(config: ExperimentConfig) -> dict[str, float] | tune.Placeme
     return (
         tune.PlacementGroupFactory(lower.bundles, lower.strategy) if isinstance(lower, BundlesConfig) else dict(lower)
     )
+
+
+def with_room_for_steps(config: ExperimentConfig, problem: BilevelProblem) -> ExperimentConfig:
+    """The config, where the cluster's only GPU is a training's, with a share of it for upper-level steps.
+
+    Else each step would wait for ten minutes: Tune frees what its last trial held when it has the next one, which here
+    comes from the step.
+    """
+    alone = ray.cluster_resources().get("GPU", 0) == 1 and first_bundle(config).get("gpu") == 1
+    on_gpu = config.resources.upper is None and default_resources(problem).get("num_gpus", 0) > 0
+    if not (alone and on_gpu) or isinstance(config.resources.lower, BundlesConfig):
+        return config
+    resources = config.resources.model_copy(
+        update={"lower": {**first_bundle(config), "gpu": 1 - SHARE_OF_STEPS}, "upper": {"gpu": SHARE_OF_STEPS}}
+    )
+    return config.model_copy(update={"resources": resources})
 
 
 def first_bundle(config: ExperimentConfig) -> dict[str, float]:

@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from raybilevel.compare.methods import (
 from raybilevel.compare.searchers import BudgetedSearch, TimedSearcher, overhead_of, spent_on_steps
 from raybilevel.config import ExperimentConfig
 from raybilevel.environment import environment
-from raybilevel.experiment import first_bundle, param_space, refit_task, trial_resources
+from raybilevel.experiment import first_bundle, param_space, refit_task, trial_resources, with_room_for_steps
 from raybilevel.levels import check_problem
 from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
@@ -75,14 +76,15 @@ def execute(
     parts, problem = parse(run.method.method), make_problem(run.experiment.problem, run.experiment.options, run.data)
     space, constants = run.experiment.split_space()
     check_problem(problem, space, constants)
-    setting = setting_of(run, problem, space)
     record = empty_record(run, problem, space)
+    ledger = Ledger(space, problem.epochs, run.budget, gpus_of(run, problem))
+    run = replace(run, experiment=with_room_for_steps(run.experiment, problem))
+    setting = setting_of(run, problem, space)
     began = time.perf_counter()
     try:
         probe_parts(parts, setting)
     except UnavailableError as error:
         return {**record, "status": "unavailable", "error": str(error)}
-    ledger = Ledger(space, problem.epochs, run.budget, gpus_of(run, problem))
     kept = 0
 
     def so_far(ledger: Ledger) -> None:

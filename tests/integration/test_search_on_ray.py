@@ -17,7 +17,9 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import ConcurrencyLimiter
 
 from raybilevel import BilevelSearch, lower_level_trainable, pace
+from raybilevel.config import ExperimentConfig
 from raybilevel.errors import ConfigError, ProblemError, SpaceError
+from raybilevel.experiment import with_room_for_steps
 from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint, train
 from raybilevel.problems.synthetic import ManyMinimisers
 from raybilevel.snapshot import prepare_resume
@@ -247,6 +249,28 @@ def test_a_run_whose_steps_all_fail_is_stopped_and_its_trainings_stay_good(tmp_p
     assert 3 <= len(search.state.done) < 10
     assert not any(t.status == "failed" for t in search.state.trainings)
     assert not list(tmp_path.glob("run/*/error.txt"))
+
+
+def test_trainings_and_steps_share_the_only_gpu(tmp_path: Path) -> None:
+    """A training that holds all of it would keep it until the next one is known, which waits for a step."""
+
+    class OnGpu(Parabola):
+        device = "cuda"
+
+    lower = {"cpu": 1.0, "gpu": 1.0}
+    config = ExperimentConfig.model_validate(
+        {"problem": "digits", "search": {"trainings": 5}, "resources": {"lower": lower}}
+    )
+    assert with_room_for_steps(config, Parabola()) is config  # whose steps need no GPU
+    shared = with_room_for_steps(config, OnGpu()).resources
+    search = BilevelSearch(Parabola(), max_concurrent=1, upper_resources=shared.upper)
+    analysis = tune.run(
+        tune.with_resources(lower_level_trainable(search.problem), shared.lower), config=SPACE, search_alg=search,
+        metric="upper_loss", mode="min", num_samples=5, storage_path=str(tmp_path), verbose=0,
+    )  # fmt: skip
+    assert [trial.last_result["gpus"] for trial in analysis.trials] == ["0"] * 5
+    assert len(search.state.done) == 5
+    assert len(search.state.steps) >= 2
 
 
 def is_alive(process: int) -> bool:
