@@ -174,6 +174,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._questions = self._questions + 1 if late else 0
         answer = self._suggest(trial_id)
         self._answered = time.monotonic()
+        if answer is not None:
+            self._questions = 0
         return answer
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -502,7 +504,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         if metric not in flat or "lower_loss" not in flat:
             missing = metric if metric not in flat else "lower_loss"
             text = f"trial {trial_id} reported no {missing!r}; is its trainable lower_level_trainable(problem)?"
-            if not self.state.done:
+            if metric in flat and not self.state.done:
                 self._fatal = RaybilevelError(f"{text} A Repeater passes on means of the metric alone")
             logger.error("%s It counts as failed", text)
             return None

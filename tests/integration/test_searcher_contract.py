@@ -194,6 +194,7 @@ def test_trials_that_nobody_runs_are_asked_again(tmp_path: Path, monkeypatch: py
     assert not any(answers[:-1])
     assert answers[-1] is not None and lost is not None
     assert answers[-1]["x"] == lost["x"]
+    assert fresh.suggest("another") is None
     fresh.on_trial_complete("lost", result(1.0))  # it was alive after all: nothing that is observed is lost
     assert len(fresh.state.done) == 1
 
