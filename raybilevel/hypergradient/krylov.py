@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -137,6 +137,16 @@ class NeumannSeries:
         return LinearSolution(solution, residual, self.terms, products), KrylovMemory(solution)
 
 
+class _Iterate(NamedTuple):
+    """One of MINRES: |(I - C C^T) H r|, q without its part in U, that part's coefficients with minus, r, and |r|."""
+
+    projected: float
+    solution: Tensor
+    inner: Tensor
+    residual: Tensor
+    norm: float
+
+
 @dataclass(frozen=True)
 class MinimalResidual:
     """MINRES (Paige & Saunders 1975), for symmetric H, with a recycled subspace where a selection is given (RMINRES:
@@ -144,6 +154,14 @@ class MinimalResidual:
 
     With U and C = H U, C^T C = I, the start is corrected to r = (I - C C^T)(b - H q_0), MINRES runs on
     (I - C C^T) H in the complement of C, and q = q_0 + U C^T r_0 + V z - U C^T H V z.
+
+    Where H is singular and b not in its range, as with more weights than examples and no decay, the iterates approach a
+    least-squares solution, H r = 0, and then grow without bound along what H annihilates, while the residual of the
+    recurrence falls on. |H r| is known from the recurrence (Choi, Paige & Saunders 2011, SIAM J. Sci. Comput. 33(4)).
+    Their test, |H r| <= tolerance |H| |r|, would also end solves that have yet to find a small eigenvalue, before which
+    |H r| passes a minimum of about the root of that eigenvalue over |H|. So here the iterate of the least |H r| is the
+    solution if that was at most 3 eps^(1/2) |H| |r| and has grown a hundredfold since, or if the residual, computed
+    anew at the end, has not fallen since.
 
     tolerance:  it ends at this relative residual,
     criterion:  "residual", or "error": it ends where the estimate of |J (q - H^-1 b)| is below the system's target,
@@ -185,12 +203,13 @@ class MinimalResidual:
             estimate = error(r) if self.criterion == "error" and system.target > 0 else None
             return estimate <= system.target if estimate is not None else norm <= self.tolerance * scale
 
-        # Notation of Choi, Paige & Saunders 2011, Algorithm MINRES.
+        # Notation of Choi, Paige & Saunders 2011, Algorithm MINRES; `size` is an estimate of |H|.
         beta = phi = residual.norm().item()
         vector = residual / beta if beta > 0 else residual
         before = d1 = d2 = torch.zeros_like(right)
         t1 = t2 = t_sum = right.new_zeros(c.shape[1])
         cosine, sine, delta, epsilon = -1.0, 0.0, 0.0, 0.0
+        best, size, singular, lost = _Iterate(math.inf, solution, t_sum, residual, phi), 0.0, False, False
         basis: list[Tensor] = []
         images: list[Tensor] = []
         iterations = 0
@@ -210,7 +229,12 @@ class MinimalResidual:
             gamma = sine * delta - cosine * alpha
             epsilon_next, delta = sine * beta, -cosine * beta
             gamma2 = math.hypot(gamma, beta)
-            if gamma2 == 0:
+            size, projected = max(size, math.hypot(alpha, beta)), phi * math.hypot(gamma, delta)
+            if projected <= best.projected:
+                best = _Iterate(projected, solution, t_sum, residual, phi)
+            singular = best.projected <= 3 * math.sqrt(torch.finfo(right.dtype).eps) * size * best.norm
+            lost = singular and projected > 100 * best.projected
+            if lost or gamma2 == 0:
                 break
             cosine, sine = gamma / gamma2, beta / gamma2
             tau, phi = cosine * phi, sine * phi
@@ -224,6 +248,11 @@ class MinimalResidual:
                 break
             before, vector = vector, p / beta
             residual = sine**2 * residual - phi * cosine * vector
+        if singular and not lost:
+            true = (right - system.hessian(solution - u @ t_sum)).norm().item()
+            products, lost = products + 1, not true <= 0.9 * best.norm
+        if lost:
+            _, solution, t_sum, residual, phi = best
         solution = solution - u @ t_sum
         estimate, kept, jacobians = error(residual), space, 0
         if self.selection is not None and basis:

@@ -58,6 +58,27 @@ def test_minres_takes_the_iterations_of_scipy(negative: int) -> None:
         assert mine.residual == pytest.approx(true, rel=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.double, torch.float])
+@pytest.mark.parametrize(("null", "values"), [(5, (0.5, 2.0)), (30, (-2.0, 2.1)), (58, (0.5, 2.0))])
+def test_minres_ends_at_a_least_squares_solution_where_there_is_no_other(
+    dtype: torch.dtype, null: int, values: tuple[float, float]
+) -> None:
+    """H with a null space, and b not in its range; cold and from the solution before."""
+    basis, _ = torch.linalg.qr(torch.randn(N, N, generator=generator(1), dtype=torch.double))
+    range_, eigenvalues = basis[:, null:], torch.linspace(*values, N - null, dtype=torch.double)
+    h = (range_ * eigenvalues @ range_.T).to(dtype)
+    right = torch.randn(N, generator=generator(2), dtype=torch.double)
+    least_squares, memory = range_.T @ right / eigenvalues, None
+    residual = float((right - range_ @ (range_.T @ right)).norm() / right.norm())
+    for _ in range(2):
+        found, memory = MinimalResidual(1e-3).solve(LinearSystem(lambda v: h @ v, right.to(dtype), lambda v: v), memory)
+        # |H r| is known to about eps^(1/2)
+        tolerance = 1e-6 if dtype == torch.double else 2e-2
+        error = range_.T @ found.solution.double() - least_squares
+        assert float(error.norm()) <= tolerance * float(least_squares.norm())
+        assert found.residual == pytest.approx(residual, rel=1e-3) and found.iterations < 200
+
+
 @pytest.mark.parametrize("strategy", ["ritz", "harmonic_ritz", "ritz_generalized_singular"])
 @pytest.mark.parametrize("end", ["smallest", "largest", "mixed"])
 def test_recycled_solves_are_right_whatever_is_recycled(strategy: str, end: str) -> None:
