@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch.nn.utils import parameters_to_vector
 
 from raybilevel import checkpoint
 from raybilevel.errors import NotFiniteError, ProblemError
+from raybilevel.hypergradient.estimators import Hypergradient
 from raybilevel.hypergradient.fixed_point import AndersonAcceleration
 from raybilevel.hypergradient.krylov import KrylovMemory
 from raybilevel.hypergradient.lower import solve_lower
@@ -32,8 +34,12 @@ from raybilevel.space import Space, flatten, nest
 if TYPE_CHECKING:
     from raybilevel.methods.hypergradient import HypergradientDescent
 
+logger = logging.getLogger(__name__)
+
 CHECKPOINT_FILE = "bilevel.pt"
 CHECKPOINT_FORMAT = 1
+FAILED = 0.5
+"""A linear solve that leaves more of its right side than this has failed."""
 
 
 class BilevelDescent:
@@ -78,6 +84,7 @@ class BilevelDescent:
         self.best: tuple[float, Tensor] = (math.inf, x.clone())
         self.last: dict[str, float] = {}
         self.training_passes = 0.0
+        self.warned = False
 
     def _start(self) -> tuple[UpperVariables, Tensor]:
         problem = self.problem
@@ -122,6 +129,7 @@ class BilevelDescent:
         self.memory = found.memory
         self.iterations += found.iterations
         self.products += found.products
+        self._warn_of_failed_solve(found, target)
         for group in self.adam.param_groups:
             group["lr"] = settings.rate * (0.1 + 0.9 * (1 + math.cos(math.pi * self.step / settings.steps)) / 2)
         self.x.grad = found.gradient
@@ -137,7 +145,21 @@ class BilevelDescent:
             "lower_loss": self.functions.lower(x, y).value,
             "solver_iterations": float(self.iterations),
             "second_order_products": float(self.products),
+            **({} if found.residual is None else {"solver_residual": found.residual}),
         }
+
+    def _warn_of_failed_solve(self, found: Hypergradient, target: float) -> None:
+        """Once a descent; not where the solve ended because the hypergradient is accurate enough."""
+        if self.warned or found.residual is None or found.residual <= FAILED:
+            return
+        if found.error is not None and found.error <= target:
+            return
+        self.warned = True
+        logger.warning(
+            "step %d: the linear solve of the hypergradient ended at a relative residual of %.2g. Are there more "
+            "weights than examples, or is the lower level not at a minimum? A decay in lower_loss, more iterations, or "
+            "solver 'minres' may help; the metric solver_residual has every step's.", self.step + 1, found.residual,
+        )  # fmt: skip
 
     def conclude(self) -> dict[str, Any]:
         """F, f and the problem's metrics at the x with the lowest F on the way (or selection loss, if the problem has

@@ -23,6 +23,7 @@ class Hypergradient:
     error:      estimate of the error's norm; None where the estimator has none.
     iterations: of the linear solver, or steps in y.
     products:   with second derivatives.
+    residual:   of the linear solve, relative to its right side; None where there is none.
     memory:     what the next estimate, at a point nearby, may start from.
     """
 
@@ -32,6 +33,7 @@ class Hypergradient:
     iterations: int = 0
     products: int = 0
     memory: Any = None
+    residual: float | None = None
 
 
 class Estimator(Protocol):
@@ -60,11 +62,9 @@ class Implicit:
         linear = functions.linearise(x, y)
         system = LinearSystem(linear.hessian, upper.in_y, linear.mixed, target)
         found, kept = self.solver.solve(system, memory)
-        gradient = upper.in_x - linear.mixed(found.solution)
+        gradient, products = upper.in_x - linear.mixed(found.solution), found.products + found.jacobians + 1
         return checked(
-            Hypergradient(
-                gradient, upper.value, found.error, found.iterations, found.products + found.jacobians + 1, kept
-            )
+            Hypergradient(gradient, upper.value, found.error, found.iterations, products, kept, found.residual)
         )
 
 
@@ -104,10 +104,8 @@ class Equilibrium:
 
         found = self._acceleration().solve(step, right if memory is None else memory.view_as(image))
         (in_x,) = torch.autograd.grad(image, x, found.y, allow_unused=True, materialize_grads=True)
-        gradient = upper.in_x + in_x
-        return checked(
-            Hypergradient(gradient, upper.value, None, found.iterations, found.iterations + 1, found.y.flatten())
-        )
+        gradient, products, kept = upper.in_x + in_x, found.iterations + 1, found.y.flatten()
+        return checked(Hypergradient(gradient, upper.value, None, found.iterations, products, kept, found.residual))
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,28 @@ def test_the_result_is_judged_at_weights_that_saw_training_data_only(estimator: 
     assert descent.conclude()["upper_loss"] == pytest.approx(problem.F(problem.solution(best.exp())).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dimension", "curvature", "solver", "residual"),
+    [(3, -100.0, "cg", 1.0), (3, -100.0, "minres", 0.0), (6, 0.0, "minres", 0.8), (3, 0.0, "cg", 0.0)],
+)
+def test_a_linear_solve_that_fails_is_reported_and_warned_of_once(
+    dimension: int, curvature: float, solver: Any, residual: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An indefinite Hessian, and one with two examples for six weights, whose equations have no solution."""
+
+    class Curved(ModuleRidge):
+        def decay(self, hyperparameters: Hyperparameters) -> Tensor:
+            return curvature + 0 * super().decay(hyperparameters)
+
+    method = HypergradientDescent(steps=2, solver=solver)
+    descent = BilevelDescent(Curved(dimension, rows=2 if dimension == 6 else 4), {"start": 0.0}, method)
+    descent._train = lambda *_: torch.ones(dimension, dtype=torch.double)  # type: ignore[method-assign]
+    for _ in range(2):
+        assert descent.run_step()["solver_residual"] == pytest.approx(residual, abs=0.2)
+    assert len(caplog.messages) == (1 if residual > 0.5 else 0)
+    assert all("step 1" in message and "decay" in message for message in caplog.messages)
+
+
 def test_a_selection_loss_chooses_among_the_x_on_the_way() -> None:
     """F falls at every step; the selection loss does so for two steps only."""
 
