@@ -19,7 +19,7 @@ from raybilevel.hypergradient.estimators import Hypergradient
 from raybilevel.hypergradient.fixed_point import AndersonAcceleration
 from raybilevel.hypergradient.krylov import KrylovMemory
 from raybilevel.hypergradient.lower import solve_lower
-from raybilevel.hypergradient.recycling import RecycleSpace
+from raybilevel.hypergradient.recycling import ErrorEstimator, RecycleSpace
 from raybilevel.hypergradient.variables import (
     BoxVariables,
     ModuleVariables,
@@ -259,7 +259,13 @@ class BilevelDescent:
         """Named plain values and tensors; the recycled space with them."""
         memory = self.memory
         if isinstance(memory, KrylovMemory):
-            memory = {"solution": memory.solution, "vectors": memory.space.vectors if memory.space else None}
+            space = memory.space
+            seen = space.estimator if space else None
+            memory = {
+                "solution": memory.solution,
+                "vectors": space.vectors if space else None,
+                "estimator": {"weighted": seen.weighted, "basis": seen.basis, "rest": seen.rest} if seen else None,
+            }
         return {
             "format": CHECKPOINT_FORMAT,
             "step": self.step,
@@ -297,9 +303,11 @@ class BilevelDescent:
         self.iterations, self.products, self.functions.passes, self.training_passes = state["counts"]
         memory = state["memory"]
         if isinstance(memory, dict):
-            vectors = memory["vectors"]
-            space = RecycleSpace(vectors.to(**place)) if vectors is not None else None
-            memory = KrylovMemory(memory["solution"].to(**place), space)
+            moved = move(memory, self.problem.device, self.problem.dtype)
+            known = moved.get("estimator")  # the first checkpoints had none
+            estimator = ErrorEstimator(**known) if known is not None else None
+            space = RecycleSpace(moved["vectors"], estimator) if moved["vectors"] is not None else None
+            memory = KrylovMemory(moved["solution"], space)
         self.memory = memory
 
 

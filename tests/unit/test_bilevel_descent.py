@@ -181,6 +181,12 @@ def test_a_selection_loss_chooses_among_the_x_on_the_way() -> None:
     "settings",
     [
         {"solver_settings": {"selection": {"strategy": "ritz", "dimension": 2}}},
+        {
+            "solver_settings": {
+                "criterion": "error",
+                "selection": {"strategy": "ritz_generalized_singular", "end": "largest", "dimension": 1},
+            }
+        },
         {"estimator": "first_order"},
         {"lower": "tolerance"},
     ],
@@ -200,6 +206,17 @@ def test_a_descent_resumes_exactly(at: int, settings: dict[str, Any]) -> None:
     second.load_state_dict(load_checkpoint(dump_checkpoint(first)))
     assert run(second) == expected
     assert second.products == whole.products and second.passes == whole.passes
+
+
+def test_a_checkpoint_without_an_error_estimator_is_read() -> None:
+    selection = {"strategy": "ritz_generalized_singular"}
+    method = HypergradientDescent(solver_settings={"criterion": "error", "selection": selection})
+    descent = BilevelDescent(ModuleRidge(), {"start": 0.0}, method)
+    descent.run_step()
+    state = load_checkpoint(dump_checkpoint(descent))
+    del state["memory"]["estimator"]
+    descent.load_state_dict(state)
+    assert descent.memory.space.estimator is None and descent.run_step()["solver_residual"] < 1e-6
 
 
 def test_shards_are_parts_of_the_data_and_all_of_it_judges() -> None:
