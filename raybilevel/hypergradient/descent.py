@@ -301,13 +301,12 @@ class BilevelDescent:
         self.generator.set_state(state["generator"])
         self.best = (state["best"][0], state["best"][1].to(**place))
         self.iterations, self.products, self.functions.passes, self.training_passes = state["counts"]
-        memory = state["memory"]
+        memory = move(state["memory"], self.problem.device, self.problem.dtype)
         if isinstance(memory, dict):
-            moved = move(memory, self.problem.device, self.problem.dtype)
-            known = moved.get("estimator")  # the first checkpoints had none
+            known = memory.get("estimator")  # the first checkpoints had none
             estimator = ErrorEstimator(**known) if known is not None else None
-            space = RecycleSpace(moved["vectors"], estimator) if moved["vectors"] is not None else None
-            memory = KrylovMemory(moved["solution"], space)
+            space = RecycleSpace(memory["vectors"], estimator) if memory["vectors"] is not None else None
+            memory = KrylovMemory(memory["solution"], space)
         self.memory = memory
 
 

@@ -208,6 +208,22 @@ def test_a_descent_resumes_exactly(at: int, settings: dict[str, Any]) -> None:
     assert second.products == whole.products and second.passes == whole.passes
 
 
+@pytest.mark.parametrize("estimator", ["implicit", "first_order", "dynamic_barrier"])
+def test_what_an_estimator_keeps_goes_to_the_problems_device(estimator: Any) -> None:
+    """Shown by the precision, which is set together with the device."""
+    method = HypergradientDescent(estimator=estimator, lower="tolerance", lower_tolerance=1e-3)
+    double = BilevelDescent(ModuleRidge(), {"start": 0.0}, method)
+    double.run_step()
+    problem = ModuleRidge(dtype=torch.float32)
+    single = BilevelDescent(problem, {"start": 0.0}, method)
+    single.load_state_dict(load_checkpoint(dump_checkpoint(double)))
+    single.run_step()
+    memory = single.memory.solution if estimator == "implicit" else single.memory
+    assert {t.dtype for t in (memory if isinstance(memory, tuple) else (memory,)) if isinstance(t, Tensor)} == {
+        torch.float32
+    }
+
+
 def test_a_checkpoint_without_an_error_estimator_is_read() -> None:
     selection = {"strategy": "ritz_generalized_singular"}
     method = HypergradientDescent(solver_settings={"criterion": "error", "selection": selection})
