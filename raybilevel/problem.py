@@ -22,8 +22,8 @@ class BilevelProblem(ABC):
     F, the upper level, is the mean of `upper_loss` over the upper batches (validation data); f, the lower
     level, is the mean of `lower_loss` over the lower batches (training data), regularisers included. Means
     are weighted by `batch_size`. During a training the model is in `train()` mode; F, f and their gradients
-    are taken in `eval()` mode. Trainings in one process share the problem, which reaches each process once: keep
-    nothing of a training in it.
+    are taken in `eval()` mode, in which a module of `upper_variables` always is. Trainings in one process share the
+    problem, which reaches each process once: keep nothing of a training in it.
 
     epochs: passes over the lower batches in one training.
     device, dtype: where and in which precision a training runs; batches are moved and cast to them.

@@ -75,13 +75,13 @@ class BothLevels(nn.Module):
 
 
 def bilevel_functions(problem: BilevelProblem, model: nn.Module, variables: UpperVariables) -> BilevelFunctions:
-    """F and f of a problem over all its batches, in eval mode.
+    """F and f of a problem over all its batches, model and upper-level module in eval mode.
 
     Raises:
         ProblemError: a level has no data, or one that is a fixed point has more than one batch.
     """
-    model.eval()
     both = BothLevels(problem, model, variables)
+    both.eval()
     inner = {f"model.{name}": w for name, w in model.named_parameters() if w.requires_grad}
     outer = dict(both.upper.named_parameters(prefix="upper")) if both.upper is not None else {}
 

@@ -203,10 +203,11 @@ def test_functions_of_a_problem_on_its_box() -> None:
 def test_functions_of_a_problem_with_an_upper_module() -> None:
     class Weighted(Logistic):
         def upper_variables(self) -> nn.Module:
-            return nn.Linear(1, self.dimension, bias=False)
+            return nn.Sequential(nn.Linear(1, self.dimension, bias=False), nn.Dropout(0.5))
 
         def decay(self, hyperparameters: object) -> Tensor:
-            return hyperparameters["upper"].weight.flatten().exp()  # type: ignore[index, no-any-return]
+            linear, dropout = hyperparameters["upper"]  # type: ignore[index]
+            return dropout(linear.weight.flatten()).exp()  # type: ignore[no-any-return]
 
     problem = Weighted(dimension=3)
     x, y = torch.tensor([-1.0, 0.1, 0.5], dtype=torch.double), torch.tensor([0.2, -0.1, 0.4], dtype=torch.double)
