@@ -29,7 +29,8 @@ class AndersonAcceleration:
     tolerance: it ends where |g(y) - y| <= tolerance |g(y)| in every row,
     limit:     or after this many evaluations of g.
     memory:    how many iterates are combined; 1 is the plain iteration y = g(y).
-    ridge:     added to the normal equations of the a_i, in units of their largest diagonal entry.
+    ridge:     added to the normal equations of the a_i, in units of their largest diagonal entry; at least ten rounding
+        errors, as collinear residuals make them singular.
     """
 
     tolerance: float = 1e-4
@@ -76,7 +77,8 @@ class AndersonAcceleration:
         scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-30)[:, None, None]
         eye = torch.eye(len(images)).to(gram)
         ones = gram.new_ones(len(gram), len(images), 1)
-        weights = torch.linalg.solve(gram / scale + self.ridge * eye, ones)
+        ridge = max(self.ridge, 10 * torch.finfo(gram.dtype).eps)
+        weights = torch.linalg.solve(gram / scale + ridge * eye, ones)
         weights = weights / weights.sum(1, keepdim=True)
         mixed: Tensor = (weights * torch.stack(images, 1)).sum(1)
         return mixed

@@ -50,6 +50,13 @@ def test_anderson_acceleration_finds_the_fixed_point_in_fewer_evaluations() -> N
     assert limited.iterations == 3 and limited.residual > 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.double, torch.float])
+def test_collinear_residuals_are_combined(dtype: torch.dtype) -> None:
+    """With one number a row all residuals are; in single precision a ridge of 1e-8 is lost."""
+    found = AndersonAcceleration().solve(lambda y: y / 2 + 1, torch.zeros(4, 1, dtype=dtype))
+    torch.testing.assert_close(found.y, torch.full((4, 1), 2.0, dtype=dtype), rtol=0, atol=1e-4)
+
+
 def test_an_iteration_that_diverges_is_an_error() -> None:
     with pytest.raises(NotFiniteError, match="fixed-point"):
         AndersonAcceleration(memory=1, limit=2000).solve(lambda z: 3 * z + 1, torch.zeros(1, 2))
