@@ -114,8 +114,9 @@ class Selection:
         decomposition P S Q^T of the quotient J W (W^T H W)^-1: left vectors Q, right vectors (W^T H W)^-1 Q."""
         jw = torch.stack([jacobian(column) for column in w.T], 1)
         quotient = torch.linalg.solve(projected, jw.T).T
-        # With fewer upper-level variables than vectors the rest of Q has generalized singular value 0.
-        _, values, qt = torch.linalg.svd(quotient, full_matrices=True)
+        # With fewer upper-level variables than vectors the rest of Q has generalized singular value 0; with more Q is
+        # whole in any case, and a full P would be as large as the square of their number.
+        _, values, qt = torch.linalg.svd(quotient, full_matrices=len(quotient) < quotient.shape[1])
         ascending = qt.T.flip(1)
         found = torch.linalg.solve(projected, ascending)
         weighted = values[:, None] * qt[: len(values)] @ w.T

@@ -142,6 +142,14 @@ def test_selection_against_dense_decompositions() -> None:
     assert singular[0] > values[0]
 
 
+def test_selection_takes_no_square_matrix_of_the_upper_variables() -> None:
+    """Of 500,000 variables it would take a terabyte."""
+    jacobian = torch.randn(500_000, 1, generator=generator(3)).expand(-1, N)
+    w, h = torch.eye(N)[:, :4], matrix().float()
+    space, _ = Selection("ritz_generalized_singular", dimension=2).select(w, h @ w, lambda v: jacobian @ v)
+    assert space.vectors.shape == (N, 2)
+
+
 def test_the_error_criterion_stops_where_the_estimate_says() -> None:
     h = matrix(1e-2)
     selection = Selection("ritz_generalized_singular", "largest", 10)
