@@ -85,8 +85,10 @@ class Selection:
         earlier: estimator that the system before left.
         """
         # Orthonormal basis; directions that are numerically dependent are dropped.
+        sizes = w.norm(dim=0)
+        w, hw = w / sizes, hw / sizes
         left, values, right = torch.linalg.svd(w, full_matrices=False)
-        rank = int((values > 1e-10 * values[0]).sum())
+        rank = int((values > dependent(w.dtype) * values[0]).sum())
         w = left[:, :rank]
         hw = hw @ (right[:rank].T / values[:rank])
         projected = w.T @ hw
@@ -144,9 +146,15 @@ def _norm_outside(weighted: Tensor, w: Tensor, earlier: ErrorEstimator | None) -
     return float(torch.linalg.matrix_norm(weighted, 2))
 
 
+def dependent(dtype: torch.dtype) -> float:
+    """Singular values below this share of the largest are taken for 0: 1e-10, or 3000 rounding errors where that is
+    more, as in single precision."""
+    return max(1e-10, 3000 * torch.finfo(dtype).eps)
+
+
 def deflation(hessian: Callable[[Tensor], Tensor], vectors: Tensor) -> tuple[Tensor, Tensor]:
     """U and C = H U with C^T C = I that span what `vectors`, (n, k), span, less what H annihilates."""
     images = torch.stack([hessian(column) for column in vectors.T], 1)
     c, values, right = torch.linalg.svd(images, full_matrices=False)
-    kept = values > 1e-10 * values[0]
+    kept = values > dependent(vectors.dtype) * values[0]
     return vectors @ (right[kept].T / values[kept]), c[:, kept]

@@ -142,6 +142,21 @@ def test_selection_against_dense_decompositions() -> None:
     assert singular[0] > values[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.double, torch.float])
+def test_what_the_hessian_annihilates_is_not_recycled(dtype: torch.dtype) -> None:
+    basis, _ = torch.linalg.qr(torch.randn(N, N, generator=generator(1), dtype=torch.double))
+    values = torch.cat([torch.zeros(1, dtype=torch.double), torch.linspace(0.5, 2, N - 1, dtype=torch.double)])
+    h = (basis * values @ basis.T).to(dtype)
+    solver = MinimalResidual(1e-4, limit=25, warm_start=False, selection=Selection("ritz", dimension=5))
+    right = torch.randn(N, generator=generator(2), dtype=torch.double).to(dtype)
+    _, memory = solver.solve(LinearSystem(lambda v: h @ v, right, lambda v: v), None)
+    assert memory.space is not None and memory.space.vectors.shape == (N, 5)
+    assert deflation(lambda v: h @ v, memory.space.vectors)[0].shape == (N, 4)
+    consistent = h @ right
+    found, _ = solver.solve(LinearSystem(lambda v: h @ v, consistent, lambda v: v), memory)
+    assert float((consistent - h @ found.solution).norm() / consistent.norm()) <= 1.1e-4
+
+
 def test_selection_takes_no_square_matrix_of_the_upper_variables() -> None:
     """Of 500,000 variables it would take a terabyte."""
     jacobian = torch.randn(500_000, 1, generator=generator(3)).expand(-1, N)
