@@ -257,7 +257,8 @@ class MinimalResidual:
         estimate, kept, jacobians = error(residual), space, 0
         if self.selection is not None and basis:
             w, hw = torch.cat([u, torch.stack(basis, 1)], 1), torch.cat([c, torch.stack(images, 1)], 1)
-            kept, jacobians = self.selection.select(w, hw, system.jacobian, space.estimator if space else None)
+            chosen, jacobians = self.selection.select(w, hw, system.jacobian, space.estimator if space else None)
+            kept = chosen or space
         return (
             LinearSolution(solution, phi / scale, iterations, products + iterations, jacobians, estimate),
             KrylovMemory(solution, kept),

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -79,8 +78,9 @@ class Selection:
 
     def select(
         self, w: Tensor, hw: Tensor, jacobian: Callable[[Tensor], Tensor], earlier: ErrorEstimator | None = None
-    ) -> tuple[RecycleSpace, int]:
-        """The space to keep of W and H W, both (n, m), and how many products with J it took.
+    ) -> tuple[RecycleSpace | None, int]:
+        """The space to keep of W and H W, both (n, m), None where H annihilates all that is known; and how many
+        products with J it took.
 
         earlier: estimator that the system before left.
         """
@@ -98,11 +98,15 @@ class Selection:
         if self.strategy == "ritz":
             _, vectors = torch.linalg.eigh(projected)
         else:
-            # With theta the harmonic Ritz value, W^T H W z = (1 / theta) (H W)^T H W z, whose right side is definite.
-            gram = hw.T @ hw
-            reciprocal, found = scipy.linalg.eigh(projected.cpu().double().numpy(), gram.cpu().double().numpy())
-            order = (1 / reciprocal).argsort()
-            vectors = torch.from_numpy(found[:, order].copy()).to(w)
+            # With theta the harmonic Ritz value, W^T H W z = (1 / theta) (H W)^T H W z, and H W Z orthonormal for a Z
+            # from its singular value decomposition, without what H annihilates.
+            _, values, right = torch.linalg.svd(hw, full_matrices=False)
+            kept = values > 10 * torch.finfo(hw.dtype).eps * values[0]
+            if not kept.any():
+                return None, 0
+            z = right[kept].T / values[kept]
+            reciprocal, found = torch.linalg.eigh(z.T @ projected @ z)
+            vectors = z @ found[:, (1 / reciprocal).argsort()]
         return RecycleSpace(w @ self._choose(vectors)), 0
 
     def _generalized_singular(
@@ -111,9 +115,16 @@ class Selection:
         projected: Tensor,
         jacobian: Callable[[Tensor], Tensor],
         earlier: ErrorEstimator | None,
-    ) -> tuple[RecycleSpace, int]:
+    ) -> tuple[RecycleSpace | None, int]:
         """With W^T H W invertible the generalized singular value decomposition of (J W, W^T H W) is the singular value
-        decomposition P S Q^T of the quotient J W (W^T H W)^-1: left vectors Q, right vectors (W^T H W)^-1 Q."""
+        decomposition P S Q^T of the quotient J W (W^T H W)^-1: left vectors Q, right vectors (W^T H W)^-1 Q. Where
+        W^T H W is singular, W is reduced to where it is not."""
+        values, vectors = torch.linalg.eigh(projected)
+        regular = values.abs() > 10 * torch.finfo(w.dtype).eps * values.abs().max()
+        if not regular.any():
+            return None, 0
+        if not regular.all():
+            w, projected = w @ vectors[:, regular], torch.diag(values[regular])
         jw = torch.stack([jacobian(column) for column in w.T], 1)
         quotient = torch.linalg.solve(projected, jw.T).T
         # With fewer upper-level variables than vectors the rest of Q has generalized singular value 0; with more Q is

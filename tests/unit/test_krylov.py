@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -155,6 +157,27 @@ def test_what_the_hessian_annihilates_is_not_recycled(dtype: torch.dtype) -> Non
     consistent = h @ right
     found, _ = solver.solve(LinearSystem(lambda v: h @ v, consistent, lambda v: v), memory)
     assert float((consistent - h @ found.solution).norm() / consistent.norm()) <= 1.1e-4
+
+
+@pytest.mark.parametrize("strategy", ["ritz", "harmonic_ritz", "ritz_generalized_singular"])
+@pytest.mark.parametrize("dtype", [torch.double, torch.float])
+def test_what_can_be_recycled_may_be_little_or_nothing(strategy: str, dtype: torch.dtype) -> None:
+    solver = MinimalResidual(1e-3, limit=1, selection=Selection(strategy, dimension=10))  # type: ignore[arg-type]
+    one = torch.eye(2, dtype=dtype)[0]
+    for h in (torch.zeros(2, 2, dtype=dtype), torch.eye(2, dtype=dtype).flip(0)):  # W^T H W = 0, of one vector
+        memory = None
+        for _ in range(2):
+            given = LinearSystem(lambda v, h=h: h @ v, one, lambda v: v)
+            found, memory = solver.solve(given, memory)
+        assert found.solution.isfinite().all()
+    # (H W)^T H W has a condition number of 1e8, more than single precision tells from a singular matrix
+    h, right, memory = matrix(1e-4).to(dtype), system(matrix()).right.to(dtype), None
+    for _ in range(2):
+        given = LinearSystem(lambda v: h @ v, right, lambda v: v)
+        found, memory = replace(solver, limit=1000, warm_start=False).solve(given, memory)
+        # single precision times the condition number is 1e-3, too
+        assert float((right - h @ found.solution).norm() / right.norm()) <= 5e-3
+        assert memory.space is not None and memory.space.vectors.shape == (N, 10)
 
 
 def test_selection_takes_no_square_matrix_of_the_upper_variables() -> None:
