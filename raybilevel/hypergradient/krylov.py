@@ -82,6 +82,8 @@ class ConjugateGradients:
 
     def solve(self, system: LinearSystem, memory: KrylovMemory | None) -> tuple[LinearSolution, KrylovMemory]:
         right = system.right
+        if right.norm() == 0:
+            return _zero(right, memory)
         solution, residual, products = _start(system, memory if self.warm_start else None)
         goal = self.tolerance * right.norm().item()
         direction, squared, iterations = residual.clone(), residual.dot(residual).item(), 0
@@ -96,7 +98,7 @@ class ConjugateGradients:
             residual = residual - length * image
             previous, squared = squared, residual.dot(residual).item()
             direction = residual + squared / previous * direction
-        relative = math.sqrt(squared) / max(right.norm().item(), 1e-300)
+        relative = math.sqrt(squared) / right.norm().item()
         return LinearSolution(solution, relative, iterations, products + iterations), KrylovMemory(solution)
 
 
@@ -117,9 +119,11 @@ class NeumannSeries:
 
     def solve(self, system: LinearSystem, memory: KrylovMemory | None) -> tuple[LinearSolution, KrylovMemory]:
         right, products = system.right, 0
+        if right.norm() == 0:
+            return _zero(right, memory)
         rate = self.rate
         if rate is None:
-            vector = right / right.norm().clamp_min(1e-300)
+            vector = right / right.norm()
             largest = 0.0
             for _ in range(10):
                 image = system.hessian(vector)
@@ -133,7 +137,7 @@ class NeumannSeries:
             term = term - rate * system.hessian(term)
             solution = solution + term
         products += self.terms - 1
-        residual = term.norm().item() / max(rate * right.norm().item(), 1e-300)
+        residual = term.norm().item() / (rate * right.norm().item())
         return LinearSolution(solution, residual, self.terms, products), KrylovMemory(solution)
 
 
@@ -184,8 +188,10 @@ class MinimalResidual:
 
     def solve(self, system: LinearSystem, memory: KrylovMemory | None) -> tuple[LinearSolution, KrylovMemory]:
         right = system.right
+        if right.norm() == 0:
+            return _zero(right, memory)
         solution, residual, products = _start(system, memory if self.warm_start else None)
-        scale = max(right.norm().item(), 1e-300)
+        scale = right.norm().item()
         space = memory.space if memory is not None and self.selection is not None else None
         u, c = (right.new_zeros(len(right), 0),) * 2
         if space is not None:
@@ -263,6 +269,12 @@ class MinimalResidual:
             LinearSolution(solution, phi / scale, iterations, products + iterations, jacobians, estimate),
             KrylovMemory(solution, kept),
         )
+
+
+def _zero(right: Tensor, memory: KrylovMemory | None) -> tuple[LinearSolution, KrylovMemory]:
+    """Of H q = 0, to which no residual is relative; the recycled space is kept."""
+    zero = torch.zeros_like(right)
+    return LinearSolution(zero, 0.0, 0, 0), KrylovMemory(zero, memory.space if memory is not None else None)
 
 
 def _start(system: LinearSystem, memory: KrylovMemory | None) -> tuple[Tensor, Tensor, int]:

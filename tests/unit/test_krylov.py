@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raybilevel.hypergradient import ConjugateGradients, LinearSystem, MinimalResidual, NeumannSeries, Selection
 from raybilevel.hypergradient.krylov import KrylovMemory
-from raybilevel.hypergradient.recycling import deflation
+from raybilevel.hypergradient.recycling import RecycleSpace, deflation
 
 N = 60
 
@@ -220,11 +220,19 @@ def test_the_estimate_outside_the_basis_is_what_new_directions_had() -> None:
     assert again.estimator.rest == pytest.approx(torch.linalg.matrix_norm(gain, 2).item())  # nothing new
 
 
-def test_a_right_side_of_zero_has_the_solution_zero() -> None:
-    zero = torch.zeros(N, dtype=torch.double)
+@pytest.mark.parametrize("dtype", [torch.double, torch.float])
+def test_a_right_side_of_zero_has_the_solution_zero(dtype: torch.dtype) -> None:
+    zero = torch.zeros(N, dtype=dtype)
     given = LinearSystem(lambda v: v, zero, lambda v: v)
     for solver in (ConjugateGradients(), MinimalResidual(), NeumannSeries(3)):
-        assert torch.equal(solver.solve(given, None)[0].solution, zero)
+        for memory in (None, KrylovMemory(zero + 1, RecycleSpace(torch.eye(N, dtype=dtype)[:, :2]))):
+            found, kept = solver.solve(given, memory)
+            assert torch.equal(found.solution, zero) and (found.residual, found.products) == (0, 0)
+            assert kept.space is (memory.space if memory else None)
+
+
+def test_a_krylov_space_that_holds_the_solution_ends_the_solve() -> None:
+    zero = torch.zeros(N, dtype=torch.double)
     # a breakdown: the first Krylov space holds the solution
     given = LinearSystem(lambda v: 2 * v, zero + 1, lambda v: v)
     found, memory = MinimalResidual(0.0, selection=Selection()).solve(given, KrylovMemory(zero))
