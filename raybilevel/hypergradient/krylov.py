@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from raybilevel.errors import ConfigError
+from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.hypergradient.recycling import RecycleSpace, Selection, deflation
 
 Operator = Callable[[Tensor], Tensor]
@@ -107,7 +107,8 @@ class NeumannSeries:
     """q = rate sum_k (I - rate H)^k b, for positive definite H and a rate below 2 / |H| (Lorraine, Vicol & Duvenaud
     2020, Algorithm 3).
 
-    rate: None for the reciprocal of an estimate of |H| by ten power iterations, which are charged.
+    rate: None for the reciprocal of an estimate of |H| by ten power iterations, which are charged. They start from b
+        and a random vector, the same each time, as b alone may lack the direction in which H is largest.
     """
 
     terms: int = 100
@@ -118,19 +119,25 @@ class NeumannSeries:
             raise ConfigError(f"a Neumann series needs terms and a positive rate, got {self.terms} and {self.rate}")
 
     def solve(self, system: LinearSystem, memory: KrylovMemory | None) -> tuple[LinearSolution, KrylovMemory]:
+        """As every solver does.
+
+        Raises:
+            NotFiniteError: the series diverges.
+        """
         right, products = system.right, 0
         if right.norm() == 0:
             return _zero(right, memory)
         rate = self.rate
         if rate is None:
-            vector = right / right.norm()
-            largest = 0.0
+            random = torch.randn(len(right), generator=torch.Generator().manual_seed(0)).to(right)
+            vector = right / right.norm() + random / random.norm()
+            vector, largest = vector / vector.norm(), 1.0
             for _ in range(10):
                 image = system.hessian(vector)
                 products += 1
-                largest = image.norm().item()
-                vector = image / max(largest, 1e-300)
-            rate = 1 / (1.1 * max(largest, 1e-300))
+                largest = max(image.norm().item(), torch.finfo(right.dtype).tiny)
+                vector = image / largest
+            rate = 1 / (1.1 * largest)
         term = rate * right
         solution = term.clone()
         for _ in range(self.terms - 1):
@@ -138,6 +145,11 @@ class NeumannSeries:
             solution = solution + term
         products += self.terms - 1
         residual = term.norm().item() / (rate * right.norm().item())
+        if not residual <= 1.001:  # but for rounding, 1
+            raise NotFiniteError(
+                f"the Neumann series diverges, with a residual of {residual:.2g} after {self.terms} terms: its rate is "
+                "above 2 / |H|, or H is not positive definite; give a lower rate, or take solver 'minres'"
+            )
         return LinearSolution(solution, residual, self.terms, products), KrylovMemory(solution)
 
 

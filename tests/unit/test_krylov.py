@@ -11,6 +11,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from raybilevel.errors import NotFiniteError
 from raybilevel.hypergradient import ConjugateGradients, LinearSystem, MinimalResidual, NeumannSeries, Selection
 from raybilevel.hypergradient.krylov import KrylovMemory
 from raybilevel.hypergradient.recycling import RecycleSpace, deflation
@@ -79,6 +80,15 @@ def test_minres_ends_at_a_least_squares_solution_where_there_is_no_other(
         error = range_.T @ found.solution.double() - least_squares
         assert float(error.norm()) <= tolerance * float(least_squares.norm())
         assert found.residual == pytest.approx(residual, rel=1e-3) and found.iterations < 200
+
+
+def test_a_neumann_series_takes_its_rate_from_all_directions_and_says_if_it_diverges() -> None:
+    values = torch.tensor([1.0, 1.0, 3.0], dtype=torch.double)
+    right = torch.tensor([1.0, 1.0, 1e-7], dtype=torch.double)  # hardly any of the direction of 3
+    found, _ = NeumannSeries(100).solve(LinearSystem(lambda v: values * v, right, lambda v: v), None)
+    torch.testing.assert_close(found.solution, right / values)
+    with pytest.raises(NotFiniteError, match="rate"):
+        NeumannSeries(100, rate=1.0).solve(LinearSystem(lambda v: values * v, right, lambda v: v), None)
 
 
 @pytest.mark.parametrize("strategy", ["ritz", "harmonic_ritz", "ritz_generalized_singular"])
