@@ -164,8 +164,8 @@ class BilevelDescent:
     def conclude(self) -> dict[str, Any]:
         """F, f and the problem's metrics at the x with the lowest F on the way (or selection loss, if the problem has
         one), at weights trained anew, from the seed, on all data; and x itself, as "hyperparameters", where it is a
-        point of a box."""
-        x = self.best[1]
+        point of a box, whose steps are applied before."""
+        x = self.variables.rounded(self.best[1])
         self._take_all_data()
         with self._random(self.seed):
             model: nn.Module = self.problem.model().to(self.problem.device, self.problem.dtype)

@@ -21,7 +21,7 @@ UPPER = "upper"
 
 
 class BoxVariables:
-    """x is a point of the unit cube of a search space, whose steps are not applied."""
+    """x is a point of the unit cube of a search space, whose steps are applied to the result only."""
 
     def __init__(self, space: Space, constants: Mapping[str, Any]) -> None:
         self.space, self.constants = space, flatten(constants)
@@ -31,6 +31,11 @@ class BoxVariables:
 
     def project(self, x: Tensor) -> Tensor:
         return x.clamp(0, 1)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        if all(parameter.step is None for parameter in self.space.parameters):
+            return x
+        return self.space.encode(self.space.suggest(x.detach().cpu().double())).to(x)
 
 
 class ModuleVariables:
@@ -47,10 +52,13 @@ class ModuleVariables:
     def project(self, x: Tensor) -> Tensor:
         return x
 
+    def rounded(self, x: Tensor) -> Tensor:
+        return x
+
 
 UpperVariables = BoxVariables | ModuleVariables
 """x, shape (p,), and its other form: `hyperparameters`, what the losses are given at x; `project`, the nearest x that
-is allowed."""
+is allowed; `rounded`, the nearest that can be the result."""
 
 
 class BothLevels(nn.Module):

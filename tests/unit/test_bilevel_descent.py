@@ -21,7 +21,7 @@ from raybilevel.methods import make_method
 from raybilevel.methods.hypergradient import HypergradientDescent, start_points
 from raybilevel.problem import Hyperparameters
 from raybilevel.search_state import SearchState
-from raybilevel.space import STARTS
+from raybilevel.space import STARTS, Parameter, Space
 from tests.problems_for_tests import Network, Ridge, exact_optimizer
 
 
@@ -102,6 +102,17 @@ def test_a_descent_finds_the_optimum_of_the_box(settings: dict[str, Any]) -> Non
     x = torch.tensor([found["hyperparameters"]["decay"][str(j)] for j in range(3)], dtype=torch.double)
     assert found["upper_loss"] == pytest.approx(problem.F(problem.solution(x)).item(), rel=1e-6)
     assert descent.passes > 80
+
+
+def test_steps_of_a_box_are_applied_before_the_result_is_judged() -> None:
+    problem = Ridge()
+    space = Space(tuple(Parameter(("decay", str(j)), 0.0, 2.0, step=0.5) for j in range(3)))
+    method = HypergradientDescent(steps=3, rate=0.1, lower="tolerance", lower_tolerance=1e-8)
+    descent = BilevelDescent(problem, problem.config(torch.ones(3)), method, space)
+    found = run(descent)
+    x = torch.tensor([found["hyperparameters"]["decay"][str(j)] for j in range(3)], dtype=torch.double)
+    assert torch.equal(x, (2 * x).round() / 2) and not torch.equal(descent.best[1], space.encode(problem.config(x)))
+    assert found["upper_loss"] == pytest.approx(problem.F(problem.solution(x)).item(), rel=1e-6)
 
 
 def test_a_module_is_tuned_as_the_box_is() -> None:
