@@ -33,9 +33,10 @@ def hypergradient_trainable(
     along hypergradients from the trial's config.
 
     It reports every step `upper_loss` and `lower_loss` (F and f at the weights of the descent), `hypergradient_norm`,
-    what linear solves took so far, and `solver_residual`, the relative residual of the last one; at the end F and f at
-    weights trained anew, what the problem's `evaluate_at` returns, `hyperparameters` where x is a point of a box, and a
-    checkpoint with x and y. A restarted trial goes on from its last checkpoint.
+    what linear solves took so far, `solver_residual`, the relative residual of the last one, and how well the lower
+    level was solved: `lower_gradient_norm`, or `lower_residual` of a fixed point; at the end F and f at weights trained
+    anew, what the problem's `evaluate_at` returns, `hyperparameters` where x is a point of a box, and a checkpoint with
+    x and y. A restarted trial goes on from its last checkpoint.
 
     settings: of the descent; those that the searcher has.
     space:    the search space, as a Tune `param_space`; None where x is the problem's `upper_variables`: then give

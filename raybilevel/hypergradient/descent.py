@@ -85,6 +85,7 @@ class BilevelDescent:
         self.last: dict[str, float] = {}
         self.training_passes = 0.0
         self.warned = False
+        self.lower_residual: float | None = None
 
     def _start(self) -> tuple[UpperVariables, Tensor]:
         problem = self.problem
@@ -140,12 +141,15 @@ class BilevelDescent:
         self.last = {"upper_loss": upper, "hypergradient_norm": found.gradient.norm().item()}
         if selection is not None:
             self.last["selection_loss"] = selection
+        lower = self.functions.lower(x, y)
+        residuals = {"solver_residual": found.residual, "lower_residual": self.lower_residual}
         return {
             **self.last,
-            "lower_loss": self.functions.lower(x, y).value,
+            "lower_loss": lower.value,
+            "lower_gradient_norm": lower.in_y.norm().item(),
             "solver_iterations": float(self.iterations),
             "second_order_products": float(self.products),
-            **({} if found.residual is None else {"solver_residual": found.residual}),
+            **{name: residual for name, residual in residuals.items() if residual is not None},
         }
 
     def _warn_of_failed_solve(self, found: Hypergradient, target: float) -> None:
@@ -177,7 +181,9 @@ class BilevelDescent:
         upper, lower = self.functions.upper(x, y), self.functions.lower(x, y)
         if not (math.isfinite(upper.value) and math.isfinite(lower.value)):
             raise NotFiniteError(f"after training anew the losses are {upper.value} and {lower.value}")
-        found: dict[str, Any] = {"upper_loss": upper.value, "lower_loss": lower.value, **self.metrics()}
+        norm = lower.in_y.norm().item()
+        found: dict[str, Any] = {"upper_loss": upper.value, "lower_loss": lower.value, "lower_gradient_norm": norm}
+        found |= self.metrics()
         if self.space is not None:
             found["hyperparameters"] = self.space.suggest(x.detach().cpu().double())
         return found
@@ -244,6 +250,7 @@ class BilevelDescent:
         found = AndersonAcceleration(self.settings.lower_tolerance).solve(
             lambda z: self.functions.mapped(x, z.flatten()), y.view(rows, -1)
         )
+        self.lower_residual = found.residual
         return found.y.flatten()
 
     @contextmanager

@@ -25,7 +25,8 @@ class LowerSolution:
 def solve_lower(
     functions: BilevelFunctions, x: Tensor, y: Tensor, tolerance: float, limit: int = 1000, history: int = 20
 ) -> LowerSolution:
-    """Minimise f(x, .) from y until |df/dy| <= tolerance, by torch's L-BFGS with its Wolfe line search.
+    """Minimise f(x, .) from y until |df/dy| <= tolerance, by torch's L-BFGS with its Wolfe line search, or for `limit`
+    iterations; the solution has the norm that was reached.
 
     Raises:
         NotFiniteError: f is NaN or infinite on the way.

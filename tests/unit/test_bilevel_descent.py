@@ -166,6 +166,20 @@ def test_a_linear_solve_that_fails_is_reported_and_warned_of_once(
     assert all("step 1" in message and "decay" in message for message in caplog.messages)
 
 
+def test_a_descent_says_how_well_its_lower_level_was_solved() -> None:
+    class Steep(ModuleRidge):
+        """In units in which the rounding of df/dy is above the tolerance."""
+
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            return super().lower_loss(model, hyperparameters, batch) * 1e9
+
+    method = HypergradientDescent(steps=1, lower="tolerance", lower_tolerance=1e-8)
+    for problem, solved in ((ModuleRidge(), True), (Steep(), False)):
+        descent = BilevelDescent(problem, {"start": 0.0}, method)
+        assert (descent.run_step()["lower_gradient_norm"] <= 1e-8) is solved
+        assert (descent.conclude()["lower_gradient_norm"] <= 1e-8) is solved
+
+
 def test_a_selection_loss_chooses_among_the_x_on_the_way() -> None:
     """F falls at every step; the selection loss does so for two steps only."""
 
