@@ -86,6 +86,8 @@ class Linearisation:
         self.functions.passes += 1
         total = torch.zeros_like(self.y)
         for x, _, gradient in self._graphs():
+            if not gradient.requires_grad:  # df/dy is constant: the term is linear
+                continue
             # Differentiating <gradient, dummy> twice gives a forward product from two backward ones.
             dummy = torch.zeros_like(gradient, requires_grad=True)
             (in_x,) = torch.autograd.grad(
@@ -113,7 +115,10 @@ class Linearisation:
 
     def _graph(self, term: Term) -> tuple[Tensor, Tensor, Tensor]:
         x, y = self.x.detach().requires_grad_(True), self.y.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(term(x, y), y, create_graph=True, allow_unused=True, materialize_grads=True)
+        part = term(x, y)
+        if not part.requires_grad:  # a constant
+            return x, y, torch.zeros_like(y)
+        (gradient,) = torch.autograd.grad(part, y, create_graph=True, allow_unused=True, materialize_grads=True)
         return x, y, gradient
 
 
@@ -122,8 +127,10 @@ def _gradient(terms: Sequence[Term], x: Tensor, y: Tensor) -> LevelGradient:
     x, y = x.detach().requires_grad_(True), y.detach().requires_grad_(True)
     for term in terms:
         part = term(x, y)
-        gradients = torch.autograd.grad(part, (x, y), allow_unused=True, materialize_grads=True)
         value += part.item()
+        if not part.requires_grad:  # a constant
+            continue
+        gradients = torch.autograd.grad(part, (x, y), allow_unused=True, materialize_grads=True)
         in_x += gradients[0]
         in_y += gradients[1]
     return LevelGradient(value, in_x, in_y)

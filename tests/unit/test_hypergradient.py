@@ -144,6 +144,21 @@ def test_products_are_those_of_dense_second_derivatives(example: Example) -> Non
         assert functions.passes == 3
 
 
+def test_terms_that_are_linear_or_constant_are_only_added(example: Example) -> None:
+    """As those of a batch that neither x nor the weights play a part in."""
+    one = torch.ones(N, dtype=torch.double)
+    extra = [lambda x, y: one @ y, lambda x, y: one.sum()]
+    functions = BilevelFunctions([example.upper, *extra], [example.lower, *extra])
+    plain, x, y = example.functions(), example.x, example.y
+    for found, expected in ((functions.upper(x, y), plain.upper(x, y)), (functions.lower(x, y), plain.lower(x, y))):
+        torch.testing.assert_close(found.in_y, expected.in_y + one)
+        assert found.value == pytest.approx(expected.value + float(one @ y) + N)
+    linear, same = functions.linearise(x, y), plain.linearise(x, y)
+    torch.testing.assert_close(linear.hessian(one), same.hessian(one))
+    torch.testing.assert_close(linear.mixed(one), same.mixed(one))
+    torch.testing.assert_close(linear.mixed_transposed(one[:P]), same.mixed_transposed(one[:P]))
+
+
 def test_first_order_estimate_by_hand() -> None:
     # f = (y - x)^2 / 2 and F = y^2 / 2: y_m = m x / (1 + m), z = x; the estimate is m (x - y_m) = m x / (1 + m).
     functions = BilevelFunctions([lambda x, y: y.square().sum() / 2], [lambda x, y: (y - x).square().sum() / 2])
