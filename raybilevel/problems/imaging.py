@@ -63,7 +63,7 @@ class Imaging(BilevelProblem):
 
     data:     the folder of the data files.
     images:   training images, from number `first` on; test: how many test images.
-    size:     of the deblurred crops, in pixels.
+    size:     of the deblurred crops, in pixels; at most that of the photographs, 160.
     noise:    standard deviation; removed: share of the pixels that inpainting lacks; blur: deviation in pixels.
     smoothing: grey value below which the regularisers are quadratic.
     """
@@ -101,6 +101,8 @@ class Imaging(BilevelProblem):
             train, test = (part.images for part in datasets.mnist(self.data))
         else:
             parts = datasets.bsds_crops(self.data)
+            if self.size > parts[0].shape[-1]:
+                raise ConfigError(f"the photographs have {parts[0].shape[-1]} pixels a side; got size={self.size}")
             start = (parts[0].shape[-1] - self.size) // 2
             train, test = (part[:, start : start + self.size, start : start + self.size] for part in parts)
         chosen = {"train": train[self.first : self.first + self.images], "test": test[: self.test]}

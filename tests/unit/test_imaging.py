@@ -91,6 +91,8 @@ def test_measurements_belong_to_their_image() -> None:
     assert "splits" not in pickle.loads(pickle.dumps(both)).__dict__
     blurred = FieldsOfExperts(DATA, task="deblurring", filters=24, size=24)
     assert blurred.splits["train"].clean.shape == (1, 1, 24, 24)
+    with pytest.raises(ConfigError, match="160 pixels"):
+        _ = FieldsOfExperts(DATA, task="deblurring", size=161).splits
     # the transform's filters are orthonormal, without the constant one
     filters = blurred.upper_variables().filters.detach().flatten(1)
     torch.testing.assert_close(filters @ filters.T, torch.eye(24, dtype=torch.double), rtol=0, atol=1e-12)
