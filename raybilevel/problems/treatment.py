@@ -154,6 +154,12 @@ class TreatmentEffects(BilevelProblem):
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Batch]:
         everyone, cut = self.everyone, round((1 - self.validation) * self.units)
         part = slice(cut) if level == "lower" else slice(cut, None)
+        treated = everyone.treated[part]
+        if not 0 < treated.sum() < len(treated):
+            raise ConfigError(
+                f"of the {len(treated)} units of the {level} level {int(treated.sum())} are treated, so that an "
+                "arm is empty; give more units, another share for validation, or another data_seed"
+            )
         yield Batch(Units(*(column[part] for column in everyone)), everyone.covariates, everyone.treated)
 
     def upper_variables(self) -> nn.Module:

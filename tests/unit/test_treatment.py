@@ -75,6 +75,13 @@ def test_learned_weights_balance_the_arms_and_halve_the_error_of_the_regression(
     assert "everyone" not in again.__dict__ and torch.equal(again.everyone.outcome, problem.everyone.outcome)
 
 
+def test_an_arm_without_units_is_refused() -> None:
+    problem = TreatmentEffects(units=40, validation=0.02)  # one unit
+    assert list(problem.batches("lower", None))
+    with pytest.raises(ConfigError, match="more units"):
+        list(problem.batches("upper", None))
+
+
 @pytest.mark.parametrize("options", [{"units": 10}, {"validation": 1.0}, {"imbalance": 0.0}])
 def test_options_are_checked(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
