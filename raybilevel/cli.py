@@ -15,6 +15,11 @@ from rich.table import Table
 from raybilevel.errors import ConfigError, DataError, ProblemError, RaybilevelError, SpaceError, StorageError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+OF_THE_METHOD = (
+    "test_loss", "solver_iterations", "second_order_products", "solver_residual", "lower_gradient_norm",
+    "lower_residual",
+)  # fmt: skip
+"""Metrics that are in the summary's own rows, or in its file only."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -187,8 +192,7 @@ def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None
         ):
             if best[key] is not None:
                 table.add_row(label, f"{best[key]:.5g}")
-    counts = ("test_loss", "solver_iterations", "second_order_products")
-    others = [f"{name} {value:.4g}" for name, value in summary["metrics"].items() if name not in counts]
+    others = [f"{name} {value:.4g}" for name, value in summary["metrics"].items() if name not in OF_THE_METHOD]
     if others:
         table.add_row("metrics", ", ".join(others))
     failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""

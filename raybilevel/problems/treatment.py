@@ -49,9 +49,6 @@ class Distances(NamedTuple):
         pairs = torch.cdist(covariates, covariates)
         return cls(pairs, pairs.mean(1), pairs.mean())
 
-    def to(self, like: Tensor) -> Distances:
-        return Distances(*(part.to(like) for part in self))
-
 
 class UnitWeights(nn.Module):
     """The upper-level variable: covariates, (n, 4), and treatment, (n,) -> weights, (n,), with mean 1 in either arm, by
@@ -146,7 +143,7 @@ class TreatmentEffects(BilevelProblem):
 
     @cached_property
     def distances(self) -> Distances:
-        return Distances.between(self.everyone.covariates)
+        return Distances.between(self.everyone.covariates.to(self.device))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("everyone", "distances", "scale")}
@@ -184,7 +181,7 @@ class TreatmentEffects(BilevelProblem):
 
     def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
         weights = hyperparameters["upper"](batch.everyone, batch.treated)
-        balance = energy_distances(weights, batch.treated, self.distances.to(weights))
+        balance = energy_distances(weights, batch.treated, self.distances)
         return self.risk(model, hyperparameters, batch.units) + self.imbalance * balance.sum()
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

@@ -146,7 +146,8 @@ class NoisyLabels(Classification):
         found["validation_only_accuracy"] = self.accuracy_of(clean_x, clean_y, torch.ones_like(clean_x[:, 0]))
         found["oracle_accuracy"] = self.accuracy_of(x, y, right.to(weights))
         if right.any() and not right.all():
-            found["ranking"] = (weights[right][:, None] > weights[~right][None]).double().mean().item()
+            below = torch.searchsorted(weights[~right].sort().values, weights[right])
+            found["ranking"] = below.double().mean().item() / int((~right).sum())
         return found
 
     def accuracy_of(self, x: Tensor, y: Tensor, weights: Tensor) -> float:
