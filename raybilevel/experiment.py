@@ -167,8 +167,7 @@ def tune_run(
         mode="min",
         num_samples=config.search.trainings,
         resume="AUTO" if resume else None,
-        # An idle actor keeps its GPU, which an upper-level step may be waiting for.
-        reuse_actors=not first_bundle(config).get("gpu"),
+        reuse_actors=reuses_processes(config),
         callbacks=[
             SearchScalars(searcher),
             ProgressCallback(lambda: view.update(searcher.state, searcher.steps_under_way)),
@@ -300,6 +299,13 @@ def with_room_for_steps(config: ExperimentConfig, problem: BilevelProblem) -> Ex
         update={"lower": {**first_bundle(config), "gpu": 1 - SHARE_OF_STEPS}, "upper": {"gpu": SHARE_OF_STEPS}}
     )
     return config.model_copy(update={"resources": resources})
+
+
+def reuses_processes(config: ExperimentConfig) -> bool:
+    """Whether an idle process is kept for the next trial: none that has a GPU, for which a step may be waiting, and
+    none where trials are to be tried again, as Tune (2.60) gives a trial up whose process died idle, e.g. with its
+    node."""
+    return not first_bundle(config).get("gpu") and config.search.max_failures == 0
 
 
 def first_bundle(config: ExperimentConfig) -> dict[str, float]:

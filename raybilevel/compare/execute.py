@@ -40,7 +40,14 @@ from raybilevel.compare.methods import (
 from raybilevel.compare.searchers import BudgetedSearch, TimedSearcher, overhead_of, spent_on_steps
 from raybilevel.config import ExperimentConfig
 from raybilevel.environment import environment
-from raybilevel.experiment import first_bundle, param_space, refit_task, trial_resources, with_room_for_steps
+from raybilevel.experiment import (
+    first_bundle,
+    param_space,
+    refit_task,
+    reuses_processes,
+    trial_resources,
+    with_room_for_steps,
+)
 from raybilevel.levels import check_problem
 from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
@@ -224,7 +231,7 @@ def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Le
             metric=METRIC,
             mode="min",
             num_samples=samples,
-            reuse_actors=not first_bundle(run.experiment).get("gpu"),
+            reuse_actors=reuses_processes(run.experiment),
             callbacks=[ledger],
             stop=BudgetStopper(ledger),
             raise_on_failed_trial=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from ray.tune.search import ConcurrencyLimiter
 from raybilevel import BilevelSearch, lower_level_trainable, pace
 from raybilevel.config import ExperimentConfig
 from raybilevel.errors import ConfigError, ProblemError, SpaceError
-from raybilevel.experiment import with_room_for_steps
+from raybilevel.experiment import reuses_processes, with_room_for_steps
 from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint, train
 from raybilevel.problems.synthetic import ManyMinimisers
 from raybilevel.snapshot import prepare_resume
@@ -175,6 +176,29 @@ def test_a_failed_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert trial.last_result["gpus"] == "0"
     assert log.read_text().count("epoch") == 5  # the third one twice, the first two once
     assert [t.status for t in search.state.trainings] == ["done"]
+
+
+class KillsAnIdleProcess(tune.Callback):
+    """The process of the second training, when that has ended."""
+
+    ended = 0
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.ended += 1
+        if self.ended == 2:
+            os.kill(trial.last_result["pid"], signal.SIGKILL)
+
+
+def test_a_process_that_dies_idle_costs_no_trial_where_trials_are_tried_again(tmp_path: Path) -> None:
+    config = {"problem": "digits", "search": {"trainings": 4, "max_failures": -1}}
+    search = BilevelSearch(Parabola(), max_concurrent=1)
+    analysis = tune.run(
+        lower_level_trainable(search.problem), config=SPACE, search_alg=search, metric="upper_loss", mode="min",
+        num_samples=4, max_failures=-1, reuse_actors=reuses_processes(ExperimentConfig.model_validate(config)),
+        storage_path=str(tmp_path), callbacks=[KillsAnIdleProcess()], raise_on_failed_trial=False, verbose=0,
+    )  # fmt: skip
+    assert [trial.status for trial in analysis.trials] == ["TERMINATED"] * 4
+    assert len(search.state.done) == 4
 
 
 def test_trials_that_a_scheduler_stops_are_no_lower_level_optima(tmp_path: Path) -> None:
