@@ -44,8 +44,8 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Clusters of several nodes and of separate hosts, killed drivers, spoilt disks, an S3 server: takes more than an hour,
-# and root on Linux.
+# Clusters of several nodes and of separate hosts, killed drivers, spoilt disks, an S3 server: takes half an hour, and
+# root on Linux.
 test-cluster: $(STAMP)
 	test -x $(S3)/bin/moto_server || $(PYTHON) -m venv $(S3)
 	$(S3)/bin/python -m pip install --quiet "moto[server]>=5"
