@@ -77,20 +77,28 @@ class Faulty(Parabola):
 
 
 class Slow(Parabola):
-    """Trainings and upper-level steps that take long enough to lose a node in; a shared list says where they are."""
+    """A training and an upper-level step that say where they are and go on for long enough to lose the node.
+
+    lost_at: number of the pass, of all trainings, that goes on; None for none. The step goes on once the file "go" is
+        there.
+    """
 
     epochs = 8
 
-    def __init__(self, folder: str, step_seconds: float = 0.0, epoch_seconds: float = 0.2) -> None:
+    def __init__(
+        self, folder: str, lost_at: int | None = None, step_seconds: float = 0.0, epoch_seconds: float = 0.2
+    ) -> None:
         super().__init__()
-        self.folder, self.step_seconds, self.epoch_seconds = folder, step_seconds, epoch_seconds
+        self.folder, self.lost_at = folder, lost_at
+        self.step_seconds, self.epoch_seconds = step_seconds, epoch_seconds
 
     def batches(self, level: Any, generator: Any) -> Any:
         if generator is not None:
-            say_where(self.folder, "training is on")
             Path(self.folder, f"node {ray.get_runtime_context().get_node_id()}").touch()
-            enter(self.folder, "pass")
-            time.sleep(self.epoch_seconds)
+            lost = enter(self.folder, "pass") == self.lost_at
+            if lost:
+                say_where(self.folder, "training is on")
+            time.sleep(120 if lost else self.epoch_seconds)
         return super().batches(level, generator)
 
     def upper_loss(self, model: Any, batch: Any) -> Tensor:

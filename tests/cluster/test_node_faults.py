@@ -48,14 +48,14 @@ def test_a_node_lost_in_trainings_and_in_a_step_costs_no_observation(cluster: Cl
     added = [cluster.add_node(num_cpus=1, resources={"training": 1, "step": 1}) for _ in range(4)]
     nodes = {node.node_id: node for node in added}
     ray.init(address=cluster.address, log_to_driver=False)
-    problem = Slow(str(tmp_path), step_seconds=120)
+    problem = Slow(str(tmp_path), lost_at=12, step_seconds=120)
     search = BilevelSearch(problem, max_concurrent=2, upper_resources={"step": 1})
     trainable = tune.with_resources(lower_level_trainable(problem, checkpoint_every=1), {"cpu": 1, "training": 1})
     lost: list[str] = []
 
     def lose_nodes() -> None:
         """One in the middle of a training, then one in the middle of an upper-level step."""
-        wait_for(tmp_path / "pass 12")
+        wait_for(tmp_path / "training is on")
         cluster.remove_node(nodes.pop((tmp_path / "training is on").read_text()), allow_graceful=False)
         lost.append("training")
         (tmp_path / "go").touch()
