@@ -15,7 +15,7 @@ from rich.table import Table
 from raybilevel.errors import ConfigError, DataError, ProblemError, RaybilevelError, SpaceError, StorageError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-OF_THE_METHOD = (
+NOT_LISTED = (
     "test_loss", "solver_iterations", "second_order_products", "solver_residual", "lower_gradient_norm",
     "lower_residual",
 )  # fmt: skip
@@ -192,7 +192,7 @@ def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None
         ):
             if best[key] is not None:
                 table.add_row(label, f"{best[key]:.5g}")
-    others = [f"{name} {value:.4g}" for name, value in summary["metrics"].items() if name not in OF_THE_METHOD]
+    others = [f"{name} {value:.4g}" for name, value in summary["metrics"].items() if name not in NOT_LISTED]
     if others:
         table.add_row("metrics", ", ".join(others))
     failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""

@@ -128,7 +128,7 @@ class BilevelOptimizer:
 
         Trainings asked, proposals waiting and steps running together never exceed the slots.
         """
-        if self.queue or len(self.state.pending) + len(self.running) >= self.slots:
+        if self.queue or self.full:
             return None
         step = self.method.plan(self.state, tuple(self.running.values()), self.slots, self.seed)
         if step is not None:
@@ -196,6 +196,11 @@ class BilevelOptimizer:
             self.queue.appendleft(self.state.trainings[index].proposal)
             self.state = self.state.without_last()
             del self.trials[trial]
+
+    @property
+    def full(self) -> bool:
+        """Trainings and upper-level steps under way fill the slots."""
+        return len(self.state.pending) + len(self.running) >= self.slots
 
     @property
     def exhausted(self) -> bool:

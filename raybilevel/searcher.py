@@ -422,7 +422,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                 heard += 1
         known = {record.trial for record in records}
         optimizer.forget([trial for trial in self._pending() if trial not in known])
-        self._resumed, self._told_before = set(self._pending()), len(optimizer.state.told)
+        self._watch_resumed()
         if heard or report:
             logger.warning(
                 "%d trials or results were taken over from Tune's snapshot; the search knows %d trainings and %d "
@@ -462,7 +462,11 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         optimizer.memory = state_file.decode(saved.memory)
         self._checkpoints = dict(saved.checkpoints)
         self._optimizer = optimizer
-        self._resumed, self._told_before = set(self._pending()), len(optimizer.state.told)
+        self._watch_resumed()
+
+    def _watch_resumed(self) -> None:
+        """From now on, for a word from the trials that were under way at a restore; see `_find_lost`."""
+        self._resumed, self._told_before = set(self._pending()), len(self.state.told)
 
     def _pending(self) -> list[str]:
         """Trials that are under way, as far as the search knows."""
@@ -477,8 +481,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def _ask(self, trial_id: str) -> dict[str, Any] | None:
         """A trial's hyperparameters; None while there are none, or no slot for one more trial."""
         optimizer = self._ready()
-        under_way = len(optimizer.state.pending) + len(optimizer.running)
-        if trial_id not in optimizer.trials and under_way >= optimizer.slots:
+        if optimizer.full and trial_id not in optimizer.trials:
             return None
         return optimizer.ask(trial_id)
 

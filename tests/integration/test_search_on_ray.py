@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
@@ -19,9 +20,10 @@ from ray.tune.search import ConcurrencyLimiter
 
 from raybilevel import BilevelSearch, lower_level_trainable, pace
 from raybilevel.config import ExperimentConfig
-from raybilevel.errors import ConfigError, ProblemError, SpaceError
+from raybilevel.errors import ConfigError, ProblemError, RaybilevelError, SpaceError
 from raybilevel.experiment import reuses_processes, with_room_for_steps
 from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint, train
+from raybilevel.methods.default import Default
 from raybilevel.problems.synthetic import ManyMinimisers
 from raybilevel.snapshot import prepare_resume
 from raybilevel.storage import local_filesystem
@@ -273,6 +275,39 @@ def test_a_run_whose_steps_all_fail_is_stopped_and_its_trainings_stay_good(tmp_p
     assert 3 <= len(search.state.done) < 10
     assert not any(t.status == "failed" for t in search.state.trainings)
     assert not list(tmp_path.glob("run/*/error.txt"))
+
+
+class BrokenSteps(Default):
+    def run(self, *arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("not here")
+
+
+def test_the_last_of_too_many_failed_steps_is_no_fault_of_the_trial_that_ends_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tune would take an exception at a trial's end for one of the trial's, and go on."""
+    monkeypatch.setattr(pace, "PROCESS_START", 0.0)  # so that `suggest` waits for no step
+    space: dict[str, Any] = {"space": SPACE, "metric": "upper_loss", "mode": "min"}
+    search = BilevelSearch(Parabola(), method=BrokenSteps(), max_concurrent=2, **space)
+    found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
+
+    def end(trial: str) -> None:
+        ray.wait(list(search._tasks.values()) or [ray.put(None)], timeout=60)
+        search.on_trial_complete(trial, {**found, "lower_level_finished": True})
+
+    assert search.suggest("a") and search.suggest("b")
+    end("a")
+    assert search.suggest("c")
+    end("b")  # begins a step, whose failure is heard at the end of c
+    for trial, following in ("cd", "de", "ef"):
+        assert search.steps_under_way == 1
+        end(trial)
+        assert search.state.failed_steps_in_a_row == "cde".index(trial) + 1
+        if trial != "e":
+            assert search.suggest(following) and search.suggest("waits") is None
+    assert [t.status for t in search.state.trainings] == ["done"] * 5
+    with pytest.raises(RaybilevelError, match="3 upper-level steps in a row failed"):
+        search.suggest("f")
 
 
 def test_trainings_and_steps_share_the_only_gpu(tmp_path: Path) -> None:
