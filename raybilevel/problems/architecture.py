@@ -129,7 +129,7 @@ class Architecture(Classification):
         nodes: int = 3,
         channels: int = 8,
         grid: int = 2,
-        epochs: int = 40,
+        epochs: int = 100,
         search_epochs: int = 20,
         batch: int = 50,
         learning_rate: float = 0.05,
