@@ -274,6 +274,7 @@ def test_a_run_whose_steps_all_fail_is_stopped_and_its_trainings_stay_good(tmp_p
     assert "not here" in str(caught.value) + str(caught.value.__cause__)
     assert 3 <= len(search.state.done) < 10
     assert not any(t.status == "failed" for t in search.state.trainings)
+    assert not list(tmp_path.glob("run/*/error.txt"))
 
 
 class BrokenSteps(Default):
