@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,10 +166,11 @@ class Default:
             return None
 
         free = [t for t in done if t.proposal.region is None and t.index not in begun]
-        units, upper = torch.tensor([t.unit for t in done]), torch.tensor([t.upper for t in done])
+        units = np.array([t.unit for t in done])  # torch takes five times as long
+        upper = np.array([t.upper for t in done])
         for training in sorted(free, key=lambda t: t.upper):
-            near = (units - torch.tensor(training.unit)).abs().amax(1) <= self.region.initial
-            if not bool((near & (upper < training.upper)).any()):
+            near = np.abs(units - training.unit).max(1) <= self.region.initial
+            if not (near & (upper < training.upper)).any():
                 return training.index
         return None
 
