@@ -115,7 +115,7 @@ class Architecture(Classification):
 
     source: "digits" (8 x 8), or from the data folder "mnist" (averaged to 14 x 14) or "cifar10" (16 x 16).
     nodes, channels: of each of the two cells, which have the same architecture. grid: the last layer sees the means of
-        grid x grid parts of the image.
+        grid x grid parts of the image; of all of it, as in DARTS, by default.
     epochs: of a training of one architecture; search_epochs: of the mixed network before the first step.
     """
 
@@ -128,7 +128,7 @@ class Architecture(Classification):
         test: int = 1000,
         nodes: int = 3,
         channels: int = 8,
-        grid: int = 2,
+        grid: int = 1,
         epochs: int = 100,
         search_epochs: int = 20,
         batch: int = 50,
