@@ -531,7 +531,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             newest, blocks = self._sent.parts(step.state)
             self._pace.step_begun(step.number)
             self._tasks[step.number] = upper_level_step.options(**self._resources).remote(
-                self._share(), replace(step, state=newest), paths, optimizer.memory, self._step_time_limit, *blocks
+                replace(step, state=newest), paths, optimizer.memory, self._step_time_limit, [self._share(), *blocks]
             )
 
     def _share(self) -> ray.ObjectRef:
@@ -552,6 +552,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
         With no live trial Tune sleeps a second after a None, so then some wait costs nothing.
         """
+        if not self._tasks:
+            return
         if self._ready().queue:
             self._collect()
             return
@@ -641,14 +643,16 @@ def warm_up(shared: Any) -> None:
 
 @ray.remote(max_retries=3)  # type: ignore[untyped-decorator]
 def upper_level_step(
-    shared: tuple[Shared[BilevelProblem], Space, dict[str, Any], Method, pyarrow.fs.FileSystem | None],
-    step: UpperStep,
-    paths: Mapping[int, str],
-    memory: bytes | None,
-    limit: float | None,
-    *blocks: SearchState,
+    step: UpperStep, paths: Mapping[int, str], memory: bytes | None, limit: float | None, stored: list[ray.ObjectRef]
 ) -> UpperResult:
-    """An upper-level step as a Ray task; its state is what it holds and, before that, the blocks."""
+    """An upper-level step as a Ray task.
+
+    stored: what all steps share, and the blocks of the state before what the step holds. References in a list cost the
+        driver less than arguments that Ray looks up itself.
+    """
+    shared: tuple[Shared[BilevelProblem], Space, dict[str, Any], Method, pyarrow.fs.FileSystem | None]
+    blocks: list[SearchState]
+    shared, *blocks = ray.get(stored)
     problem, space, constants, method, filesystem = shared
     step = replace(step, state=joined(step.state, blocks))
     with time_limit(limit):
