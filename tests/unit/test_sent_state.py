@@ -52,15 +52,14 @@ def test_a_task_has_the_state_that_was_sent(slots: int, store: Store):
 
 
 @pytest.mark.parametrize("slots", [1, 100])
-def test_a_record_is_put_a_few_times_only(slots: int, store: Store):
+def test_few_blocks_are_put(slots: int, store: Store):
     sent = SentState(store.put)
     large, small = BLOCKS
     for state in search(slots, 2000):
         newest, blocks = sent.parts(state)
         assert len(blocks) <= 2
         assert len(newest.trainings) < slots + 2 * small and len(newest.steps) < 2 * small
-    # Of each kind, and of the other again where one of the two moves on: large blocks at 512, 1,024 and 1,536; a small
-    # one 2,000 / 32 times.
+    # Large blocks at 512, 1,024 and 1,536, small ones 2,000 / 32 times; of two kinds of records, whichever moves on.
     assert store.records < 2 * 2 * (512 + 1024 + 1536 + 2000 / small * large)
 
 
