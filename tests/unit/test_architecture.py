@@ -49,6 +49,13 @@ def test_a_cell_by_hand() -> None:
     assert edges(3) == [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
 
 
+@pytest.mark.parametrize(("options", "parts"), [({}, 1), ({"grid": 2}, 4)])
+def test_the_last_layer_sees_means_of_parts_of_the_image(options: dict[str, Any], parts: int) -> None:
+    model = Architecture(channels=3, **options).model()
+    assert model.get_submodule("last").in_features == 3 * parts
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
 def test_operations_keep_the_shape_and_all_but_skip_the_size() -> None:
     x = 5 * torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
     for name, make in OPERATIONS.items():

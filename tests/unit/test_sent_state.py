@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import pickle
 
 import pytest
@@ -46,7 +45,7 @@ def search(slots: int, trainings: int):
 @pytest.mark.parametrize("slots", [1, 3, 100])
 def test_a_task_has_the_state_that_was_sent(slots: int, store: Store):
     sent = SentState(store.put)
-    for state in itertools.islice(search(slots, 700), None, None, 4):  # both blocks are there in the end
+    for state in search(slots, 700):  # both blocks are there in the end
         assert repr(received(sent, state)) == repr(state)
     assert len(sent.parts(state)[1]) == 2
 
@@ -59,8 +58,9 @@ def test_few_blocks_are_put(slots: int, store: Store):
         newest, blocks = sent.parts(state)
         assert len(blocks) <= 2
         assert len(newest.trainings) < slots + 2 * small and len(newest.steps) < 2 * small
-    # Large blocks at 512, 1,024 and 1,536, small ones 2,000 / 32 times; of two kinds of records, whichever moves on.
-    assert store.records < 2 * 2 * (512 + 1024 + 1536 + 2000 / small * large)
+    # Large blocks at 512, 1,024 and 1,536; small ones, of half a large one on average, 2,000 / 32 times; of two kinds
+    # of records, whichever moves on.
+    assert store.records < 2 * 2 * (512 + 1024 + 1536 + 2000 / small * large / 2)
 
 
 def test_a_late_change_is_sent(store: Store):
@@ -71,7 +71,7 @@ def test_a_late_change_is_sent(store: Store):
     put = store.records
     changed = state.change(7, upper=-3.0)
     assert received(sent, changed).trainings[7].upper == -3.0
-    assert put < store.records <= put + 2 * BLOCKS[0]
+    assert store.records == put + 2 * 256
 
 
 def test_a_training_that_never_ends_does_not_hold_up_the_blocks(store: Store):
