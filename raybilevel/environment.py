@@ -1,12 +1,10 @@
-"""Settings that Ray and Ray Tune read from the environment."""
+"""Settings that Ray Tune reads from the environment."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-
-import ray
 
 
 @contextmanager
@@ -31,10 +29,3 @@ def waiting_trials(slots: int) -> AbstractContextManager[None]:
     """
     name = "TUNE_MAX_PENDING_TRIALS_PG"
     return nullcontext() if name in os.environ else environment(name, str(slots))
-
-
-def keep_idle_processes() -> None:
-    """For a Ray that this process starts later: it would end what has been idle for a second, so that most upper-level
-    steps began with a new process and its imports. A Ray that is there already is not changed."""
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")

@@ -20,7 +20,7 @@ from rich.console import Console
 from raybilevel.config import BundlesConfig, ExperimentConfig, entries, read_config, resolved
 from raybilevel.config import Domain as ConfigDomain
 from raybilevel.descent_trainable import HYPERPARAMETERS, hypergradient_trainable
-from raybilevel.environment import keep_idle_processes, waiting_trials
+from raybilevel.environment import waiting_trials
 from raybilevel.errors import ConfigError, RaybilevelError, StorageError
 from raybilevel.hypergradient.variables import check_shards, check_upper_variables
 from raybilevel.levels import check_problem
@@ -334,7 +334,6 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # on Ctrl-C it gives advice for a script, not for a command
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
-        keep_idle_processes()
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     else:
         try:

@@ -1,4 +1,4 @@
-"""The Ray Tune searcher: trials are lower-level trainings, upper-level steps are Ray tasks."""
+"""The Ray Tune searcher: trials are lower-level trainings, upper-level steps run on Ray as well."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,21 @@ from ray.tune.utils.util import flatten_dict
 
 from raybilevel import snapshot, state_file
 from raybilevel.domains import split_param_space
-from raybilevel.environment import keep_idle_processes
-from raybilevel.errors import CheckpointError, ConfigError, RaybilevelError, SpaceError, StateError
+from raybilevel.errors import ConfigError, RaybilevelError, SpaceError, StateError
 from raybilevel.hypergradient.variables import check_upper_variables
 from raybilevel.levels import check_problem
-from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint
 from raybilevel.methods import make_method
-from raybilevel.methods.base import Method, UpperResult, UpperStep
+from raybilevel.methods.base import Method, UpperResult
 from raybilevel.methods.default import Default
 from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent, start_points
 from raybilevel.optimizer import BilevelOptimizer, Observation
 from raybilevel.pace import Pace
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import SearchState, Training
-from raybilevel.sent_state import SentState, joined
+from raybilevel.sent_state import SentState
 from raybilevel.shared import Shared
 from raybilevel.space import STARTS, Space, flatten, nest
-from raybilevel.time_limit import time_limit
+from raybilevel.step_dispatch import NOTHING, SharedBySteps, StepCall, StepDispatch
 from raybilevel.trainable import FINISHED, GRADIENT, PASSES, checkpoint_path
 
 logger = logging.getLogger(__name__)
@@ -107,7 +104,6 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         if step_time_limit is not None and not step_time_limit > 0:
             raise ConfigError(f"step_time_limit must be positive, got {step_time_limit}")
         super().__init__(metric=metric, mode=mode)
-        keep_idle_processes()
         self._metric: str | None = metric
         self._mode: str | None = mode
         self.problem = problem
@@ -132,7 +128,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
     def _begin_session(self) -> None:
         """What belongs to one run on one Ray."""
-        self._tasks: dict[int, ray.ObjectRef] = {}
+        self._steps = StepDispatch()
         self._shared: ray.ObjectRef | None = None
         self._sent = SentState(ray.put)
         self._pace = Pace()
@@ -187,13 +183,13 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             raise self._fatal
         config = self._ask(trial_id)
         if config is not None:
-            self._warm_up()
+            self._prepare_steps()
             return config
-        before = len(self._tasks)
+        before = len(self._steps)
         self._launch()
         if optimizer.exhausted:
             return str(Searcher.FINISHED)
-        if len(self._tasks) == before:
+        if len(self._steps) == before:
             return None
         self._hear()
         return self._ask(trial_id)
@@ -324,26 +320,19 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
     @property
     def steps_under_way(self) -> int:
-        return len(self._tasks)
+        return len(self._steps)
 
     def cancel_steps(self, timeout: float = 0.0) -> None:
         """Cancel upper-level steps under way; they are planned again if the search goes on.
 
         For the end of a run, so that no step reads a storage that may be gone, or holds a GPU. The search does it by
         itself after the last of Tune's `num_samples` trials, a number that it does not know after a restore. Their
-        processes end with them: an exception raised wherever a step happens to be, in the middle of an import for
-        instance, would leave a broken process for the next task.
+        processes end with them.
 
         timeout: seconds to wait for their ends.
         """
-        tasks, self._tasks = list(self._tasks.values()), {}
         self._pace.steps_cancelled()
-        for task in tasks:
-            ray.cancel(task, force=True)
-        if tasks and timeout:
-            for task in ray.wait(tasks, num_returns=len(tasks), timeout=timeout)[0]:
-                with suppress(ray.exceptions.RayError):
-                    ray.get(task)
+        self._steps.cancel(timeout)
         if self._optimizer is not None:
             self._optimizer.running.clear()
 
@@ -530,29 +519,30 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             paths = {index: self._checkpoints[index] for index in step.targets}
             newest, blocks = self._sent.parts(step.state)
             self._pace.step_begun(step.number)
-            self._tasks[step.number] = upper_level_step.options(**self._resources).remote(
-                replace(step, state=newest), paths, optimizer.memory, self._step_time_limit, [self._share(), *blocks]
-            )
+            call = StepCall(replace(step, state=newest), paths, optimizer.memory, self._step_time_limit)
+            self._steps.begin(self._resources, call, self._share(), blocks)
 
     def _share(self) -> ray.ObjectRef:
         """What all steps need, in the object store."""
         if self._shared is None:
-            space = self._ready().space
-            self._shared = ray.put((Shared(self.problem), space, self._constants, self.method, self._filesystem))
+            shared = SharedBySteps(
+                Shared(self.problem), self._ready().space, self._constants, self.method, self._filesystem
+            )
+            self._shared = ray.put(shared)
         return self._shared
 
-    def _warm_up(self) -> None:
+    def _prepare_steps(self) -> None:
         """Start a process for the first step beside the first trainings, where it takes no resources from them."""
         steps = not isinstance(self.method, HypergradientDescent)
-        if self._shared is None and steps and ray.is_initialized() and self._resources == {"num_cpus": 0}:
-            warm_up.remote(self._share())
+        if self._shared is None and steps and ray.is_initialized() and self._resources == NOTHING:
+            self._steps.prepare(self._share())
 
     def _hear(self) -> None:
         """Hear of finished steps, and wait for one that is worth it where there is no next training.
 
         With no live trial Tune sleeps a second after a None, so then some wait costs nothing.
         """
-        if not self._tasks:
+        if not self._steps:
             return
         if self._ready().queue:
             self._collect()
@@ -561,31 +551,24 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         until = time.monotonic() + max(self._pace.patience(self._ready().slots), 0.9 if idle else 0.0)
         while True:  # not in one go, so that Ctrl-C is heard
             self._collect(timeout=min(0.5, max(0.0, until - time.monotonic())))
-            if not self._tasks or self._ready().queue or time.monotonic() >= until:
+            if not self._steps or self._ready().queue or time.monotonic() >= until:
                 break
         if idle:
             self._warn_of_starvation()
 
     def _collect(self, timeout: float = 0.0) -> None:
         """Hear of finished upper-level steps."""
-        if not self._tasks:
-            return
-        ready, _ = ray.wait(list(self._tasks.values()), num_returns=1 if timeout else len(self._tasks), timeout=timeout)
-        for number in [number for number, task in self._tasks.items() if task in ready]:
-            result: UpperResult | None = None
-            failure: Exception | None = None
+        for number, found in self._steps.ended(timeout):
             self._pace.step_ended(number)
-            try:
-                result = ray.get(self._tasks.pop(number))
-            except ray.exceptions.RayError as error:
-                logger.error("upper-level step %d failed; a space-filling point takes its place: %s", number, error)
-                failure = error
+            result = found if isinstance(found, UpperResult) else None
+            if result is None:
+                logger.error("upper-level step %d failed; a space-filling point takes its place: %s", number, found)
             self._ready().tell_step(number, result)
             if self.state.failed_steps_in_a_row >= FAILED_STEPS_IN_A_ROW:
                 # Raised where a trial is asked for: at a trial's end Tune takes it for a fault of that trial.
                 self._fatal = RaybilevelError(
                     f"{FAILED_STEPS_IN_A_ROW} upper-level steps in a row failed; the search would be a random one. "
-                    f"The last error: {failure}"
+                    f"The last error: {found}"
                 )
 
     def _follow_cluster(self) -> None:
@@ -595,12 +578,12 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             self._ready().slots = default_slots()
 
     def _warn_of_starvation(self) -> None:
-        if self._tasks and time.monotonic() - self._idle_since > SECONDS_OF_SILENCE:
+        if self._steps and time.monotonic() - self._idle_since > SECONDS_OF_SILENCE:
             self._idle_since = time.monotonic()
             logger.warning(
                 "nothing but %d upper-level steps (%s) has been under way for %.0f s; if they wait for resources that "
                 "the last trial's process still holds, leave them a share, e.g. trainings {'gpu': 0.8} and "
-                "upper_resources={'gpu': 0.2} where there is one GPU", len(self._tasks), self._resources,
+                "upper_resources={'gpu': 0.2} where there is one GPU", len(self._steps), self._resources,
                 SECONDS_OF_SILENCE,
             )  # fmt: skip
 
@@ -634,47 +617,6 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin_session()
-
-
-@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
-def warm_up(shared: Any) -> None:
-    """A process that has unpickled what steps share has imported what they need."""
-
-
-@ray.remote(max_retries=3)  # type: ignore[untyped-decorator]
-def upper_level_step(
-    step: UpperStep, paths: Mapping[int, str], memory: bytes | None, limit: float | None, stored: list[ray.ObjectRef]
-) -> UpperResult:
-    """An upper-level step as a Ray task.
-
-    stored: what all steps share, and the blocks of the state before what the step holds. References in a list cost the
-        driver less than arguments that Ray looks up itself.
-    """
-    shared: tuple[Shared[BilevelProblem], Space, dict[str, Any], Method, pyarrow.fs.FileSystem | None]
-    blocks: list[SearchState]
-    shared, *blocks = ray.get(stored)
-    problem, space, constants, method, filesystem = shared
-    step = replace(step, state=joined(step.state, blocks))
-    with time_limit(limit):
-        return method.run(
-            problem.value, space, constants, step, lambda index: read_checkpoint(paths[index], filesystem), memory
-        )
-
-
-def read_checkpoint(path: str, filesystem: pyarrow.fs.FileSystem | None = None) -> dict[str, Any]:
-    """A lower-level checkpoint from the experiment's storage.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        source = filesystem or pyarrow.fs.LocalFileSystem()
-        with source.open_input_file(f"{path}/{CHECKPOINT_FILE}") as file:
-            return load_checkpoint(file.read())
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read the checkpoint {path} ({error}); every node must see the experiment's storage"
-        ) from error
 
 
 def default_slots() -> int:

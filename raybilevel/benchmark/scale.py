@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import math
+import pickle
 import random
 import resource
 import statistics
@@ -43,6 +44,7 @@ from raybilevel.problem import Hyperparameters, Level
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 from raybilevel.sent_state import SentState
 from raybilevel.space import Space
+from raybilevel.step_dispatch import StepCall
 
 DIMENSION = 20
 
@@ -150,7 +152,7 @@ def drive(observations: int, watch: Callable[[str, float], None] | None = None, 
         step = optimizer.plan() if config is None else None
         if step is not None:
             newest, _ = sent.parts(step.state)
-            cloudpickle.dumps(replace(step, state=newest))
+            pickle.dumps(StepCall(replace(step, state=newest), {}, None, None), pickle.HIGHEST_PROTOCOL)
         return config, step
 
     while len(optimizer.state.told) < observations:

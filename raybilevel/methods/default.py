@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -164,14 +166,13 @@ class Default:
         done = state.done
         if left and done[-1].proposal.region is not None:
             return None
-
-        free = [t for t in done if t.proposal.region is None and t.index not in begun]
-        units = np.array([t.unit for t in done])  # torch takes five times as long
-        upper = np.array([t.upper for t in done])
-        for training in sorted(free, key=lambda t: t.upper):
-            near = np.abs(units - training.unit).max(1) <= self.region.initial
-            if not (near & (upper < training.upper)).any():
-                return training.index
+        ranked = sorted(done, key=lambda t: t.upper)
+        units = np.fromiter(itertools.chain.from_iterable(t.unit for t in ranked), float).reshape(len(ranked), -1)
+        for training, unit in zip(ranked, units, strict=True):
+            if training.proposal.region is None and training.index not in begun:
+                better = units[: bisect.bisect_left(state.sorted_upper, training.upper)]
+                if not (np.abs(better - unit).max(1) <= self.region.initial).any():
+                    return training.index
         return None
 
     @staticmethod

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ from ray.cluster_utils import Cluster
 
 from raybilevel import BilevelSearch, lower_level_trainable
 from raybilevel.errors import StorageError
+from raybilevel.methods.base import UpperResult, UpperStep
+from raybilevel.methods.default import Default
+from raybilevel.search_state import SearchState, StepRecord
+from raybilevel.shared import Shared
+from raybilevel.space import STARTS
+from raybilevel.step_dispatch import NOTHING, SharedBySteps, StepCall, StepDispatch
 from raybilevel.storage_access import Storage, check_access, locate
 from tests.cluster.faulty_problems import Slow
 from tests.cluster.runs import fit
@@ -81,6 +88,53 @@ def test_a_node_lost_in_trainings_and_in_a_step_costs_no_observation(cluster: Cl
     passes = len(list(tmp_path.glob("pass *")))
     again = passes - 9 * problem.epochs
     assert 0 <= again <= 2 * len(failures.trials)  # at most the epoch under way and the one not yet reported
+
+
+@dataclass(frozen=True)
+class Waits(Default):
+    """A step says on which node it is and waits for the file "go"."""
+
+    folder: str = ""
+
+    def run(self, problem: Any, space: Any, constants: Any, step: UpperStep, load: Any, memory: Any = None) -> Any:
+        node = ray.get_runtime_context().get_node_id()
+        Path(self.folder, f"step {step.number} on {node}").touch()
+        while not Path(self.folder, "go").exists():
+            time.sleep(0.05)
+        return UpperResult(StepRecord(step.number, 0, 0.0), None, memory=node.encode())
+
+
+def test_steps_go_on_elsewhere_when_the_node_of_their_processes_is_lost(cluster: Cluster, tmp_path: Path) -> None:
+    """Steps that ask for no resources have processes of their own, on any node."""
+    nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1) for _ in range(3))}
+    ray.init(address=cluster.address, log_to_driver=False)
+    dispatch, count = StepDispatch(), 6
+    shared = ray.put(SharedBySteps(Shared(Slow(str(tmp_path))), STARTS, {}, Waits(folder=str(tmp_path)), None))
+
+    def begun(without: str = "") -> dict[int, str]:
+        """The nodes that steps have begun on, by their numbers."""
+        words = [path.name.split() for path in tmp_path.glob("step *")]
+        return {int(number): node for _, number, _, node in words if node != without}
+
+    for number in range(count):
+        dispatch.begin(NOTHING, StepCall(UpperStep(number, "fill", 0, SearchState(), 0), {}, None, None), shared, [])
+    deadline = time.monotonic() + 240
+    while len(begun()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    lost = next(node for node in begun().values() if node in nodes)  # all six on the head: once in 4^6 times
+    cluster.remove_node(nodes[lost], allow_graceful=False)
+    while len(begun(without=lost)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    found: dict[int, Any] = {}
+    while len(found) < count:
+        assert time.monotonic() < deadline
+        found.update(dispatch.ended(timeout=5))
+    assert all(isinstance(one, UpperResult) for one in found.values()), found
+    assert lost not in {one.memory.decode() for one in found.values()}
+    dispatch.cancel()
 
 
 class AddsNode(tune.Callback):

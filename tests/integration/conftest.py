@@ -16,8 +16,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-# Imports of new processes would be most of the time.
-os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 
 import ray
 

@@ -138,27 +138,6 @@ def test_check_says_what_a_config_would_do(
     assert "all right" in capsys.readouterr().out
 
 
-def test_processes_that_have_imported_torch_are_kept_for_the_next_step() -> None:
-    program = (
-        "import os, time, ray\n"
-        "from raybilevel.experiment import cluster\n"
-        "@ray.remote(num_cpus=0)\n"
-        "def where():\n"
-        "    time.sleep(3)\n"
-        "    return os.getpid()\n"
-        "with cluster(None, 1):\n"
-        "    idle = set(ray.get([where.remote() for _ in range(3)]))\n"
-        "    time.sleep(8)\n"
-        "    [os.kill(process, 0) for process in idle]\n"  # raises where it has ended
-        "    print(len(idle))\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if "idle_worker" not in name}
-    environment["RAY_AUTH_MODE"] = "disabled"
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, cwd=ROOT,
-                          env=environment, check=True)  # fmt: skip
-    assert int(said.stdout.splitlines()[-1]) > 1  # more than there are CPUs
-
-
 def test_problems_lists_what_ships() -> None:
     done = raybilevel("problems")
     assert done.returncode == 0

@@ -292,7 +292,7 @@ def test_the_last_of_too_many_failed_steps_is_no_fault_of_the_trial_that_ends_th
     found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
 
     def end(trial: str) -> None:
-        ray.wait(list(search._tasks.values()) or [ray.put(None)], timeout=60)
+        ray.wait(search._steps.results or [ray.put(None)], timeout=60)
         search.on_trial_complete(trial, {**found, "lower_level_finished": True})
 
     assert search.suggest("a") and search.suggest("b")

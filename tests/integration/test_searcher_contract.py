@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -34,16 +33,6 @@ def result(upper: float = 1.0, finished: bool = True, **others: Any) -> dict[str
         "lower_level_finished": finished, "trial_path": "/storage/trial", "checkpoint_dir_name": "checkpoint_000001",
         **others,
     }  # fmt: skip
-
-
-def test_a_ray_that_starts_later_keeps_idle_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "RAY_idle_worker_killing_time_threshold_ms"
-    monkeypatch.setenv(name, "5")
-    BilevelSearch(Parabola())
-    assert os.environ[name] == "5"  # what the user has set stays
-    monkeypatch.delenv(name)
-    BilevelSearch(Parabola())
-    assert int(os.environ.pop(name)) >= 60_000
 
 
 def test_the_space_is_set_once_and_not_changed() -> None:

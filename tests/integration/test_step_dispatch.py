@@ -1,0 +1,196 @@
+"""Upper-level steps in real processes of their own: kept, lost, hanging, cancelled."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from raybilevel import step_dispatch
+from raybilevel.methods.base import UpperResult, UpperStep
+from raybilevel.methods.default import Default
+from raybilevel.search_state import Proposal, SearchState, StepRecord
+from raybilevel.sent_state import BLOCKS, SentState
+from raybilevel.shared import Shared
+from raybilevel.space import STARTS
+from raybilevel.step_dispatch import NOTHING, TRIES_MORE, SharedBySteps, StepCall, StepDispatch
+from tests.cluster.faulty_problems import enter
+from tests.tiny_problems import Parabola
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@dataclass(frozen=True)
+class Deeds(Default):
+    """A step does what the hyperparameter constant of its number says, in its first so many tries; then it reports
+    where it ran, and the state that it was sent."""
+
+    folder: str = ""
+
+    def run(self, problem: Any, space: Any, constants: Any, step: UpperStep, load: Any, memory: Any = None) -> Any:
+        tried = enter(self.folder, f"try of {step.number}")
+        deed, times = constants.get(step.number, ("", 0))
+        if tried < times:
+            match deed:
+                case "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "hangs":
+                    time.sleep(600)
+                case "raises":
+                    raise RuntimeError("on purpose")
+        while deed == "waits" and not Path(self.folder, "go").exists():
+            time.sleep(0.05)
+        return UpperResult(
+            StepRecord(step.number, 0, float(os.getpid())), None, memory=pickle.dumps((step.state, problem))
+        )
+
+
+class Steps:
+    """Steps of one dispatch, with `Deeds`."""
+
+    def __init__(self, folder: Path, deeds: dict[Any, tuple[str, int]]) -> None:
+        self.folder = folder
+        self.dispatch, self.sent = StepDispatch(), SentState(ray.put)
+        method = Deeds(folder=str(folder))
+        self.shared = ray.put(SharedBySteps(Shared(Parabola()), STARTS, deeds, method, None))
+
+    def begin(
+        self, number: int, state: SearchState | None = None, limit: float | None = None, options: Any = NOTHING
+    ) -> None:
+        newest, blocks = self.sent.parts(state or SearchState())
+        self.dispatch.begin(
+            options, StepCall(UpperStep(number, "fill", 0, newest, 0), {}, None, limit), self.shared, blocks
+        )
+
+    def end(self, count: int = 1) -> dict[int, UpperResult | ray.exceptions.RayError]:
+        """What the next so many steps came to."""
+        found: dict[int, UpperResult | ray.exceptions.RayError] = {}
+        deadline = time.monotonic() + 240
+        while len(found) < count:
+            assert time.monotonic() < deadline
+            found.update(self.dispatch.ended(timeout=5))
+        return found
+
+    def process(self, number: int, **options: Any) -> int:
+        """Of one step from its begin to its end."""
+        self.begin(number, **options)
+        return where(self.end()[number])
+
+    def tries(self, number: int) -> int:
+        return len(list(self.folder.glob(f"try of {number} *")))
+
+
+def where(found: UpperResult | ray.exceptions.RayError) -> int:
+    assert isinstance(found, UpperResult), found
+    return int(found.record.passes)
+
+
+def lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def ends(process: int) -> bool:
+    deadline = time.monotonic() + 60
+    while lives(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not lives(process)
+
+
+@pytest.fixture
+def steps(tmp_path: Path) -> Iterator[Steps]:
+    deeds = {2: ("raises", 9), 4: ("dies", 1), 6: ("dies", 9), 8: ("hangs", 1), 11: ("waits", 0), 12: ("waits", 0)}
+    steps = Steps(tmp_path, deeds)
+    yield steps
+    steps.dispatch.cancel()
+
+
+def test_one_step_after_the_other_runs_in_one_process(steps: Steps) -> None:
+    process = steps.process(1)
+    steps.begin(2)
+    failure = steps.end()[2]
+    assert isinstance(failure, ray.exceptions.RayTaskError) and "on purpose" in str(failure)
+    assert steps.tries(2) == 1
+    assert steps.process(3) == process != os.getpid()
+    time.sleep(3)  # Ray ends the processes of tasks that are idle for a second
+    assert steps.process(5) == process
+    assert len(steps.dispatch) == 0
+
+
+def test_a_step_whose_process_dies_is_tried_again_in_another(steps: Steps) -> None:
+    process = steps.process(1)
+    after = steps.process(4)
+    assert after != process and steps.tries(4) == 2
+    steps.begin(6)
+    failure = steps.end()[6]
+    assert isinstance(failure, ray.exceptions.RayError) and not isinstance(failure, ray.exceptions.RayTaskError)
+    assert steps.tries(6) == 1 + TRIES_MORE
+    assert steps.process(7) not in (process, after)  # and the next one runs as if nothing had been
+
+
+def test_a_step_that_hangs_is_ended_at_its_limit_and_tried_again(steps: Steps) -> None:
+    process = steps.process(1, limit=60.0)
+    assert steps.process(8, limit=1.0) != process
+    assert steps.tries(8) == 2
+
+
+def test_steps_at_once_have_a_process_each_of_which_some_stay(
+    steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_dispatch, "MOST_IDLE", 1)
+    steps.begin(11)
+    steps.begin(12)
+    assert not dict(steps.dispatch.ended())
+    assert len(steps.dispatch) == 2
+    (tmp_path / "go").touch()
+    kept, ended = (where(found) for found in steps.end(2).values())
+    assert ends(ended)
+    assert steps.process(13) == kept
+
+
+def test_cancelled_steps_and_idle_processes_end(steps: Steps) -> None:
+    steps.begin(11)
+    first = steps.process(1)
+    steps.begin(12, options={"num_cpus": 0.5})
+    while not (steps.tries(11) and steps.tries(12)):
+        time.sleep(0.05)
+    results = steps.dispatch.results
+    steps.dispatch.cancel(timeout=60)
+    assert ends(first)
+    assert len(steps.dispatch) == 0 and not dict(steps.dispatch.ended())
+    for result in results:
+        with pytest.raises(ray.exceptions.RayError):
+            ray.get(result, timeout=60)
+    assert steps.process(14) != first
+
+
+@pytest.mark.parametrize("options", [NOTHING, {"num_cpus": 1}], ids=["process", "task"])
+def test_every_step_has_the_whole_state_and_the_problem(steps: Steps, options: Any) -> None:
+    """Also in a process that takes another's place and knows nothing of the blocks that were sent before."""
+    state, process = SearchState(), 0
+    for number in (20, 21, 22):
+        for _ in range(BLOCKS[-1] + 5):
+            state = state.add(Proposal((0.5,), "fill"))
+            index = len(state.trainings) - 1
+            state = state.change(index, status="done", value=1.0, upper=float(number), finished=index)
+        state = state.after(StepRecord(number, 0, 1.0))
+        if number == 22 and options == NOTHING:
+            os.kill(process, signal.SIGKILL)
+        steps.begin(number, state, options=options)
+        found = steps.end()[number]
+        process = where(found)
+        assert isinstance(found, UpperResult) and found.memory is not None
+        received, problem = pickle.loads(found.memory)
+        assert received.trainings == state.trainings and received.steps == state.steps
+        assert isinstance(problem, Parabola)
