@@ -188,6 +188,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         before = len(self._steps)
         self._launch()
         if optimizer.exhausted:
+            self.cancel_steps()
             return str(Searcher.FINISHED)
         if len(self._steps) == before:
             return None

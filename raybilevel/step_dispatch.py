@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +19,7 @@ from ray.actor import ActorHandle
 from raybilevel.errors import CheckpointError
 from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint
 from raybilevel.methods.base import Method, UpperResult, UpperStep
+from raybilevel.pace import NEWEST, PROCESS_START
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import SearchState
 from raybilevel.sent_state import joined
@@ -27,6 +31,19 @@ NOTHING: Mapping[str, Any] = {"num_cpus": 0}
 """Options of a step that asks for no resources."""
 TRIES_MORE = 3
 MOST_IDLE = 16
+FIRST_GUESS = 0.5
+"""Seconds that a step may take, before any has ended."""
+
+
+@dataclass(frozen=True)
+class SharedBySteps:
+    """What all steps of a search need, in the object store."""
+
+    problem: Shared[BilevelProblem]
+    space: Space
+    constants: dict[str, Any]
+    method: Method
+    filesystem: pyarrow.fs.FileSystem | None
 
 
 @dataclass(frozen=True)
@@ -57,35 +74,30 @@ class StepCall:
             )
 
 
-@dataclass(frozen=True)
-class SharedBySteps:
-    """What all steps of a search need, in the object store."""
-
-    problem: Shared[BilevelProblem]
-    space: Space
-    constants: dict[str, Any]
-    method: Method
-    filesystem: pyarrow.fs.FileSystem | None
-
-
 class StepDispatch:
     """The upper-level steps under way.
 
     A step that asks for nothing runs in a process that is kept for the next one, an actor: a task would pay for a
     process's start and its imports again where Ray ends idle ones, as it does on nodes whose CPUs are in use, and costs
-    the driver half as much again. One that asks for resources is a task, which holds them only while it runs.
+    the driver half as much again. Where all are busy it waits for one, or another one is started if that is sooner. A
+    step that asks for resources is a task, which holds them only while it runs.
+
+    clock: seconds, from anywhere.
     """
 
-    def __init__(self) -> None:
-        self._running: dict[int, tuple[ray.ObjectRef, ActorHandle | None]] = {}
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._running: dict[int, Running] = {}
+        self._waiting: deque[SentStep] = deque()
         self._idle: list[ActorHandle] = []
+        self._seconds: deque[float] = deque(maxlen=NEWEST)
 
     def __len__(self) -> int:
-        return len(self._running)
+        return len(self._running) + len(self._waiting)
 
     @property
     def results(self) -> list[ray.ObjectRef]:
-        return [result for result, _ in self._running.values()]
+        return [step.result for step in self._running.values()]
 
     def prepare(self, shared: ray.ObjectRef) -> None:
         """Start a process for the first step that asks for nothing."""
@@ -97,37 +109,69 @@ class StepDispatch:
         self, options: Mapping[str, Any], call: StepCall, shared: ray.ObjectRef, blocks: Sequence[ray.ObjectRef]
     ) -> None:
         """options: of a Ray task. shared: a `SharedBySteps`."""
-        sent, stored = pickle.dumps(call, pickle.HIGHEST_PROTOCOL), [shared, *blocks]
-        process = None
+        step = SentStep(call.step.number, pickle.dumps(call, pickle.HIGHEST_PROTOCOL), [shared, *blocks])
         if options == NOTHING:
-            process = self._idle.pop() if self._idle else StepProcess.remote()  # type: ignore[attr-defined]
-            result = process.run.remote(sent, stored)
+            self._waiting.append(step)
+            self._assign()
         else:
-            result = upper_level_step.options(**options).remote(sent, stored)
-        self._running[call.step.number] = result, process
+            result = upper_level_step.options(**options).remote(step.call, step.stored)
+            self._running[step.number] = Running(step, result, None, self._clock())
 
-    def ended(self, timeout: float = 0.0) -> Iterator[tuple[int, UpperResult | ray.exceptions.RayError]]:
+    def ended(self, timeout: float = 0.0) -> list[tuple[int, UpperResult | ray.exceptions.RayError]]:
         """Steps that have ended, by their number, with what they found or how they failed.
 
         timeout: seconds to wait for one.
         """
+        self._assign()
         if not self._running:
-            return
+            return []
         ready, _ = ray.wait(self.results, num_returns=1 if timeout else len(self._running), timeout=timeout)
-        for number in [number for number, (result, _) in self._running.items() if result in ready]:
-            result, process = self._running.pop(number)
-            found: UpperResult | ray.exceptions.RayError
-            try:
-                found = pickle.loads(ray.get(result))
-            except ray.exceptions.RayError as error:
-                found = error
-            # What a step raises leaves its process as good as it was.
-            sound = isinstance(found, UpperResult | ray.exceptions.RayTaskError)
-            if process is not None and sound and len(self._idle) < MOST_IDLE:
-                self._idle.append(process)
-            else:
+        over = [step for step in self._running.values() if step.result in ready]
+        ended = [(step.sent.number, found) for step in over if (found := self._end(step)) is not None]
+        self._assign()
+        return ended
+
+    def _end(self, step: Running) -> UpperResult | ray.exceptions.RayError | None:
+        """What the step found or how it failed; None where its process was lost and it is to run in another."""
+        del self._running[step.sent.number]
+        found: UpperResult | ray.exceptions.RayError
+        try:
+            found, seconds = pickle.loads(ray.get(step.result))
+            self._seconds.append(seconds)
+        except ray.exceptions.RayTaskError as error:  # what a step raises does its process no harm
+            found = error
+        except ray.exceptions.RayError as error:
+            for process in (step.process, *self._idle):  # what ended it, its node's loss perhaps, may have ended those
                 end(process)
-            yield number, found
+            self._idle.clear()
+            if step.process is None or step.sent.tries > TRIES_MORE:
+                return error
+            self._waiting.appendleft(replace(step.sent, tries=step.sent.tries + 1))
+            return None
+        if step.process is not None and len(self._idle) < MOST_IDLE:
+            self._idle.append(step.process)
+        else:
+            end(step.process)
+        return found
+
+    def _assign(self) -> None:
+        """Steps that wait -> processes that are idle, and new ones where those would take longer."""
+        while self._waiting and (self._idle or self._is_sooner_in_another()):
+            process = self._idle.pop() if self._idle else StepProcess.remote()  # type: ignore[attr-defined]
+            step = self._waiting.popleft()
+            result = process.run.remote(step.call, step.stored)
+            self._running[step.number] = Running(step, result, process, self._clock())
+
+    def _is_sooner_in_another(self) -> bool:
+        """Whether the last of the waiting steps would end later than a new process takes to start."""
+        begun = [step.begun for step in self._running.values() if step.process is not None]
+        if not begun:
+            return True
+        if self._seconds:
+            step = statistics.median(self._seconds)
+        else:  # a step that has not ended by the time when it must have a process is a long one
+            step = max(FIRST_GUESS, self._clock() - min(begun) - 2 * PROCESS_START)
+        return (len(begun) + len(self._waiting)) * step / len(begun) > PROCESS_START
 
     def cancel(self, timeout: float = 0.0) -> None:
         """End the steps under way with their processes, and those that are idle: an exception raised wherever a step
@@ -137,27 +181,51 @@ class StepDispatch:
         """
         running, self._running = list(self._running.values()), {}
         idle, self._idle = self._idle, []
-        for result, process in running:
-            if process is None:
-                ray.cancel(result, force=True)
+        self._waiting.clear()
+        for step in running:
+            if step.process is None:
+                ray.cancel(step.result, force=True)
+        for process in (*(step.process for step in running), *idle):
             end(process)
-        for process in idle:
-            end(process)
-        results = [result for result, _ in running]
+        results = [step.result for step in running]
         if results and timeout:
             for result in ray.wait(results, num_returns=len(results), timeout=timeout)[0]:
                 with suppress(ray.exceptions.RayError):
                     ray.get(result)
 
 
+@dataclass(frozen=True)
+class SentStep:
+    """A pickled `StepCall` and what is stored for it; see `run_call`. `tries` counts its processes."""
+
+    number: int
+    call: bytes
+    stored: list[ray.ObjectRef]
+    tries: int = 1
+
+
+@dataclass(frozen=True)
+class Running:
+    """A step in a process of ours, or as a task; `begun` is when it was handed over."""
+
+    sent: SentStep
+    result: ray.ObjectRef
+    process: ActorHandle | None
+    begun: float
+
+
 def end(process: ActorHandle | None) -> None:
-    if process is not None:
+    if process is not None and ray.is_initialized():
         ray.kill(process)
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=TRIES_MORE)
+@ray.remote(num_cpus=0)
 class StepProcess:
-    """Runs one step after the other. If it dies, or its node does, another one takes its place and its step."""
+    """Runs one step after the other.
+
+    If it dies, or its node does, `StepDispatch` gives its step to another one: Ray (2.60) restarts an actor on another
+    node, but in one of four losses of a node its call was never sent to it again.
+    """
 
     def __init__(self) -> None:
         self._stored: dict[ray.ObjectRef, Any] = {}
@@ -166,26 +234,28 @@ class StepProcess:
         """Have what is stored at hand; to unpickle it imports what steps need."""
         self._stored = {one: self._stored[one] if one in self._stored else ray.get(one) for one in stored}
 
-    def run(self, sent: bytes, stored: list[ray.ObjectRef]) -> bytes:
+    def run(self, call: bytes, stored: list[ray.ObjectRef]) -> bytes:
         self.prepare(stored)
-        return run_call(sent, list(self._stored.values()))
+        return run_call(call, list(self._stored.values()))
 
 
 @ray.remote(max_retries=TRIES_MORE)  # type: ignore[untyped-decorator]
-def upper_level_step(sent: bytes, stored: list[ray.ObjectRef]) -> bytes:
-    return run_call(sent, ray.get(stored))
+def upper_level_step(call: bytes, stored: list[ray.ObjectRef]) -> bytes:
+    return run_call(call, ray.get(stored))
 
 
-def run_call(sent: bytes, stored: list[Any]) -> bytes:
-    """A pickled `StepCall` -> its pickled result. Bytes both ways: Ray's pickler in the driver would look at every
-    object in Python.
+def run_call(pickled: bytes, stored: list[Any]) -> bytes:
+    """A pickled `StepCall` -> its result and the seconds that it took, pickled. Bytes both ways: Ray's pickler in the
+    driver would look at every object in Python.
 
     stored: a `SharedBySteps`, and the blocks of the state. Their references come in a list, as that costs the driver
         less than arguments that Ray looks up itself.
     """
     shared, *blocks = stored
-    call: StepCall = pickle.loads(sent)
-    result: bytes = cloudpickle.dumps(call.run(shared, blocks))
+    call: StepCall = pickle.loads(pickled)
+    begun = time.monotonic()
+    found = call.run(shared, blocks)
+    result: bytes = cloudpickle.dumps((found, time.monotonic() - begun))
     return result
 
 

@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from ray import tune
 from ray.cluster_utils import Cluster
 
-from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel import BilevelSearch, lower_level_trainable, step_dispatch
 from raybilevel.errors import StorageError
 from raybilevel.methods.base import UpperResult, UpperStep
 from raybilevel.methods.default import Default
@@ -104,8 +104,11 @@ class Waits(Default):
         return UpperResult(StepRecord(step.number, 0, 0.0), None, memory=node.encode())
 
 
-def test_steps_go_on_elsewhere_when_the_node_of_their_processes_is_lost(cluster: Cluster, tmp_path: Path) -> None:
+def test_steps_go_on_elsewhere_when_the_node_of_their_processes_is_lost(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps that ask for no resources have processes of their own, on any node."""
+    monkeypatch.setattr(step_dispatch, "PROCESS_START", 0.0)  # none waits for another
     nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1) for _ in range(3))}
     ray.init(address=cluster.address, log_to_driver=False)
     dispatch, count = StepDispatch(), 6
@@ -126,7 +129,7 @@ def test_steps_go_on_elsewhere_when_the_node_of_their_processes_is_lost(cluster:
     cluster.remove_node(nodes[lost], allow_graceful=False)
     while len(begun(without=lost)) < count:
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        assert not dispatch.ended(timeout=0.2)
     (tmp_path / "go").touch()
     found: dict[int, Any] = {}
     while len(found) < count:

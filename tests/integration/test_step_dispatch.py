@@ -110,7 +110,13 @@ def ends(process: int) -> bool:
 
 @pytest.fixture
 def steps(tmp_path: Path) -> Iterator[Steps]:
-    deeds = {2: ("raises", 9), 4: ("dies", 1), 6: ("dies", 9), 8: ("hangs", 1), 11: ("waits", 0), 12: ("waits", 0)}
+    deeds = {
+        2: ("raises", 9),
+        4: ("dies", 1),
+        6: ("dies", 9),
+        8: ("hangs", 1),
+        **dict.fromkeys((11, 12, 13), ("waits", 0)),
+    }
     steps = Steps(tmp_path, deeds)
     yield steps
     steps.dispatch.cancel()
@@ -145,30 +151,70 @@ def test_a_step_that_hangs_is_ended_at_its_limit_and_tried_again(steps: Steps) -
     assert steps.tries(8) == 2
 
 
-def test_steps_at_once_have_a_process_each_of_which_some_stay(
-    steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(step_dispatch, "MOST_IDLE", 1)
+def test_steps_wait_for_a_process_where_that_is_sooner_than_another_one(steps: Steps) -> None:
+    process = steps.process(1)
+    for number in (3, 5, 7):
+        steps.begin(number)
+    assert len(steps.dispatch) == 3 and len(steps.dispatch.results) == 1
+    found = steps.end(3)
+    assert list(found) == [3, 5, 7]
+    assert {where(one) for one in found.values()} == {process}
+
+
+def test_a_step_that_would_wait_for_long_has_a_process_of_its_own(steps: Steps, tmp_path: Path) -> None:
+    """Of those that wait for a step whose length nobody knows yet, once it has taken as long as two processes' starts
+    and half of what the waiting may take."""
+    now = 0.0
+    steps.dispatch = StepDispatch(clock=lambda: now)
     steps.begin(11)
     steps.begin(12)
-    assert not dict(steps.dispatch.ended())
-    assert len(steps.dispatch) == 2
+    now = 9.9
+    assert not steps.dispatch.ended() and len(steps.dispatch.results) == 1
+    now = 10.1
+    assert not steps.dispatch.ended() and len(steps.dispatch.results) == 2
+    (tmp_path / "go").touch()
+    assert len({where(found) for found in steps.end(2).values()}) == 2
+
+
+def test_of_many_processes_some_stay(steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_dispatch, "MOST_IDLE", 1)
+    monkeypatch.setattr(step_dispatch, "PROCESS_START", 0.0)
+    steps.begin(11)
+    steps.begin(12)
+    assert not steps.dispatch.ended() and len(steps.dispatch.results) == 2
     (tmp_path / "go").touch()
     kept, ended = (where(found) for found in steps.end(2).values())
     assert ends(ended)
-    assert steps.process(13) == kept
+    assert steps.process(14) == kept
+
+
+def test_processes_that_were_lost_while_idle_cost_a_step_no_more_than_one_try(
+    steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(step_dispatch, "PROCESS_START", 0.0)
+        for number in (11, 12, 13):
+            steps.begin(number)
+    (tmp_path / "go").touch()
+    lost = {where(found) for found in steps.end(3).values()}
+    assert len(lost) == 3
+    for process in lost:
+        os.kill(process, signal.SIGKILL)
+    monkeypatch.setattr(step_dispatch, "TRIES_MORE", 1)
+    assert steps.process(14) not in lost
 
 
 def test_cancelled_steps_and_idle_processes_end(steps: Steps) -> None:
-    steps.begin(11)
     first = steps.process(1)
+    steps.begin(11)
     steps.begin(12, options={"num_cpus": 0.5})
+    steps.begin(3)  # waits
     while not (steps.tries(11) and steps.tries(12)):
         time.sleep(0.05)
     results = steps.dispatch.results
     steps.dispatch.cancel(timeout=60)
     assert ends(first)
-    assert len(steps.dispatch) == 0 and not dict(steps.dispatch.ended())
+    assert len(steps.dispatch) == 0 and not steps.dispatch.ended()
     for result in results:
         with pytest.raises(ray.exceptions.RayError):
             ray.get(result, timeout=60)
