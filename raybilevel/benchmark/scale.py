@@ -6,7 +6,7 @@ latency:  of `suggest` and `on_trial_complete` with 1,000 observations in 20 dim
 memory:   of the searcher at 10,000 observations.
 slots:    idle slots at up to 256 slots, in simulated time: the real search, trainings and steps that only take time.
 overhead: the driver's processor time per trial and the efficiency on a real local Ray, against random search there,
-          each twice; upper-level steps answer at once.
+          each twice; trainings only sleep, upper-level steps answer at once.
 sharing:  seconds a trial with a problem of 40 MB, against one of none.
 sharded:  several searches with a part of the space each against one, at the same number of slots, in simulated time.
 """
@@ -270,8 +270,31 @@ class AtOnce(Default):
         return Answers(space.dimension, step.number).step(step)
 
 
+def sleeping(seconds: float, dimension: int = DIMENSION) -> Callable[[dict[str, Any]], None]:
+    """A trainable that only sleeps, and reports made-up results; its process imports neither torch nor raybilevel."""
+    from ray import tune
+
+    made_up = Answers(dimension).training()
+
+    def train(config: dict[str, Any]) -> None:  # pickled by value, as it is no name of a module
+        began = time.time()
+        time.sleep(seconds)
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "lower_level.pt").touch()
+            checkpoint = tune.Checkpoint.from_directory(folder)
+            path = tune.get_context().get_storage().trial_fs_path
+            upper = sum((value - 0.3) ** 2 for value in config.values())
+            changed = {"upper_loss": upper, "trial_path": path, "began": began, "ended": time.time()}
+            tune.report({**made_up, **changed}, checkpoint=checkpoint)
+
+    return train
+
+
 def overhead(trials: int, counts: list[int], seconds: float) -> None:
-    print(f"{trials} trials that sleep {seconds} s, on a local Ray; efficiency is sleeping / (slots x time):")
+    print(
+        f"{trials} trials that sleep {seconds} s, on a local Ray; efficiency is sleeping / (slots x time), in all and "
+        "between: from the moment when every slot has had a trial until the last one begins"
+    )
     for count in counts:
         with cluster(None, cpus=count):
             used: dict[str, float] = {"random": 0.0, "raybilevel": 0.0}
@@ -287,28 +310,42 @@ def driven(name: str, trials: int, count: int, seconds: float) -> float:
     from ray import tune
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    problem = Sleeper(seconds=seconds)
     aim: dict[str, Any] = {"metric": "upper_loss", "mode": "min"}
     ours = name == "raybilevel"
     search: Any = (
-        BilevelSearch(problem, max_concurrent=count, method=AtOnce(), **aim)
+        BilevelSearch(Sleeper(), max_concurrent=count, method=AtOnce(), **aim)
         if ours
         else BasicVariantGenerator(max_concurrent=count)
     )
     with tempfile.TemporaryDirectory() as folder:
         begun, used = time.monotonic(), time.process_time()
         with waiting_trials(count):
-            tune.run(
-                tune.with_resources(lower_level_trainable(problem), {"cpu": 1}), config=space(), search_alg=search,
+            analysis = tune.run(
+                tune.with_resources(sleeping(seconds), {"cpu": 1}), config=space(), search_alg=search,
                 num_samples=trials, reuse_actors=True, storage_path=folder, verbose=0, **({} if ours else aim),
             )  # fmt: skip
         wall, used = time.monotonic() - begun, time.process_time() - used
+    times = [(trial.last_result["began"], trial.last_result["ended"]) for trial in analysis.trials]
     print(
         f"  {count:3d} slots, {name:10}: driver {1e3 * used / trials:6.1f} ms a trial; {wall:6.1f} s in all, "
-        f"efficiency {100 * trials * seconds / (count * wall):5.1f} %",
+        f"efficiency {100 * trials * seconds / (count * wall):5.1f} %, between {100 * busy_share(times, count):5.1f} %",
         flush=True,
     )
     return used
+
+
+def busy_share(times: list[tuple[float, float]], count: int) -> float:
+    """The share of slots x time in which they sleep, from the moment when all have had a trial until the last trial
+    begins; nan where there is no such time.
+
+    times: when each trial began and ended.
+    """
+    begins = sorted(began for began, _ in times)
+    if len(begins) <= count:
+        return math.nan
+    first, last = begins[count - 1], begins[-1]
+    busy = sum(max(0.0, min(ended, last) - max(began, first)) for began, ended in times)
+    return busy / (count * (last - first))
 
 
 def sharing(trials: int = 30, megabytes: float = 40.0) -> None:
