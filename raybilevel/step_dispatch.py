@@ -223,8 +223,8 @@ def end(process: ActorHandle | None) -> None:
 class StepProcess:
     """Runs one step after the other.
 
-    If it dies, or its node does, `StepDispatch` gives its step to another one: Ray (2.60) restarts an actor on another
-    node, but in one of four losses of a node its call was never sent to it again.
+    If it dies, or its node does, `StepDispatch` gives its step to another one: Ray (2.60) restarts actors itself, but
+    after some losses of a node (3 of 10) it never sent the call to the new one.
     """
 
     def __init__(self) -> None:
