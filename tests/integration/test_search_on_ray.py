@@ -27,6 +27,7 @@ from raybilevel.methods.default import Default
 from raybilevel.problems.synthetic import ManyMinimisers
 from raybilevel.snapshot import prepare_resume
 from raybilevel.storage import local_filesystem
+from tests.processes import ends
 from tests.tiny_problems import Parabola, Unlucky
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -252,10 +253,7 @@ def test_steps_under_way_at_the_end_of_a_run_end_with_their_processes(tmp_path: 
     fit(search, tmp_path, 3)
     assert len(search.state.done) == 3
     assert search.steps_under_way == 0
-    deadline = time.monotonic() + 60
-    while is_alive(int(step.read_text())) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_alive(int(step.read_text()))
+    assert ends(int(step.read_text()))
 
 
 def test_a_run_whose_steps_all_fail_is_stopped_and_its_trainings_stay_good(tmp_path: Path) -> None:
@@ -330,14 +328,6 @@ def test_trainings_and_steps_share_the_only_gpu(tmp_path: Path) -> None:
     assert [trial.last_result["gpus"] for trial in analysis.trials] == ["0"] * 5
     assert len(search.state.done) == 5
     assert len(search.state.steps) >= 2
-
-
-def is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_tune_limits_the_number_of_trials_at_once(tmp_path: Path) -> None:

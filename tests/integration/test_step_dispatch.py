@@ -23,6 +23,7 @@ from raybilevel.shared import Shared
 from raybilevel.space import STARTS
 from raybilevel.step_dispatch import NOTHING, TRIES_MORE, SharedBySteps, StepCall, StepDispatch
 from tests.cluster.faulty_problems import enter
+from tests.processes import ends
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -91,21 +92,6 @@ class Steps:
 def where(found: UpperResult | ray.exceptions.RayError) -> int:
     assert isinstance(found, UpperResult), found
     return int(found.record.passes)
-
-
-def lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def ends(process: int) -> bool:
-    deadline = time.monotonic() + 60
-    while lives(process) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not lives(process)
 
 
 @pytest.fixture
