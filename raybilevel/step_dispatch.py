@@ -87,7 +87,7 @@ class StepDispatch:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._running: dict[int, Running] = {}
+        self._running: dict[ray.ObjectRef, Running] = {}  # by what will be their results
         self._waiting: deque[SentStep] = deque()
         self._idle: list[ActorHandle] = []
         self._seconds: deque[float] = deque(maxlen=NEWEST)
@@ -97,7 +97,7 @@ class StepDispatch:
 
     @property
     def results(self) -> list[ray.ObjectRef]:
-        return [step.result for step in self._running.values()]
+        return list(self._running)
 
     def prepare(self, shared: ray.ObjectRef) -> None:
         """Start a process for the first step that asks for nothing."""
@@ -115,7 +115,7 @@ class StepDispatch:
             self._assign()
         else:
             result = upper_level_step.options(**options).remote(step.call, step.stored)
-            self._running[step.number] = Running(step, result, None, self._clock())
+            self._running[result] = Running(step, None, self._clock())
 
     def ended(self, timeout: float = 0.0) -> list[tuple[int, UpperResult | ray.exceptions.RayError]]:
         """Steps that have ended, by their number, with what they found or how they failed.
@@ -126,17 +126,16 @@ class StepDispatch:
         if not self._running:
             return []
         ready, _ = ray.wait(self.results, num_returns=1 if timeout else len(self._running), timeout=timeout)
-        over = [step for step in self._running.values() if step.result in ready]
-        ended = [(step.sent.number, found) for step in over if (found := self._end(step)) is not None]
+        over = [(self._running.pop(result), result) for result in ready]
+        ended = [(step.sent.number, found) for step, result in over if (found := self._end(step, result)) is not None]
         self._assign()
         return ended
 
-    def _end(self, step: Running) -> UpperResult | ray.exceptions.RayError | None:
+    def _end(self, step: Running, result: ray.ObjectRef) -> UpperResult | ray.exceptions.RayError | None:
         """What the step found or how it failed; None where its process was lost and it is to run in another."""
-        del self._running[step.sent.number]
         found: UpperResult | ray.exceptions.RayError
         try:
-            found, seconds = pickle.loads(ray.get(step.result))
+            found, seconds = pickle.loads(ray.get(result))
             self._seconds.append(seconds)
         except ray.exceptions.RayTaskError as error:  # what a step raises does its process no harm
             found = error
@@ -160,7 +159,7 @@ class StepDispatch:
             process = self._idle.pop() if self._idle else StepProcess.remote()  # type: ignore[attr-defined]
             step = self._waiting.popleft()
             result = process.run.remote(step.call, step.stored)
-            self._running[step.number] = Running(step, result, process, self._clock())
+            self._running[result] = Running(step, process, self._clock())
 
     def _is_sooner_in_another(self) -> bool:
         """Whether the last of the waiting steps would end later than a new process takes to start."""
@@ -179,17 +178,16 @@ class StepDispatch:
 
         timeout: seconds to wait for the ends of steps.
         """
-        running, self._running = list(self._running.values()), {}
-        idle, self._idle = self._idle, []
+        running, idle = self._running, self._idle
+        self._running, self._idle = {}, []
         self._waiting.clear()
-        for step in running:
+        for result, step in running.items():
             if step.process is None:
-                ray.cancel(step.result, force=True)
-        for process in (*(step.process for step in running), *idle):
+                ray.cancel(result, force=True)
+        for process in (*(step.process for step in running.values()), *idle):
             end(process)
-        results = [step.result for step in running]
-        if results and timeout:
-            for result in ray.wait(results, num_returns=len(results), timeout=timeout)[0]:
+        if running and timeout:
+            for result in ray.wait(list(running), num_returns=len(running), timeout=timeout)[0]:
                 with suppress(ray.exceptions.RayError):
                     ray.get(result)
 
@@ -209,7 +207,6 @@ class Running:
     """A step in a process of ours, or as a task; `begun` is when it was handed over."""
 
     sent: SentStep
-    result: ray.ObjectRef
     process: ActorHandle | None
     begun: float
 
@@ -224,7 +221,7 @@ class StepProcess:
     """Runs one step after the other.
 
     If it dies, or its node does, `StepDispatch` gives its step to another one: Ray (2.60) restarts actors itself, but
-    after some losses of a node (3 of 10) it never sent the call to the new one.
+    after some losses of a node it never sends the call to the new one.
     """
 
     def __init__(self) -> None:

@@ -49,14 +49,14 @@ from raybilevel.step_dispatch import StepCall
 DIMENSION = 20
 
 
-class Sleeper(BilevelProblem):
-    """f = |y - x|^2 / 2 in closed form, after a sleep; `megabytes` of data travel along."""
+class Quadratic(BilevelProblem):
+    """f = |y - x|^2 / 2, solved by one step; `megabytes` of data travel along."""
 
     epochs = 1
     dtype = torch.double
 
-    def __init__(self, dimension: int = DIMENSION, seconds: float = 0.0, megabytes: float = 0.0) -> None:
-        self.dimension, self.seconds = dimension, seconds
+    def __init__(self, dimension: int = DIMENSION, megabytes: float = 0.0) -> None:
+        self.dimension = dimension
         self.data = [torch.zeros(1000, dtype=torch.double) for _ in range(int(megabytes * 125))]
 
     def model(self) -> nn.Module:
@@ -70,8 +70,6 @@ class Sleeper(BilevelProblem):
         return (model.get_parameter("weight") - 0.3).square().sum()
 
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Tensor]:
-        if generator is not None:
-            time.sleep(self.seconds)
         yield torch.zeros(1, dtype=torch.double)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -128,7 +126,7 @@ class Answers:
 def drive(observations: int, watch: Callable[[str, float], None] | None = None, slots: int = 16) -> BilevelSearch:
     """A search that reaches so many observations, the last hundred now; `watch` hears how long each call took."""
     search = BilevelSearch(
-        Sleeper(), space=space(), metric="upper_loss", mode="min", max_concurrent=slots, upper_resources={"cpu": 0}
+        Quadratic(), space=space(), metric="upper_loss", mode="min", max_concurrent=slots, upper_resources={"cpu": 0}
     )
     optimizer, answers = search._ready(), Answers()
     optimizer.queue.clear()
@@ -270,11 +268,11 @@ class AtOnce(Default):
         return Answers(space.dimension, step.number).step(step)
 
 
-def sleeping(seconds: float, dimension: int = DIMENSION) -> Callable[[dict[str, Any]], None]:
+def sleeping(seconds: float) -> Callable[[dict[str, Any]], None]:
     """A trainable that only sleeps, and reports made-up results; its process imports neither torch nor raybilevel."""
     from ray import tune
 
-    made_up = Answers(dimension).training()
+    made_up = Answers().training()
 
     def train(config: dict[str, Any]) -> None:  # pickled by value, as it is no name of a module
         began = time.time()
@@ -313,7 +311,7 @@ def driven(name: str, trials: int, count: int, seconds: float) -> float:
     aim: dict[str, Any] = {"metric": "upper_loss", "mode": "min"}
     ours = name == "raybilevel"
     search: Any = (
-        BilevelSearch(Sleeper(), max_concurrent=count, method=AtOnce(), **aim)
+        BilevelSearch(Quadratic(), max_concurrent=count, method=AtOnce(), **aim)
         if ours
         else BasicVariantGenerator(max_concurrent=count)
     )
@@ -356,7 +354,7 @@ def sharing(trials: int = 30, megabytes: float = 40.0) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 begun = time.monotonic()
                 tune.run(
-                    lower_level_trainable(Sleeper(1, megabytes=size)), config=space(1), num_samples=trials,
+                    lower_level_trainable(Quadratic(1, megabytes=size)), config=space(1), num_samples=trials,
                     reuse_actors=True, storage_path=folder, verbose=0,
                 )  # fmt: skip
                 seconds = (time.monotonic() - begun) / trials
