@@ -20,6 +20,7 @@ fi
 export RAY_AUTH_MODE=token
 # A node that does not answer for about five seconds counts as lost.
 export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=1500 RAY_health_check_failure_threshold=3
+export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600  # Python's first start from a shared folder may take minutes
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 resume=()
@@ -29,4 +30,4 @@ if [ -d "$folder/tune" ]; then
 fi
 srun ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus "$SLURM_CPUS_PER_TASK" -- \
-    raybilevel run "$config" --address auto --out "$folder" "${resume[@]}"
+    raybilevel run "$config" --address auto --out "$folder" --set search.max_failures=3 "${resume[@]}"

@@ -1,4 +1,6 @@
 #!/bin/sh
 # To a Ray cluster that runs already: sh configs/cluster/submit.sh
-# RAY_API_SERVER_ADDRESS names its dashboard, ~/.ray/auth_token holds its token; the cluster's image holds this package.
-RAY_AUTH_MODE=token ray job submit --working-dir configs -- raybilevel run digits.yaml --address auto --storage s3://my-bucket/runs/one --out runs/one
+# RAY_API_SERVER_ADDRESS names its dashboard, ~/.ray/auth_token holds its token. Its nodes need Linux, the same Python
+# (3.11 or newer), ray[default] and this package, all with the versions of constraints.txt. Config and summary are kept in
+# the storage as well; the same line with --resume at its end goes on with a job that was lost.
+RAY_AUTH_MODE=token ray job submit --working-dir configs -- raybilevel run digits.yaml --address auto --storage s3://my-bucket/runs/one --out runs/one --set search.max_failures=3

@@ -75,7 +75,9 @@ def test_the_cluster_of_ray_up_is_valid() -> None:
     lines = (FOLDER / "ray_up.yaml").read_text()
     command = re.search(r"'(raybilevel run .*)'", lines)
     assert command is not None
-    assert check_raybilevel(shlex.split(command[1]))["address"] == "auto"
+    given = check_raybilevel(shlex.split(command[1]))
+    assert given["address"] == "auto"
+    assert "search.max_failures=3" in given["settings"]
 
 
 def test_the_kuberay_job_is_one_that_ray_s_autoscaler_reads() -> None:
@@ -90,6 +92,9 @@ def test_the_kuberay_job_is_one_that_ray_s_autoscaler_reads() -> None:
     assert types["gpu"]["max_workers"] == 8
     given = check_raybilevel(shlex.split(job["spec"]["entrypoint"]))
     assert given["storage"].startswith("s3://")
+    # What the file says of lost pods and of added ones holds.
+    assert "search.max_failures=3" in given["settings"]
+    assert "search.max_concurrent=8" in given["settings"]
     mounts = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     assert given["config"].is_relative_to(mounts[0]["mountPath"])
 
@@ -111,6 +116,7 @@ def test_the_slurm_script_is_a_script_and_calls_commands_that_exist() -> None:
     given = check_raybilevel(left)
     assert given["address"] == "auto"
     assert given["resume"]
+    assert "search.max_failures=3" in given["settings"]
     generate = re.search(r"ray get-auth-token --generate", text)
     assert generate is not None
     check_ray(shlex.split(generate[0]))
@@ -122,3 +128,4 @@ def test_the_submission_is_one_that_ray_s_command_line_reads() -> None:
     assert words[0] == "RAY_AUTH_MODE=token"
     given = check_raybilevel(check_ray(words[1:]))
     assert (FOLDER.parent / given["config"]).is_file()  # --working-dir configs
+    assert "search.max_failures=3" in given["settings"]
