@@ -1,16 +1,36 @@
-"""Figures of the benchmark of the driver."""
+"""What a search costs, where that is no matter of time."""
 
 from __future__ import annotations
 
-import math
+import subprocess
+import sys
 
 import pytest
 
-from raybilevel.benchmark.scale import busy_share
+from raybilevel.benchmark.scale import drive, simulate, slots
 
 
-def test_slots_are_counted_from_the_moment_when_all_have_had_a_trial() -> None:
-    assert math.isnan(busy_share([(0.0, 1.0), (5.0, 6.0)], 2))
-    # Two slots from 5 to 8: the first sleeps for one second and two more, the second for one.
-    times = [(0.0, 6.0), (5.0, 6.0), (6.0, 9.0), (8.0, 9.0)]
-    assert busy_share(times, 2) == pytest.approx((1 + 1 + 2) / (2 * 3))
+def test_slots_are_hardly_idle_when_there_are_many() -> None:
+    idle, training = simulate(256, share=0.2, trainings=3 * 256)
+    assert idle < 0.1
+    assert training > 0.7  # the rest are steps, which take a fifth of a training
+    assert slots([4])
+
+
+def test_a_search_is_driven_to_as_many_observations_as_it_is_asked_for() -> None:
+    calls: list[str] = []
+    search = drive(150, lambda name, seconds: calls.append(name))
+    assert len(search.state.done) == 150
+    assert calls.count("on_trial_complete") == 100  # the last ones
+    assert set(calls) == {"suggest", "step's result", "on_trial_complete"}
+    with pytest.raises(ZeroDivisionError):
+        drive(101, lambda name, seconds: 1 / 0)
+
+
+def test_memory_stays_small_at_ten_thousand_observations() -> None:
+    """In a process of its own, whose peak is that of the search."""
+    done = subprocess.run(
+        [sys.executable, "-m", "raybilevel.benchmark.scale", "memory"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10000 observations" in done.stdout and "MISSED" not in done.stdout
