@@ -28,7 +28,8 @@ class SearchConfig(Checked):
     trainings:      lower-level trainings, the budget; with method "hypergradient" descents, each from its own start.
     method:         "auto": "hypergradient" where x is a module or has more than 100 hyperparameters, else "default".
     settings:       of the method, other than its defaults.
-    max_concurrent: trainings and upper-level steps at once; by default as many as fit.
+    max_concurrent: trainings and upper-level steps at once; by default as many trainings as fit into the cluster, but
+        no more than 16, or a quarter of all where that is more.
     epoch_time_limit, step_time_limit: seconds after which an epoch of a training, or an upper-level step, hangs.
     max_failures:   how often a training that fails, or whose node is lost, goes on from its last checkpoint.
     """

@@ -8,6 +8,7 @@ RaybilevelError
 ├── StorageError     (OSError)           an experiment's storage cannot be reached
 ├── StateError       (ValueError)        a saved search cannot be read
 ├── CheckpointError  (ValueError)        a lower-level checkpoint cannot be read
+├── StepError        (RuntimeError)      an upper-level step raised something, in another process
 └── NotFiniteError   (ArithmeticError)   a loss or a gradient is NaN or infinite
 """
 
@@ -42,6 +43,11 @@ class StateError(RaybilevelError, ValueError):
 
 class CheckpointError(RaybilevelError, ValueError):
     """A lower-level checkpoint cannot be read."""
+
+
+class StepError(RaybilevelError, RuntimeError):
+    """An upper-level step raised something, in another process; with its traceback as text, as not every exception
+    survives the way back."""
 
 
 class NotFiniteError(RaybilevelError, ArithmeticError):

@@ -31,9 +31,11 @@ from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
+from raybilevel.resources import default_resources, most_slots, task_options
 from raybilevel.scalars import SearchScalars
+from raybilevel.scheduler import PatientFIFO
 from raybilevel.search_state import Training
-from raybilevel.searcher import MOST_SLOTS, UPPER_LOSS, BilevelSearch, default_resources, task_options
+from raybilevel.searcher import UPPER_LOSS, BilevelSearch
 from raybilevel.shared import Shared
 from raybilevel.snapshot import ResumableGenerator, prepare_resume
 from raybilevel.space import STARTS, Space, flatten, nest
@@ -104,6 +106,7 @@ def run(
             max_concurrent=config.search.max_concurrent,
             points_to_evaluate=config.search.points_to_evaluate,
             upper_resources=config.resources.upper,
+            lower_resources=trial_resources(config),
             storage_filesystem=place.filesystem,
             step_time_limit=config.search.step_time_limit,
         )
@@ -112,7 +115,7 @@ def run(
         title = f"{config.problem}: {upper_level(problem, space)}, method {config.search.method}"
         view = make_view(title, config.search.trainings, console)
         try:
-            with waiting_trials(config.search.max_concurrent or MOST_SLOTS):
+            with waiting_trials(config.search.max_concurrent or most_slots(config.search.trainings)):
                 analysis = tune_run(config, problem, searcher, place, resume, view)
         finally:
             searcher.cancel_steps()
@@ -163,6 +166,7 @@ def tune_run(
         storage_filesystem=place.filesystem,
         config=param_space(config),
         search_alg=ResumableGenerator(searcher),
+        scheduler=PatientFIFO(),
         metric=UPPER_LOSS,
         mode="min",
         num_samples=config.search.trainings,

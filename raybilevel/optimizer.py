@@ -64,7 +64,7 @@ class BilevelOptimizer:
             return self.config(trial)
         if not self.queue and not (self.running or self.state.pending or self.state.done or self.exhausted):
             # The whole start design failed: no method can plan from nothing.
-            self._fill(self.seed + len(self.state.trainings))
+            self.fill()
         if not self.queue:
             return None
         proposal = self.queue.popleft()
@@ -152,8 +152,17 @@ class BilevelOptimizer:
         if result.proposal is not None:
             self.queue.append(result.proposal)
 
+    def leave_out(self, index: int) -> None:
+        """Have no step look for the hypergradient of a training again."""
+        if self.state.trainings[index].hypergradient is None:
+            self.state = self.state.change(index, hypergradient=())
+
     def _record(self, record: StepRecord) -> None:
         self.state = self.state.after(replace(record, finished=len(self.state.told)))
+
+    def fill(self) -> None:
+        """Have a space-filling point to train, where the method has nothing to plan yet."""
+        self._fill(self.seed + len(self.state.trainings))
 
     def _fill(self, seed: int) -> None:
         unit = sobol_points(self.space.dimension, 1, seed)[0]
@@ -201,6 +210,13 @@ class BilevelOptimizer:
     def full(self) -> bool:
         """Trainings and upper-level steps under way fill the slots."""
         return len(self.state.pending) + len(self.running) >= self.slots
+
+    @property
+    def has_too_little_for_a_step(self) -> bool:
+        """Some of the start design have ended and left slots free, and no step can be planned before others have."""
+        if self.queue or self.running or self.full or not self.state.done:
+            return False
+        return any(training.proposal.origin in ("start", "given") for training in self.state.pending)
 
     @property
     def exhausted(self) -> bool:

@@ -27,15 +27,23 @@ class SearchScalars(Callback):  # type: ignore[misc]
 
     def __init__(self, search: BilevelSearch) -> None:
         self._search: BilevelSearch | None = search
+        self._state: SearchState | None = None
+        self._numbers: dict[str, float] = {}
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if self._search is not None:
-            result[PREFIX] = scalars(self._search.state)
+        if self._search is None:
+            return
+        if (
+            self._search.state is not self._state
+        ):  # epochs change nothing, and what is derived takes long after thousands
+            self._state = self._search.state
+            self._numbers = scalars(self._state)
+        result[PREFIX] = dict(self._numbers)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_search": None}  # the search is saved by Tune itself
+        return {"_search": None, "_state": None, "_numbers": {}}  # the search is saved by Tune itself
 
 
 def scalars(state: SearchState) -> dict[str, float]:

@@ -212,11 +212,6 @@ class SearchState:
                 trainings[min(step.finished, len(told) - 1)] += step.passes / unit
         return list(itertools.accumulate(trainings))
 
-    @property
-    def failed_steps_in_a_row(self) -> int:
-        """How many of the newest upper-level steps failed."""
-        return len(list(itertools.takewhile(lambda step: step.failed, reversed(self.steps))))
-
     # With a change, what is derived is carried over or brought up to date, not worked out again from all trainings.
 
     def add(self, proposal: Proposal) -> SearchState:

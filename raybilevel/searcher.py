@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pyarrow.fs
 import ray
+from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 from ray.tune.utils.util import flatten_dict
 
@@ -27,17 +29,17 @@ from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent
 from raybilevel.optimizer import BilevelOptimizer, Observation
 from raybilevel.pace import Pace
 from raybilevel.problem import BilevelProblem
+from raybilevel.resources import bundles_of, default_resources, most_slots, task_options, trainings_that_fit
 from raybilevel.search_state import SearchState, Training
 from raybilevel.sent_state import SentState
 from raybilevel.shared import Shared
 from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.step_dispatch import NOTHING, SharedBySteps, StepCall, StepDispatch
-from raybilevel.trainable import FINISHED, GRADIENT, PASSES, checkpoint_path
+from raybilevel.trainable import FINISHED, GRADIENT, PASSES, TRIAL_PATH, checkpoint_path
 
 logger = logging.getLogger(__name__)
 
 UPPER_LOSS = "upper_loss"
-MOST_SLOTS = 16
 FAILED_STEPS_IN_A_ROW = 3
 SECONDS_OF_SILENCE = 30.0
 SECONDS_BETWEEN_QUESTIONS = 0.9
@@ -63,9 +65,12 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     method: "default", "paper" (arXiv:2208.12118), "hypergradient" (with `hypergradient_trainable`: a trial is a whole
         descent), or a method object with settings of your own.
     seed: of everything the search draws.
-    max_concurrent: trainings and upper-level steps under way at once; by default as many as the cluster has GPUs (or,
-        without any, CPUs) at the time, 16 at most. A cluster that adds nodes on demand needs a number here: it adds
-        none for a search that asks for no more than there is.
+    max_concurrent: trainings and upper-level steps under way at once; by default as many trainings as fit into the
+        cluster at the time, but no more than a quarter of `num_samples` where that is over 16, nor than 16 where it is
+        not: each new training is to use what others have found. A cluster that adds nodes on demand needs a number
+        here: it adds none for a search that asks for no more than there is.
+    lower_resources: what a training asks for, as `tune.with_resources` takes it, by which those that fit are counted;
+        by default one GPU where the problem's device is "cuda", else one CPU.
     points_to_evaluate: configurations to train first, nested as the space is.
     upper_resources: Ray resources of an upper-level step, e.g. {"gpu": 0.5, "my_resource": 1}, or options of a Ray
         task ("scheduling_strategy", ...); by default one GPU where the problem's device is "cuda", else none: a step
@@ -91,6 +96,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         max_concurrent: int | None = None,
         points_to_evaluate: Sequence[Mapping[str, Any]] | None = None,
         upper_resources: Mapping[str, Any] | None = None,
+        lower_resources: Mapping[str, float] | PlacementGroupFactory | None = None,
         storage_filesystem: pyarrow.fs.FileSystem | None = None,
         step_time_limit: float | None = None,
     ) -> None:
@@ -109,16 +115,19 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self.problem = problem
         self.method: Method = make_method(method) if isinstance(method, str) else method
         self.seed = seed
-        self._slots = max_concurrent
+        self._slots = self._own_slots = max_concurrent
         self._points = list(points_to_evaluate or ())
         self._resources = task_options(upper_resources) if upper_resources is not None else default_resources(problem)
+        self._bundles = bundles_of(lower_resources, problem)
         self._filesystem = storage_filesystem
         self._step_time_limit = step_time_limit
         self._optimizer: BilevelOptimizer | None = None
         self._constants: dict[str, Any] = {}
         self._checkpoints: dict[int, str] = {}
+        self._folder = ""
         self._early: list[tuple[Mapping[str, Any], float | None]] = []
         self._samples: int | None = None
+        self._most_slots = most_slots(0)
         self._completed: set[str] = set()
         self._resumed: set[str] = set()
         self._told_before = 0
@@ -131,6 +140,10 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._steps = StepDispatch()
         self._shared: ray.ObjectRef | None = None
         self._sent = SentState(ray.put)
+        self._reported: dict[str, dict[str, Any]] = {}
+        self._job: str | None = None
+        self._failed_steps = self._without_hypergradient = 0
+        self._failures: Counter[int] = Counter()
         self._pace = Pace()
         self._fatal: RaybilevelError | None = None
         self._made = time.time()
@@ -142,11 +155,9 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         self._samples = spec.get("num_samples")
+        self._most_slots = most_slots(self._samples or 0)
         if self._optimizer is not None:  # from `space`, of an earlier run or restored by hand
-            self._completed.clear()
-            self._begin_session()
-            self._optimizer.running.clear()
-            self._optimizer.forget(self._pending())
+            self._begin_run()
             return False
         self._metric = metric or self._metric
         self._mode = mode or self._mode
@@ -155,12 +166,22 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._set_up(config)
         return True
 
+    def _begin_run(self) -> None:
+        """Go on with what is known from an earlier run; nothing of that is under way any more."""
+        if self._job == job_of_ray():
+            self.cancel_steps()
+        self._completed.clear()
+        self._begin_session()
+        optimizer = self._ready()
+        optimizer.running.clear()
+        optimizer.forget(self._pending())
+
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Tune's `max_concurrent_trials` or a `ConcurrencyLimiter`, in whose place the search keeps the limit.
 
         The limiter itself would forget after a crash which trials live: it saves its state later than the search does.
         """
-        self._slots = min(max_concurrent, self._slots or max_concurrent)
+        self._slots = min(max_concurrent, self._own_slots or max_concurrent)
         if self._optimizer is not None:
             self._optimizer.slots = self._slots
         return True
@@ -176,10 +197,12 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         optimizer = self._ready()
+        self._follow_session()
         self._follow_cluster()
         self._hear()
         self._find_lost()
         if self._fatal is not None:
+            self.cancel_steps()
             raise self._fatal
         config = self._ask(trial_id)
         if config is not None:
@@ -190,16 +213,24 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         if optimizer.exhausted:
             self.cancel_steps()
             return str(Searcher.FINISHED)
-        if len(self._steps) == before:
-            return None
-        self._hear()
+        if len(self._steps) > before:
+            self._hear()
+        elif self._pace.short and optimizer.has_too_little_for_a_step and isinstance(self.method, Default):
+            optimizer.fill()  # else Tune would end the process that is free
         return self._ask(trial_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._heard_of(trial_id)
+        self._reported[trial_id] = result
+        self._follow_move(result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._heard_of(trial_id)
+        reported = self._reported.pop(trial_id, None)
+        if error and reported is not None and flatten_dict(dict(reported)).get(FINISHED, False):
+            error, result = False, reported  # what failed came after the training
+        elif result is None:
+            result = reported  # a scheduler ended it while it was paused
         optimizer = self._optimizer
         if optimizer is None:
             return
@@ -383,7 +414,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                 "hypergradient_trainable follows gradients without one", space.dimension,
             )  # fmt: skip
         self._metric, self._mode, self._constants = metric, mode, constants
-        self._optimizer = BilevelOptimizer(space, self.method, self.seed, self._slots or default_slots(), self._points)
+        slots = self._slots or self._slots_of_cluster()
+        self._optimizer = BilevelOptimizer(space, self.method, self.seed, slots, self._points)
         for parameters, value in self._early:
             self.add_evaluated_point(parameters, value if value is not None else 0.0, error=value is None)
         self._early = []
@@ -445,12 +477,14 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         if isinstance(self.method, Default) and saved.metric != UPPER_LOSS:
             self.method = replace(self.method, hypergradients=False)
         optimizer = BilevelOptimizer(space, self.method, saved.seed, self._slots or saved.slots)
+        self._most_slots = max(self._most_slots, saved.slots)
         optimizer.state = saved.state
         optimizer.trials = dict(saved.trials)
         optimizer.queue.clear()
         optimizer.queue.extend(saved.queue)
         optimizer.memory = state_file.decode(saved.memory)
         self._checkpoints = dict(saved.checkpoints)
+        self._folder = next((path.rsplit("/", 2)[0] for path in self._checkpoints.values()), "")
         self._optimizer = optimizer
         self._watch_resumed()
 
@@ -513,15 +547,19 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         """Start upper-level steps while there are free slots and something to do."""
         optimizer = self._ready()
         while (step := optimizer.plan()) is not None:
-            missing = [index for index in step.targets if index not in self._checkpoints]
-            if missing:
-                logger.warning("trainings %s left no checkpoint; their hypergradients are left out", missing)
+            for index in step.targets:
+                if index not in self._checkpoints:
+                    logger.warning("training %d left no checkpoint; its hypergradient is left out", index)
+                    optimizer.leave_out(index)
             step = replace(step, targets=tuple(index for index in step.targets if index in self._checkpoints))
             paths = {index: self._checkpoints[index] for index in step.targets}
-            newest, blocks = self._sent.parts(step.state)
             self._pace.step_begun(step.number)
-            call = StepCall(replace(step, state=newest), paths, optimizer.memory, self._step_time_limit)
-            self._steps.begin(self._resources, call, self._share(), blocks)
+            try:
+                newest, blocks = self._sent.parts(step.state)
+                call = StepCall(replace(step, state=newest), paths, optimizer.memory, self._step_time_limit)
+                self._steps.begin(self._resources, call, self._share(), blocks)
+            except ray.exceptions.RayError as error:  # the object store is full, for instance
+                self._end_step(step.number, error)
 
     def _share(self) -> ray.ObjectRef:
         """What all steps need, in the object store."""
@@ -560,23 +598,70 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def _collect(self, timeout: float = 0.0) -> None:
         """Hear of finished upper-level steps."""
         for number, found in self._steps.ended(timeout):
-            self._pace.step_ended(number)
-            result = found if isinstance(found, UpperResult) else None
-            if result is None:
-                logger.error("upper-level step %d failed; a space-filling point takes its place: %s", number, found)
-            self._ready().tell_step(number, result)
-            if self.state.failed_steps_in_a_row >= FAILED_STEPS_IN_A_ROW:
-                # Raised where a trial is asked for: at a trial's end Tune takes it for a fault of that trial.
-                self._fatal = RaybilevelError(
-                    f"{FAILED_STEPS_IN_A_ROW} upper-level steps in a row failed; the search would be a random one. "
-                    f"The last error: {found}"
-                )
+            self._end_step(number, found)
+
+    def _end_step(self, number: int, found: UpperResult | Exception) -> None:
+        """What is fatal is raised where a trial is asked for: at a trial's end Tune would take it for that trial's."""
+        self._pace.step_ended(number)
+        optimizer = self._ready()
+        step = optimizer.running.get(number)
+        result = found if isinstance(found, UpperResult) else None
+        optimizer.tell_step(number, result)
+        if result is not None:
+            reason = "; ".join(result.unreadable.values())
+            for index in result.unreadable:
+                logger.error("the hypergradient of training %d is left out: %s", index, result.unreadable[index])
+            self._failed_steps = 0
+            if result.hypergradients:
+                none_read = len(result.unreadable) == len(result.hypergradients)
+                self._without_hypergradient = self._without_hypergradient + 1 if none_read else 0
+        else:
+            reason = self._reason(found)
+            logger.error("upper-level step %d failed; a space-filling point takes its place: %s", number, reason)
+            targets = step.targets if step is not None else ()
+            self._failed_steps += 1
+            self._without_hypergradient += bool(targets)
+            self._failures.update(targets)
+            for index in targets:
+                if self._failures[index] > 1:
+                    optimizer.leave_out(index)
+        if max(self._failed_steps, self._without_hypergradient) >= FAILED_STEPS_IN_A_ROW:
+            self._fatal = RaybilevelError(
+                f"{FAILED_STEPS_IN_A_ROW} upper-level steps in a row failed or found no checkpoint that could be read; "
+                f"the search would be a random one. The last error: {reason}"
+            )
+
+    def _reason(self, failure: object) -> str:
+        limit = self._step_time_limit
+        lost = isinstance(failure, ray.exceptions.RayError) and limit is not None
+        return f"{failure}" + (f"; a step that takes longer than {limit:g} s loses its process, too" if lost else "")
+
+    def _follow_move(self, result: Mapping[str, Any]) -> None:
+        """The folder of a restored experiment may be elsewhere by now; Tune moves its own paths along."""
+        folder, _, trial = str(result.get(TRIAL_PATH, "")).rpartition("/")
+        before, self._folder = self._folder, folder if trial else self._folder
+        if self._folder == before or not before:
+            return
+        self._checkpoints = {
+            index: self._folder + path.removeprefix(before) if path.startswith(f"{before}/") else path
+            for index, path in self._checkpoints.items()
+        }
+
+    def _follow_session(self) -> None:
+        """Tune says nothing of another run, on another Ray, where it has no space to tell."""
+        job = job_of_ray()
+        if self._job not in (None, job):
+            self._begin_run()
+        self._job = job
 
     def _follow_cluster(self) -> None:
         """Without a given number of slots, nodes that join or leave change it."""
         if self._slots is None and ray.is_initialized() and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-            self._ready().slots = default_slots()
+            self._ready().slots = self._slots_of_cluster()
+
+    def _slots_of_cluster(self) -> int:
+        return max(1, min(self._most_slots, trainings_that_fit(self._bundles)))
 
     def _warn_of_starvation(self) -> None:
         if self._steps and time.monotonic() - self._idle_since > SECONDS_OF_SILENCE:
@@ -620,31 +705,12 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._begin_session()
 
 
-def default_slots() -> int:
-    resources = ray.cluster_resources() if ray.is_initialized() else {}
-    return max(1, min(MOST_SLOTS, int(resources.get("GPU", 0) or resources.get("CPU", 1))))
-
-
-def default_resources(problem: BilevelProblem) -> dict[str, Any]:
-    """A step runs in the place of a training, whose (cached) actor may still hold its CPU: so it asks for none."""
-    return {"num_cpus": 0, "num_gpus": 1} if str(problem.device).startswith("cuda") else {"num_cpus": 0}
-
-
-TASK_OPTIONS = (
-    "num_cpus", "num_gpus", "memory", "resources", "accelerator_type", "scheduling_strategy", "label_selector",
-    "max_retries", "runtime_env",
-)  # fmt: skip
-
-
-def task_options(resources: Mapping[str, Any]) -> dict[str, Any]:
-    """Tune's names of resources, custom ones among them -> options of a Ray task, which by itself asks for no CPU."""
-    names = {"cpu": "num_cpus", "gpu": "num_gpus"}
-    given = {names.get(name.lower(), name): amount for name, amount in resources.items()}
-    options = {name: amount for name, amount in given.items() if name in TASK_OPTIONS}
-    custom = {name: amount for name, amount in given.items() if name not in TASK_OPTIONS}
-    if custom:
-        options["resources"] = {**options.get("resources", {}), **custom}
-    return {"num_cpus": 0, **options}
+def job_of_ray() -> str | None:
+    """Ray's name for what this process does on the cluster that it has joined."""
+    if not ray.is_initialized():
+        return None
+    job: str = ray.get_runtime_context().get_job_id()
+    return job
 
 
 def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = "points_to_evaluate") -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import statistics
+import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,12 +18,14 @@ import pyarrow.fs
 import ray
 from ray import cloudpickle
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raybilevel.errors import CheckpointError
+from raybilevel.errors import CheckpointError, StepError
 from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint
 from raybilevel.methods.base import Method, UpperResult, UpperStep
 from raybilevel.pace import NEWEST, PROCESS_START
 from raybilevel.problem import BilevelProblem
+from raybilevel.resources import nodes_alive
 from raybilevel.search_state import SearchState
 from raybilevel.sent_state import joined
 from raybilevel.shared import Shared
@@ -31,6 +36,10 @@ NOTHING: Mapping[str, Any] = {"num_cpus": 0}
 """Options of a step that asks for no resources."""
 TRIES_MORE = 3
 MOST_IDLE = 16
+SECONDS_IDLE = 300.0
+"""A process of steps that has had none for so long ends: it holds the memory that torch takes."""
+SECONDS_OF_THE_WAY = 30.0
+SECONDS_BETWEEN_LOOKS = 5.0
 FIRST_GUESS = 0.5
 """Seconds that a step may take, before any has ended."""
 
@@ -79,8 +88,9 @@ class StepDispatch:
 
     A step that asks for nothing runs in a process that is kept for the next one, an actor: a task would pay for a
     process's start and its imports again where Ray ends idle ones, as it does on nodes whose CPUs are in use, and costs
-    the driver half as much again. Where all are busy it waits for one, or another one is started if that is sooner. A
-    step that asks for resources is a task, which holds them only while it runs.
+    the driver half as much again. Where all are busy it waits for one, or another one is started if that is sooner.
+    One that has had no step for minutes ends. A step that asks for resources is a task, which holds them only while it
+    runs.
 
     clock: seconds, from anywhere.
     """
@@ -89,8 +99,11 @@ class StepDispatch:
         self._clock = clock
         self._running: dict[ray.ObjectRef, Running] = {}  # by what will be their results
         self._waiting: deque[SentStep] = deque()
-        self._idle: list[ActorHandle] = []
+        self._idle: list[Idle] = []
         self._seconds: deque[float] = deque(maxlen=NEWEST)
+        self._started = 0
+        self._nodes: list[str] = []
+        self._next_look = -math.inf
 
     def __len__(self) -> int:
         return len(self._running) + len(self._waiting)
@@ -101,9 +114,9 @@ class StepDispatch:
 
     def prepare(self, shared: ray.ObjectRef) -> None:
         """Start a process for the first step that asks for nothing."""
-        process = StepProcess.remote()  # type: ignore[attr-defined]
+        process = self._start()
         process.prepare.remote([shared])
-        self._idle.append(process)
+        self._idle.append(Idle(process, self._clock()))
 
     def begin(
         self, options: Mapping[str, Any], call: StepCall, shared: ray.ObjectRef, blocks: Sequence[ray.ObjectRef]
@@ -117,7 +130,7 @@ class StepDispatch:
             result = upper_level_step.options(**options).remote(step.call, step.stored)
             self._running[result] = Running(step, None, self._clock())
 
-    def ended(self, timeout: float = 0.0) -> list[tuple[int, UpperResult | ray.exceptions.RayError]]:
+    def ended(self, timeout: float = 0.0) -> list[tuple[int, UpperResult | Exception]]:
         """Steps that have ended, by their number, with what they found or how they failed.
 
         timeout: seconds to wait for one.
@@ -126,51 +139,75 @@ class StepDispatch:
         if not self._running:
             return []
         ready, _ = ray.wait(self.results, num_returns=1 if timeout else len(self._running), timeout=timeout)
-        over = [(self._running.pop(result), result) for result in ready]
-        ended = [(step.sent.number, found) for step, result in over if (found := self._end(step, result)) is not None]
+        ended = []
+        for result in ready:
+            step = self._running.pop(result)
+            if (found := self._end(step, result)) is not None:
+                ended.append((step.sent.number, found))
         self._assign()
         return ended
 
-    def _end(self, step: Running, result: ray.ObjectRef) -> UpperResult | ray.exceptions.RayError | None:
+    def _end(self, step: Running, result: ray.ObjectRef) -> UpperResult | Exception | None:
         """What the step found or how it failed; None where its process was lost and it is to run in another."""
-        found: UpperResult | ray.exceptions.RayError
+        found: UpperResult | Exception
         try:
-            found, seconds = pickle.loads(ray.get(result))
+            outcome: tuple[UpperResult | StepError, float] = pickle.loads(ray.get(result))
+            found, seconds = outcome
             self._seconds.append(seconds)
-        except ray.exceptions.RayTaskError as error:  # what a step raises does its process no harm
-            found = error
+        except ray.exceptions.RayTaskError as error:  # raised before the step began, which does its process no harm
+            found = StepError(str(error))
         except ray.exceptions.RayError as error:
-            for process in (step.process, *self._idle):  # what ended it, its node's loss perhaps, may have ended those
+            for process in (step.process, *(idle.process for idle in self._idle)):
+                # what ended the step's, its node's loss perhaps, may have ended those
                 end(process)
             self._idle.clear()
             if step.process is None or step.sent.tries > TRIES_MORE:
-                return error
+                failure: Exception = error
+                return failure
             self._waiting.appendleft(replace(step.sent, tries=step.sent.tries + 1))
             return None
         if step.process is not None and len(self._idle) < MOST_IDLE:
-            self._idle.append(step.process)
+            self._idle.append(Idle(step.process, self._clock()))
         else:
             end(step.process)
         return found
 
     def _assign(self) -> None:
         """Steps that wait -> processes that are idle, and new ones where those would take longer."""
+        self._idle = [idle for idle in self._idle if self._clock() - idle.since < SECONDS_IDLE]
         while self._waiting and (self._idle or self._is_sooner_in_another()):
-            process = self._idle.pop() if self._idle else StepProcess.remote()  # type: ignore[attr-defined]
+            process = self._idle.pop().process if self._idle else None
+            started = process or self._start()
             step = self._waiting.popleft()
-            result = process.run.remote(step.call, step.stored)
-            self._running[result] = Running(step, process, self._clock())
+            result = started.run.remote(step.call, step.stored)
+            delay = 2 * PROCESS_START if process is None else 0.0
+            self._running[result] = Running(step, started, self._clock() + delay)
+
+    def _start(self) -> ActorHandle:
+        """A process, on one of the nodes that have CPUs after the other: a head that has none in Ray's books is to run
+        drivers alone, and its memory is not for steps."""
+        if self._clock() >= self._next_look:
+            self._next_look = self._clock() + SECONDS_BETWEEN_LOOKS
+            self._nodes = [node["NodeID"] for node in nodes_alive() if node["Resources"].get("CPU")]
+        options: dict[str, Any] = {}
+        if self._nodes:
+            # Softly, Ray (2.60) would start it anywhere; if this node goes, the process is lost as with any other.
+            node = self._nodes[self._started % len(self._nodes)]
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        self._started += 1
+        # It ends some time after it is no longer given a step, which may be on its way.
+        return StepProcess.options(**options).remote(SECONDS_IDLE + SECONDS_OF_THE_WAY)  # type: ignore[attr-defined]
 
     def _is_sooner_in_another(self) -> bool:
-        """Whether the last of the waiting steps would end later than a new process takes to start."""
-        begun = [step.begun for step in self._running.values() if step.process is not None]
-        if not begun:
-            return True
-        if self._seconds:
-            step = statistics.median(self._seconds)
-        else:  # a step that has not ended by the time when it must have a process is a long one
-            step = max(FIRST_GUESS, self._clock() - min(begun) - 2 * PROCESS_START)
-        return (len(begun) + len(self._waiting)) * step / len(begun) > PROCESS_START
+        """Whether the last of the waiting steps would end later than a new process takes to start.
+
+        A step takes as long as others did; before any has ended, as long as the oldest has taken.
+        """
+        now = self._clock()
+        ages = [max(0.0, now - step.begun) for step in self._running.values() if step.process is not None]
+        step = statistics.median(self._seconds) if self._seconds else max(FIRST_GUESS, *ages, 0.0)
+        ahead = sum(age < step + PROCESS_START for age in ages)  # nobody waits for those that are overdue
+        return not ahead or (ahead + len(self._waiting)) * step / ahead > PROCESS_START
 
     def cancel(self, timeout: float = 0.0) -> None:
         """End the steps under way with their processes, and those that are idle: an exception raised wherever a step
@@ -184,7 +221,7 @@ class StepDispatch:
         for result, step in running.items():
             if step.process is None:
                 ray.cancel(result, force=True)
-        for process in (*(step.process for step in running.values()), *idle):
+        for process in (*(step.process for step in running.values()), *(one.process for one in idle)):
             end(process)
         if running and timeout:
             for result in ray.wait(list(running), num_returns=len(running), timeout=timeout)[0]:
@@ -204,11 +241,19 @@ class SentStep:
 
 @dataclass(frozen=True)
 class Running:
-    """A step in a process of ours, or as a task; `begun` is when it was handed over."""
+    """A step in a process of ours, or as a task; `begun` is when it was handed over, or will have a process at last."""
 
     sent: SentStep
     process: ActorHandle | None
     begun: float
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A process of ours that has had no step since then."""
+
+    process: ActorHandle
+    since: float
 
 
 def end(process: ActorHandle | None) -> None:
@@ -218,22 +263,38 @@ def end(process: ActorHandle | None) -> None:
 
 @ray.remote(num_cpus=0)
 class StepProcess:
-    """Runs one step after the other.
+    """Runs one step after the other, and ends by itself when it has had none for so many seconds.
 
     If it dies, or its node does, `StepDispatch` gives its step to another one: Ray (2.60) restarts actors itself, but
     after some losses of a node it never sends the call to the new one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds_idle: float) -> None:
         self._stored: dict[ray.ObjectRef, Any] = {}
+        self._used, self._in_use = time.monotonic(), threading.Lock()
+        threading.Thread(target=self._end_when_idle, args=(seconds_idle,), daemon=True).start()
 
     def prepare(self, stored: list[ray.ObjectRef]) -> None:
         """Have what is stored at hand; to unpickle it imports what steps need."""
         self._stored = {one: self._stored[one] if one in self._stored else ray.get(one) for one in stored}
 
     def run(self, call: bytes, stored: list[ray.ObjectRef]) -> bytes:
-        self.prepare(stored)
-        return run_call(call, list(self._stored.values()))
+        with self._in_use:
+            try:
+                self.prepare(stored)
+                return run_call(call, list(self._stored.values()))
+            finally:
+                self._used = time.monotonic()
+
+    def _end_when_idle(self, seconds: float) -> None:
+        """Whatever became of the search: Tune does not tell it of the end of a run that a time budget or a stopper
+        ended, or that was restored."""
+        left = seconds
+        while left > 0:
+            time.sleep(left)
+            with self._in_use:
+                left = self._used + seconds - time.monotonic()
+        ray.kill(ray.get_runtime_context().current_actor)
 
 
 @ray.remote(max_retries=TRIES_MORE)  # type: ignore[untyped-decorator]
@@ -242,8 +303,8 @@ def upper_level_step(call: bytes, stored: list[ray.ObjectRef]) -> bytes:
 
 
 def run_call(pickled: bytes, stored: list[Any]) -> bytes:
-    """A pickled `StepCall` -> its result and the seconds that it took, pickled. Bytes both ways: Ray's pickler in the
-    driver would look at every object in Python.
+    """A pickled `StepCall` -> its result or a `StepError`, and the seconds that it took, pickled. Bytes both ways, as
+    Ray's pickler in the driver would look at every object in Python.
 
     stored: a `SharedBySteps`, and the blocks of the state. Their references come in a list, as that costs the driver
         less than arguments that Ray looks up itself.
@@ -251,7 +312,11 @@ def run_call(pickled: bytes, stored: list[Any]) -> bytes:
     shared, *blocks = stored
     call: StepCall = pickle.loads(pickled)
     begun = time.monotonic()
-    found = call.run(shared, blocks)
+    found: UpperResult | StepError
+    try:
+        found = call.run(shared, blocks)
+    except Exception as error:
+        found = StepError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     result: bytes = cloudpickle.dumps((found, time.monotonic() - begun))
     return result
 

@@ -52,9 +52,11 @@ from raybilevel.levels import check_problem
 from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
-from raybilevel.searcher import BilevelSearch, default_resources, default_slots, task_options
+from raybilevel.resources import bundles_of, default_resources, most_slots, task_options, trainings_that_fit
+from raybilevel.searcher import BilevelSearch
 from raybilevel.shared import Shared
 from raybilevel.space import Space, flatten, nest
+from raybilevel.storage_access import Storage
 from raybilevel.summary import versions
 from raybilevel.trainable import lower_level_trainable
 
@@ -154,21 +156,16 @@ def setting_of(run: Run, problem: BilevelProblem, space: Space) -> Setting:
         problem.epochs,
         run.seed,
         trainings,
-        slots_for(run.experiment),
+        slots_for(run.experiment, problem),
         run.experiment.resources.upper,
         run.method.searcher,
         run.method.scheduler,
     )
 
 
-def slots_for(experiment: ExperimentConfig) -> int:
-    """Trainings at once: as many as the cluster holds, and no more than `BilevelSearch` would run."""
-    asked = trial_resources(experiment)
-    needed = asked if isinstance(asked, dict) else asked.required_resources
-    lower = {name.lower(): amount for name, amount in needed.items()}
-    totals = {name.lower(): amount for name, amount in ray.cluster_resources().items()}
-    fits = [int(totals.get(name, 0) / amount) for name, amount in lower.items() if amount > 0]
-    return max(1, min([default_slots(), *fits]))
+def slots_for(experiment: ExperimentConfig, problem: BilevelProblem) -> int:
+    """Trainings at once: as many as the cluster holds, and no more than `BilevelSearch` would run of a few."""
+    return max(1, min(most_slots(0), trainings_that_fit(bundles_of(trial_resources(experiment), problem))))
 
 
 def gpus_of(run: Run, problem: BilevelProblem) -> tuple[float, float]:

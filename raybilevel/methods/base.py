@@ -46,12 +46,14 @@ class UpperResult:
     proposal:       the next training, None where it has none.
     hypergradients: by index of the training, in the unit cube.
     memory:         what the method's next step needs of this one, e.g. an iterate's weights.
+    unreadable:     targets whose checkpoints could not be read, and why; the step went on without.
     """
 
     record: StepRecord
     proposal: Proposal | None
     hypergradients: Mapping[int, Unit] = field(default_factory=dict)
     memory: bytes | None = None
+    unreadable: Mapping[int, str] = field(default_factory=dict)
 
 
 class Method(Protocol):

@@ -20,7 +20,7 @@ from raybilevel.acquisition import (
     fit_upper_model,
     minimise_in_box,
 )
-from raybilevel.errors import ConfigError, NotFiniteError
+from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError
 from raybilevel.levels import Levels
 from raybilevel.methods.base import LoadCheckpoint, UpperResult, UpperStep
 from raybilevel.problem import BilevelProblem
@@ -33,6 +33,9 @@ from raybilevel.value_function import ValueFunction, fit_value_function
 logger = logging.getLogger(__name__)
 
 SAME = 1e-3
+ENOUGH_TO_BEGIN = 8
+"""Trainings after which steps begin, however many of the start design are still under way: half of hundreds is more
+than a step needs, and slots wait for it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Default:
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
         done = state.done
         starting = [t for t in state.pending if t.proposal.origin in ("start", "given")]
-        if len(done) <= len(starting):
+        if len(done) <= min(len(starting), ENOUGH_TO_BEGIN):
             return None
         number = len(state.steps) + len(running)
         pending = tuple(t.unit for t in state.pending)
@@ -192,13 +195,19 @@ class Default:
     ) -> UpperResult:
         state, passes = step.state, 0.0
         found: dict[int, Unit] = {}
+        unreadable: dict[int, str] = {}
         record: dict[str, Any] = {}
         first = self._first_multiplier(state)
         point = descent = None
         for index in step.targets:
             training = state.trainings[index]
+            try:
+                checkpoint = load(index)
+            except CheckpointError as error:
+                unreadable[index], found[index] = str(error), ()  # tried, and not to be tried again
+                continue
             model = problem.model().to(problem.device, problem.dtype)
-            model.load_state_dict(load(index)["model"])
+            model.load_state_dict(checkpoint["model"])
             levels = Levels(problem, model)
             try:
                 here = TrainedPoint(levels, space, constants, torch.tensor(training.unit, dtype=torch.double))
@@ -206,7 +215,7 @@ class Default:
                 estimate = estimate_at(here, self.decrease, self.upper_share * state.passes_per_training, first)
             except NotFiniteError as error:
                 logger.warning("no hypergradient at training %d: %s", index, error)
-                found[index] = ()  # tried, and not to be tried again
+                found[index] = ()
                 passes += levels.passes
                 continue
             if index == step.centre:
@@ -248,7 +257,9 @@ class Default:
             value_function.mean(unit).item(),
             value_function.deviation(unit).item(),
         )
-        return UpperResult(StepRecord(step.number, step.centre, passes, **record), proposal, found)
+        return UpperResult(
+            StepRecord(step.number, step.centre, passes, **record), proposal, found, unreadable=unreadable
+        )
 
     def _first_multiplier(self, state: SearchState) -> float:
         """Where the last descent ended relative to its Cauchy estimate; 10 before there is one."""

@@ -22,9 +22,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     for name, value in (("period_ms", "1000"), ("timeout_ms", "1500"), ("failure_threshold", "3")):
         monkeypatch.setenv(f"RAY_health_check_{name}", value)
     folder = tempfile.mkdtemp(prefix="rb", dir=SOCKET_PATHS if SOCKET_PATHS.is_dir() else None)
-    nodes = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": folder}
-    )
+    # Not the argument temp_dir, beside which Ray (2.60) writes the cluster's address into a default folder that a new
+    # machine lacks.
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield nodes
     ray.shutdown()
     nodes.shutdown()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray import tune
 
-from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel import BilevelSearch, lower_level_trainable, scalars
 from raybilevel.scalars import SearchScalars
+from raybilevel.search_state import SearchState
 from tests.tiny_problems import Parabola
 
 KNOWN = {"best_upper_loss", "cost", "trainings", "upper_steps", "multiplier", "value_error"}
@@ -41,6 +43,20 @@ def test_tunes_loggers_write_what_the_search_knows(
     events = sorted((tmp_path / "tune").glob("*/events.out.tfevents*"))
     assert len(events) == 6
     assert any(b"search/best_upper_loss" in path.read_bytes() for path in events)
+
+
+def test_what_a_search_knows_is_worked_out_when_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = BilevelSearch(Parabola(), space={"x": {"a": tune.loguniform(1e-4, 1e2)}}, max_concurrent=2)
+    worked_out: list[SearchState] = []
+    monkeypatch.setattr(scalars, "scalars", lambda state: worked_out.append(state) or {"cost": float(len(worked_out))})
+    callback = SearchScalars(search)
+    results: list[dict[str, Any]] = [{} for _ in range(4)]
+    for number, result in enumerate(results):
+        if number == 2:
+            search.suggest("a")
+        callback.on_trial_result(0, [], None, result)
+    assert [result["search"]["cost"] for result in results] == [1.0, 1.0, 2.0, 2.0]
+    assert worked_out == [SearchState(), search.state]
 
 
 @pytest.mark.filterwarnings("ignore")  # of mlflow

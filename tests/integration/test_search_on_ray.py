@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from raybilevel.config import ExperimentConfig
 from raybilevel.errors import ConfigError, ProblemError, RaybilevelError, SpaceError
 from raybilevel.experiment import reuses_processes, with_room_for_steps
 from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint, train
+from raybilevel.methods.base import UpperResult, UpperStep
 from raybilevel.methods.default import Default
 from raybilevel.problems.synthetic import ManyMinimisers
+from raybilevel.search_state import Proposal, StepRecord
 from raybilevel.snapshot import prepare_resume
 from raybilevel.storage import local_filesystem
 from tests.processes import ends
@@ -135,6 +138,20 @@ def test_a_step_is_waited_for_where_trainings_are_short(
     assert search.steps_under_way == 1 and len(search.state.pending) == 1
     assert (search.suggest("d") is not None) == (start_of_a_process > 0)
     search.cancel_steps(timeout=10)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 60.0])
+def test_a_process_that_short_trainings_leave_free_gets_another_point_at_once(seconds: float) -> None:
+    """Else Tune would end it, and end those that it starts in its place when the next short training has ended."""
+    search = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min", max_concurrent=4)
+    for trial in "abcd":
+        assert search.suggest(trial) is not None
+    found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
+    search.on_trial_complete("a", {**found, "lower_level_finished": True, "time_total_s": seconds})
+    assert search.steps_under_way == 0
+    assert (search.suggest("e") is not None) == (seconds < pace.PROCESS_START)
+    assert search.suggest("f") is None
+    search.cancel_steps()
 
 
 def test_failed_trainings_are_counted_and_the_search_goes_on(tmp_path: Path) -> None:
@@ -300,12 +317,87 @@ def test_the_last_of_too_many_failed_steps_is_no_fault_of_the_trial_that_ends_th
     for trial, following in ("cd", "de", "ef"):
         assert search.steps_under_way == 1
         end(trial)
-        assert search.state.failed_steps_in_a_row == "cde".index(trial) + 1
+        assert sum(step.failed for step in search.state.steps) == "cde".index(trial) + 1
         if trial != "e":
             assert search.suggest(following) and search.suggest("waits") is None
     assert [t.status for t in search.state.trainings] == ["done"] * 5
     with pytest.raises(RaybilevelError, match="3 upper-level steps in a row failed"):
         search.suggest("f")
+
+
+def test_a_step_that_cannot_begin_costs_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min", max_concurrent=1)
+    found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
+
+    def full(state: Any) -> Any:
+        raise ray.exceptions.ObjectStoreFullError("for a moment")
+
+    for trial in "abc":
+        assert search.suggest(trial) is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(search._sent, "parts", full)
+            search.on_trial_complete(trial, {**found, "lower_level_finished": True})
+    assert [step.failed for step in search.state.steps] == [True]
+    assert search.suggest("d") is not None
+    assert search.state.trainings[-1].proposal.origin == "fill"
+
+
+@dataclass(frozen=True)
+class Unbearable(Default):
+    """Steps that look for the hypergradient of the given trainings fail; those of others find one."""
+
+    trainings: tuple[int, ...] = ()
+
+    def run(self, problem: Any, space: Any, constants: Any, step: UpperStep, load: Any, memory: Any = None) -> Any:
+        if set(step.targets) & set(self.trainings):
+            raise RuntimeError("not this one")
+        unit = (0.01 + 0.9 * ((0.37 * step.number) % 1.0),)
+        record = StepRecord(step.number, step.centre, 1.0)
+        return UpperResult(record, Proposal(unit, step.origin, step.region), dict.fromkeys(step.targets, (0.1,)))
+
+
+@pytest.mark.parametrize(("trainings", "ends"), [((2,), False), (tuple(range(40)), True)], ids=["one", "all"])
+def test_a_training_at_which_steps_fail_is_left_out_and_many_end_the_search(
+    trainings: tuple[int, ...], ends: bool, tmp_path: Path
+) -> None:
+    method = Unbearable(trainings=trainings)
+    search = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min", max_concurrent=1, method=method)
+    found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
+    where = {"trial_path": str(tmp_path), "checkpoint_dir_name": "none"}
+
+    def go_on() -> None:
+        for number in range(14):
+            while search.suggest(str(number)) is None:
+                pass
+            upper = {"upper_loss": 1.0 / (1 + number)}  # each is the best one so far
+            search.on_trial_complete(str(number), {**found, **upper, "lower_level_finished": True, **where})
+
+    with pytest.raises(RaybilevelError, match="in a row failed") if ends else nullcontext():
+        go_on()
+    failed = sum(step.failed for step in search.state.steps)
+    assert failed == 3 if ends else 1 <= failed <= 2
+    assert ends or len(search.state.done) == 14
+    search.cancel_steps()
+
+
+def test_checkpoints_that_no_step_can_read_end_the_search(tmp_path: Path) -> None:
+    """One is left out; where there is none at all, the storage is not what steps think it is."""
+    search = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min", max_concurrent=1)
+    found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
+    where = {"trial_path": str(tmp_path), "checkpoint_dir_name": "none"}
+
+    def go_on() -> None:
+        for number in range(40):
+            while search.suggest(str(number)) is None:
+                pass
+            search.on_trial_complete(
+                str(number), {**found, "upper_loss": 1.0 / (1 + number), "lower_level_finished": True, **where}
+            )
+
+    with pytest.raises(RaybilevelError, match=r"found no checkpoint.*every node must see"):
+        go_on()
+    assert len(search.state.done) < 12 and not any(step.failed for step in search.state.steps)
+    search.cancel_steps()
 
 
 def test_trainings_and_steps_share_the_only_gpu(tmp_path: Path) -> None:

@@ -65,6 +65,20 @@ def test_results_stay_with_their_trials_in_any_order() -> None:
     assert search.checkpoint_of(search.state.done[0]) == "/storage/trial/checkpoint_000001"
 
 
+def test_what_was_reported_counts_where_a_trial_ends_without_a_word() -> None:
+    """Tune says no more than that it has ended where a scheduler stops it while it is paused, or its process dies."""
+    search = ready()
+    ends = {"a": (True, False), "b": (False, False), "c": (True, True), "d": (False, True)}
+    for trial in ends:
+        search.suggest(trial)
+    for trial, (finished, error) in ends.items():
+        search.on_trial_result(trial, result(2.0, finished))
+        search.on_trial_complete(trial, error=error)
+    assert [t.status for t in search.state.trainings] == ["done", "stopped", "done", "failed"]
+    assert [t.upper for t in search.state.trainings[:3]] == [2.0] * 3
+    assert search.checkpoint_of(search.state.done[0]) is not None
+
+
 def test_late_repeated_and_unknown_events_change_nothing() -> None:
     search = ready()
     search.suggest("a")
@@ -396,3 +410,26 @@ def test_the_saved_state_is_named_fields(tmp_path: Path) -> None:
     assert saved.state == search.state
     assert saved.trials == {"a": 0}
     assert [p.name for p in saved.parameters] == ["x/a"]
+
+
+def test_a_limit_of_a_later_run_may_be_larger_than_that_of_the_one_before() -> None:
+    search = ready(max_concurrent=8)
+    for limit, slots in ((2, 2), (6, 6), (20, 8)):
+        search.set_max_concurrency(limit)
+        assert search._ready().slots == slots
+
+
+def test_checkpoints_are_found_where_a_restored_experiment_has_been_moved(tmp_path: Path) -> None:
+    search = ready()
+    for trial in "ab":
+        search.suggest(trial)
+    search.on_trial_complete("a", result(trial_path="/old/tune/trial_a"))
+    search.save(str(tmp_path / "state"))
+    moved = BilevelSearch(Parabola(), max_concurrent=4)
+    moved.restore(str(tmp_path / "state"))
+    assert moved.checkpoint_of(moved.state.done[0]) == "/old/tune/trial_a/checkpoint_000001"
+    moved.on_trial_result("b", result(trial_path="/new/place/tune/trial_b", finished=False))
+    moved.on_trial_complete("b", result(trial_path="/new/place/tune/trial_b"))
+    assert [moved.checkpoint_of(training) for training in moved.state.done] == [
+        "/new/place/tune/trial_a/checkpoint_000001", "/new/place/tune/trial_b/checkpoint_000001",
+    ]  # fmt: skip

@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from raybilevel import step_dispatch
+from raybilevel.errors import StepError
 from raybilevel.methods.base import UpperResult, UpperStep
 from raybilevel.methods.default import Default
 from raybilevel.search_state import Proposal, SearchState, StepRecord
@@ -27,6 +28,13 @@ from tests.processes import ends
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+class TwoWordsError(Exception):
+    """Pickles, and cannot be unpickled: its arguments are no longer two."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} {other}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class Deeds(Default):
                     time.sleep(600)
                 case "raises":
                     raise RuntimeError("on purpose")
+                case "raises what does not unpickle":
+                    raise TwoWordsError("on", "purpose")
         while deed == "waits" and not Path(self.folder, "go").exists():
             time.sleep(0.05)
         return UpperResult(
@@ -71,9 +81,9 @@ class Steps:
             options, StepCall(UpperStep(number, "fill", 0, newest, 0), {}, None, limit), self.shared, blocks
         )
 
-    def end(self, count: int = 1) -> dict[int, UpperResult | ray.exceptions.RayError]:
+    def end(self, count: int = 1) -> dict[int, UpperResult | Exception]:
         """What the next so many steps came to."""
-        found: dict[int, UpperResult | ray.exceptions.RayError] = {}
+        found: dict[int, UpperResult | Exception] = {}
         deadline = time.monotonic() + 240
         while len(found) < count:
             assert time.monotonic() < deadline
@@ -89,7 +99,7 @@ class Steps:
         return len(list(self.folder.glob(f"try of {number} *")))
 
 
-def where(found: UpperResult | ray.exceptions.RayError) -> int:
+def where(found: UpperResult | Exception) -> int:
     assert isinstance(found, UpperResult), found
     return int(found.record.passes)
 
@@ -101,6 +111,7 @@ def steps(tmp_path: Path) -> Iterator[Steps]:
         4: ("dies", 1),
         6: ("dies", 9),
         8: ("hangs", 1),
+        10: ("raises what does not unpickle", 9),
         **dict.fromkeys((11, 12, 13), ("waits", 0)),
     }
     steps = Steps(tmp_path, deeds)
@@ -112,12 +123,36 @@ def test_one_step_after_the_other_runs_in_one_process(steps: Steps) -> None:
     process = steps.process(1)
     steps.begin(2)
     failure = steps.end()[2]
-    assert isinstance(failure, ray.exceptions.RayTaskError) and "on purpose" in str(failure)
+    assert isinstance(failure, StepError) and "RuntimeError: on purpose" in str(failure)
     assert steps.tries(2) == 1
     assert steps.process(3) == process != os.getpid()
     time.sleep(3)  # Ray ends the processes of tasks that are idle for a second
     assert steps.process(5) == process
     assert len(steps.dispatch) == 0
+
+
+def test_an_exception_that_does_not_survive_the_way_is_that_of_the_step_all_the_same(steps: Steps) -> None:
+    """And no process that was lost, whose step would be tried again."""
+    process = steps.process(1)
+    steps.begin(10)
+    failure = steps.end()[10]
+    assert isinstance(failure, StepError) and "TwoWordsError: on purpose" in str(failure)
+    assert steps.tries(10) == 1
+    assert steps.process(3) == process
+
+
+def test_steps_do_not_wait_behind_one_that_takes_much_longer_than_others(steps: Steps, tmp_path: Path) -> None:
+    now = 0.0
+    steps.dispatch = StepDispatch(clock=lambda: now)
+    process = steps.process(1)
+    steps.begin(11)
+    steps.begin(3)
+    now = 3.5
+    assert not steps.dispatch.ended() and len(steps.dispatch.results) == 1
+    now = 4.5  # as long as a process's start
+    assert where(steps.end()[3]) != process
+    (tmp_path / "go").touch()
+    assert where(steps.end()[11]) == process
 
 
 def test_a_step_whose_process_dies_is_tried_again_in_another(steps: Steps) -> None:
@@ -188,6 +223,20 @@ def test_processes_that_were_lost_while_idle_cost_a_step_no_more_than_one_try(
         os.kill(process, signal.SIGKILL)
     monkeypatch.setattr(step_dispatch, "TRIES_MORE", 1)
     assert steps.process(14) not in lost
+
+
+def test_a_process_that_has_no_step_ends_by_itself(
+    steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_dispatch, "SECONDS_IDLE", 1.0)
+    monkeypatch.setattr(step_dispatch, "SECONDS_OF_THE_WAY", 1.0)
+    steps.begin(11)
+    time.sleep(4)  # one that has a step does not
+    (tmp_path / "go").touch()
+    process = where(steps.end()[11])
+    assert ends(process)
+    assert steps.process(14) != process
+    assert steps.tries(11) == steps.tries(14) == 1
 
 
 def test_cancelled_steps_and_idle_processes_end(steps: Steps) -> None:

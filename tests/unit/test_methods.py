@@ -292,6 +292,18 @@ def test_a_region_step(method: Default, error: float):
     assert result.record.passes > 0 and result.record.multiplier is not None
 
 
+def test_a_step_goes_on_without_a_checkpoint_that_cannot_be_read():
+    problem = Ridge(dimension=2)
+    found, checkpoints = trained_state(problem, 6)
+    step = plan(found)
+    assert step is not None
+    (damaged,) = step.targets
+    result = run(METHOD, step, problem, {**checkpoints, damaged: checkpoints[damaged][:100]})
+    assert result.proposal is not None and result.record.multiplier is None
+    assert result.hypergradients == {damaged: ()}  # not to be tried again
+    assert list(result.unreadable) == [damaged] and "checkpoint" in result.unreadable[damaged]
+
+
 def test_a_joint_descent_is_taken_and_charged():
     problem = Ridge(dimension=2)
     found, checkpoints = trained_state(problem, 6)
@@ -396,3 +408,12 @@ def test_the_trusted_radius_halves_until_the_value_is_known(slack: float, expect
     descent = Hypergradient(vector(-4.0, 1.0), 1.0, 0.05, slack, [], 1.0)
     found = trusted_radius(Cone(), vector(0.5, 0.5), descent, 0.2)
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("done", "starting", "begins"), [(1, 1, False), (2, 1, True), (4, 4, False), (8, 40, False), (9, 40, True)]
+)
+def test_steps_begin_when_half_of_the_start_design_is_done_or_eight_of_it(done: int, starting: int, begins: bool):
+    trainings = [training(i, float(i), unit=i / 50) for i in range(done)]
+    trainings += [training(done + i, unit=1 - i / 50, status="pending") for i in range(starting)]
+    assert (plan(state(*trainings), slots=50) is not None) == begins

@@ -349,3 +349,36 @@ def test_a_forgotten_trial_in_the_middle_is_lost_and_asked_again():
     search.forget(["a", "b"])  # b has ended and stays
     assert [t.status for t in search.state.trainings] == ["lost", "done"]
     assert search.ask("c") == asked
+
+
+# Before there is enough for a step.
+
+
+def test_slots_may_be_free_while_there_is_too_little_for_a_step():
+    search = optimizer(slots=6)
+    for trial in "abcdef":
+        search.ask(trial)
+    assert not search.has_too_little_for_a_step  # no slot is free
+    search.tell("a", None)
+    assert not search.has_too_little_for_a_step  # nothing is known
+    search.tell("b", GOOD)
+    assert search.plan() is None and search.has_too_little_for_a_step
+    search.fill()
+    assert not search.has_too_little_for_a_step  # something waits to be trained
+    assert search.ask("g") is not None
+    assert search.state.trainings[-1].proposal.origin == "fill"
+    assert search.has_too_little_for_a_step  # the slot of the one that failed
+    for trial in "cdef":
+        search.tell(trial, GOOD)
+    assert not search.has_too_little_for_a_step  # the start design is done
+    assert search.plan() is not None
+
+
+def test_points_that_fill_the_box_differ():
+    search = optimizer(slots=6)
+    for trial in "abcdef":
+        search.ask(trial)
+    for trial in "ghi":
+        search.fill()
+        assert search.ask(trial) is not None
+    assert len({training.unit for training in search.state.trainings}) == 9

@@ -11,8 +11,9 @@ from ray import tune
 from raybilevel.config import ExperimentConfig, read_config, resolved
 from raybilevel.errors import ConfigError
 from raybilevel.experiment import CONFIG_FILE, TUNE_FOLDER, cluster, first_bundle, prepare_folder, trial_resources
-from raybilevel.searcher import task_options
+from raybilevel.resources import bundles_of, fitting, most_slots, task_options
 from raybilevel.storage_access import locate
+from tests.tiny_problems import Parabola
 
 
 def config(lower: Any) -> ExperimentConfig:
@@ -46,6 +47,37 @@ def test_wrong_resources_are_named(lower: str, tmp_path: Path) -> None:
         read_config(path)
 
 
+@pytest.mark.parametrize(
+    ("lower", "nodes", "count"),
+    [
+        ({"cpu": 1}, [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}, {"memory": 9.0}], 16),
+        ({"cpu": 4}, [{"CPU": 16.0}], 4),
+        ({"cpu": 4}, [{"CPU": 3.0}, {"CPU": 5.0}], 1),
+        ({"gpu": 0.25}, [{"CPU": 4.0, "GPU": 4.0}], 16),
+        ({"cpu": 1, "gpu": 0.8}, [{"CPU": 8.0, "GPU": 1.0}] * 3 + [{"CPU": 8.0}], 3),
+        ({"cpu": 1, "GPU": 0.1}, [{"CPU": 64.0, "GPU": 1.0}], 10),
+        ({"fast_disk": 1, "cpu": 0}, [{"CPU": 8.0, "fast_disk": 2.0}, {"CPU": 8.0}], 2),
+        ({}, [{"CPU": 3.0}], 3),
+        ({"gpu": 1}, [{"CPU": 8.0}], 0),
+        (tune.PlacementGroupFactory([{"CPU": 1}, {"CPU": 1, "GPU": 1}]), [{"CPU": 3.0}, {"CPU": 3.0, "GPU": 2.0}], 2),
+    ],
+)
+def test_as_many_trainings_fit_as_the_nodes_hold(lower: Any, nodes: list[dict[str, float]], count: int) -> None:
+    assert fitting(nodes, bundles_of(lower, Parabola())) == count
+
+
+def test_a_training_asks_for_a_gpu_where_its_problem_is_on_one() -> None:
+    problem = Parabola()
+    assert bundles_of(None, problem) == [{"CPU": 1.0}]
+    problem.device = "cuda"
+    assert bundles_of(None, problem) == [{"GPU": 1.0}]
+
+
+@pytest.mark.parametrize(("trainings", "most"), [(0, 16), (40, 16), (64, 16), (100, 25), (4000, 1000)])
+def test_of_few_trainings_few_are_under_way_at_once(trainings: int, most: int) -> None:
+    assert most_slots(trainings) == most
+
+
 def test_a_step_asks_for_no_cpu_unless_told() -> None:
     assert task_options({}) == {"num_cpus": 0}
     assert task_options({"num_gpus": 1, "scheduling_strategy": "SPREAD"}) == {
@@ -71,3 +103,23 @@ def test_a_run_may_go_on_with_more_slots_and_nothing_else(tmp_path: Path) -> Non
     resume("search.max_concurrent=8")
     with pytest.raises(ConfigError, match="differs"):
         resume("search.max_concurrent=8", "search.seed=1")
+
+
+def test_a_run_goes_on_in_another_folder_with_the_config_that_its_storage_keeps(tmp_path: Path) -> None:
+    text = "problem: digits\nspace: {a: {uniform: [0, 1]}}\nsearch: {trainings: 9}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    given, storage = read_config(tmp_path / "mine.yaml"), locate(tmp_path / "storage")
+    prepare_folder(tmp_path / "one", given, resume=False, place=storage)
+    (tmp_path / "storage" / TUNE_FOLDER).mkdir()
+    prepare_folder(tmp_path / "other", given, resume=True, place=storage)
+    kept = [tmp_path / folder / CONFIG_FILE for folder in ("one", "storage", "other")]
+    assert [read_config(path) for path in kept] == [given] * 3
+    changed = read_config(tmp_path / "mine.yaml", ["search.seed=1"])
+    with pytest.raises(ConfigError, match="differs"):
+        prepare_folder(tmp_path / "third", changed, resume=True, place=storage)
+
+
+def test_the_folder_of_a_run_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot write to .*file/out"):
+        prepare_folder(tmp_path / "file" / "out", config({"cpu": 1}), resume=False, place=locate(tmp_path))

@@ -85,12 +85,6 @@ def test_nothing_costs_nothing():
     assert state("pending").cost == 0.0
 
 
-def test_failed_steps_in_a_row():
-    failures = [[], [True], [True, False], [False, True, True], [True, False, True]]
-    steps = [tuple(StepRecord(i, 0, 0.0, failed=f) for i, f in enumerate(run)) for run in failures]
-    assert [SearchState((), s).failed_steps_in_a_row for s in steps] == [0, 1, 0, 2, 1]
-
-
 def test_states_are_values():
     before = state("pending")
     after = before.change(0, status="done", upper=1.0).add(Proposal((0.7,), "region", 0))
