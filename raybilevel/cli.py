@@ -79,11 +79,7 @@ def run(
         )
     except (experiment.InterruptedRunError, KeyboardInterrupt) as error:
         console.print(f"{error or 'stopped'}; what was observed is kept. To go on:", markup=False)
-        # The resolved config holds every --set.
-        options = {"--out": folder, "--data": data, "--address": address, "--storage": storage}
-        given = " ".join(f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
-        again = f"  {sys.argv[0]} run {shlex.quote(str(folder / 'config.yaml'))} {given} --resume"
-        console.print(again, markup=False, highlight=False, soft_wrap=True)
+        show_how_to_go_on(console, "run", folder, data, address, storage)
         raise typer.Exit(EXIT_INTERRUPTED) from error
     show_result(console, summary, folder)
     if summary["best"] is None:
@@ -134,6 +130,14 @@ def compare(
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster, e.g. auto; by default a local one is started.")
     ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Where trials under way are kept, on a cluster of several nodes: a folder or URI (s3://bucket/folder) "
+            "that all of them see.",
+            metavar="URI",
+        ),
+    ] = None,
 ) -> None:
     """Compare methods on problems under one budget; a record a run, then the tables and the report."""
     from raybilevel.compare import command
@@ -147,12 +151,10 @@ def compare(
     runs = comparison.runs(absolute)
     command.prepare(comparison, folder, resume)
     console = Console()
-    bad, interrupted = command.run_all(runs, folder, address, comparison.cpus, console)
+    bad, interrupted = command.run_all(runs, folder, address, comparison.cpus, console, storage)
     if interrupted:
         console.print("stopped; every run that ended is kept. To go on:", markup=False)
-        given = f" --data {data}" if data is not None else ""
-        again = f"  {sys.argv[0]} compare {folder / 'config.yaml'} --out {folder}{given} --resume"
-        console.print(again, markup=False, highlight=False, soft_wrap=True)
+        show_how_to_go_on(console, "compare", folder, data, address, storage)
         raise typer.Exit(EXIT_INTERRUPTED)
     command.show_tables(folder, console)
     if bad:
@@ -173,6 +175,16 @@ def report(
     typer.echo(str(page))
     if open_it:
         webbrowser.open(page.resolve().as_uri())
+
+
+def show_how_to_go_on(
+    console: Console, command: str, folder: Path, data: Path | None, address: str | None, storage: str | None
+) -> None:
+    """The command that resumes, as a shell takes it."""
+    options = {"--out": folder, "--data": data, "--address": address, "--storage": storage}
+    given = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
+    again = [sys.argv[0], command, str(folder / "config.yaml"), *given, "--resume"]  # it holds every --set
+    console.print(f"  {shlex.join(again)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None:

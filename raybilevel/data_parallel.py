@@ -21,6 +21,7 @@ from raybilevel.levels import Levels
 from raybilevel.lower_level import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
 from raybilevel.problem import Batch, BilevelProblem, Level, leaves
 from raybilevel.shared import Shared
+from raybilevel.time_limit import time_limit
 from raybilevel.trainable import FINISHED, a_fifth, check_arguments, check_not_optimistic, report, send
 
 RUN = "data_parallel"
@@ -31,6 +32,7 @@ def data_parallel_trainable(
     scaling: train.ScalingConfig,
     seed: int = 0,
     checkpoint_every: int | None = None,
+    epoch_time_limit: float | None = None,
 ) -> Callable[[dict[str, Any]], None]:
     """`lower_level_trainable` for a model that needs several GPUs: every training runs on the workers of `scaling`.
 
@@ -44,13 +46,14 @@ def data_parallel_trainable(
 
     Raises:
         ProblemError: `problem` is not a `BilevelProblem` instance, or `optimistic`.
-        ConfigError: `checkpoint_every` is not positive.
+        ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
     """
-    check_arguments("data_parallel_trainable", problem, checkpoint_every)
+    check_arguments("data_parallel_trainable", problem, checkpoint_every, epoch_time_limit)
     check_not_optimistic("data_parallel_trainable", problem)
     every = checkpoint_every or a_fifth(problem.epochs)
+    given = {"seed": seed, "checkpoint_every": every, "epoch_time_limit": epoch_time_limit}
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
-        data_parallel, problem=Shared(problem), scaling=scaling, seed=seed, checkpoint_every=every
+        data_parallel, problem=Shared(problem), scaling=scaling, settings=given
     )
     # The workers hold the resources; of the trial itself Tune wants that it asks for something.
     return tune.with_resources(trainable, {"cpu": 0, "memory": 1})  # type: ignore[no-any-return]
@@ -60,15 +63,14 @@ def data_parallel(
     config: dict[str, Any],
     problem: Shared[BilevelProblem],
     scaling: train.ScalingConfig,
-    seed: int,
-    checkpoint_every: int,
+    settings: Mapping[str, Any],
 ) -> None:
     """What a trial runs: it starts the workers, and goes on from the newest checkpoint if it is tried again."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     storage = tune.get_context().get_storage()
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"config": config, "problem": problem, "seed": seed, "checkpoint_every": checkpoint_every},
+        train_loop_config={"config": config, "problem": problem, **settings},
         scaling_config=scaling,
         run_config=train.RunConfig(
             name=RUN,
@@ -103,8 +105,9 @@ def worker(given: Mapping[str, Any]) -> None:
         with begun.as_directory() as folder:
             training.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
     while not training.finished:
-        training.run_epoch()
-        metrics = report(training)
+        with time_limit(given["epoch_time_limit"]):  # the others of the group wait for a process that hangs
+            training.run_epoch()
+            metrics = report(training)
         due = training.finished or training.epoch % given["checkpoint_every"] == 0
         with tempfile.TemporaryDirectory() as folder:
             if due and rank == 0:

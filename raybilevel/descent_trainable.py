@@ -17,6 +17,7 @@ from raybilevel.methods.hypergradient import HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.shared import Shared
 from raybilevel.space import STARTS, Space
+from raybilevel.time_limit import time_limit
 from raybilevel.trainable import FINISHED, PASSES, a_fifth, check_arguments, check_not_optimistic, send
 
 HYPERPARAMETERS = "hyperparameters"
@@ -28,6 +29,7 @@ def hypergradient_trainable(
     space: Space | Mapping[str, Any] | None = None,
     seed: int = 0,
     checkpoint_every: int | None = None,
+    epoch_time_limit: float | None = None,
 ) -> Callable[[dict[str, Any]], None]:
     """A trainable for `tune.run` and `tune.Tuner`, with `BilevelSearch(problem, method="hypergradient")`: one descent
     along hypergradients from the trial's config.
@@ -43,13 +45,15 @@ def hypergradient_trainable(
         Tune {"start": tune.quniform(0, 65535, 1)}.
     seed:     of the initial weights and the order of batches; of a module's start, with its number.
     checkpoint_every: steps between checkpoints; None for five in a descent.
+    epoch_time_limit: seconds that an epoch of the lower level may take, a step's hypergradient counted as one more; a
+        descent whose step takes longer than all of its epochs may hangs, and its process is ended. None for no limit.
 
     Raises:
         ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, has neither a space nor
             `upper_variables`, or cannot be divided into the settings' shards.
-        ConfigError: `checkpoint_every` is not positive.
+        ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
     """
-    check_arguments("hypergradient_trainable", problem, checkpoint_every)
+    check_arguments("hypergradient_trainable", problem, checkpoint_every, epoch_time_limit)
     check_not_optimistic("hypergradient_trainable", problem)
     if space is not None and not isinstance(space, Space):
         space, _ = split_param_space(space)
@@ -60,8 +64,9 @@ def hypergradient_trainable(
     check_shards(problem, settings.shards, box is not None)
     every = checkpoint_every or a_fifth(settings.steps)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
-        descend, problem=Shared(problem), settings=settings, space=box, seed=seed, checkpoint_every=every
-    )
+        descend, problem=Shared(problem), settings=settings, space=box, seed=seed, checkpoint_every=every,
+        epoch_time_limit=epoch_time_limit,
+    )  # fmt: skip
     return trainable
 
 
@@ -72,18 +77,24 @@ def descend(
     space: Space | None,
     seed: int,
     checkpoint_every: int,
+    epoch_time_limit: float | None,
 ) -> None:
     """What a trial runs."""
     logging.getLogger("ray.train._internal.storage").setLevel(logging.WARNING)  # five lines a trial, none of them news
-    descent = BilevelDescent(problem.value, config, settings, space, seed)
+    with time_limit(epoch_time_limit):
+        descent = BilevelDescent(problem.value, config, settings, space, seed)
     checkpoint = tune.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             descent.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
     while not descent.finished:
-        metrics: dict[str, Any] = {**descent.run_step(), "step": descent.step}
-        if descent.finished:
-            metrics |= descent.conclude()
+        epochs = 1 + (settings.lower_epochs if descent.step else problem.value.epochs)
+        if descent.step + 1 == settings.steps:
+            epochs += problem.value.epochs
+        with time_limit(epoch_time_limit and epoch_time_limit * epochs):
+            metrics: dict[str, Any] = {**descent.run_step(), "step": descent.step}
+            if descent.finished:
+                metrics |= descent.conclude()
         metrics |= {PASSES: descent.passes, FINISHED: descent.finished}
         due = descent.finished or descent.step % checkpoint_every == 0
         send(metrics, CHECKPOINT_FILE, dump_checkpoint(descent) if due else None)

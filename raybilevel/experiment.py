@@ -40,8 +40,10 @@ from raybilevel.shared import Shared
 from raybilevel.snapshot import ResumableGenerator, prepare_resume
 from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.storage_access import Storage, check_access, locate
-from raybilevel.summary import summarise, write_summary
+from raybilevel.summary import as_text, summarise
 from raybilevel.trainable import lower_level_trainable
+
+logger = logging.getLogger(__name__)
 
 TUNE_FOLDER = "tune"
 CONFIG_FILE = "config.yaml"
@@ -79,6 +81,8 @@ def run(
 
     address: of a Ray cluster; by default a local one is started.
     storage: where the trials and their checkpoints are kept, a folder or a URI that every node sees; by default `out`.
+        The config and the summary are kept there as well, so that the run outlives this machine: `resume` with another
+        `out` goes on with it.
 
     Raises:
         ConfigError: the config, the folder or `resume` is wrong; nothing was run.
@@ -130,13 +134,8 @@ def run(
         best = searcher.method.incumbent(searcher.state)
         test_loss_refit = None
         if best is not None and space != STARTS:
-            resources = task_options({"cpu": 1, **first_bundle(config)})
-            refitted = ray.get(
-                refit_task.options(**resources).remote(
-                    Shared(problem), configuration(searcher, best, results), config.search.seed
-                )
-            )
-            test_loss_refit = (refitted or {}).get("test_loss")
+            found = configuration(searcher, best, results)
+            test_loss_refit = loss_after_refit(problem, found, config)
         summary = summarise(
             searcher.state,
             space,
@@ -147,7 +146,7 @@ def run(
             test_loss_refit,
             time.monotonic() - started,
         )
-    write_summary(out / SUMMARY_FILE, summary)
+    keep(SUMMARY_FILE, as_text(summary), out, place)
     return summary
 
 
@@ -155,10 +154,11 @@ def tune_run(
     config: ExperimentConfig, problem: BilevelProblem, searcher: BilevelSearch, place: Storage, resume: bool, view: View
 ) -> Any:
     """The trials. `tune.run` rather than `Tuner`, whose restore does not hand out the searcher that it makes."""
-    trainable = lower_level_trainable(problem, config.search.seed, epoch_time_limit=config.search.epoch_time_limit)
+    limit = config.search.epoch_time_limit
+    trainable = lower_level_trainable(problem, config.search.seed, epoch_time_limit=limit)
     if isinstance(searcher.method, HypergradientDescent):
         space, _ = config.split_space()
-        trainable = hypergradient_trainable(problem, searcher.method, space, config.search.seed)
+        trainable = hypergradient_trainable(problem, searcher.method, space, config.search.seed, epoch_time_limit=limit)
     return tune.run(
         tune.with_resources(trainable, trial_resources(config)),
         name=TUNE_FOLDER,
@@ -233,11 +233,14 @@ def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Sto
     saved = out / CONFIG_FILE
     try:
         begun = place.exists(TUNE_FOLDER)
+        elsewhere = place.read(CONFIG_FILE) if resume and not saved.exists() and place.exists(CONFIG_FILE) else None
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"cannot reach the storage {place.path}: {error}") from error
     if resume:
         if not begun:
             raise ConfigError(f"--resume: there is no run in {place.path}; leave --resume out to begin one")
+        if elsewhere is not None:  # the run began on another machine
+            keep(CONFIG_FILE, elsewhere, out, place)
         if without_slots(read_config(saved)) != without_slots(config):
             raise ConfigError(
                 f"--resume: the config differs from the one in {saved}, with which the run began; only "
@@ -248,11 +251,21 @@ def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Sto
         raise ConfigError(
             f"{place.path} already holds a run; choose another --out (or --storage), or go on with it by --resume"
         )
+    keep(CONFIG_FILE, resolved(config), out, place)
+
+
+def keep(name: str, text: str, out: Path, place: Storage) -> None:
+    """A file of the run in its folder and, where that is another place, in the storage."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        saved.write_text(resolved(config), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
+        locate(out).write(name, text)
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"cannot write to {out}: {getattr(error, 'strerror', None) or error}") from error
+    if place.path == locate(out).path:
+        return
+    try:
+        place.write(name, text)
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"cannot write to the storage {place.path}: {error}") from error
 
 
 def without_slots(config: ExperimentConfig) -> ExperimentConfig:
@@ -275,6 +288,18 @@ def configuration(
     """What the training was of; where it was a descent, the hyperparameters that it ended at."""
     found = results.get(training.index, {}).get(HYPERPARAMETERS) or searcher.config_of(training)
     return nest({**flatten(searcher.constants), **flatten(found)})
+
+
+def loss_after_refit(problem: BilevelProblem, found: Mapping[str, Any], config: ExperimentConfig) -> float | None:
+    """The test loss after a training on all data; None where the problem has none, or the training fails: what was
+    found before is not lost with it."""
+    resources = task_options({"cpu": 1, **first_bundle(config)})
+    try:
+        metrics = ray.get(refit_task.options(**resources).remote(Shared(problem), found, config.search.seed))
+    except ray.exceptions.RayError as error:
+        logger.error("the refit on all data failed, the summary is without it: %s", str(error).splitlines()[-1])
+        return None
+    return (metrics or {}).get("test_loss")
 
 
 @ray.remote  # type: ignore[untyped-decorator]

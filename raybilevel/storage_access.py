@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raybilevel.errors import StorageError
+from raybilevel.resources import nodes_alive
 from raybilevel.storage import local_filesystem
 
 SECONDS_TO_ANSWER = 60.0
@@ -30,6 +31,17 @@ class Storage:
     def exists(self, name: str) -> bool:
         found: bool = self.filesystem.get_file_info(f"{self.path}/{name}").type != pyarrow.fs.FileType.NotFound
         return found
+
+    def read(self, name: str) -> str:
+        with self.filesystem.open_input_stream(f"{self.path}/{name}") as file:
+            text: str = file.read().decode()
+        return text
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        self.filesystem.create_dir(self.path, recursive=True)
+        with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
+            file.write(text.encode())
 
 
 def locate(uri: str | Path) -> Storage:
@@ -50,10 +62,10 @@ def locate(uri: str | Path) -> Storage:
 
 
 def check_access(storage: Storage) -> None:
-    """Write a file from this process and read it on every node, before anything is trained.
+    """Write a file from this process, and read it and write another one on every node, before anything is trained.
 
     Raises:
-        StorageError: the storage cannot be written, or nodes, which are named, cannot read it.
+        StorageError: the storage cannot be written, or nodes, which are named, cannot read or write it.
     """
     marker, content = f"{storage.path}/.raybilevel-{uuid.uuid4().hex}", uuid.uuid4().bytes
     try:
@@ -63,26 +75,26 @@ def check_access(storage: Storage) -> None:
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"cannot write to the storage {storage.path}: {error}") from error
     try:
-        blind = unreadable_on(storage, marker, content)
+        blind = without_access(storage, marker, content)
     finally:
         storage.filesystem.delete_file(marker)
     if blind:
         raise StorageError(
-            f"the storage {storage.path} cannot be read on {len(blind)} of the cluster's nodes: "
+            f"the storage {storage.path} cannot be used on {len(blind)} of the cluster's nodes: "
             + "; ".join(f"{node}: {reason}" for node, reason in sorted(blind.items()))
             + ". Use a folder that all nodes mount at the same place, or a URI that all of them reach (s3://..., gs://...)"
         )
 
 
-def unreadable_on(storage: Storage, marker: str, content: bytes) -> dict[str, str]:
-    """Address of a node other than this one -> why it does not see the marker."""
+def without_access(storage: Storage, marker: str, content: bytes) -> dict[str, str]:
+    """Address of a node other than this one -> why it cannot use the storage."""
     here = ray.get_runtime_context().get_node_id()
     asked = {
-        read_marker.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+        try_access.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
             storage.filesystem, marker, content
         ): node["NodeManagerAddress"]
-        for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] != here
+        for node in nodes_alive()
+        if node["NodeID"] != here
     }
     if not asked:
         return {}
@@ -101,10 +113,19 @@ def unreadable_on(storage: Storage, marker: str, content: bytes) -> dict[str, st
 
 
 @ray.remote(num_cpus=0, max_retries=1)  # type: ignore[untyped-decorator]
-def read_marker(filesystem: pyarrow.fs.FileSystem, marker: str, content: bytes) -> str | None:
-    """Why this node does not see the marker; None if it does."""
+def try_access(filesystem: pyarrow.fs.FileSystem, marker: str, content: bytes) -> str | None:
+    """Why this node does not see the marker, or cannot write beside it; None if it can."""
     try:
         with filesystem.open_input_stream(marker) as file:
-            return None if file.read() == content else "holds other files at this path"
+            if file.read() != content:
+                return "holds other files at this path"
     except (pa.ArrowException, OSError) as error:
-        return str(error)
+        return f"cannot be read: {error}"
+    own = f"{marker}-{uuid.uuid4().hex}"
+    try:
+        with filesystem.open_output_stream(own) as file:
+            file.write(content)
+        filesystem.delete_file(own)
+    except (pa.ArrowException, OSError) as error:
+        return f"cannot be written: {error}"
+    return None

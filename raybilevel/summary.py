@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,8 +118,5 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write it whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def as_text(summary: Mapping[str, Any]) -> str:
+    return json.dumps(summary, indent=2, allow_nan=False) + "\n"

@@ -39,15 +39,13 @@ def lower_level_trainable(
     seed:             of the initial weights and the order of batches; the same for every trial.
     checkpoint_every: epochs between checkpoints; None for five in a training.
     epoch_time_limit: seconds that an epoch, its losses included, may take; a training that takes longer hangs, and its
-        process is ended. None for no limit.
+        process is ended. None for no limit. Its report is not part of that: a scheduler may hold that up.
 
     Raises:
         ProblemError: `problem` is not a `BilevelProblem` instance.
         ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
     """
-    check_arguments("lower_level_trainable", problem, checkpoint_every)
-    if epoch_time_limit is not None and not epoch_time_limit > 0:
-        raise ConfigError(f"epoch_time_limit must be positive, got {epoch_time_limit}")
+    check_arguments("lower_level_trainable", problem, checkpoint_every, epoch_time_limit)
     every = checkpoint_every or a_fifth(problem.epochs)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         lower_level, problem=Shared(problem), seed=seed, checkpoint_every=every, epoch_time_limit=epoch_time_limit
@@ -55,13 +53,17 @@ def lower_level_trainable(
     return trainable
 
 
-def check_arguments(function: str, problem: object, checkpoint_every: int | None) -> None:
+def check_arguments(
+    function: str, problem: object, checkpoint_every: int | None, epoch_time_limit: float | None
+) -> None:
     """What all functions that make a trainable refuse; `function` is the one that was called."""
     if not isinstance(problem, BilevelProblem):
         hint = f"; pass an instance: {function}(MyProblem())" if isinstance(problem, type) else ""
         raise ProblemError(f"expected a BilevelProblem, got {problem!r}{hint}")
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    if epoch_time_limit is not None and not epoch_time_limit > 0:
+        raise ConfigError(f"epoch_time_limit must be positive, got {epoch_time_limit}")
 
 
 def check_not_optimistic(function: str, problem: BilevelProblem) -> None:

@@ -62,11 +62,25 @@ def settled(path: Path, say: Callable[[str], None]) -> bool:
 
 
 def run_all(
-    runs: Sequence[Run], out: Path, address: str | None, cpus: int | None, console: Console
+    runs: Sequence[Run],
+    out: Path,
+    address: str | None,
+    cpus: int | None,
+    console: Console,
+    storage: str | None = None,
 ) -> tuple[int, bool]:
-    """Every run without a good record. How many are still without one, and whether it was interrupted."""
+    """Every run without a good record. How many are still without one, and whether it was interrupted.
+
+    storage: a folder or URI for trials under way; without it a folder of this machine.
+
+    Raises:
+        ConfigError: the cluster has several nodes, and no storage is given.
+        StorageError: the storage cannot be written, or nodes of the cluster do not see it.
+    """
     from raybilevel.compare.execute import execute
     from raybilevel.experiment import cluster
+    from raybilevel.resources import nodes_alive
+    from raybilevel.storage_access import check_access, locate
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -76,12 +90,20 @@ def run_all(
     if not missing:
         return 0, False
     bad, began = 0, time.monotonic()
+    place = None if storage is None else locate(storage)
     with cluster(address, cpus):
+        if place is not None:
+            check_access(place)
+        elif len(nodes_alive()) > 1:
+            raise ConfigError(
+                "the cluster has several nodes, which exchange checkpoints while a run is under way: give --storage, a "
+                "folder that all of them mount, or a URI (s3://bucket/folder)"
+            )
         for number, run in enumerate(missing, 1):
             head = f"[{number}/{len(missing)}] {run.problem_name} {run.method_name} seed {run.seed}"
             try:
                 with Progress(console, head, run) as progress:
-                    record = execute(run, progress.update, functools.partial(records.keep, out / run.path))
+                    record = execute(run, progress.update, functools.partial(records.keep, out / run.path), place)
             except KeyboardInterrupt:  # at once: this run leaves no record but what it has kept, and is made anew
                 return bad + len(missing) - number + 1, True
             records.write(out / run.path, record)

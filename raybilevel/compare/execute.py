@@ -6,16 +6,17 @@ import contextlib
 import json
 import logging
 import platform
-import shutil
 import signal
 import tempfile
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import ray
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -73,6 +74,7 @@ def execute(
     run: Run,
     news: Callable[[Ledger], None] = lambda ledger: None,
     keep: Callable[[Record], None] = lambda record: None,
+    storage: Storage | None = None,
 ) -> Record:
     """The record of a run, on the Ray cluster that this process has joined.
 
@@ -80,7 +82,8 @@ def execute(
     "failed"; both keep what was seen before.
 
     news: called again and again while the run is under way. keep: called after every training with the record so far,
-        of status "running", for what kills this process.
+        of status "running", for what kills this process. storage: for trials and their checkpoints while the run is
+        under way; by default a temporary folder of this machine.
     """
     parts, problem = parse(run.method.method), make_problem(run.experiment.problem, run.experiment.options, run.data)
     space, constants = run.experiment.split_space()
@@ -108,11 +111,11 @@ def execute(
     exhausted = False
     refits: Record = {}
     searcher: TimedSearcher | None = None
-    folder = Path(tempfile.mkdtemp(prefix="raybilevel-compare-"))
+    place = temporary_place(storage)
     try:
-        searcher = searcher_of(parts, setting, ledger)
+        searcher = searcher_of(parts, setting, ledger, place)
         with stop_on_interrupt(ledger):
-            tune_run(run, parts, setting, searcher, ledger, folder)
+            tune_run(run, parts, setting, searcher, ledger, place)
         exhausted = not ledger.over
         if not ledger.interrupted:
             refits = refits_of(run, problem, constants, ledger)
@@ -123,7 +126,8 @@ def execute(
     finally:
         if searcher is not None and isinstance(searcher.inner, BilevelSearch):
             searcher.inner.cancel_steps(SECONDS_TO_CANCEL)
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            place.filesystem.delete_dir(place.path)
     status = "failed" if failure else "interrupted" if ledger.interrupted else "done"
     return {
         **record,
@@ -134,6 +138,13 @@ def execute(
         **seen(ledger, began),
         **own_part(searcher, ledger),
     }
+
+
+def temporary_place(storage: Storage | None) -> Storage:
+    """A new folder, in the storage or on this machine."""
+    if storage is None:
+        return Storage(pyarrow.fs.LocalFileSystem(), tempfile.mkdtemp(prefix="raybilevel-compare-"))
+    return Storage(storage.filesystem, f"{storage.path}/raybilevel-compare-{uuid.uuid4().hex}")
 
 
 def seen(ledger: Ledger, began: float) -> Record:
@@ -183,7 +194,7 @@ def probe_parts(parts: Parts, setting: Setting) -> None:
     make_scheduler(parts.scheduler, setting)
 
 
-def searcher_of(parts: Parts, setting: Setting, ledger: Ledger) -> TimedSearcher | None:
+def searcher_of(parts: Parts, setting: Setting, ledger: Ledger, place: Storage) -> TimedSearcher | None:
     """What suggests the trials; None where Tune's own variant generator does."""
     if not parts.own:
         inner = make_searcher(parts.searcher, setting)
@@ -199,13 +210,14 @@ def searcher_of(parts: Parts, setting: Setting, ledger: Ledger) -> TimedSearcher
         seed=setting.seed,
         max_concurrent=setting.slots,
         upper_resources=setting.upper_resources,
+        storage_filesystem=place.filesystem,
         room=room,
     )
     ledger.steps = lambda: spent_on_steps(search)
     return TimedSearcher(search)
 
 
-def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Ledger, folder: Path) -> None:
+def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Ledger, place: Storage) -> None:
     """The trials: the same trainable, seed and resources for every method."""
     space, samples = dict(setting.param_space), samples_of(parts, setting)
     if parts.searcher == "grid":
@@ -221,7 +233,8 @@ def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Le
         tune.run(
             tune.with_resources(trainable, trial_resources(run.experiment)),
             name="tune",
-            storage_path=str(folder),
+            storage_path=place.path,
+            storage_filesystem=place.filesystem,
             config=space,
             search_alg=searcher,
             scheduler=make_scheduler(parts.scheduler, setting),
@@ -265,7 +278,7 @@ def refits_of(run: Run, problem: BilevelProblem, constants: dict[str, Any], ledg
             config = nest({**flatten(constants), **flatten(observations[index]["hyperparameters"])})
             tasks[str(index)] = refit_task.options(**resources).remote(shared, config, run.seed)
     for name, task in tasks.items():
-        with contextlib.suppress(ray.exceptions.RayTaskError):  # a refit that diverges has no loss
+        with contextlib.suppress(ray.exceptions.RayError):  # a refit that diverges, or is lost, has no loss
             if (metrics := ray.get(task)) is not None:
                 found[name] = metrics
     return found

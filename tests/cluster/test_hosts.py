@@ -101,11 +101,13 @@ class HostCluster:
             env={**self.environment, "RAY_API_SERVER_ADDRESS": f"http://{self.head.address}:8265", **environment},
         )  # fmt: skip
 
-    def submit(self, name: str, *more: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
-        """The line of configs/cluster/submit.sh, of a small experiment."""
+    def submit(
+        self, name: str, *more: str, wait: bool = True, job: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """The line of configs/cluster/submit.sh, of a small experiment; job: its name, if not the experiment's."""
         line = SUBMIT.read_text().splitlines()[-1].replace("my-bucket/runs/one", f"bucket/{name}")
         words = [word for word in shlex.split(line) if word != "RAY_AUTH_MODE=token"][1:]
-        options = ["--submission-id", name, *([] if wait else ["--no-wait"])]
+        options = ["--submission-id", job or name, *([] if wait else ["--no-wait"])]
         return self.ray(*words[:2], *options, *words[2:], *more)
 
     def status(self, name: str) -> str:
@@ -116,6 +118,17 @@ class HostCluster:
         """Tune's newest snapshot in the bucket."""
         found = self.newest(name, EXPERIMENT_STATE)
         return parse(found.decode()) if found is not None else []
+
+    def file(self, path: str) -> bytes | None:
+        if not self.filesystem.get_file_info(f"bucket/{path}").is_file:
+            return None
+        content: bytes = self.filesystem.open_input_stream(f"bucket/{path}").read()
+        return content
+
+    def nodes_alive(self) -> int:
+        listed = self.ray("list", "nodes", "--format", "json", "--filter", "state=ALIVE")
+        assert listed.returncode == 0, listed.stderr
+        return len(json.loads(listed.stdout))
 
     def newest(self, name: str, prefix: str) -> bytes | None:
         files = self.filesystem.get_file_info(pyarrow.fs.FileSelector(f"bucket/{name}/tune", allow_not_found=True))
@@ -217,9 +230,37 @@ def test_a_folder_that_hosts_do_not_share_is_refused(hosts: HostCluster) -> None
     refused = hosts.submit("private", "--storage", f"{hosts.network.disk}/runs", *small(8))
     assert refused.returncode != 0
     output = refused.stdout + refused.stderr
-    assert "cannot be read on 2 of the cluster's nodes" in output
+    assert "cannot be used on 2 of the cluster's nodes" in output
+    assert output.count("cannot be read") == 2
     for worker in workers:
         assert worker.address in output
+
+
+def test_a_job_that_was_lost_goes_on_from_what_the_bucket_holds(hosts: HostCluster) -> None:
+    """In another working directory, as Ray gives each job its own: nothing of the first one's is there."""
+    hosts.workers(2)
+    options = [*small(8, epochs=100), "--set", "search.max_concurrent=2"]
+    submitted = hosts.submit("resumed", *options, wait=False)
+    assert submitted.returncode == 0, submitted.stderr
+
+    def observed() -> dict[str, str]:
+        """What has ended, by the trial: its config."""
+        over = (trial for trial in hosts.trials("resumed") if trial.status == "TERMINATED")
+        return {trial.trial: json.dumps(trial.config, sort_keys=True) for trial in over}
+
+    until(lambda: len(observed()) >= 3, "three trainings end", hosts.head.log)
+    assert hosts.ray("job", "stop", "resumed").returncode == 0
+    before = observed()
+    assert len(before) < 8
+    assert hosts.file("resumed/summary.json") is None
+    done = hosts.submit("resumed", *options, "--resume", job="resumed-again")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    after = observed()
+    assert len(after) == len(set(after.values())) == 8
+    assert before.items() <= after.items()
+    summary = hosts.file("resumed/summary.json")
+    assert summary is not None
+    assert json.loads(summary)["trainings"] == 8
 
 
 def test_hosts_lost_in_the_middle_cost_nothing_and_one_that_joins_is_used(hosts: HostCluster) -> None:
@@ -237,7 +278,11 @@ def test_hosts_lost_in_the_middle_cost_nothing_and_one_that_joins_is_used(hosts:
     new = hosts.add_worker()
     until(lambda: ended(6), "six trainings end", hosts.head.log)
     assert not ended(14), "the trainings are too short to be hit in the middle"
+    alive = hosts.nodes_alive()
     cut.cut()
+    begun = time.monotonic()
+    until(lambda: hosts.nodes_alive() < alive, "the loss is noticed", hosts.head.log, seconds=60)
+    assert time.monotonic() - begun < 20  # Ray's defaults take half a minute; one question costs seconds
     until(lambda: hosts.status("faults") not in ("PENDING", "RUNNING"), "the job ends", hosts.head.log, seconds=900)
     assert hosts.status("faults") == "SUCCEEDED", hosts.ray("job", "logs", "faults").stdout[-3000:]
     trials = hosts.trials("faults")

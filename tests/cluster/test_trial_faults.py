@@ -6,24 +6,38 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray import tune
 
-from raybilevel import BilevelSearch, lower_level_trainable, state_file
+from raybilevel import BilevelSearch, hypergradient_trainable, lower_level_trainable, state_file
 from raybilevel.errors import ConfigError
+from raybilevel.methods.hypergradient import HypergradientDescent
 from raybilevel.snapshot import prepare_resume
 from raybilevel.storage import local_filesystem
 from raybilevel.time_limit import time_limit
-from tests.cluster.faulty_problems import FAULTS, HANGS, Faulty
-from tests.cluster.runs import fit
+from tests.cluster.faulty_problems import FAULTS, HANGS, Faulty, enter
+from tests.cluster.runs import SPACE, fit
+from tests.integration.conftest import SOCKET_PATHS
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 ROOT = Path(__file__).parents[2]
+
+
+def needs_root(what: str) -> None:
+    """Skipped without it, but where the cluster's tests were asked for."""
+    if sys.platform.startswith("linux") and os.geteuid() == 0:
+        return
+    reason = f"{what} needs root on Linux"
+    if os.environ.get("RAYBILEVEL_TEST_HOSTS"):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @pytest.mark.slow
@@ -66,6 +80,89 @@ def test_a_limit_ends_what_hangs_and_nothing_else() -> None:
         BilevelSearch(Parabola(), step_time_limit=-1)
 
 
+class HangingDescent(Parabola):
+    """The first descent hangs in its first step."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def batches(self, level: Any, generator: Any) -> Any:
+        if generator is not None and enter(self.folder, "pass") == 0:
+            time.sleep(3600)
+        return super().batches(level, generator)
+
+
+@pytest.mark.slow
+def test_a_descent_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
+    problem, method = HangingDescent(str(tmp_path)), HypergradientDescent(steps=3, rate=0.1)
+    trainable = hypergradient_trainable(problem, method, SPACE, epoch_time_limit=20)
+    results = fit(trainable, BilevelSearch(problem, method=method, max_concurrent=1), tmp_path, 2)
+    assert len(results) == 2
+    assert len(results.errors) == 1
+    with pytest.raises(ConfigError, match="epoch_time_limit"):
+        hypergradient_trainable(problem, method, SPACE, epoch_time_limit=0)
+
+
+class Hungry(Parabola):
+    """The second training takes memory until it is ended for it, 3 GiB at the most."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def batches(self, level: Any, generator: Any) -> Any:
+        if generator is not None and enter(self.folder, "pass") == self.epochs:
+            taken = []
+            for _ in range(3 * 1024 // 64):
+                taken.append(os.urandom(1 << 16) * 1024)  # 64 MiB that are really there
+                time.sleep(0.1)
+            time.sleep(600)
+        return super().batches(level, generator)
+
+
+RUNS_OUT_OF_MEMORY = """
+import sys
+from pathlib import Path
+import ray
+from raybilevel import BilevelSearch, lower_level_trainable
+from tests.cluster.runs import fit
+from tests.cluster.test_trial_faults import Hungry
+
+folder = Path(sys.argv[1])
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[2])
+problem = Hungry(str(folder))
+search = BilevelSearch(problem, max_concurrent=1)
+results = fit(lower_level_trainable(problem), search, folder, 5)
+print([training.status for training in search.state.trainings])
+print(any(step.failed for step in search.state.steps))
+print(*(str(error).replace("\\n", " ") for error in results.errors))
+"""
+
+
+@pytest.mark.slow
+def test_a_training_that_takes_all_memory_is_ended_for_it_and_counted(tmp_path: Path) -> None:
+    """Ray ends it when the machine's memory is used up to a threshold, here 1.5 GiB more than is used now."""
+    if not Path("/proc/meminfo").exists():
+        pytest.skip("Ray watches the memory on Linux only")
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "RAY_memory_monitor_refresh_ms": "100",
+        "RAY_memory_usage_threshold": f"{(total - available + 1.5 * 2**30) / total:.4f}",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="rb", dir=SOCKET_PATHS, ignore_cleanup_errors=True) as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", RUNS_OUT_OF_MEMORY, str(tmp_path), folder],
+            capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    trainings, failed_steps, errors = done.stdout.splitlines()[-3:]
+    assert trainings == str(["done", "failed", "done", "done", "done"])
+    assert failed_steps == "False"
+    assert "memory" in errors, errors
+
+
 class SpoilsTheStorage(tune.Callback):
     """When the fourth trial has ended, the disk under the storage is full, cannot be written any more, or is gone.
 
@@ -94,8 +191,7 @@ class SpoilsTheStorage(tune.Callback):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["full", "read-only"])
 def test_a_spoilt_disk_keeps_its_last_good_state(how: str, tmp_path: Path) -> None:
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root on Linux")
+    needs_root("mounting a small disk")
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
@@ -125,8 +221,7 @@ def test_a_spoilt_disk_keeps_its_last_good_state(how: str, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_after_a_storage_has_vanished_the_run_goes_on_when_it_is_back(tmp_path: Path) -> None:
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        pytest.skip("mounting a folder needs root on Linux")
+    needs_root("mounting a folder")
     real, disk = tmp_path / "real", tmp_path / "disk"
     real.mkdir()
     disk.mkdir()
@@ -139,7 +234,7 @@ def test_after_a_storage_has_vanished_the_run_goes_on_when_it_is_back(tmp_path: 
     try:  # what is trained meanwhile lies under the empty mount point, where some steps find it
         fit(trainable, search, disk, 12, callbacks=[SpoilsTheStorage(disk, "vanished")])
     except Exception as error:
-        assert "upper-level steps in a row failed" in str(error) and "cannot read the checkpoint" in str(error)  # noqa: PT017
+        assert "upper-level steps in a row failed or found no checkpoint" in str(error)  # noqa: PT017
     before = {t.unit for t in search.state.done[:4]}
     subprocess.run(mount, check=True)
     try:

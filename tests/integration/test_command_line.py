@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from raybilevel.cli import main
+from raybilevel.cli import main, show_how_to_go_on
 
 ROOT = Path(__file__).parents[2]
 DATA = os.environ.get("RAYBILEVEL_TEST_DATA")
@@ -116,6 +118,19 @@ def test_what_is_wrong_is_said_in_one_line_and_status_2(
         main()
     assert exit_.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_the_command_to_go_on_is_one_that_a_shell_takes(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["my tools/raybilevel"])
+    folder, storage = Path("my runs/a;b"), "s3://bucket/run?scheme=http&region=here"
+    show_how_to_go_on(Console(), command, folder, None, "auto", storage)
+    assert shlex.split(capsys.readouterr().out) == [
+        "my tools/raybilevel", command, "my runs/a;b/config.yaml", "--out", "my runs/a;b", "--address", "auto",
+        "--storage", storage, "--resume",
+    ]  # fmt: skip
 
 
 def test_a_config_error_in_a_process_of_its_own() -> None:

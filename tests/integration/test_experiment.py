@@ -1,0 +1,64 @@
+"""What a run from a config does on a real Ray beside its search."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raybilevel import problems
+from raybilevel.config import ExperimentConfig
+from raybilevel.experiment import CONFIG_FILE, SUMMARY_FILE, run
+from tests.tiny_problems import Parabola
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+class FailsOnAllData(Parabola):
+    """Its training on all data raises, or ends its process."""
+
+    def __init__(self, how: str = "raises") -> None:
+        super().__init__()
+        self.how = how
+
+    def refit_batches(self, generator: Any) -> Any:
+        if self.how == "dies":
+            os._exit(1)
+        raise RuntimeError("too large")
+
+
+def config(problem: str, **options: Any) -> ExperimentConfig:
+    return ExperimentConfig.model_validate(
+        {
+            "problem": problem,
+            "options": options,
+            "space": {"x": {"a": {"loguniform": [1e-4, 1e2]}}},
+            "search": {"trainings": 3, "max_concurrent": 1},
+        }
+    )
+
+
+@pytest.mark.parametrize("how", ["raises", "dies"])
+def test_a_refit_that_fails_costs_no_more_than_its_loss(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(problems.PROBLEMS, "no refit", FailsOnAllData)
+    summary = run(config("no refit", how=how), tmp_path / "out")
+    assert summary["trainings"] == 3 and summary["best"]["upper_loss"] < 1
+    assert summary["best"]["test_loss"] is not None and summary["best"]["test_loss_refit"] is None
+    assert "the refit on all data failed" in caplog.text
+
+
+def test_config_and_summary_are_kept_in_the_storage_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(problems.PROBLEMS, "parabola", Parabola)
+    out, storage = tmp_path / "out", tmp_path / "storage"
+    run(config("parabola"), out, storage=str(storage))
+    for name in (CONFIG_FILE, SUMMARY_FILE):
+        assert (storage / name).read_text() == (out / name).read_text()
+    assert not (out / "tune").exists() and (storage / "tune").is_dir()
+    # The folder is gone with its machine.
+    summary = run(config("parabola"), tmp_path / "other", storage=str(storage), resume=True)
+    assert summary["trainings"] == 3
+    assert (storage / SUMMARY_FILE).read_text() == (tmp_path / "other" / SUMMARY_FILE).read_text()
