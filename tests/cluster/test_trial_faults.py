@@ -105,7 +105,7 @@ def test_a_descent_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
 
 
 class Hungry(Parabola):
-    """The second training takes memory until it is ended for it, 3 GiB at the most."""
+    """The second training takes memory until it is ended for it, 3 GiB at the most; tried again, it does not."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -125,42 +125,54 @@ RUNS_OUT_OF_MEMORY = """
 import sys
 from pathlib import Path
 import ray
-from raybilevel import BilevelSearch, lower_level_trainable
+from ray import tune
+from raybilevel import BilevelSearch, lower_level_trainable, state_file
+from raybilevel.snapshot import prepare_resume
+from raybilevel.storage import local_filesystem
 from tests.cluster.runs import fit
 from tests.cluster.test_trial_faults import Hungry
 
-folder = Path(sys.argv[1])
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[2])
-problem = Hungry(str(folder))
-search = BilevelSearch(problem, max_concurrent=1)
-results = fit(lower_level_trainable(problem), search, folder, 5)
-print([training.status for training in search.state.trainings])
-print(any(step.failed for step in search.state.steps))
-print(*(str(error).replace("\\n", " ") for error in results.errors))
+folder, ray_folder, what = sys.argv[1:]
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=ray_folder)
+problem, run = Hungry(folder), Path(folder, "runs", "run")
+trainable = lower_level_trainable(problem)
+if what == "begin":
+    fit(trainable, BilevelSearch(problem, max_concurrent=1), Path(folder), 5)
+else:
+    prepare_resume(local_filesystem(), str(run))
+    results = tune.Tuner.restore(str(run), trainable, storage_filesystem=local_filesystem()).fit()
+    print(len(results), len(results.errors))
+state = state_file.read(max(run.glob("searcher-state-*.pkl"))).state
+print([training.status for training in state.trainings])
 """
 
 
 @pytest.mark.slow
-def test_a_training_that_takes_all_memory_is_ended_for_it_and_counted(tmp_path: Path) -> None:
-    """Ray ends it when the machine's memory is used up to a threshold, here 1.5 GiB more than is used now."""
+def test_a_training_that_takes_all_memory_ends_tunes_run_which_goes_on_when_it_is_resumed(tmp_path: Path) -> None:
+    """Ray ends its process when the machine's memory is used up to a threshold, here 1.5 GiB more than is used now;
+    Tune (2.60) takes that for an error of its own."""
     if not Path("/proc/meminfo").exists():
         pytest.skip("Ray watches the memory on Linux only")
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "RAY_memory_monitor_refresh_ms": "100",
+        **os.environ, "PYTHONPATH": str(ROOT), "TUNE_GLOBAL_CHECKPOINT_S": "0", "RAY_memory_monitor_refresh_ms": "100",
         "RAY_memory_usage_threshold": f"{(total - available + 1.5 * 2**30) / total:.4f}",
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="rb", dir=SOCKET_PATHS, ignore_cleanup_errors=True) as folder:
-        done = subprocess.run(
-            [sys.executable, "-c", RUNS_OUT_OF_MEMORY, str(tmp_path), folder],
-            capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    trainings, failed_steps, errors = done.stdout.splitlines()[-3:]
-    assert trainings == str(["done", "failed", "done", "done", "done"])
-    assert failed_steps == "False"
-    assert "memory" in errors, errors
+
+    def live(what: str) -> subprocess.CompletedProcess[str]:
+        with tempfile.TemporaryDirectory(prefix="rb", dir=SOCKET_PATHS, ignore_cleanup_errors=True) as folder:
+            return subprocess.run(
+                [sys.executable, "-c", RUNS_OUT_OF_MEMORY, str(tmp_path), folder, what],
+                capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
+            )  # fmt: skip
+
+    ended = live("begin")
+    assert ended.returncode != 0
+    assert "low on memory" in ended.stderr
+    resumed = live("go on")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert resumed.stdout.splitlines()[-2:] == ["5 0", str(["done"] * 5)]
 
 
 class SpoilsTheStorage(tune.Callback):
