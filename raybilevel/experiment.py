@@ -256,11 +256,12 @@ def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Sto
 
 def keep(name: str, text: str, out: Path, place: Storage) -> None:
     """A file of the run in its folder and, where that is another place, in the storage."""
+    here = locate(out)
     try:
-        locate(out).write(name, text)
+        here.write(name, text)
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"cannot write to {out}: {getattr(error, 'strerror', None) or error}") from error
-    if place.path == locate(out).path:
+    if place.path == here.path:
         return
     try:
         place.write(name, text)

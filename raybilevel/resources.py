@@ -29,7 +29,7 @@ def bundles_of(
 ) -> list[dict[str, float]]:
     """What each process of a training asks for, by Ray's names."""
     if resources is None:
-        resources = {"gpu": 1.0} if str(problem.device).startswith("cuda") else {"cpu": 1.0}
+        resources = {"gpu": 1.0} if on_gpu(problem) else {"cpu": 1.0}
     bundles = resources.bundles if isinstance(resources, PlacementGroupFactory) else [resources]
     return [{RAY_NAMES.get(name.lower(), name): float(n) for name, n in one.items() if n > 0} for one in bundles]
 
@@ -62,7 +62,11 @@ def nodes_alive() -> list[dict[str, Any]]:
 
 def default_resources(problem: BilevelProblem) -> dict[str, Any]:
     """A step runs in the place of a training, whose (cached) actor may still hold its CPU: so it asks for none."""
-    return {"num_cpus": 0, "num_gpus": 1} if str(problem.device).startswith("cuda") else {"num_cpus": 0}
+    return {"num_cpus": 0, "num_gpus": 1} if on_gpu(problem) else {"num_cpus": 0}
+
+
+def on_gpu(problem: BilevelProblem) -> bool:
+    return str(problem.device).startswith("cuda")
 
 
 def task_options(resources: Mapping[str, Any]) -> dict[str, Any]:

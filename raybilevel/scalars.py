@@ -35,9 +35,8 @@ class SearchScalars(Callback):  # type: ignore[misc]
     ) -> None:
         if self._search is None:
             return
-        if (
-            self._search.state is not self._state
-        ):  # epochs change nothing, and what is derived takes long after thousands
+        # Most reports change nothing, and what is derived takes long after thousands of trainings.
+        if self._search.state is not self._state:
             self._state = self._search.state
             self._numbers = scalars(self._state)
         result[PREFIX] = dict(self._numbers)

@@ -342,6 +342,16 @@ def test_a_step_that_cannot_begin_costs_no_slot(monkeypatch: pytest.MonkeyPatch)
     assert search.state.trainings[-1].proposal.origin == "fill"
 
 
+def train_without_checkpoints(search: BilevelSearch, count: int, folder: Path) -> None:
+    """So many trainings, each the best one so far, whose checkpoints are said to be in the folder and are not."""
+    found = {"lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0, "lower_level_finished": True}
+    where = {"trial_path": str(folder), "checkpoint_dir_name": "none"}
+    for number in range(count):
+        while search.suggest(str(number)) is None:
+            pass
+        search.on_trial_complete(str(number), {**found, **where, "upper_loss": 1.0 / (1 + number)})
+
+
 @dataclass(frozen=True)
 class Unbearable(Default):
     """Steps that look for the hypergradient of the given trainings fail; those of others find one."""
@@ -362,18 +372,8 @@ def test_a_training_at_which_steps_fail_is_left_out_and_many_end_the_search(
 ) -> None:
     method = Unbearable(trainings=trainings)
     search = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min", max_concurrent=1, method=method)
-    found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
-    where = {"trial_path": str(tmp_path), "checkpoint_dir_name": "none"}
-
-    def go_on() -> None:
-        for number in range(14):
-            while search.suggest(str(number)) is None:
-                pass
-            upper = {"upper_loss": 1.0 / (1 + number)}  # each is the best one so far
-            search.on_trial_complete(str(number), {**found, **upper, "lower_level_finished": True, **where})
-
     with pytest.raises(RaybilevelError, match="in a row failed") if ends else nullcontext():
-        go_on()
+        train_without_checkpoints(search, 14, tmp_path)
     failed = sum(step.failed for step in search.state.steps)
     assert failed == 3 if ends else 1 <= failed <= 2
     assert ends or len(search.state.done) == 14
@@ -383,19 +383,8 @@ def test_a_training_at_which_steps_fail_is_left_out_and_many_end_the_search(
 def test_checkpoints_that_no_step_can_read_end_the_search(tmp_path: Path) -> None:
     """One is left out; where there is none at all, the storage is not what steps think it is."""
     search = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min", max_concurrent=1)
-    found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
-    where = {"trial_path": str(tmp_path), "checkpoint_dir_name": "none"}
-
-    def go_on() -> None:
-        for number in range(40):
-            while search.suggest(str(number)) is None:
-                pass
-            search.on_trial_complete(
-                str(number), {**found, "upper_loss": 1.0 / (1 + number), "lower_level_finished": True, **where}
-            )
-
     with pytest.raises(RaybilevelError, match=r"found no checkpoint.*every node must see"):
-        go_on()
+        train_without_checkpoints(search, 40, tmp_path)
     assert len(search.state.done) < 12 and not any(step.failed for step in search.state.steps)
     search.cancel_steps()
 
