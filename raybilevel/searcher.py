@@ -36,6 +36,7 @@ from raybilevel.shared import Shared
 from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.step_dispatch import NOTHING, SharedBySteps, StepCall, StepDispatch
 from raybilevel.trainable import FINISHED, GRADIENT, PASSES, TRIAL_PATH, checkpoint_path
+from raybilevel.trial_failures import keep_to_the_trial
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
     def _begin_session(self) -> None:
         """What belongs to one run on one Ray."""
+        keep_to_the_trial()
         self._steps = StepDispatch()
         self._shared: ray.ObjectRef | None = None
         self._sent = SentState(ray.put)
