@@ -32,12 +32,13 @@ class PatientFIFO(FIFOScheduler):  # type: ignore[misc]
         self._since: dict[str, float] = {}
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        pending = {
-            trial.trial_id: trial for trial in tune_controller.get_live_trials() if trial.status == Trial.PENDING
-        }
+        live = tune_controller.get_live_trials()
+        pending = {trial.trial_id: trial for trial in live if trial.status == Trial.PENDING}
         self._since = {trial: since for trial, since in self._since.items() if trial in pending}
         if not pending:
-            return super().choose_trial_to_run(tune_controller)
+            paused = any(trial.status == Trial.PAUSED for trial in live)
+            # Tune's own looks at all trials that there ever were.
+            return super().choose_trial_to_run(tune_controller) if paused else None
         now = self._clock()
         new = next((trial for trial in pending if trial not in self._since), None)
         if new is not None:

@@ -15,6 +15,7 @@ class Trials:
 
     def __init__(self) -> None:
         self.trials: list[Trial] = []
+        self.looks_at_all = 0
 
     def add(self, status: str = Trial.PENDING) -> Trial:
         trial = Trial("none", stub=True)
@@ -23,6 +24,7 @@ class Trials:
         return trial
 
     def get_trials(self) -> list[Trial]:
+        self.looks_at_all += 1
         return self.trials
 
     def get_live_trials(self) -> set[Trial]:
@@ -77,6 +79,8 @@ def test_without_pending_trials_it_is_first_in_first_out(trials: Trials) -> None
     assert scheduler.choose_trial_to_run(trials) is None
     trials.add(Trial.TERMINATED)
     trials.add(Trial.RUNNING)
+    assert scheduler.choose_trial_to_run(trials) is None
+    assert trials.looks_at_all == 0  # there may be thousands that are over
     paused = trials.add(Trial.PAUSED)
     trials.add(Trial.PAUSED)
     assert scheduler.choose_trial_to_run(trials) is paused
