@@ -41,6 +41,7 @@ from raybilevel.snapshot import ResumableGenerator, prepare_resume
 from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.storage_access import Storage, check_access, locate
 from raybilevel.summary import as_text, summarise
+from raybilevel.time_limit import time_limit
 from raybilevel.trainable import lower_level_trainable
 
 logger = logging.getLogger(__name__)
@@ -295,17 +296,22 @@ def loss_after_refit(problem: BilevelProblem, found: Mapping[str, Any], config: 
     """The test loss after a training on all data; None where the problem has none, or the training fails: what was
     found before is not lost with it."""
     resources = task_options({"cpu": 1, **first_bundle(config)})
+    limit = config.search.epoch_time_limit and 2 * problem.epochs * config.search.epoch_time_limit  # of more data
+    refitted = refit_task.options(**resources).remote(Shared(problem), found, config.search.seed, limit)
     try:
-        metrics = ray.get(refit_task.options(**resources).remote(Shared(problem), found, config.search.seed))
+        metrics = ray.get(refitted)
     except ray.exceptions.RayError as error:
         logger.error("the refit on all data failed, the summary is without it: %s", str(error).splitlines()[-1])
         return None
     return (metrics or {}).get("test_loss")
 
 
-@ray.remote  # type: ignore[untyped-decorator]
-def refit_task(problem: Shared[BilevelProblem], config: Mapping[str, Any], seed: int) -> dict[str, float] | None:
-    return refit(problem.value, config, seed)
+@ray.remote(max_retries=1)  # type: ignore[untyped-decorator]
+def refit_task(
+    problem: Shared[BilevelProblem], config: Mapping[str, Any], seed: int, limit: float | None = None
+) -> dict[str, float] | None:
+    with time_limit(limit):
+        return refit(problem.value, config, seed)
 
 
 def trial_resources(config: ExperimentConfig) -> dict[str, float] | tune.PlacementGroupFactory:

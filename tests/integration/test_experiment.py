@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import pytest
 
 from raybilevel import problems
 from raybilevel.config import ExperimentConfig
-from raybilevel.experiment import CONFIG_FILE, SUMMARY_FILE, run
+from raybilevel.experiment import CONFIG_FILE, SUMMARY_FILE, loss_after_refit, run
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 class FailsOnAllData(Parabola):
-    """Its training on all data raises, or ends its process."""
+    """Its training on all data raises, hangs, or ends its process."""
 
     def __init__(self, how: str = "raises") -> None:
         super().__init__()
@@ -26,6 +27,8 @@ class FailsOnAllData(Parabola):
     def refit_batches(self, generator: Any) -> Any:
         if self.how == "dies":
             os._exit(1)
+        if self.how == "hangs":
+            time.sleep(600)
         raise RuntimeError("too large")
 
 
@@ -48,6 +51,13 @@ def test_a_refit_that_fails_costs_no_more_than_its_loss(
     summary = run(config("no refit", how=how), tmp_path / "out")
     assert summary["trainings"] == 3 and summary["best"]["upper_loss"] < 1
     assert summary["best"]["test_loss"] is not None and summary["best"]["test_loss_refit"] is None
+    assert "the refit on all data failed" in caplog.text
+
+
+def test_a_refit_that_hangs_is_ended_after_the_limits_of_its_epochs(caplog: pytest.LogCaptureFixture) -> None:
+    limited = config("parabola")
+    limited = limited.model_copy(update={"search": limited.search.model_copy(update={"epoch_time_limit": 0.5})})
+    assert loss_after_refit(FailsOnAllData("hangs"), {"x": {"a": 1.0}}, limited) is None
     assert "the refit on all data failed" in caplog.text
 
 
