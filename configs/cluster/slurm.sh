@@ -15,10 +15,10 @@ set -euo pipefail
 config=$1
 folder=$2
 if [ ! -f "$HOME/.ray/auth_token" ]; then
-    ray get-auth-token --generate > /dev/null
+    (umask 077 && ray get-auth-token --generate > /dev/null)  # Ray (2.60) leaves it to be read by everybody
 fi
 export RAY_AUTH_MODE=token
-# A node that does not answer for about five seconds counts as lost.
+# A node that does not answer counts as lost after less than ten seconds.
 export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=1500 RAY_health_check_failure_threshold=3
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600  # Python's first start from a shared folder may take minutes
 

@@ -2,7 +2,8 @@
 
 Each is a network namespace, cabled to a switch in a namespace of its own, so that no firewall rule of this machine is
 in the way. In it `unshare` runs an init with new process, mount and host name namespaces. The same path is another disk
-on every host. Python and this repository, which nobody writes, are the image that they share.
+on every host, and each knows all of them by name. Python and this repository, which nobody writes, are the image that
+they share.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ MEMORY = "512m"
 START = """
 mount -t tmpfs -o size={memory} tmpfs {disk}
 mount -t tmpfs -o size={memory} tmpfs /dev/shm
+mount --bind {names} /etc/hosts
 hostname {name}
 cd {disk}
 "$@"
@@ -37,6 +39,10 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
 
 
+def host_name(number: int) -> str:
+    return f"host{number}"
+
+
 class Host:
     """A machine that runs one command; when that ends, or it is lost, nothing of it is left."""
 
@@ -44,7 +50,7 @@ class Host:
         self, network: Network, number: int, command: list[str], environment: dict[str, str], log: Path
     ) -> None:
         self.address, self.cable = network.address(number), f"{network.name}c{number}"
-        self.name = f"host{number}"
+        self.name = host_name(number)
         namespace = f"{network.name}-{number}"
         ip("netns", "add", namespace)
         ip(
@@ -66,7 +72,7 @@ class Host:
         for device in ("lo", "eth0"):
             ip("-n", namespace, "link", "set", device, "up")
         self._namespace, self._switch, self.log = namespace, network.switch, log
-        script = START.format(memory=MEMORY, disk=network.disk, name=self.name)
+        script = START.format(memory=MEMORY, disk=network.disk, names=network.names, name=self.name)
         new = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts"]
         with open(log, "w") as file:
             self.process = subprocess.Popen(
@@ -97,11 +103,13 @@ class Network:
     def __init__(self, folder: Path) -> None:
         self.name = f"rb{os.getpid()}"
         self.switch = f"{self.name}-switch"
-        self.folder, self.disk = folder, folder / "disk"
+        self.folder, self.disk, self.names = folder, folder / "disk", folder / "names"
         self.hosts: list[Host] = []
 
     def __enter__(self) -> Network:
         self.disk.mkdir()
+        hosts = [f"{self.address(number)} {host_name(number)}" for number in range(1, 20)]
+        self.names.write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
         ip("netns", "add", self.switch)
         ip("-n", self.switch, "link", "add", "switch", "type", "bridge")
         ip("-n", self.switch, "link", "set", "switch", "up")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,17 @@ def test_no_secret_and_token_authentication(path: Path) -> None:
     )
     assert not re.search(r"(?i)(secret|password|token|key)\s*[:=]\s*['\"]?[A-Za-z0-9+/_-]{16,}", text)
     assert "AKIA" not in text
+
+
+@pytest.mark.parametrize("name", ["ray_up.yaml", "slurm.sh"])
+def test_a_token_is_for_its_owner_s_eyes(name: str, tmp_path: Path) -> None:
+    """Ray itself (2.60) writes it as the umask has it."""
+    line = re.search(r"\(umask 077 .*?\)", (FOLDER / name).read_text())
+    assert line is not None
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("RAY_AUTH_TOKEN_PATH", None)
+    subprocess.run(["sh", "-c", line[0]], check=True, env=environment, capture_output=True)
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
 
 
 def test_the_cluster_of_ray_up_is_valid() -> None:
@@ -117,9 +130,6 @@ def test_the_slurm_script_is_a_script_and_calls_commands_that_exist() -> None:
     assert given["address"] == "auto"
     assert given["resume"]
     assert "search.max_failures=3" in given["settings"]
-    generate = re.search(r"ray get-auth-token --generate", text)
-    assert generate is not None
-    check_ray(shlex.split(generate[0]))
 
 
 def test_the_submission_is_one_that_ray_s_command_line_reads() -> None:
