@@ -12,8 +12,8 @@ COMPARE ?= configs/compare/quick.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# moto's dependencies and Ray's exclude each other.
-S3 := $(VENV)/s3
+# Servers of object stores; moto's dependencies and Ray's exclude each other.
+STORES := $(VENV)/stores
 # What Ray needs to take jobs, beside $(VENV): with it every local Ray would start more processes.
 HOSTS := $(VENV)/hosts
 PEERS := $(VENV)/peers
@@ -44,16 +44,16 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Clusters of several nodes and of separate hosts, killed drivers, spoilt disks, an S3 server: takes half an hour, and
-# root on Linux.
+# Clusters of several nodes and of separate hosts, killed drivers, spoilt disks, object stores, Slurm where it is
+# installed: takes half an hour, and root on Linux.
 test-cluster: $(STAMP)
-	test -x $(S3)/bin/moto_server || $(PYTHON) -m venv $(S3)
-	$(S3)/bin/python -m pip install --quiet "moto[server]>=5"
+	test -x $(STORES)/bin/python || $(PYTHON) -m venv $(STORES)
+	$(STORES)/bin/python -m pip install --quiet "moto[server]>=5" "gcp-storage-emulator>=2026.7"
 	test -x $(HOSTS)/bin/python || $(PYTHON) -m venv $(HOSTS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(HOSTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
 	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints.txt "ray[default]"
-	RAYBILEVEL_TEST_S3=$(CURDIR)/$(S3)/bin/moto_server RAYBILEVEL_TEST_HOSTS=$(CURDIR)/$(HOSTS)/bin/python \
+	RAYBILEVEL_TEST_STORES=$(CURDIR)/$(STORES)/bin RAYBILEVEL_TEST_HOSTS=$(CURDIR)/$(HOSTS)/bin/python \
 		$(BIN)/python -m pytest tests/cluster --override-ini timeout=7200 $(ARGS)
 
 # Ours against black-box searchers and implicit gradients: records, table and figures in OUT; resumable.

@@ -18,7 +18,7 @@ from raybilevel.compare.command import run_all
 from raybilevel.compare.config import CompareConfig
 from raybilevel.errors import ConfigError
 from tests.cluster.faulty_problems import enter
-from tests.cluster.runs import fit
+from tests.cluster.runs import SPACE, fit
 from tests.tiny_problems import Parabola
 
 
@@ -67,6 +67,25 @@ def test_a_training_of_two_bundles_spans_two_nodes_and_the_problem_reaches_a_pro
     assert {process: unpickled[process] for process in used} == dict.fromkeys(used, 1)
     where = {path.name.split()[4].rstrip(":") for path in tmp_path.glob("used in *")}
     assert where - {ray.get_runtime_context().get_node_id()} <= set(nodes)
+
+
+@pytest.mark.slow
+def test_a_searcher_goes_on_in_another_run_after_another_start_of_ray(cluster: Cluster, tmp_path: Path) -> None:
+    """Its processes and what it stored are gone; without a space in `param_space` Tune does not tell it."""
+    cluster.add_node(num_cpus=1)
+    search = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min", max_concurrent=1)
+    for number in range(2):
+        ray.init(address=cluster.address, log_to_driver=False)
+        results = tune.Tuner(
+            lower_level_trainable(search.problem),
+            tune_config=tune.TuneConfig(search_alg=search, num_samples=5, reuse_actors=True),
+            run_config=tune.RunConfig(name=f"run{number}", storage_path=str(tmp_path), verbose=0),
+        ).fit()
+        ray.shutdown()
+        assert not results.errors
+        assert len(search.state.done) == 5 * (number + 1)
+    assert len(search.state.steps) > 5
+    assert not any(step.failed for step in search.state.steps)
 
 
 @pytest.mark.slow

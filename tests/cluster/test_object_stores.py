@@ -1,4 +1,4 @@
-"""Trials, checkpoints and state in an object store: a local S3 server in a process of its own."""
+"""Trials, checkpoints and state in an object store: local servers of S3 and of Google Cloud Storage."""
 
 from __future__ import annotations
 
@@ -15,29 +15,36 @@ import pytest
 from raybilevel.errors import StorageError
 from raybilevel.state_file import read
 from raybilevel.storage_access import locate
-from tests.cluster.s3 import CREDENTIALS, SERVER, s3_server
+from tests.cluster.object_stores import CREDENTIALS, FOLDER, MISSING, google, s3
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(SERVER is None, reason="RAYBILEVEL_TEST_S3 does not name a moto_server; make test-cluster does"),
+    pytest.mark.skipif(FOLDER is None, reason=MISSING),
 ]
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """The URI of an empty bucket."""
+def s3_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    with s3_server("127.0.0.1", tmp_path / "server.log") as port:
-        options = f"scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
-        filesystem, _ = pyarrow.fs.FileSystem.from_uri(f"s3://bucket/?{options}")
-        filesystem.create_dir("bucket")
-        yield f"s3://bucket/run?{options}"
+    with s3(tmp_path / "server.log") as uri:
+        yield uri
 
 
-def test_a_run_keeps_everything_in_the_bucket_and_resumes_from_it(bucket: str, tmp_path: Path) -> None:
+@pytest.fixture
+def google_bucket(tmp_path: Path) -> Iterator[str]:
+    with google(tmp_path / "server.log") as uri:
+        yield uri
+
+
+@pytest.mark.parametrize("store", ["s3_bucket", "google_bucket"])
+def test_a_run_keeps_everything_in_the_bucket_and_resumes_from_it(
+    store: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    bucket: str = request.getfixturevalue(store)
+
     def raybilevel(out: str, *more: str) -> subprocess.CompletedProcess[str]:
         arguments = ["run", "configs/digits.yaml", "--out", str(tmp_path / out), "--storage", bucket, *more]
         small = ["--set", "search.trainings=6", "--set", "options={train: 100, epochs: 4}"]
@@ -68,6 +75,6 @@ def test_a_run_keeps_everything_in_the_bucket_and_resumes_from_it(bucket: str, t
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["trainings"] == 6
 
 
-def test_a_uri_that_is_wrong_is_named(bucket: str) -> None:
+def test_a_uri_that_is_wrong_is_named(s3_bucket: str) -> None:
     with pytest.raises(StorageError, match="connect_tmeout"):
-        locate(bucket + "&connect_tmeout=1")
+        locate(s3_bucket + "&connect_tmeout=1")
