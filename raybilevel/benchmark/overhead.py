@@ -18,6 +18,7 @@ from ray import tune
 from ray.cluster_utils import Cluster
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from raybilevel import step_dispatch
 from raybilevel.benchmark.made_up import Answers, Quadratic, space
 from raybilevel.environment import environment, waiting_trials
 from raybilevel.experiment import cluster
@@ -159,6 +160,8 @@ def overhead(trials: int, counts: Sequence[int], seconds: float, order: Sequence
 def driven(name: str, trials: int, count: int, seconds: float) -> Driven:
     """An experiment of so many trials on so many slots."""
     aim: dict[str, Any] = {"metric": "upper_loss", "mode": "min"}
+    # A search starts a process for steps beside the first trainings, which here begin minutes later.
+    step_dispatch.SECONDS_IDLE = PATIENCE_FOR_PROCESSES
     ours = name == "raybilevel"
     search: Any = (
         TimedSearch(Quadratic(), max_concurrent=count, method=AtOnce(), **aim)

@@ -1,8 +1,9 @@
 """Several searches side by side, each with a part of the box, that share what they observed: in simulated time.
 
 A driver serves the trials of one search. Where that is not enough, the box is cut into parts, each with a search and a
-driver. What all of them observed goes into one store, which decides how many of the slots each of them has: half of the
-slots are shared evenly, the other half belongs to the part with the lowest F so far.
+driver. What all of them observed goes into one store. The parts overlap, and each search takes what lies in its own one
+from the store into its model of F. The store also decides how many of the slots each of them has: half of the slots are
+shared evenly, the other half belongs to the part with the lowest F so far.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 from raybilevel.local import observe
 from raybilevel.lower_level import load_checkpoint, train
 from raybilevel.methods.default import Default
-from raybilevel.optimizer import BilevelOptimizer
+from raybilevel.optimizer import BilevelOptimizer, Observation
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems.synthetic import SeveralOptima
 from raybilevel.space import Space
@@ -26,23 +27,34 @@ from raybilevel.space import Space
 T = TypeVar("T")
 STEP = 0.2
 """Simulated time of an upper-level step; a training takes 1 on average (lognormal, sigma 0.3)."""
+OVERLAP = 0.1
+"""How far a part that shares what it observed reaches beyond each cut, as a share of the part's width."""
 
 
-def parts_of(space: Space, count: int) -> list[Space]:
-    """The box cut in halves, along one hyperparameter after another, until there are `count` parts (a power of two)."""
+def parts_of(space: Space, count: int, overlap: float = 0.0) -> list[Space]:
+    """The box cut in halves, along one hyperparameter after another, until there are `count` parts (a power of two).
+
+    overlap: how far each part reaches into the next one, as a share of its width.
+    """
     boxes = [space]
     cut = 0
     while len(boxes) < count:
-        boxes = [half for box in boxes for half in halves(box, cut % space.dimension)]
+        boxes = [half for box in boxes for half in halves(box, cut % space.dimension, overlap)]
         cut += 1
     return boxes
 
 
-def halves(box: Space, at: int) -> tuple[Space, Space]:
+def halves(box: Space, at: int, overlap: float) -> list[Space]:
     one = box.parameters[at]
-    middle = math.sqrt(one.low * one.high) if one.log else (one.low + one.high) / 2
-    lower, upper = replace(one, high=middle), replace(one, low=middle)
-    return tuple(Space((*box.parameters[:at], half, *box.parameters[at + 1 :])) for half in (lower, upper))  # type: ignore[return-value]
+
+    def value(share: float) -> float:
+        """At this share of the width."""
+        if one.log:
+            return one.low * math.pow(one.high / one.low, share)
+        return one.low + (one.high - one.low) * share
+
+    lower, upper = replace(one, high=value((1 + overlap) / 2)), replace(one, low=value((1 - overlap) / 2))
+    return [Space((*box.parameters[:at], half, *box.parameters[at + 1 :])) for half in (lower, upper)]
 
 
 @dataclass
@@ -75,7 +87,7 @@ def run(problem: SeveralOptima, count: int, slots: int, trainings: int, share: b
     chance = random.Random(seed)
     drivers = [
         Driver(BilevelOptimizer(box, Default(), seed + number, slots // count))
-        for number, box in enumerate(parts_of(problem.space, count))
+        for number, box in enumerate(parts_of(problem.space, count, OVERLAP if share else 0.0))
     ]
     store: list[tuple[float, int]] = []  # F, and whose part
     best: list[float] = []
@@ -116,8 +128,12 @@ def run(problem: SeveralOptima, count: int, slots: int, trainings: int, share: b
         driver = drivers[number]
         driver.busy -= 1
         if isinstance(what, str):
-            store.append((finish_training(problem, driver, what, seed), number))
+            config, upper = driver.search.config(what), finish_training(problem, driver, what, seed)
+            store.append((upper, number))
             best.append(min(store)[0])
+            if share:
+                for other in drivers:
+                    take(other, driver, f"{number}-{what}", config, upper)
         else:
             finish_step(problem, driver, what)
 
@@ -128,6 +144,13 @@ def finish_training(problem: BilevelProblem, driver: Driver, trial: str, seed: i
     trained, driver.checkpoints[search.trials[trial]] = train(problem, config, seed)
     driver.timed(lambda: search.tell(trial, observe(search.space, config, trained)))
     return trained.upper
+
+
+def take(driver: Driver, source: Driver, trial: str, config: dict[str, Any], upper: float) -> None:
+    """What another search observed, from the store, where it lies in this one's part."""
+    space = driver.search.space
+    if driver is not source and all(one.low <= space.value(config, one) <= one.high for one in space.parameters):
+        driver.timed(lambda: driver.search.add(trial, config, Observation(upper, complete=False)))
 
 
 def finish_step(problem: BilevelProblem, driver: Driver, step: Any) -> None:
