@@ -161,7 +161,7 @@ def finish_step(problem: BilevelProblem, driver: Driver, step: Any) -> None:
     driver.timed(lambda: search.tell_step(step.number, result))
 
 
-def sharded(slots: int = 16, trainings: int = 64, counts: tuple[int, ...] = (1, 4), seeds: int = 2) -> None:
+def sharded(slots: int = 16, trainings: int = 64, counts: tuple[int, ...] = (1, 4), seeds: int = 4) -> None:
     problem = SeveralOptima(dimension=5, wells=12, rise=0.04)
     print(
         f"{slots} slots in all, {trainings} trainings, {problem.dimension} hyperparameters, {problem.wells} local "
