@@ -457,7 +457,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         """Know of a trial that the search does not remember; False if its config is no point of the space."""
         optimizer = self._ready()
         try:
-            if any(not p.low <= optimizer.space.value(config, p) <= p.high for p in optimizer.space.parameters):
+            if not optimizer.space.contains(config):
                 return False
         except SpaceError:
             return False

@@ -126,6 +126,14 @@ class Space:
         """
         return torch.tensor([p.encode(self.value(config, p)) for p in self.parameters], dtype=torch.double)
 
+    def contains(self, config: Mapping[str, Any]) -> bool:
+        """Whether a nested config lies within the bounds.
+
+        Raises:
+            SpaceError: as `encode`.
+        """
+        return all(p.low <= self.value(config, p) <= p.high for p in self.parameters)
+
     def to_unit_gradient(self, config: Mapping[str, Any], gradient: Mapping[str, float]) -> Tensor:
         """A gradient by flat name in the hyperparameters' own units -> shape (d,) in the unit cube."""
         return torch.tensor(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune.experiment import Trial
 
 
+@cache
 def keep_to_the_trial() -> None:
     """Have Tune, in this process and from now on, count every error of Ray as a failure of the trial that it came from.
 
@@ -27,9 +28,9 @@ def keep_to_the_trial() -> None:
 
 
 def replace(owner: type, name: str, change: Callable[[Any], Any]) -> None:
-    """A method by what `change` makes of it, once."""
+    """A method by what `change` makes of it."""
     method = getattr(owner, name, None)
-    if method is not None and not hasattr(method, "__wrapped__"):
+    if method is not None:
         setattr(owner, name, change(method))
 
 

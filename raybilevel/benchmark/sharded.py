@@ -46,14 +46,7 @@ def parts_of(space: Space, count: int, overlap: float = 0.0) -> list[Space]:
 
 def halves(box: Space, at: int, overlap: float) -> list[Space]:
     one = box.parameters[at]
-
-    def value(share: float) -> float:
-        """At this share of the width."""
-        if one.log:
-            return one.low * math.pow(one.high / one.low, share)
-        return one.low + (one.high - one.low) * share
-
-    lower, upper = replace(one, high=value((1 + overlap) / 2)), replace(one, low=value((1 - overlap) / 2))
+    lower, upper = replace(one, high=one.suggest((1 + overlap) / 2)), replace(one, low=one.suggest((1 - overlap) / 2))
     return [Space((*box.parameters[:at], half, *box.parameters[at + 1 :])) for half in (lower, upper)]
 
 
@@ -148,8 +141,7 @@ def finish_training(problem: BilevelProblem, driver: Driver, trial: str, seed: i
 
 def take(driver: Driver, source: Driver, trial: str, config: dict[str, Any], upper: float) -> None:
     """What another search observed, from the store, where it lies in this one's part."""
-    space = driver.search.space
-    if driver is not source and all(one.low <= space.value(config, one) <= one.high for one in space.parameters):
+    if driver is not source and driver.search.space.contains(config):
         driver.timed(lambda: driver.search.add(trial, config, Observation(upper, complete=False)))
 
 

@@ -130,6 +130,9 @@ def test_the_slurm_script_is_a_script_and_calls_commands_that_exist() -> None:
     assert given["address"] == "auto"
     assert given["resume"]
     assert "search.max_failures=3" in given["settings"]
+    generate = re.search(r"ray get-auth-token --generate", text)
+    assert generate is not None
+    check_ray(shlex.split(generate[0]))
 
 
 def test_the_submission_is_one_that_ray_s_command_line_reads() -> None:

@@ -158,6 +158,7 @@ def test_a_training_that_takes_all_memory_ends_alone(tries: int, status: str, tm
             capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "low on memory" in done.stderr
     assert done.stdout.splitlines()[-1] == str(["done", status, "done", "done", "done"])
     passes = len(list(tmp_path.glob("pass *")))
     assert passes > 5 * Hungry.epochs if tries else passes < 5 * Hungry.epochs
