@@ -12,6 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -135,3 +137,10 @@ class Network:
         host = Host(self, number, command, environment, self.folder / f"host{number}.log")
         self.hosts.append(host)
         return host
+
+
+def until(happened: Callable[[], bool], what: str, log: Path, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s\n{log.read_text()[-3000:]}"
+        time.sleep(0.5)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import pytest
 
 from raybilevel import state_file
 from raybilevel.snapshot import EXPERIMENT_STATE, TrialRecord, parse
-from tests.cluster.hosts import Host, Network, cannot
+from tests.cluster.hosts import Host, Network, cannot, until
 from tests.cluster.object_stores import CREDENTIALS, FOLDER, MISSING, s3_server
 from tests.integration.conftest import SOCKET_PATHS
 
@@ -150,13 +150,6 @@ def hosts() -> Iterator[HostCluster]:
             yield cluster
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def until(happened: Callable[[], bool], what: str, log: Path, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s\n{log.read_text()[-3000:]}"
-        time.sleep(0.5)
 
 
 def small(trainings: int, epochs: int = 4) -> list[str]:

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from raybilevel.snapshot import EXPERIMENT_STATE, parse
-from tests.cluster.hosts import Network, cannot
+from tests.cluster.hosts import Network, cannot, until
 from tests.integration.conftest import SOCKET_PATHS
 
 MISSING = [command for command in ("slurmctld", "slurmd", "sbatch", "sinfo") if shutil.which(command) is None]
@@ -80,11 +79,13 @@ class Slurm:
 
     def submit(self, config: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         """The script on both nodes, with a core each."""
-        given = ["--nodes=2", "--cpus-per-task=2", f"--output={self.network.folder}/job-%j.log", *options]
+        given = ["--nodes=2", "--cpus-per-task=2", f"--output={self.log}", "--open-mode=append", *options]
         return self.call("sbatch", *given, str(SCRIPT), str(config), str(folder))
 
-    def log(self) -> str:
-        return "\n".join(path.read_text() for path in sorted(self.network.folder.glob("job-*.log")))[-5000:]
+    @property
+    def log(self) -> Path:
+        """Of the jobs."""
+        return self.network.folder / "jobs.log"
 
 
 @pytest.fixture
@@ -115,12 +116,13 @@ def slurm() -> Iterator[Slurm]:
                 begin = f"mkdir -p state spool && exec {shutil.which(daemon)} -D"
                 network.add(["sh", "-c", begin], environment)
             slurm = Slurm(network, environment)
-            deadline = time.monotonic() + 60
-            while slurm.call("sinfo", "--noheader", "--states=idle", "--format=%D").stdout.strip() != "2":
-                logs = [host.log.read_text()[-1000:] for host in network.hosts]
-                running = all(host.process.poll() is None for host in network.hosts)
-                assert running and time.monotonic() < deadline, "\n".join([slurm.call("sinfo", "-R").stdout, *logs])
-                time.sleep(0.5)
+
+            def both_idle() -> bool:
+                for host in network.hosts:
+                    assert host.process.poll() is None, host.log.read_text()[-3000:]
+                return slurm.call("sinfo", "--noheader", "--states=idle", "--format=%D").stdout.strip() == "2"
+
+            until(both_idle, "both nodes are idle", network.hosts[0].log, seconds=60)
             yield slurm
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -139,18 +141,14 @@ def test_the_script_runs_on_both_nodes_and_goes_on_when_it_is_submitted_again(sl
 
     first = slurm.submit(config, folder, "--parsable")
     assert first.returncode == 0, first.stderr
-    deadline = time.monotonic() + 300
-    while len(ended()) < 3:
-        assert time.monotonic() < deadline, slurm.log()
-        time.sleep(0.5)
+    slurm.log.touch()
+    until(lambda: len(ended()) >= 3, "three trainings end", slurm.log)
     assert slurm.call("scancel", first.stdout.strip()).returncode == 0  # as when its time is over
     before = ended()
     assert len(before) < 8
-    while slurm.call("squeue", "--noheader").stdout.strip():
-        assert time.monotonic() < deadline, slurm.log()
-        time.sleep(0.5)
+    until(lambda: not slurm.call("squeue", "--noheader").stdout.strip(), "the job ends", slurm.log)
     again = slurm.submit(config, folder, "--wait")
-    assert again.returncode == 0, again.stderr + slurm.log()
+    assert again.returncode == 0, again.stderr + slurm.log.read_text()[-5000:]
     after = ended()
     assert len(after) == 8
     assert before.items() <= after.items()
