@@ -31,14 +31,15 @@ from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
-from raybilevel.resources import default_resources, most_slots, task_options
+from raybilevel.resources import default_resources, most_slots, step_options, task_options
 from raybilevel.scalars import SearchScalars
-from raybilevel.scheduler import PatientFIFO
+from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
 from raybilevel.search_state import Training
 from raybilevel.searcher import UPPER_LOSS, BilevelSearch
 from raybilevel.shared import Shared
 from raybilevel.snapshot import ResumableGenerator, prepare_resume
 from raybilevel.space import STARTS, Space, flatten, nest
+from raybilevel.step_dispatch import NOTHING
 from raybilevel.storage_access import Storage, check_access, locate
 from raybilevel.summary import as_text, summarise
 from raybilevel.time_limit import time_limit
@@ -167,7 +168,7 @@ def tune_run(
         storage_filesystem=place.filesystem,
         config=param_space(config),
         search_alg=ResumableGenerator(searcher),
-        scheduler=PatientFIFO(),
+        scheduler=PatientFIFO(keep=seconds_kept(config, problem)),
         metric=UPPER_LOSS,
         mode="min",
         num_samples=config.search.trainings,
@@ -342,6 +343,11 @@ def reuses_processes(config: ExperimentConfig) -> bool:
     none where trials are to be tried again, as Tune (2.60) gives a trial up whose process died idle, e.g. with its
     node."""
     return not first_bundle(config).get("gpu") and config.search.max_failures == 0
+
+
+def seconds_kept(config: ExperimentConfig, problem: BilevelProblem) -> float:
+    """For how long processes are kept that no trial needs now: as Tune does it where steps ask for what they hold."""
+    return SECONDS_TO_START if step_options(config.resources.upper, problem) == NOTHING else 0.0
 
 
 def first_bundle(config: ExperimentConfig) -> dict[str, float]:

@@ -25,7 +25,8 @@ class StepTime:
 class Pace:
     """Times of upper-level steps and of the newest trainings.
 
-    Tune keeps one idle process of those that train, and ends the others while it has no next trial for them. A new one
+    By itself Tune keeps one idle process of those that train (with `PatientFIFO` all of them for a while), and ends the
+    others while it has no next trial for them. A new one
     takes seconds to start, and Tune takes it back when another training ends first: with trainings that are shorter
     than that, soon one process does all the work. If the driver waits for a step instead, Tune hears of the next
     training's end when the trial for the process before has been made, and all processes live on.

@@ -69,6 +69,11 @@ def on_gpu(problem: BilevelProblem) -> bool:
     return str(problem.device).startswith("cuda")
 
 
+def step_options(upper: Mapping[str, Any] | None, problem: BilevelProblem) -> dict[str, Any]:
+    """Options of the Ray task that is an upper-level step. upper: what was asked for it, None for the default."""
+    return default_resources(problem) if upper is None else task_options(upper)
+
+
 def task_options(resources: Mapping[str, Any]) -> dict[str, Any]:
     """Tune's names of resources, custom ones among them -> options of a Ray task, which by itself asks for no CPU."""
     names = {"cpu": "num_cpus", "gpu": "num_gpus"}

@@ -29,7 +29,7 @@ from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent
 from raybilevel.optimizer import BilevelOptimizer, Observation
 from raybilevel.pace import Pace
 from raybilevel.problem import BilevelProblem
-from raybilevel.resources import bundles_of, default_resources, most_slots, task_options, trainings_that_fit
+from raybilevel.resources import bundles_of, most_slots, step_options, trainings_that_fit
 from raybilevel.search_state import SearchState, Training
 from raybilevel.sent_state import SentState
 from raybilevel.shared import Shared
@@ -118,7 +118,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self.seed = seed
         self._slots = self._own_slots = max_concurrent
         self._points = list(points_to_evaluate or ())
-        self._resources = task_options(upper_resources) if upper_resources is not None else default_resources(problem)
+        self._resources = step_options(upper_resources, problem)
         self._bundles = bundles_of(lower_resources, problem)
         self._filesystem = storage_filesystem
         self._step_time_limit = step_time_limit

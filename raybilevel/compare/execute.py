@@ -53,7 +53,7 @@ from raybilevel.levels import check_problem
 from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
-from raybilevel.resources import bundles_of, default_resources, most_slots, task_options, trainings_that_fit
+from raybilevel.resources import bundles_of, most_slots, step_options, task_options, trainings_that_fit
 from raybilevel.searcher import BilevelSearch
 from raybilevel.shared import Shared
 from raybilevel.space import Space, flatten, nest
@@ -180,9 +180,8 @@ def slots_for(experiment: ExperimentConfig, problem: BilevelProblem) -> int:
 
 
 def gpus_of(run: Run, problem: BilevelProblem) -> tuple[float, float]:
-    resources = run.experiment.resources
-    upper = resources.upper if resources.upper is not None else default_resources(problem)
-    return first_bundle(run.experiment).get("gpu", 0.0), float(task_options(upper).get("num_gpus", 0.0))
+    step = step_options(run.experiment.resources.upper, problem)
+    return first_bundle(run.experiment).get("gpu", 0.0), float(step.get("num_gpus", 0.0))
 
 
 def probe_parts(parts: Parts, setting: Setting) -> None:

@@ -17,16 +17,18 @@ import ray
 import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from raybilevel import BilevelSearch, lower_level_trainable, pace
 from raybilevel.config import ExperimentConfig
+from raybilevel.environment import waiting_trials
 from raybilevel.errors import ConfigError, ProblemError, RaybilevelError, SpaceError
 from raybilevel.experiment import reuses_processes, with_room_for_steps
 from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint, train
 from raybilevel.methods.base import UpperResult, UpperStep
 from raybilevel.methods.default import Default
 from raybilevel.problems.synthetic import ManyMinimisers
+from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
 from raybilevel.search_state import Proposal, StepRecord
 from raybilevel.snapshot import prepare_resume
 from raybilevel.storage import local_filesystem
@@ -533,3 +535,47 @@ def test_an_interrupted_experiment_is_restored_to_exactly_its_samples(tmp_path: 
     configs = [result.config["x"]["a"] for result in results]
     assert len(set(configs)) == 9
     assert min(result.metrics["upper_loss"] for result in results) < 1e-2
+
+
+class Pairs(Searcher):
+    """Has no trial until both of the last pair have ended, and a moment more."""
+
+    def __init__(self) -> None:
+        super().__init__(metric="seconds", mode="min")
+        self.asked = self.ended = 0
+        self.since = 0.0
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if self.asked - self.asked % 2 > self.ended or time.monotonic() - self.since < 0.5:
+            return None
+        self.asked += 1
+        return {"pair": (self.asked - 1) // 2}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self.ended += 1
+        self.since = time.monotonic()
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("keep", "processes"), [(SECONDS_TO_START, 2), (0.0, 4)])
+def test_processes_outlive_a_search_that_thinks(keep: float, processes: int, tmp_path: Path) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+
+    def with_the_other(config: dict[str, Any]) -> dict[str, float]:
+        (beside / f"{config['pair']} {os.getpid()}").touch()
+        while len(list(beside.glob(f"{config['pair']} *"))) < 2:
+            time.sleep(0.05)
+        return {"seconds": 0.0}
+
+    with waiting_trials(2):
+        results = tune.run(
+            with_the_other, search_alg=Pairs(), num_samples=6, scheduler=PatientFIFO(keep=keep), reuse_actors=True,
+            storage_path=str(tmp_path), verbose=0,
+        )  # fmt: skip
+    assert len({trial.last_result["pid"] for trial in results.trials}) == processes

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import pytest
 from ray.tune.experiment import Trial
 
+from raybilevel.config import ExperimentConfig
+from raybilevel.experiment import seconds_kept
 from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
+from tests.tiny_problems import Parabola
 
 
 class Trials:
@@ -44,7 +48,7 @@ def trials() -> Trials:
 
 
 def test_the_newest_trial_has_the_free_process_and_those_for_which_one_starts_wait(trials: Trials) -> None:
-    scheduler = PatientFIFO(Clock())
+    scheduler = PatientFIFO(clock=Clock())
     first = trials.add()
     assert scheduler.choose_trial_to_run(trials) is first
     assert scheduler.choose_trial_to_run(trials) is None  # its process is starting
@@ -59,7 +63,7 @@ def test_the_newest_trial_has_the_free_process_and_those_for_which_one_starts_wa
 
 def test_trials_that_wait_for_room_come_first_in_their_order(trials: Trials) -> None:
     clock = Clock()
-    scheduler = PatientFIFO(clock)
+    scheduler = PatientFIFO(clock=clock)
     first = trials.add()
     scheduler.choose_trial_to_run(trials)
     clock.now += 1
@@ -92,3 +96,19 @@ def test_what_is_saved_with_an_experiment_holds_no_times_of_this_process(trials:
     assert scheduler.choose_trial_to_run(trials) is trial
     again = pickle.loads(pickle.dumps(scheduler))
     assert again.choose_trial_to_run(trials) is trial
+
+
+@pytest.mark.parametrize(
+    ("upper", "device", "keep"),
+    [
+        (None, "cpu", SECONDS_TO_START),
+        ({}, "cuda", SECONDS_TO_START),
+        ({"cpu": 1}, "cpu", 0.0),
+        (None, "cuda", 0.0),
+    ],
+)
+def test_the_command_line_keeps_no_process_that_a_step_may_wait_for(upper: Any, device: str, keep: float) -> None:
+    problem = Parabola()
+    problem.device = device
+    config = {"problem": "digits", "search": {"trainings": 4}, "resources": {"upper": upper}}
+    assert seconds_kept(ExperimentConfig.model_validate(config), problem) == keep
