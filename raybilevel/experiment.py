@@ -346,7 +346,8 @@ def reuses_processes(config: ExperimentConfig) -> bool:
 
 
 def seconds_kept(config: ExperimentConfig, problem: BilevelProblem) -> float:
-    """For how long processes are kept that no trial needs now: as Tune does it where steps ask for what they hold."""
+    """For how long processes are kept that no trial needs now: as Tune does it where steps ask for anything, for which
+    they would wait."""
     return SECONDS_TO_START if step_options(config.resources.upper, problem) == NOTHING else 0.0
 
 

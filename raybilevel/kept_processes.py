@@ -8,6 +8,8 @@ from typing import Any
 
 from ray.tune.utils.object_cache import _ObjectCache
 
+FIELDS = {"_cached_objects", "_num_cached_objects", "_max_num_objects"}
+
 
 class KeptProcesses(_ObjectCache):  # type: ignore[misc]
     """What Tune keeps processes in (`reuse_actors=True`), with patience.
@@ -15,6 +17,7 @@ class KeptProcesses(_ObjectCache):  # type: ignore[misc]
     Tune's own (2.60) lets all but one process go for which there is no trial at the moment when they become free. A
     search that thinks about the next trial is later than that, and every training begins with a process's start. Here
     each is kept until it has been free for `seconds`, or its resources are wanted for a trial that asks for others.
+    Tune looks whenever it has handled something that trials do, so while none is live it keeps them for longer.
 
     clock: seconds, from anywhere.
     """
@@ -64,7 +67,8 @@ def keep_processes(controller: Any, seconds: float, clock: Callable[[], float] =
         nothing is done.
     """
     theirs: Any = getattr(controller, "_actor_cache", None)
-    if type(theirs) is _ObjectCache and not theirs.num_cached_objects:
+    known = type(theirs) is _ObjectCache and vars(theirs).keys() >= FIELDS
+    if known and not theirs.num_cached_objects:
         ours = KeptProcesses(seconds, clock)
         ours._max_num_objects = theirs._max_num_objects
         controller._actor_cache = ours

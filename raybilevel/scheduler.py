@@ -15,24 +15,24 @@ SECONDS_TO_START = 60.0
 
 
 class PatientFIFO(FIFOScheduler):  # type: ignore[misc]
-    """First in, first out, as without a scheduler, but a trial whose process is starting is left to wait for it, and a
-    process that is free is kept for a while.
+    """First in, first out, as without a scheduler, but a trial whose process is starting is left to wait for it, and
+    processes that are free can be kept for a while.
 
     A process that a training leaves goes to the trial that has waited longest, in Tune (2.60), which then ends the one
     that was starting for that trial. Where many processes start at once, and trainings are not much longer than that,
     none of them ever gets there, and some slots stay without one. Here the newest trial, which nothing starts for yet,
     has the process that is free; a trial that has waited for a minute waits for room, not for a process, and comes
-    first. And where there is no next trial yet, since the search is still thinking about it, Tune ends all free
-    processes but one; here they live on for a minute (see `KeptProcesses`).
+    first. Where there is no next trial yet, since the search is still thinking about it, Tune ends all free processes
+    but one; with `keep` they live on (see `KeptProcesses`).
 
-        tune.TuneConfig(scheduler=PatientFIFO(), search_alg=..., reuse_actors=True)
+        tune.TuneConfig(scheduler=PatientFIFO(keep=60), search_alg=..., reuse_actors=True)
 
-    keep:  seconds for which a free process is kept, which holds its resources: 0, which leaves that to Tune, where
-        upper-level steps ask for such resources.
+    keep:  seconds for which a free process is kept, and with it the resources that it holds, so only where upper-level
+        steps ask for none: they would wait for those.
     clock: seconds, from anywhere.
     """
 
-    def __init__(self, keep: float = SECONDS_TO_START, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, keep: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self.keep = keep
         self._clock = clock
@@ -57,7 +57,7 @@ class PatientFIFO(FIFOScheduler):  # type: ignore[misc]
 
     def _keep_processes(self, tune_controller: Any) -> None:
         if self.keep > 0:
-            with suppress(ImportError):  # of a part of Tune that is its own
+            with suppress(ImportError):  # a part of Tune that is its own has gone
                 from raybilevel.kept_processes import keep_processes
 
                 # Schedulers are given a wrapper that warns of whatever is not meant for them.

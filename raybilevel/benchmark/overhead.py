@@ -25,7 +25,7 @@ from raybilevel.experiment import cluster
 from raybilevel.methods.base import LoadCheckpoint, UpperResult, UpperStep
 from raybilevel.methods.default import Default
 from raybilevel.problem import BilevelProblem
-from raybilevel.scheduler import PatientFIFO
+from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
 from raybilevel.searcher import BilevelSearch
 from raybilevel.space import Space
 
@@ -173,7 +173,7 @@ def driven(name: str, trials: int, count: int, seconds: float) -> Driven:
         trainable = tune.with_resources(sleeping(seconds, count, Path(processes)), {"cpu": 1})
         analysis = tune.run(
             trainable, config=space(), search_alg=search, num_samples=trials, reuse_actors=True, storage_path=folder,
-            verbose=0, **({"scheduler": PatientFIFO()} if ours else aim),
+            verbose=0, **({"scheduler": PatientFIFO(keep=SECONDS_TO_START)} if ours else aim),
         )  # fmt: skip
         used = time.process_time() - used
         started = len(os.listdir(processes))

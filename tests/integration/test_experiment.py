@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from raybilevel import problems
+from raybilevel import experiment, problems
 from raybilevel.config import ExperimentConfig
 from raybilevel.experiment import CONFIG_FILE, SUMMARY_FILE, loss_after_refit, run
+from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -72,3 +73,24 @@ def test_config_and_summary_are_kept_in_the_storage_too(tmp_path: Path, monkeypa
     summary = run(config("parabola"), tmp_path / "other", storage=str(storage), resume=True)
     assert summary["trainings"] == 3
     assert (storage / SUMMARY_FILE).read_text() == (tmp_path / "other" / SUMMARY_FILE).read_text()
+
+
+@pytest.mark.parametrize(("upper", "keep"), [(None, SECONDS_TO_START), ({"cpu": 1}, 0.0)])
+def test_no_process_is_kept_whose_resources_a_step_may_wait_for(
+    upper: Any, keep: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[PatientFIFO] = []
+
+    class Noted(PatientFIFO):
+        def choose_trial_to_run(self, tune_controller: Any) -> Any:
+            used.append(self)
+            return super().choose_trial_to_run(tune_controller)
+
+    monkeypatch.setattr(experiment, "PatientFIFO", Noted)
+    monkeypatch.setitem(problems.PROBLEMS, "parabola", Parabola)
+    two = config("parabola").model_dump()
+    two["search"] |= {"trainings": 6, "max_concurrent": 2}
+    two["resources"]["upper"] = upper
+    summary = run(ExperimentConfig.model_validate(two), tmp_path / "out")
+    assert summary["trainings"] == 6 and summary["cost"] > 6  # with steps, on two CPUs
+    assert {scheduler.keep for scheduler in used} == {keep}
