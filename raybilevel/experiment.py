@@ -31,7 +31,7 @@ from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
-from raybilevel.resources import default_resources, most_slots, step_options, task_options
+from raybilevel.resources import default_resources, most_slots, task_options
 from raybilevel.scalars import SearchScalars
 from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
 from raybilevel.search_state import Training
@@ -39,7 +39,6 @@ from raybilevel.searcher import UPPER_LOSS, BilevelSearch
 from raybilevel.shared import Shared
 from raybilevel.snapshot import ResumableGenerator, prepare_resume
 from raybilevel.space import STARTS, Space, flatten, nest
-from raybilevel.step_dispatch import NOTHING
 from raybilevel.storage_access import Storage, check_access, locate
 from raybilevel.summary import as_text, summarise
 from raybilevel.time_limit import time_limit
@@ -168,7 +167,7 @@ def tune_run(
         storage_filesystem=place.filesystem,
         config=param_space(config),
         search_alg=ResumableGenerator(searcher),
-        scheduler=PatientFIFO(keep=seconds_kept(config, problem)),
+        scheduler=PatientFIFO(keep=SECONDS_TO_START),
         metric=UPPER_LOSS,
         mode="min",
         num_samples=config.search.trainings,
@@ -325,8 +324,7 @@ def trial_resources(config: ExperimentConfig) -> dict[str, float] | tune.Placeme
 def with_room_for_steps(config: ExperimentConfig, problem: BilevelProblem) -> ExperimentConfig:
     """The config, where the cluster's only GPU is a training's, with a share of it for upper-level steps.
 
-    Else each step would wait for ten minutes: Tune frees what its last trial held when it has the next one, which here
-    comes from the step.
+    Else each would wait for the other's process to end.
     """
     alone = ray.cluster_resources().get("GPU", 0) == 1 and first_bundle(config).get("gpu") == 1
     on_gpu = config.resources.upper is None and default_resources(problem).get("num_gpus", 0) > 0
@@ -339,23 +337,26 @@ def with_room_for_steps(config: ExperimentConfig, problem: BilevelProblem) -> Ex
 
 
 def reuses_processes(config: ExperimentConfig) -> bool:
-    """Whether an idle process is kept for the next trial: none that has a GPU, for which a step may be waiting, and
-    none where trials are to be tried again, as Tune (2.60) gives a trial up whose process died idle, e.g. with its
-    node."""
-    return not first_bundle(config).get("gpu") and config.search.max_failures == 0
-
-
-def seconds_kept(config: ExperimentConfig, problem: BilevelProblem) -> float:
-    """For how long processes are kept that no trial needs now: as Tune does it where steps ask for anything, for which
-    they would wait."""
-    return SECONDS_TO_START if step_options(config.resources.upper, problem) == NOTHING else 0.0
+    """Whether idle processes are kept for the next trials: none that has a GPU, or anything that steps ask for, for
+    which one may be waiting, and none where trials are to be tried again, as Tune (2.60) gives a trial up whose process
+    died idle, e.g. with its node."""
+    lower = config.resources.lower
+    bundles = lower.bundles if isinstance(lower, BundlesConfig) else [lower]
+    held = {by_tune(name) for bundle in bundles for name, amount in bundle.items() if amount}
+    asked = {by_tune(name) for name, amount in (config.resources.upper or {}).items() if amount}
+    return "gpu" not in held and not held & asked and config.search.max_failures == 0
 
 
 def first_bundle(config: ExperimentConfig) -> dict[str, float]:
     """What the process of a training holds, by Tune's names."""
     lower = config.resources.lower
     first = lower.bundles[0] if isinstance(lower, BundlesConfig) else lower
-    return {name.lower() if name in ("CPU", "GPU") else name: amount for name, amount in first.items()}
+    return {by_tune(name): amount for name, amount in first.items()}
+
+
+def by_tune(name: str) -> str:
+    """Tune's name of a resource."""
+    return name.lower() if name in ("CPU", "GPU") else name
 
 
 @contextmanager

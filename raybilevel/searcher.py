@@ -21,6 +21,7 @@ from raybilevel import snapshot, state_file
 from raybilevel.domains import split_param_space
 from raybilevel.errors import ConfigError, RaybilevelError, SpaceError, StateError
 from raybilevel.hypergradient.variables import check_upper_variables
+from raybilevel.idle_tune import go_on_while_idle
 from raybilevel.levels import check_problem
 from raybilevel.methods import make_method
 from raybilevel.methods.base import Method, UpperResult
@@ -139,6 +140,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def _begin_session(self) -> None:
         """What belongs to one run on one Ray."""
         keep_to_the_trial()
+        go_on_while_idle()
         self._steps = StepDispatch()
         self._shared: ray.ObjectRef | None = None
         self._sent = SentState(ray.put)
@@ -670,9 +672,9 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             self._idle_since = time.monotonic()
             logger.warning(
                 "nothing but %d upper-level steps (%s) has been under way for %.0f s; if they wait for resources that "
-                "the last trial's process still holds, leave them a share, e.g. trainings {'gpu': 0.8} and "
-                "upper_resources={'gpu': 0.2} where there is one GPU", len(self._steps), self._resources,
-                SECONDS_OF_SILENCE,
+                "an idle trial's process holds, leave out reuse_actors=True, or leave them a share, e.g. trainings "
+                "{'gpu': 0.8} and upper_resources={'gpu': 0.2} where there is one GPU", len(self._steps),
+                self._resources, SECONDS_OF_SILENCE,
             )  # fmt: skip
 
     def _find_lost(self) -> None:

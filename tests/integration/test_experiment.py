@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from raybilevel import experiment, problems
+from raybilevel import problems
 from raybilevel.config import ExperimentConfig
-from raybilevel.experiment import CONFIG_FILE, SUMMARY_FILE, loss_after_refit, run
-from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
+from raybilevel.experiment import CONFIG_FILE, SUMMARY_FILE, loss_after_refit, reuses_processes, run
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -75,22 +74,36 @@ def test_config_and_summary_are_kept_in_the_storage_too(tmp_path: Path, monkeypa
     assert (storage / SUMMARY_FILE).read_text() == (tmp_path / "other" / SUMMARY_FILE).read_text()
 
 
-@pytest.mark.parametrize(("upper", "keep"), [(None, SECONDS_TO_START), ({"cpu": 1}, 0.0)])
-def test_no_process_is_kept_whose_resources_a_step_may_wait_for(
-    upper: Any, keep: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[PatientFIFO] = []
-
-    class Noted(PatientFIFO):
-        def choose_trial_to_run(self, tune_controller: Any) -> Any:
-            used.append(self)
-            return super().choose_trial_to_run(tune_controller)
-
-    monkeypatch.setattr(experiment, "PatientFIFO", Noted)
+@pytest.mark.timeout(200)
+def test_steps_find_the_resources_that_trainings_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trainings take all CPUs, and when both have ended the next one waits for steps, which need one."""
     monkeypatch.setitem(problems.PROBLEMS, "parabola", Parabola)
     two = config("parabola").model_dump()
     two["search"] |= {"trainings": 6, "max_concurrent": 2}
-    two["resources"]["upper"] = upper
+    two["resources"]["upper"] = {"cpu": 1}
     summary = run(ExperimentConfig.model_validate(two), tmp_path / "out")
-    assert summary["trainings"] == 6 and summary["cost"] > 6  # with steps, on two CPUs
-    assert {scheduler.keep for scheduler in used} == {keep}
+    assert summary["trainings"] == 6
+    assert summary["upper_steps"] > 0
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "max_failures", "reuses"),
+    [
+        ({"cpu": 1}, None, 0, True),
+        ({"cpu": 1}, {"memory": 1}, 0, True),
+        ({"cpu": 1}, {"cpu": 0, "gpu": 1}, 0, True),
+        ({"cpu": 1}, {"cpu": 0.5}, 0, False),
+        ({"bundles": [{"CPU": 1}, {"CPU": 2}]}, {"cpu": 1}, 0, False),
+        ({"bundles": [{"CPU": 1}, {"GPU": 1}]}, None, 0, False),
+        ({"cpu": 1, "disk": 1}, {"disk": 1}, 0, False),
+        ({"cpu": 1, "gpu": 1}, None, 0, False),
+        ({"cpu": 1}, None, 2, False),
+    ],
+)
+def test_no_idle_process_is_kept_that_steps_wait_for_or_that_may_be_lost(
+    lower: Any, upper: Any, max_failures: int, reuses: bool
+) -> None:
+    search = {"trainings": 4, "max_failures": max_failures}
+    resources = {"lower": lower, "upper": upper}
+    given = ExperimentConfig.model_validate({"problem": "digits", "search": search, "resources": resources})
+    assert reuses_processes(given) == reuses

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
 
 import pytest
 from ray.tune.experiment import Trial
 
-from raybilevel.config import ExperimentConfig
-from raybilevel.experiment import seconds_kept
 from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
-from tests.tiny_problems import Parabola
 
 
 class Trials:
@@ -96,19 +92,3 @@ def test_what_is_saved_with_an_experiment_holds_no_times_of_this_process(trials:
     assert scheduler.choose_trial_to_run(trials) is trial
     again = pickle.loads(pickle.dumps(scheduler))
     assert again.choose_trial_to_run(trials) is trial
-
-
-@pytest.mark.parametrize(
-    ("upper", "device", "keep"),
-    [
-        (None, "cpu", SECONDS_TO_START),
-        ({}, "cuda", SECONDS_TO_START),
-        ({"cpu": 1}, "cpu", 0.0),
-        (None, "cuda", 0.0),
-    ],
-)
-def test_the_command_line_keeps_no_process_that_a_step_may_wait_for(upper: Any, device: str, keep: float) -> None:
-    problem = Parabola()
-    problem.device = device
-    config = {"problem": "digits", "search": {"trainings": 4}, "resources": {"upper": upper}}
-    assert seconds_kept(ExperimentConfig.model_validate(config), problem) == keep
