@@ -17,7 +17,6 @@ class KeptProcesses(_ObjectCache):  # type: ignore[misc]
     Tune's own (2.60) lets all but one process go for which there is no trial at the moment when they become free. A
     search that thinks about the next trial is later than that, and every training begins with a process's start. Here
     each is kept until it has been free for `seconds`, or its resources are wanted for a trial that asks for others.
-    Tune looks whenever it has handled something that trials do, so while none is live it keeps them for longer.
 
     clock: seconds, from anywhere.
     """
