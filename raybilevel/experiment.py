@@ -340,18 +340,21 @@ def reuses_processes(config: ExperimentConfig) -> bool:
     """Whether idle processes are kept for the next trials: none that has a GPU, or anything that steps ask for, for
     which one may be waiting, and none where trials are to be tried again, as Tune (2.60) gives a trial up whose process
     died idle, e.g. with its node."""
-    lower = config.resources.lower
-    bundles = lower.bundles if isinstance(lower, BundlesConfig) else [lower]
-    held = {by_tune(name) for bundle in bundles for name, amount in bundle.items() if amount}
+    held = {name for bundle in bundles(config) for name, amount in bundle.items() if amount}
     asked = {by_tune(name) for name, amount in (config.resources.upper or {}).items() if amount}
     return "gpu" not in held and not held & asked and config.search.max_failures == 0
 
 
 def first_bundle(config: ExperimentConfig) -> dict[str, float]:
     """What the process of a training holds, by Tune's names."""
+    return bundles(config)[0]
+
+
+def bundles(config: ExperimentConfig) -> list[dict[str, float]]:
+    """What each process of a training holds, by Tune's names."""
     lower = config.resources.lower
-    first = lower.bundles[0] if isinstance(lower, BundlesConfig) else lower
-    return {by_tune(name): amount for name, amount in first.items()}
+    each = lower.bundles if isinstance(lower, BundlesConfig) else [lower]
+    return [{by_tune(name): amount for name, amount in bundle.items()} for bundle in each]
 
 
 def by_tune(name: str) -> str:

@@ -8,15 +8,9 @@ import pytest
 from ray.tune.utils.object_cache import _ObjectCache
 
 from raybilevel.kept_processes import KeptProcesses, keep_processes
+from tests.clock import Clock
 
 SECONDS = 60.0
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

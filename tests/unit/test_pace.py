@@ -3,15 +3,7 @@ from __future__ import annotations
 import pytest
 
 from raybilevel.pace import PROCESS_START, Pace
-
-
-class Clock:
-    """Stands still until it is told how late it is."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import Clock
 
 
 @pytest.fixture

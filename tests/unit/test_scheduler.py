@@ -8,6 +8,7 @@ import pytest
 from ray.tune.experiment import Trial
 
 from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
+from tests.clock import Clock
 
 
 class Trials:
@@ -29,13 +30,6 @@ class Trials:
 
     def get_live_trials(self) -> set[Trial]:
         return {trial for trial in self.trials if trial.status != Trial.TERMINATED}
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
