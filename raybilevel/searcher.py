@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs
 import ray
 from ray.tune import PlacementGroupFactory
@@ -21,7 +22,7 @@ from raybilevel import snapshot, state_file
 from raybilevel.domains import split_param_space
 from raybilevel.errors import ConfigError, RaybilevelError, SpaceError, StateError
 from raybilevel.hypergradient.variables import check_upper_variables
-from raybilevel.idle_tune import go_on_while_idle
+from raybilevel.idle_tune import go_on_while_idle, tune_is_idle
 from raybilevel.levels import check_problem
 from raybilevel.methods import make_method
 from raybilevel.methods.base import Method, UpperResult
@@ -132,7 +133,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._most_slots = most_slots(0)
         self._completed: set[str] = set()
         self._resumed: set[str] = set()
-        self._told_before = 0
+        self._told_by_then = 0
         self._begin_session()
         if space is not None:
             self._set_up(space)
@@ -154,6 +155,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         self._idle_since = self._answered = time.monotonic()
         self._next_look = 0.0
         self._questions = 0
+        self._moved = False
 
     # The contract with Tune.
 
@@ -191,8 +193,10 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        late = time.monotonic() - self._answered > SECONDS_BETWEEN_QUESTIONS
-        self._questions = self._questions + 1 if late else 0
+        idle = tune_is_idle()
+        if idle is None:  # Tune asks once a second then, else ten times
+            idle = time.monotonic() - self._answered > SECONDS_BETWEEN_QUESTIONS
+        self._questions = self._questions + 1 if idle else 0
         answer = self._suggest(trial_id)
         self._answered = time.monotonic()
         if answer is not None:
@@ -213,6 +217,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             self._prepare_steps()
             return config
         before = len(self._steps)
+        if self._moved and not self.state.pending:
+            optimizer.fill()
         self._launch()
         if optimizer.exhausted:
             self.cancel_steps()
@@ -489,12 +495,14 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         optimizer.memory = state_file.decode(saved.memory)
         self._checkpoints = dict(saved.checkpoints)
         self._folder = next((path.rsplit("/", 2)[0] for path in self._checkpoints.values()), "")
+        self._moved = bool(self._folder) and not self._is_there(self._folder)
         self._optimizer = optimizer
         self._watch_resumed()
 
     def _watch_resumed(self) -> None:
         """From now on, for a word from the trials that were under way at a restore; see `_find_lost`."""
-        self._resumed, self._told_before = set(self._pending()), len(self.state.told)
+        self._resumed = set(self._pending())
+        self._told_by_then = len(self.state.told) + len(self._resumed)
 
     def _pending(self) -> list[str]:
         """Trials that are under way, as far as the search knows."""
@@ -548,7 +556,9 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         return Observation(upper, float(flat["lower_loss"]), tuple(unit.tolist()), passes)
 
     def _launch(self) -> None:
-        """Start upper-level steps while there are free slots and something to do."""
+        """Start upper-level steps while there are free slots and something to do, and known where checkpoints are."""
+        if self._moved:
+            return
         optimizer = self._ready()
         while (step := optimizer.plan()) is not None:
             for index in step.targets:
@@ -640,9 +650,18 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         lost = isinstance(failure, ray.exceptions.RayError) and limit is not None
         return f"{failure}" + (f"; a step that takes longer than {limit:g} s loses its process, too" if lost else "")
 
+    def _is_there(self, folder: str) -> bool:
+        try:
+            info = (self._filesystem or pyarrow.fs.LocalFileSystem()).get_file_info(folder)
+        except (pa.ArrowException, OSError):
+            return True  # steps will say what is wrong with it
+        return bool(info.type != pyarrow.fs.FileType.NotFound)
+
     def _follow_move(self, result: Mapping[str, Any]) -> None:
-        """The folder of a restored experiment may be elsewhere by now; Tune moves its own paths along."""
+        """The folder of a restored experiment may be elsewhere by now; Tune moves its own paths along, and the next
+        report of a training says where it is."""
         folder, _, trial = str(result.get(TRIAL_PATH, "")).rpartition("/")
+        self._moved = self._moved and not trial
         before, self._folder = self._folder, folder if trial else self._folder
         if self._folder == before or not before:
             return
@@ -680,13 +699,13 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def _find_lost(self) -> None:
         """Give up trials that nobody runs, of which Tune says nothing; a late result of theirs would still count.
 
-        All that are under way where Tune has had nothing to run for a minute: it asks once a second then, else ten
-        times. Of those under way at a restore, which Tune may have been told to leave out, the ones not heard of when
-        twice as many as there are slots have ended since.
+        All that are under way where Tune has had nothing to run for a minute. Of those under way at a restore, which
+        Tune may have been told to leave out, the ones not heard of when as many have ended since, and two more for each
+        slot: there may be fewer slots than before, and some of them still in Tune's queue.
         """
         if self._questions > QUESTIONS_OF_IDLE_TUNE:
             lost = self._pending()
-        elif self._resumed and len(self.state.told) - self._told_before > 2 * self._ready().slots:
+        elif self._resumed and len(self.state.told) - self._told_by_then > 2 * self._ready().slots:
             lost = [trial for trial in self._pending() if trial in self._resumed]
         else:
             return

@@ -100,13 +100,14 @@ class StepDispatch:
         self._running: dict[ray.ObjectRef, Running] = {}  # by what will be their results
         self._waiting: deque[SentStep] = deque()
         self._idle: list[Idle] = []
+        self._not_begun: list[tuple[int, UpperResult | Exception]] = []
         self._seconds: deque[float] = deque(maxlen=NEWEST)
         self._started = 0
         self._nodes: list[str] = []
         self._next_look = -math.inf
 
     def __len__(self) -> int:
-        return len(self._running) + len(self._waiting)
+        return len(self._running) + len(self._waiting) + len(self._not_begun)
 
     @property
     def results(self) -> list[ray.ObjectRef]:
@@ -136,10 +137,11 @@ class StepDispatch:
         timeout: seconds to wait for one.
         """
         self._assign()
+        ended, self._not_begun = self._not_begun, []
         if not self._running:
-            return []
+            return ended
+        timeout = 0.0 if ended else timeout
         ready, _ = ray.wait(self.results, num_returns=1 if timeout else len(self._running), timeout=timeout)
-        ended = []
         for result in ready:
             step = self._running.pop(result)
             if (found := self._end(step, result)) is not None:
@@ -161,6 +163,7 @@ class StepDispatch:
                 # what ended the step's, its node's loss perhaps, may have ended those
                 end(process)
             self._idle.clear()
+            self._next_look = -math.inf
             if step.process is None or step.sent.tries > TRIES_MORE:
                 failure: Exception = error
                 return failure
@@ -176,10 +179,14 @@ class StepDispatch:
         """Steps that wait -> processes that are idle, and new ones where those would take longer."""
         self._idle = [idle for idle in self._idle if self._clock() - idle.since < SECONDS_IDLE]
         while self._waiting and (self._idle or self._is_sooner_in_another()):
-            process = self._idle.pop().process if self._idle else None
-            started = process or self._start()
             step = self._waiting.popleft()
-            result = started.run.remote(step.call, step.stored)
+            process = self._idle.pop().process if self._idle else None
+            try:
+                started = process or self._start()
+                result = started.run.remote(step.call, step.stored)
+            except ray.exceptions.RayError as error:  # the object store is full, for instance
+                self._not_begun.append((step.number, error))
+                continue
             delay = 2 * PROCESS_START if process is None else 0.0
             self._running[result] = Running(step, started, self._clock() + delay)
 
@@ -216,7 +223,7 @@ class StepDispatch:
         timeout: seconds to wait for the ends of steps.
         """
         running, idle = self._running, self._idle
-        self._running, self._idle = {}, []
+        self._running, self._idle, self._not_begun = {}, [], []
         self._waiting.clear()
         for result, step in running.items():
             if step.process is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune.experiment import Trial
+
+from raybilevel.patching import replace
 
 
 @cache
@@ -25,13 +26,6 @@ def keep_to_the_trial() -> None:
         return
     replace(RayActorManager, "_actor_task_failed", as_of_a_dead_process)
     replace(Trial, "_get_default_result_or_future", none_of_a_dead_process)
-
-
-def replace(owner: type, name: str, change: Callable[[Any], Any]) -> None:
-    """A method by what `change` makes of it."""
-    method = getattr(owner, name, None)
-    if method is not None:
-        setattr(owner, name, change(method))
 
 
 def as_of_a_dead_process(told_of: Any) -> Any:

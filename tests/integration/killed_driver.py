@@ -10,6 +10,7 @@ import ray
 from ray import tune
 
 from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel.snapshot import ResumableGenerator
 from raybilevel.storage import local_filesystem
 from tests.tiny_problems import Parabola
 
@@ -23,12 +24,13 @@ if __name__ == "__main__":
     folder, samples = sys.argv[1], int(sys.argv[2])
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     problem = Parabola()
+    search = BilevelSearch(problem, metric="upper_loss", mode="min", max_concurrent=1)
     tune.Tuner(
         lower_level_trainable(problem),
         param_space={"x": {"a": tune.loguniform(1e-4, 1e2)}},
         tune_config=tune.TuneConfig(
-            search_alg=BilevelSearch(problem, max_concurrent=1), metric="upper_loss", mode="min",
-            num_samples=samples, reuse_actors=True,
+            search_alg=ResumableGenerator(search), metric="upper_loss", mode="min", num_samples=samples,
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name="run", storage_path=folder, storage_filesystem=local_filesystem(), verbose=0, callbacks=[Slow()]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import ray
 import torch
 from ray import tune
+from ray.tune.execution import insufficient_resources_manager
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
@@ -413,9 +415,20 @@ def test_trainings_and_steps_share_the_only_gpu(tmp_path: Path) -> None:
     assert len(search.state.steps) >= 2
 
 
+@pytest.fixture
+def impatient_tune(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Tune warns of too few resources after half a second without a trial, not after a minute."""
+    monkeypatch.setattr(insufficient_resources_manager, "_get_insufficient_resources_warning_threshold", lambda: 0.5)
+    logger = insufficient_resources_manager.logger
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_steps_have_the_only_gpu_when_no_training_has_it(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("impatient_tune")
+def test_steps_have_the_only_gpu_when_no_training_has_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     search = BilevelSearch(Parabola(), max_concurrent=1, upper_resources={"gpu": 1})
     analysis = tune.run(
         tune.with_resources(lower_level_trainable(search.problem), {"cpu": 1, "gpu": 1}), config=SPACE,
@@ -423,6 +436,40 @@ def test_steps_have_the_only_gpu_when_no_training_has_it(tmp_path: Path) -> None
     )  # fmt: skip
     assert len(analysis.trials) == len(search.state.done) == 4
     assert search.state.steps
+    assert "not having enough resources" not in caplog.text
+
+
+@pytest.mark.usefixtures("impatient_tune")
+def test_tune_warns_of_a_training_that_asks_for_more_than_there_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = BilevelSearch(Parabola(), max_concurrent=1)
+    tune.run(
+        tune.with_resources(lower_level_trainable(search.problem), {"cpu": 1000}), config=SPACE, search_alg=search,
+        metric="upper_loss", mode="min", time_budget_s=3, storage_path=str(tmp_path), verbose=0,
+    )  # fmt: skip
+    assert "not having enough resources" in caplog.text
+
+
+def test_where_a_moved_experiment_is_a_training_says_before_the_next_step(tmp_path: Path) -> None:
+    search = BilevelSearch(Parabola(), max_concurrent=1)
+    fit(search, tmp_path / "before", 3)
+    search.save(str(tmp_path / "state"))
+    there, moved = BilevelSearch(Parabola(), max_concurrent=1), BilevelSearch(Parabola(), max_concurrent=1)
+    there.restore(str(tmp_path / "state"))
+    there.suggest("next")
+    there.cancel_steps()
+    assert there.state.trainings[3:] == () or there.state.trainings[3].proposal.origin != "fill"
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved.restore(str(tmp_path / "state"))
+    assert moved.suggest("next") is not None
+    assert not moved.steps_under_way
+    assert moved.state.trainings[3].proposal.origin == "fill"
+    paths = [moved.checkpoint_of(training) for training in moved.state.done]
+    assert all(path is not None and path.startswith(str(tmp_path / "before")) for path in paths)
+    moved.on_trial_result("next", {"trial_path": str(tmp_path / "after" / "run" / "next")})
+    paths = [moved.checkpoint_of(training) for training in moved.state.done]
+    assert all(path is not None and Path(path).is_dir() for path in paths)
 
 
 def test_tune_limits_the_number_of_trials_at_once(tmp_path: Path) -> None:

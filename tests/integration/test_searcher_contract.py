@@ -210,11 +210,25 @@ def test_a_resumed_trial_of_which_nothing_is_heard_does_not_hold_its_slot(tmp_pa
     fresh = BilevelSearch(Parabola(), max_concurrent=2, space=SPACE)
     fresh.restore(str(tmp_path / "state"))
     fresh.on_trial_result("a", result(2.0, finished=False))
-    for number in range(5):  # "a" goes on, while others come and go in the other slot
+    for number in range(7):  # "a" goes on, while others come and go in the other slot
         fresh._ready().adopt(str(number), {"x": {"a": 0.1 * (number + 1)}})
         fresh.on_trial_complete(str(number), error=True)
     fresh.suggest("new")
     assert [t.status for t in fresh.state.trainings[:2]] == ["pending", "lost"]
+
+
+def test_resumed_trials_that_wait_for_one_of_fewer_slots_are_not_lost(tmp_path: Path) -> None:
+    search = ready(max_concurrent=8)
+    trials = "abcdefgh"
+    for trial in trials:
+        search.suggest(trial)
+    search.save(str(tmp_path / "state"))
+    fresh = BilevelSearch(Parabola(), max_concurrent=1, space=SPACE)
+    fresh.restore(str(tmp_path / "state"))
+    for trial in trials[:-1]:
+        assert fresh.suggest("new") is None
+        fresh.on_trial_complete(trial, error=True)
+    assert fresh.state.trainings[-1].status == "pending"
 
 
 def test_a_second_run_with_one_searcher_knows_that_the_first_is_over() -> None:
@@ -428,6 +442,7 @@ def test_checkpoints_are_found_where_a_restored_experiment_has_been_moved(tmp_pa
     moved = BilevelSearch(Parabola(), max_concurrent=4)
     moved.restore(str(tmp_path / "state"))
     assert moved.checkpoint_of(moved.state.done[0]) == "/old/tune/trial_a/checkpoint_000001"
+    assert not moved.steps_under_way  # none that would look there
     moved.on_trial_result("b", result(trial_path="/new/place/tune/trial_b", finished=False))
     moved.on_trial_complete("b", result(trial_path="/new/place/tune/trial_b"))
     assert [moved.checkpoint_of(training) for training in moved.state.done] == [

@@ -166,6 +166,21 @@ def test_a_step_whose_process_dies_is_tried_again_in_another(steps: Steps) -> No
     assert steps.process(7) not in (process, after)  # and the next one runs as if nothing had been
 
 
+def test_a_step_that_cannot_begin_fails_and_no_other_one(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start() -> Any:
+        raise ray.exceptions.ObjectStoreFullError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.dispatch, "_start", start)
+        steps.begin(1)
+        assert len(steps.dispatch) == 1
+    steps.begin(3)
+    found = steps.end(2)
+    assert isinstance(found[1], ray.exceptions.ObjectStoreFullError)
+    assert where(found[3])
+    assert len(steps.dispatch) == 0
+
+
 def test_a_step_that_hangs_is_ended_at_its_limit_and_tried_again(steps: Steps) -> None:
     process = steps.process(1, limit=60.0)
     assert steps.process(8, limit=1.0) != process
