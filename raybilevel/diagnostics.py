@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Literal
 
@@ -14,36 +14,58 @@ Verdict = Literal["converged", "budget exhausted", "surrogate too poor", "valida
 
 
 @dataclass(frozen=True)
-class Diagnostics:
-    """Of the newest training and step, and of the whole search.
+class Newest:
+    """Of the newest training and step.
 
-    value_error:        |v_hat - v| at the newest point that v_hat had predicted; typical_value_error: the median.
+    value_error:           |v_hat - v| at the newest point that v_hat had predicted.
     multiplier, violation: where the last augmented Lagrangian descent ended.
-    hypergradient_norm: at the training whose hypergradient is newest.
-    agreement:          correlation between the changes of F that hypergradients promised to first order and those that
-        were trained, over steps within a trust region; 1 is perfect, None with fewer than three.
     """
 
     value_error: float | None
-    typical_value_error: float | None
     multiplier: float | None
     violation: float | None
+
+
+@dataclass(frozen=True)
+class Diagnostics(Newest):
+    """Of the whole search as well.
+
+    typical_value_error: the median.
+    hypergradient_norm:  at the training whose hypergradient is newest.
+    agreement:           correlation between the changes of F that hypergradients promised to first order and those that
+        were trained, over steps within a trust region; 1 is perfect, None with fewer than three.
+    """
+
+    typical_value_error: float | None
     hypergradient_norm: float | None
     agreement: float | None
 
 
-def diagnose(state: SearchState) -> Diagnostics:
-    errors = [abs(t.proposal.predicted_value - t.value) for t in state.done if t.proposal.predicted_value is not None]
+def newest(state: SearchState) -> Newest:
+    """Without a look at every training, of which there may be thousands."""
+    errors = (value_error(training) for training in reversed(state.done))
     last = newest_descent(state)
-    norms = [math.hypot(*t.hypergradient) for t in state.done if t.hypergradient]
-    return Diagnostics(
-        value_error=errors[-1] if errors else None,
-        typical_value_error=median(errors) if errors else None,
+    return Newest(
+        value_error=next((error for error in errors if error is not None), None),
         multiplier=last.multiplier if last else None,
         violation=last.violation if last else None,
-        hypergradient_norm=norms[-1] if norms else None,
+    )
+
+
+def diagnose(state: SearchState) -> Diagnostics:
+    errors = [error for training in state.done if (error := value_error(training)) is not None]
+    known = next((training for training in reversed(state.done) if training.hypergradient), None)
+    return Diagnostics(
+        **asdict(newest(state)),
+        typical_value_error=median(errors) if errors else None,
+        hypergradient_norm=math.hypot(*known.hypergradient) if known and known.hypergradient else None,
         agreement=agreement(state),
     )
+
+
+def value_error(training: Training) -> float | None:
+    predicted = training.proposal.predicted_value
+    return None if predicted is None else abs(predicted - training.value)
 
 
 def newest_descent(state: SearchState) -> StepRecord | None:

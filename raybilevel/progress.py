@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from raybilevel.diagnostics import Diagnostics, diagnose
+from raybilevel.diagnostics import Newest, newest
 from raybilevel.search_state import SearchState
 
 REFRESH_SECONDS = 0.25
@@ -49,7 +50,8 @@ class PlainView:
 
     def __init__(self, title: str, trainings: int, console: Console) -> None:
         self.trainings, self.console = trainings, console
-        self.shown = 0
+        self.shown = self.done = 0
+        self.best = math.inf
         self.clock = Clock(trainings)
         self._print(title)
 
@@ -57,14 +59,15 @@ class PlainView:
         told = state.told
         for training in told[self.shown :]:
             self.shown += 1
-            done = sum(t.status == "done" for t in told[: self.shown])
-            best = min((t.upper for t in told[: self.shown] if t.status == "done"), default=float("nan"))
             outcome = f"F {training.upper:.4f}" if training.status == "done" else training.status
-            line = f"[{self.shown}/{self.trainings}] {training.proposal.origin:<6} {outcome}  best {best:.4f}"
+            if training.status == "done":
+                self.done, self.best = self.done + 1, min(self.best, training.upper)
+            best = f"{self.best:.4f}" if self.done else "nan"
+            line = f"[{self.shown}/{self.trainings}] {training.proposal.origin:<6} {outcome}  best {best}"
             if self.shown == len(told):
-                line += details(diagnose(state))
-            if done < self.shown:
-                line += f"  failed or stopped {self.shown - done}"
+                line += details(newest(state))
+            if self.done < self.shown:
+                line += f"  failed or stopped {self.shown - self.done}"
             self._print(f"{line}  {self.clock.text(self.shown)}")
 
     def close(self) -> None:
@@ -97,7 +100,7 @@ class LiveView:
         self.live.stop()
 
     def render(self, state: SearchState, steps_under_way: int) -> RenderableType:
-        told, found = state.told, diagnose(state)
+        told, found = state.told, newest(state)
         failed = sum(t.status == "failed" for t in told)
         counts = f"{len(told) - failed} done, {len(state.pending)} running, {failed} failed"
         best = state.best
@@ -133,7 +136,7 @@ class Clock:
         return f"{duration(elapsed)}{left}"
 
 
-def details(found: Diagnostics) -> str:
+def details(found: Newest) -> str:
     text = "" if found.multiplier is None else f"  multiplier {number(found.multiplier)}"
     text += "" if found.violation is None else f"  violation {number(found.violation)}"
     return text + ("" if found.value_error is None else f"  error of v {number(found.value_error)}")

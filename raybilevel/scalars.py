@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 from ray.tune import Callback
@@ -12,6 +14,8 @@ from raybilevel.search_state import SearchState
 from raybilevel.searcher import BilevelSearch
 
 PREFIX = "search"
+SHARE_OF_TIME = 0.05
+"""What is derived takes long after thousands of trainings: it is worked out again when it takes no more of the time."""
 
 
 class SearchScalars(Callback):  # type: ignore[misc]
@@ -25,8 +29,10 @@ class SearchScalars(Callback):  # type: ignore[misc]
     in the list of callbacks.
     """
 
-    def __init__(self, search: BilevelSearch) -> None:
+    def __init__(self, search: BilevelSearch, clock: Callable[[], float] = time.monotonic) -> None:
         self._search: BilevelSearch | None = search
+        self._clock = clock
+        self._next_look = -math.inf
         self._state: SearchState | None = None
         self._numbers: dict[str, float] = {}
 
@@ -35,10 +41,12 @@ class SearchScalars(Callback):  # type: ignore[misc]
     ) -> None:
         if self._search is None:
             return
-        # Most reports change nothing, and what is derived takes long after thousands of trainings.
-        if self._search.state is not self._state:
+        began = self._clock()
+        if self._search.state is not self._state and began >= self._next_look:
             self._state = self._search.state
             self._numbers = scalars(self._state)
+            ended = self._clock()
+            self._next_look = ended + (ended - began) / SHARE_OF_TIME
         result[PREFIX] = dict(self._numbers)
 
     def __getstate__(self) -> dict[str, Any]:

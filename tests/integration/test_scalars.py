@@ -12,6 +12,7 @@ from ray import tune
 from raybilevel import BilevelSearch, lower_level_trainable, scalars
 from raybilevel.scalars import SearchScalars
 from raybilevel.search_state import SearchState
+from tests.clock import Clock
 from tests.tiny_problems import Parabola
 
 KNOWN = {"best_upper_loss", "cost", "trainings", "upper_steps", "multiplier", "value_error"}
@@ -48,14 +49,22 @@ def test_tunes_loggers_write_what_the_search_knows(
 def test_what_a_search_knows_is_worked_out_when_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     search = BilevelSearch(Parabola(), space={"x": {"a": tune.loguniform(1e-4, 1e2)}}, max_concurrent=2)
     worked_out: list[SearchState] = []
-    monkeypatch.setattr(scalars, "scalars", lambda state: worked_out.append(state) or {"cost": float(len(worked_out))})
-    callback = SearchScalars(search)
-    results: list[dict[str, Any]] = [{} for _ in range(4)]
+    clock = Clock()
+
+    def count(state: SearchState) -> dict[str, float]:
+        worked_out.append(state)
+        clock.now += 1.0
+        return {"cost": float(len(worked_out))}
+
+    monkeypatch.setattr(scalars, "scalars", count)
+    callback = SearchScalars(search, clock)
+    results: list[dict[str, Any]] = [{} for _ in range(5)]
     for number, result in enumerate(results):
         if number == 2:
             search.suggest("a")
+        clock.now += 9.0
         callback.on_trial_result(0, [], None, result)
-    assert [result["search"]["cost"] for result in results] == [1.0, 1.0, 2.0, 2.0]
+    assert [result["search"]["cost"] for result in results] == [1.0, 1.0, 1.0, 2.0, 2.0]  # it takes a second in twenty
     assert worked_out == [SearchState(), search.state]
 
 
