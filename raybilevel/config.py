@@ -59,11 +59,11 @@ class BundlesConfig(Checked):
 class ResourcesConfig(Checked):
     """Ray resources: cpu, gpu, fractions of them, custom ones by their names.
 
-    lower: of a lower-level training; or bundles.
-    upper: of an upper-level step; by default a GPU where the problem's device is one, else nothing.
+    lower: of a lower-level training; or bundles. By default a CPU, and a GPU where `options.device` is one.
+    upper: of an upper-level step; by default a GPU where `options.device` is one, else nothing.
     """
 
-    lower: dict[str, float] | BundlesConfig = {"cpu": 1.0}
+    lower: dict[str, float] | BundlesConfig | None = None
     upper: dict[str, float] | None = None
 
 
@@ -80,6 +80,20 @@ class ExperimentConfig(Checked):
     space: dict[str, Any] = {}
     search: SearchConfig
     resources: ResourcesConfig = ResourcesConfig()
+
+    @property
+    def lower_resources(self) -> dict[str, float] | BundlesConfig:
+        """What a training asks for."""
+        return {"cpu": 1.0, **self._own_gpu} if self.resources.lower is None else self.resources.lower
+
+    @property
+    def upper_resources(self) -> dict[str, float]:
+        """What an upper-level step asks for."""
+        return self._own_gpu if self.resources.upper is None else self.resources.upper
+
+    @property
+    def _own_gpu(self) -> dict[str, float]:
+        return {"gpu": 1.0} if str(self.options.get("device")).startswith("cuda") else {}
 
     def split_space(self) -> tuple[Space, dict[str, Any]]:
         """The box that is searched, and the constants around it.

@@ -31,7 +31,14 @@ from raybilevel.methods.hypergradient import MOST_MODELLED, HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
-from raybilevel.resources import default_resources, most_slots, task_options
+from raybilevel.resources import (
+    asked_by,
+    default_resources,
+    most_slots,
+    summed,
+    task_options,
+    trainings_that_fit,
+)
 from raybilevel.scalars import SearchScalars
 from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
 from raybilevel.search_state import Training
@@ -86,7 +93,8 @@ def run(
         `out` goes on with it.
 
     Raises:
-        ConfigError: the config, the folder or `resume` is wrong; nothing was run.
+        ConfigError: the config, the folder or `resume` is wrong, or this machine alone has not what it asks for;
+            nothing was run.
         StorageError: the storage cannot be written, or nodes of the cluster do not see it; nothing was run.
         StateError: what is to be resumed is damaged beyond repair; nothing was run.
         InterruptedRunError: Ctrl-C, or SIGTERM.
@@ -99,9 +107,11 @@ def run(
     place = locate(storage or out)
     prepare_folder(out, config, resume, place)
     started = time.monotonic()
+    alone = address is None and not ray.is_initialized()
     with cluster(address):
         check_access(place)
         config = with_room_for_steps(config, problem)
+        check_room(config, alone)
         searcher = BilevelSearch(
             problem,
             metric=UPPER_LOSS,
@@ -120,7 +130,8 @@ def run(
         title = f"{config.problem}: {upper_level(problem, space)}, method {config.search.method}"
         view = make_view(title, config.search.trainings, console)
         try:
-            with waiting_trials(config.search.max_concurrent or most_slots(config.search.trainings)):
+            slots = config.search.max_concurrent or most_slots(config.search.trainings)
+            with waiting_trials(slots), own_signals():
                 analysis = tune_run(config, problem, searcher, place, resume, view)
         finally:
             searcher.cancel_steps()
@@ -315,7 +326,7 @@ def refit_task(
 
 
 def trial_resources(config: ExperimentConfig) -> dict[str, float] | tune.PlacementGroupFactory:
-    lower = config.resources.lower
+    lower = config.lower_resources
     return (
         tune.PlacementGroupFactory(lower.bundles, lower.strategy) if isinstance(lower, BundlesConfig) else dict(lower)
     )
@@ -328,7 +339,7 @@ def with_room_for_steps(config: ExperimentConfig, problem: BilevelProblem) -> Ex
     """
     alone = ray.cluster_resources().get("GPU", 0) == 1 and first_bundle(config).get("gpu") == 1
     on_gpu = config.resources.upper is None and default_resources(problem).get("num_gpus", 0) > 0
-    if not (alone and on_gpu) or isinstance(config.resources.lower, BundlesConfig):
+    if not (alone and on_gpu) or isinstance(config.lower_resources, BundlesConfig):
         return config
     resources = config.resources.model_copy(
         update={"lower": {**first_bundle(config), "gpu": 1 - SHARE_OF_STEPS}, "upper": {"gpu": SHARE_OF_STEPS}}
@@ -336,13 +347,35 @@ def with_room_for_steps(config: ExperimentConfig, problem: BilevelProblem) -> Ex
     return config.model_copy(update={"resources": resources})
 
 
+def check_room(config: ExperimentConfig, alone: bool) -> None:
+    """Whether there are nodes with what a training and an upper-level step ask for; on a cluster one may join later.
+
+    alone: none will join.
+
+    Raises:
+        ConfigError: this machine, alone, has not that much.
+    """
+    lower = [asked_by(task_options(bundle)) for bundle in bundles(config)]
+    upper = [asked_by(task_options(config.upper_resources))]
+    for key, what, asked in (("lower", "a training", lower), ("upper", "an upper-level step", upper)):
+        if not any(asked) or trainings_that_fit(asked) > 0:
+            continue
+        wanted = " + ".join(", ".join(f"{name}: {n:g}" for name, n in bundle.items()) for bundle in asked)
+        text = f"resources.{key}: {what} asks for {{{wanted}}}"
+        if alone:
+            has = ray.cluster_resources()
+            there = ", ".join(f"{name}: {has.get(name, 0.0):g}" for name in sorted(summed(asked)))
+            raise ConfigError(f"{text}, this machine has {{{there}}}; ask for less, or join a cluster by --address")
+        logger.warning("%s, which no node of the cluster has; it waits for one that joins", text)
+
+
 def reuses_processes(config: ExperimentConfig) -> bool:
     """Whether idle processes are kept for the next trials: none that has a GPU, or anything that steps ask for, for
     which one may be waiting, and none where trials are to be tried again, as Tune (2.60) gives a trial up whose process
     died idle, e.g. with its node."""
-    held = {name for bundle in bundles(config) for name, amount in bundle.items() if amount}
-    asked = {by_tune(name) for name, amount in (config.resources.upper or {}).items() if amount}
-    return "gpu" not in held and not held & asked and config.search.max_failures == 0
+    held = {name for bundle in bundles(config) for name in asked_by(task_options(bundle))}
+    asked = asked_by(task_options(config.upper_resources)).keys()
+    return "GPU" not in held and not held & asked and config.search.max_failures == 0
 
 
 def first_bundle(config: ExperimentConfig) -> dict[str, float]:
@@ -352,7 +385,7 @@ def first_bundle(config: ExperimentConfig) -> dict[str, float]:
 
 def bundles(config: ExperimentConfig) -> list[dict[str, float]]:
     """What each process of a training holds, by Tune's names."""
-    lower = config.resources.lower
+    lower = config.lower_resources
     each = lower.bundles if isinstance(lower, BundlesConfig) else [lower]
     return [{by_tune(name): amount for name, amount in bundle.items()} for bundle in each]
 
@@ -392,6 +425,20 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Tune (2.60) leaves its handlers behind when a run ends by itself; a Ctrl-C after that would do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -47,6 +47,12 @@ def fitting(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str,
     return sum(min(int(holder.get(name, 0.0) / n + 1e-9) for name, n in wanted.items()) for holder in holders)
 
 
+def asked_by(options: Mapping[str, Any]) -> dict[str, float]:
+    """What a Ray task of these options asks for, by Ray's names."""
+    named = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), "memory": options.get("memory")}
+    return {name: float(n) for name, n in {**named, **options.get("resources", {})}.items() if n}
+
+
 def summed(amounts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
     for one in amounts:

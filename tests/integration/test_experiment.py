@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 
 from raybilevel import problems
 from raybilevel.config import ExperimentConfig
-from raybilevel.experiment import CONFIG_FILE, SUMMARY_FILE, loss_after_refit, reuses_processes, run
+from raybilevel.errors import ConfigError
+from raybilevel.experiment import CONFIG_FILE, SUMMARY_FILE, check_room, loss_after_refit, reuses_processes, run
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -81,9 +84,36 @@ def test_steps_find_the_resources_that_trainings_have_left(tmp_path: Path, monke
     two = config("parabola").model_dump()
     two["search"] |= {"trainings": 4, "max_concurrent": 2}
     two["resources"]["upper"] = {"cpu": 1}
+    handler = signal.getsignal(signal.SIGINT)
     summary = run(ExperimentConfig.model_validate(two), tmp_path / "out")
+    assert signal.getsignal(signal.SIGINT) is handler  # Tune leaves its own, to which a Ctrl-C afterwards would be lost
     assert summary["trainings"] == 4
     assert summary["upper_steps"] > 0
+
+
+@pytest.mark.parametrize(
+    ("resources", "wrong"),
+    [
+        ({"lower": {"cpu": 3}}, r"resources.lower: a training asks for {CPU: 3}, this machine has {CPU: 2}"),
+        (
+            {"lower": {"bundles": [{"CPU": 2}, {"CPU": 1, "GPU": 1}]}},
+            r"for {CPU: 2 \+ CPU: 1, GPU: 1}, this machine has {CPU: 2, GPU: 1}",
+        ),
+        ({"upper": {"disk": 0.5}}, r"resources.upper: an upper-level step asks for {disk: 0.5}, .* {disk: 0}"),
+        ({"lower": {"CPU": 2, "gpu": 1}, "upper": {"GPU": 0.5, "memory": 1}}, None),
+        ({}, None),
+    ],
+)
+def test_what_this_machine_has_not_is_named(
+    resources: Any, wrong: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has two CPUs and a GPU."""
+    search = {"trainings": 4}
+    given = ExperimentConfig.model_validate({"problem": "digits", "search": search, "resources": resources})
+    check_room(given, alone=False)
+    assert ("waits for one that joins" in caplog.text) == (wrong is not None)
+    with pytest.raises(ConfigError, match=wrong) if wrong else nullcontext():
+        check_room(given, alone=True)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +123,7 @@ def test_steps_find_the_resources_that_trainings_have_left(tmp_path: Path, monke
         ({"cpu": 1}, {"memory": 1}, 0, True),
         ({"cpu": 1}, {"cpu": 0, "gpu": 1}, 0, True),
         ({"cpu": 1}, {"cpu": 0.5}, 0, False),
+        ({"cpu": 1}, {"num_cpus": 1}, 0, False),
         ({"bundles": [{"CPU": 1}, {"CPU": 2}]}, {"cpu": 1}, 0, False),
         ({"bundles": [{"CPU": 1}, {"GPU": 1}]}, None, 0, False),
         ({"cpu": 1, "disk": 1}, {"disk": 1}, 0, False),

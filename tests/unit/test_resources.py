@@ -37,6 +37,15 @@ def test_bundles_become_a_placement_group(tmp_path: Path) -> None:
     assert read_config(tmp_path / "config.yaml").resources == given.resources  # as --resume compares them
 
 
+@pytest.mark.parametrize(("device", "lower"), [(None, {"cpu": 1}), ("cuda", {"cpu": 1, "gpu": 1}), ("mps", {"cpu": 1})])
+def test_a_training_has_a_gpu_of_its_own_where_it_runs_on_one(device: str | None, lower: Any) -> None:
+    raw = {"problem": "digits", "options": {"device": device}, "search": {"trainings": 1}}
+    given = ExperimentConfig.model_validate(raw)
+    assert trial_resources(given) == first_bundle(given) == lower
+    asked = ExperimentConfig.model_validate({**raw, "resources": {"lower": {"gpu": 0.25}}})
+    assert trial_resources(asked) == first_bundle(asked) == {"gpu": 0.25}
+
+
 @pytest.mark.parametrize("lower", ["{bundles: []}", "{bundles: [{CPU: 1}], strategy: TIGHT}", "{cpu: many}"])
 def test_wrong_resources_are_named(lower: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
