@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from raybilevel.snapshot import read_trials
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = {
@@ -20,18 +24,26 @@ FAMILIES = {
 }
 """What they print that can be judged."""
 NEED_DATA = {"few_shot", "graph_structure", "image_regulariser"}
-ELSEWHERE = {"data_parallel", *FAMILIES}  # tests/cluster runs the first
+ELSEWHERE = {"cluster", "data_parallel", *FAMILIES}  # tests/cluster runs the second
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in ELSEWHERE)
 
 
-def printed(example: str, folder: Path, *arguments: str) -> str:
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(folder)}
-    done = subprocess.run(
+def started(example: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / f"{example}.py"), *arguments],
-        capture_output=True, text=True, timeout=400, env=environment, cwd=folder, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(folder)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+
+
+def printed(example: str, folder: Path, *arguments: str) -> str:
+    with started(example, folder, *arguments) as process:
+        try:
+            out, err = process.communicate(timeout=400)
+        finally:
+            process.kill()
+    assert process.returncode == 0, err
+    return out
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -41,6 +53,25 @@ def test_example(example: str, tmp_path: Path) -> None:
     ]
     assert losses
     assert min(losses) < 0.15
+
+
+@pytest.mark.slow
+def test_the_example_for_a_cluster_goes_on_with_a_run_that_was_killed(tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    with started("cluster", tmp_path, str(storage)) as process:
+        deadline = time.monotonic() + 200
+        while len(list(storage.glob("run/*/checkpoint_*"))) < 4 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+    before = set(storage.glob("run/*/checkpoint_*"))
+    assert 4 <= len(before) < 15
+    found = re.search(r"validation loss ([\d.]+)", printed("cluster", tmp_path, str(storage)))
+    assert found is not None
+    assert float(found[1]) < 0.15
+    trials = {record.trial: record for record in read_trials(storage / "run") or []}
+    assert len(trials) == 15
+    assert {record.status for record in trials.values()} == {"TERMINATED"}
+    assert before <= set(storage.glob("run/*/checkpoint_*"))
 
 
 @pytest.mark.slow
