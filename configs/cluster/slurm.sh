@@ -1,12 +1,16 @@
 #!/bin/bash
-# One experiment as a Slurm job: sbatch configs/cluster/slurm.sh CONFIG FOLDER
+# One experiment as a Slurm job: sbatch configs/cluster/slurm.sh CONFIG FOLDER [--data DIR] [--set KEY=VALUE]...
 #
-# FOLDER lies on a file system that all nodes mount; so do this package's virtual environment (its bin/ in PATH, the same
-# on every node) and the home folder with Ray's token. Tune saves every ten seconds: a job that ran out of time goes on from
-# there when it is submitted again.
+# On the GPUs of the nodes:
+#   --set options.device=cuda --set resources.lower.cpu=6 --set resources.lower.gpu=0.8 --set resources.upper.gpu=0.2
+# FOLDER lies on a file system that all nodes mount; so do this package's virtual environment (Python 3.11 or newer, the
+# versions of constraints.txt; its bin/ in PATH) and the home folder with Ray's token. Tune saves every ten seconds: a job
+# that ran out of time goes on from there when the same line is submitted again. Nodes are for this job alone: at its
+# end `ray symmetric-run` ends whatever Ray runs there.
 #SBATCH --job-name=raybilevel
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
 #SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-task=1
 #SBATCH --time=12:00:00
@@ -14,6 +18,7 @@ set -euo pipefail
 
 config=$1
 folder=$2
+shift 2
 if [ ! -f "$HOME/.ray/auth_token" ]; then
     (umask 077 && ray get-auth-token --generate > /dev/null)  # Ray (2.60) leaves it to be read by everybody
 fi
@@ -28,6 +33,6 @@ if [ -d "$folder/tune" ]; then
     config=$folder/config.yaml
     resume=(--resume)
 fi
-srun ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus "$SLURM_CPUS_PER_TASK" -- \
-    raybilevel run "$config" --address auto --out "$folder" --set search.max_failures=3 "${resume[@]}"
+    raybilevel run "$config" --address auto --out "$folder" --set search.max_failures=3 "$@" "${resume[@]}"

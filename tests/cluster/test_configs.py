@@ -20,6 +20,9 @@ from ray.scripts.scripts import cli
 from typer.main import get_command
 
 from raybilevel.cli import app
+from raybilevel.config import read_config
+from raybilevel.experiment import bundles
+from raybilevel.resources import fitting
 
 FOLDER = Path(__file__).parents[2] / "configs" / "cluster"
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
@@ -108,6 +111,11 @@ def test_the_kuberay_job_is_one_that_ray_s_autoscaler_reads() -> None:
     # What the file says of lost pods and of added ones holds.
     assert "search.max_failures=3" in given["settings"]
     assert "search.max_concurrent=8" in given["settings"]
+    config_of_gpus = read_config(FOLDER.parent / "digits.yaml", given["settings"])
+    lower, upper = bundles(config_of_gpus), [config_of_gpus.upper_resources]
+    assert config_of_gpus.options["device"] == "cuda"
+    both = {"CPU": lower[0]["cpu"], "GPU": lower[0]["gpu"] + upper[0]["gpu"]}
+    assert fitting([types["gpu"]["resources"]], [both]) == 1  # a training, and a step beside it
     mounts = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     assert given["config"].is_relative_to(mounts[0]["mountPath"])
 
@@ -121,11 +129,12 @@ def test_the_slurm_script_is_a_script_and_calls_commands_that_exist() -> None:
     text = path.read_text().replace("\\\n", " ")
     call = next(line for line in text.splitlines() if line.startswith("srun "))
     words = shlex.split(
-        call.replace('"${resume[@]}"', "--resume")
+        call.replace('"$@" "${resume[@]}"', "--data folder --resume")
         .replace('"$SLURM_JOB_NUM_NODES"', "4")
         .replace('"$SLURM_CPUS_PER_TASK"', "8")
     )
-    left = check_ray(words[1:])
+    assert words[1] == "--cpus-per-task"
+    left = check_ray(words[3:])
     given = check_raybilevel(left)
     assert given["address"] == "auto"
     assert given["resume"]

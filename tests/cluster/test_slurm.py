@@ -59,7 +59,7 @@ GPUS = "NodeName=host[2-3] Name=gpu File=/dev/null\n"
 
 CONFIG = """
 problem: digits
-options: {train: 100, epochs: 200}
+options: {train: 100}
 space:
   weight_decay:
     fc1: {loguniform: [1.0e-3, 1.0e+2]}
@@ -80,7 +80,7 @@ class Slurm:
     def submit(self, config: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         """The script on both nodes, with a core each."""
         given = ["--nodes=2", "--cpus-per-task=2", f"--output={self.log}", "--open-mode=append", *options]
-        return self.call("sbatch", *given, str(SCRIPT), str(config), str(folder))
+        return self.call("sbatch", *given, str(SCRIPT), str(config), str(folder), "--set", "options.epochs=200")
 
     @property
     def log(self) -> Path:
