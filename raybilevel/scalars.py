@@ -15,7 +15,7 @@ from raybilevel.searcher import BilevelSearch
 
 PREFIX = "search"
 SHARE_OF_TIME = 0.05
-"""What is derived takes long after thousands of trainings: it is worked out again when it takes no more of the time."""
+"""Of the driver, for working out these numbers; after thousands of trainings that takes long each time."""
 
 
 class SearchScalars(Callback):  # type: ignore[misc]

@@ -21,7 +21,7 @@ class PatientFIFO(FIFOScheduler):  # type: ignore[misc]
     A process that a training leaves goes to the trial that has waited longest, in Tune (2.60), which then ends the one
     that was starting for that trial. Where many processes start at once, and trainings are not much longer than that,
     none of them ever gets there, and some slots stay without one. Here the newest trial, which nothing starts for yet,
-    has the process that is free; only where there is no such trial Tune gives it to one whose own is starting. A trial
+    has the process that is free; if there is no such trial, Tune may give it to one whose own is starting. A trial
     that has waited for a minute waits for room, not for a process, and comes first. Where there is no next trial yet,
     since the search is still thinking about it, Tune ends all free processes but one; with `keep` they live on (see
     `KeptProcesses`).

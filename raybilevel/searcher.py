@@ -217,7 +217,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             self._prepare_steps()
             return config
         before = len(self._steps)
-        if self._moved and not self.state.pending:
+        if self._moved and not self.state.pending and not optimizer.exhausted:
             optimizer.fill()
         self._launch()
         if optimizer.exhausted:
@@ -454,6 +454,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                 heard += 1
         known = {record.trial for record in records}
         optimizer.forget([trial for trial in self._pending() if trial not in known])
+        self._look_for_folder()
         self._watch_resumed()
         if heard or report:
             logger.warning(
@@ -494,8 +495,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         optimizer.queue.extend(saved.queue)
         optimizer.memory = state_file.decode(saved.memory)
         self._checkpoints = dict(saved.checkpoints)
-        self._folder = next((path.rsplit("/", 2)[0] for path in self._checkpoints.values()), "")
-        self._moved = bool(self._folder) and not self._is_there(self._folder)
+        self._look_for_folder()
         self._optimizer = optimizer
         self._watch_resumed()
 
@@ -556,7 +556,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         return Observation(upper, float(flat["lower_loss"]), tuple(unit.tolist()), passes)
 
     def _launch(self) -> None:
-        """Start upper-level steps while there are free slots and something to do, and known where checkpoints are."""
+        """Start upper-level steps while there are free slots and something to do; none while it is not known where the
+        checkpoints are."""
         if self._moved:
             return
         optimizer = self._ready()
@@ -650,9 +651,16 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         lost = isinstance(failure, ray.exceptions.RayError) and limit is not None
         return f"{failure}" + (f"; a step that takes longer than {limit:g} s loses its process, too" if lost else "")
 
+    def _look_for_folder(self) -> None:
+        """Where the experiment was, and whether it is still there."""
+        self._folder = next((path.rsplit("/", 2)[0] for path in self._checkpoints.values()), "")
+        self._moved = bool(self._folder) and not self._is_there(self._folder)
+
     def _is_there(self, folder: str) -> bool:
         try:
             info = (self._filesystem or pyarrow.fs.LocalFileSystem()).get_file_info(folder)
+        except pa.ArrowInvalid:
+            return False  # a path of another kind of storage
         except (pa.ArrowException, OSError):
             return True  # steps will say what is wrong with it
         return bool(info.type != pyarrow.fs.FileType.NotFound)
@@ -700,8 +708,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         """Give up trials that nobody runs, of which Tune says nothing; a late result of theirs would still count.
 
         All that are under way where Tune has had nothing to run for a minute. Of those under way at a restore, which
-        Tune may have been told to leave out, the ones not heard of when as many have ended since, and two more for each
-        slot: there may be fewer slots than before, and some of them still in Tune's queue.
+        Tune may have been told to leave out, those still silent when more trainings have ended than there were of them
+        and two for each slot: there may be fewer slots than before, and some may still be in Tune's queue.
         """
         if self._questions > QUESTIONS_OF_IDLE_TUNE:
             lost = self._pending()

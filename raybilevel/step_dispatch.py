@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs
 import ray
 from ray import cloudpickle
@@ -338,7 +339,7 @@ def read_checkpoint(path: str, filesystem: pyarrow.fs.FileSystem | None = None) 
         source = filesystem or pyarrow.fs.LocalFileSystem()
         with source.open_input_file(f"{path}/{CHECKPOINT_FILE}") as file:
             return load_checkpoint(file.read())
-    except OSError as error:
+    except (OSError, pa.ArrowException) as error:
         raise CheckpointError(
             f"cannot read the checkpoint {path} ({error}); every node must see the experiment's storage"
         ) from error

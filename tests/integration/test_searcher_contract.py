@@ -9,6 +9,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import pytest
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
@@ -448,3 +449,9 @@ def test_checkpoints_are_found_where_a_restored_experiment_has_been_moved(tmp_pa
     assert [moved.checkpoint_of(training) for training in moved.state.done] == [
         "/new/place/tune/trial_a/checkpoint_000001", "/new/place/tune/trial_b/checkpoint_000001",
     ]  # fmt: skip
+
+
+def test_a_bucket_is_not_the_folder_in_which_an_experiment_was_before(tmp_path: Path) -> None:
+    bucket = pyarrow.fs.S3FileSystem(anonymous=True, region="none")
+    assert not BilevelSearch(Parabola(), storage_filesystem=bucket)._is_there(str(tmp_path))
+    assert BilevelSearch(Parabola())._is_there(str(tmp_path))
