@@ -78,7 +78,7 @@ def run(
             console=console,
         )
     except (experiment.InterruptedRunError, KeyboardInterrupt) as error:
-        console.print(f"{error or 'stopped'}; what was observed is kept. To go on:", markup=False)
+        console.print(f"{str(error) or 'stopped'}; what was observed is kept. To go on:", markup=False)
         show_how_to_go_on(console, "run", folder, data, address, storage)
         raise typer.Exit(EXIT_INTERRUPTED) from error
     show_result(console, summary, folder)

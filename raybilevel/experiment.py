@@ -253,7 +253,7 @@ def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Sto
             raise ConfigError(f"--resume: there is no run in {place.path}; leave --resume out to begin one")
         if elsewhere is not None:  # the run began on another machine
             keep(CONFIG_FILE, elsewhere, out, place)
-        if without_slots(read_config(saved)) != without_slots(config):
+        if decisive(read_config(saved)) != decisive(config):
             raise ConfigError(
                 f"--resume: the config differs from the one in {saved}, with which the run began; only "
                 "search.max_concurrent may"
@@ -281,8 +281,11 @@ def keep(name: str, text: str, out: Path, place: Storage) -> None:
         raise StorageError(f"cannot write to the storage {place.path}: {error}") from error
 
 
-def without_slots(config: ExperimentConfig) -> ExperimentConfig:
-    return config.model_copy(update={"search": config.search.model_copy(update={"max_concurrent": None})})
+def decisive(config: ExperimentConfig) -> ExperimentConfig:
+    """What must be the same when a run goes on, with every default filled in."""
+    resources = config.resources.model_copy(update={"lower": config.lower_resources, "upper": config.upper_resources})
+    search = config.search.model_copy(update={"max_concurrent": None})
+    return config.model_copy(update={"search": search, "resources": resources})
 
 
 def trial_results(searcher: BilevelSearch, analysis: Any) -> dict[int, Mapping[str, Any]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from raybilevel.config import ExperimentConfig, parse_yaml, read_config, resolved
+from raybilevel.config import ExperimentConfig, ResourcesConfig, parse_yaml, read_config, resolved
 from raybilevel.errors import ConfigError
 from raybilevel.space import Parameter
 
@@ -46,6 +46,15 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
     assert config.search.trainings == 9
     assert config.search.settings == {"decrease": 0.1}
     assert config.options == {"a": 2}
+
+
+def test_overrides_reach_keys_of_a_saved_config_that_were_left_open(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("problem: digits\nsearch: {trainings: 1}\n")
+    path.write_text(resolved(read_config(path)))
+    assert read_config(path, ["resources.lower.cpu=6", "resources.upper.gpu=0.2"]).resources == ResourcesConfig(
+        lower={"cpu": 6}, upper={"gpu": 0.2}
+    )
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,17 @@ def test_a_run_goes_on_in_another_folder_with_the_config_that_its_storage_keeps(
         prepare_folder(tmp_path / "third", changed, resume=True, place=storage)
 
 
+def test_a_run_goes_on_where_its_config_says_what_the_other_leaves_open(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("problem: digits\nspace: {a: {uniform: [0, 1]}}\nsearch: {trainings: 9}\n")
+    given = read_config(tmp_path / "mine.yaml", ["resources.lower.cpu=1", "resources.upper={}"])
+    prepare_folder(tmp_path, given, resume=False, place=locate(tmp_path))
+    (tmp_path / TUNE_FOLDER).mkdir()
+    prepare_folder(tmp_path, read_config(tmp_path / "mine.yaml"), resume=True, place=locate(tmp_path))
+    other = read_config(tmp_path / "mine.yaml", ["resources.lower.cpu=2"])
+    with pytest.raises(ConfigError, match="differs"):
+        prepare_folder(tmp_path, other, resume=True, place=locate(tmp_path))
+
+
 def test_the_folder_of_a_run_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cannot write to .*file/out"):
