@@ -15,6 +15,7 @@ from rich.text import Text
 
 from raybilevel.benchmark import records
 from raybilevel.compare.config import CompareConfig, Run, read_comparison
+from raybilevel.config import ExperimentConfig
 from raybilevel.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -74,11 +75,14 @@ def run_all(
     storage: a folder or URI for trials under way; without it a folder of this machine.
 
     Raises:
-        ConfigError: the cluster has several nodes, and no storage is given.
+        ConfigError: the cluster has several nodes, and no storage is given; or this machine alone has not what a run
+            asks for.
         StorageError: the storage cannot be written, or nodes of the cluster do not see it.
     """
+    import ray
+
     from raybilevel.compare.execute import execute
-    from raybilevel.experiment import cluster
+    from raybilevel.experiment import check_room, cluster
     from raybilevel.resources import nodes_alive
     from raybilevel.storage_access import check_access, locate
 
@@ -91,7 +95,13 @@ def run_all(
         return 0, False
     bad, began = 0, time.monotonic()
     place = None if storage is None else locate(storage)
+    alone = address is None and not ray.is_initialized()
     with cluster(address, cpus):
+        checked: list[ExperimentConfig] = []
+        for run in missing:
+            if run.experiment not in checked:
+                check_room(run.experiment, alone)
+                checked.append(run.experiment)
         if place is not None:
             check_access(place)
         elif len(nodes_alive()) > 1:

@@ -89,8 +89,8 @@ def execute(
     space, constants = run.experiment.split_space()
     check_problem(problem, space, constants)
     record = empty_record(run, problem, space)
-    ledger = Ledger(space, problem.epochs, run.budget, gpus_of(run, problem))
     run = replace(run, experiment=with_room_for_steps(run.experiment, problem))
+    ledger = Ledger(space, problem.epochs, run.budget, gpus_of(run, problem))
     setting = setting_of(run, problem, space)
     began = time.perf_counter()
     try:
