@@ -22,34 +22,30 @@ RESOURCES = {"cpu": 1}  # of a training; on GPUs {"cpu": 4, "gpu": 1}, and probl
 def main(uri, trainings=15):
     problem, storage = Tumours(), locate(uri)
     check_access(storage)  # an error names the nodes that cannot use it
-    trainable = tune.with_resources(lower_level_trainable(problem), RESOURCES)
-    run = f"{storage.path}/run"
-    if tune.Tuner.can_restore(run, storage.filesystem):
-        prepare_resume(storage.filesystem, run)
-        return tune.Tuner.restore(run, trainable, storage_filesystem=storage.filesystem).fit()
+    prepare_resume(storage.filesystem, f"{storage.path}/run")  # where a driver died while it wrote
     search = BilevelSearch(
         problem, metric="upper_loss", mode="min", lower_resources=RESOURCES, storage_filesystem=storage.filesystem
     )
-    return tune.Tuner(
-        trainable,
-        param_space={"weight_decay": {"first": tune.loguniform(1e-5, 1e0), "last": tune.loguniform(1e-5, 1e0)}},
-        tune_config=tune.TuneConfig(
-            search_alg=ResumableGenerator(search), metric="upper_loss", mode="min", num_samples=trainings
-        ),
-        run_config=tune.RunConfig(
-            name="run",
-            storage_path=storage.path,
-            storage_filesystem=storage.filesystem,
-            failure_config=tune.FailureConfig(max_failures=3),  # of a training, its node's loss for instance
-            verbose=0,
-        ),
-    ).fit()
+    return tune.run(
+        tune.with_resources(lower_level_trainable(problem), RESOURCES),
+        config={"weight_decay": {"first": tune.loguniform(1e-5, 1e0), "last": tune.loguniform(1e-5, 1e0)}},
+        search_alg=ResumableGenerator(search),
+        metric="upper_loss",
+        mode="min",
+        num_samples=trainings,
+        name="run",
+        storage_path=storage.path,
+        storage_filesystem=storage.filesystem,
+        resume="AUTO",  # begins where there is nothing to go on with
+        max_failures=3,  # of a training, its node's loss for instance
+        verbose=0,
+    ).best_trial
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python cluster.py FOLDER_OR_URI")
     ray.init()  # the cluster that a job runs on, else this machine
-    best = main(sys.argv[1]).get_best_result()
+    best = main(sys.argv[1])
     print("best hyperparameters:", best.config)
-    print(f"validation loss {best.metrics['upper_loss']:.4f}, test loss {best.metrics['test_loss']:.4f}")
+    print(f"validation loss {best.last_result['upper_loss']:.4f}, test loss {best.last_result['test_loss']:.4f}")
