@@ -57,6 +57,7 @@ def test_a_refit_that_fails_costs_no_more_than_its_loss(
     assert "the refit on all data failed" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_refit_that_hangs_is_ended_after_the_limits_of_its_epochs(caplog: pytest.LogCaptureFixture) -> None:
     limited = config("parabola")
     limited = limited.model_copy(update={"search": limited.search.model_copy(update={"epoch_time_limit": 0.5})})

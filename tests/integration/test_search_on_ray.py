@@ -213,6 +213,7 @@ class KillsAnIdleProcess(tune.Callback):
             os.kill(trial.last_result["pid"], signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_idle_costs_no_trial_where_trials_are_tried_again(tmp_path: Path) -> None:
     config = {"problem": "digits", "search": {"trainings": 4, "max_failures": -1}}
     search = BilevelSearch(Parabola(), max_concurrent=1)
@@ -393,6 +394,7 @@ def test_checkpoints_that_no_step_can_read_end_the_search(tmp_path: Path) -> Non
     search.cancel_steps()
 
 
+@pytest.mark.slow
 def test_trainings_and_steps_share_the_only_gpu(tmp_path: Path) -> None:
     """A training that holds all of it would keep it until the next one is known, which waits for a step."""
 
