@@ -45,7 +45,7 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 # Clusters of several nodes and of separate hosts, killed drivers, spoilt disks, object stores, Slurm where it is
-# installed: takes half an hour, and root on Linux.
+# installed: takes 40 minutes, and root on Linux.
 test-cluster: $(STAMP)
 	test -x $(STORES)/bin/python || $(PYTHON) -m venv $(STORES)
 	$(STORES)/bin/python -m pip install --quiet "moto[server]>=5" "gcp-storage-emulator>=2026.7"
