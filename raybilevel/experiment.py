@@ -33,8 +33,8 @@ from raybilevel.problems import make_problem
 from raybilevel.progress import ProgressCallback, View, make_view
 from raybilevel.resources import (
     asked_by,
-    default_resources,
     most_slots,
+    on_gpu,
     summed,
     task_options,
     trainings_that_fit,
@@ -107,8 +107,7 @@ def run(
     place = locate(storage or out)
     prepare_folder(out, config, resume, place)
     started = time.monotonic()
-    alone = address is None and not ray.is_initialized()
-    with cluster(address):
+    with cluster(address) as alone:
         check_access(place)
         config = with_room_for_steps(config, problem)
         check_room(config, alone)
@@ -341,8 +340,9 @@ def with_room_for_steps(config: ExperimentConfig, problem: BilevelProblem) -> Ex
     Else each would wait for the other's process to end.
     """
     alone = ray.cluster_resources().get("GPU", 0) == 1 and first_bundle(config).get("gpu") == 1
-    on_gpu = config.resources.upper is None and default_resources(problem).get("num_gpus", 0) > 0
-    if not (alone and on_gpu) or isinstance(config.lower_resources, BundlesConfig):
+    if not (alone and config.resources.upper is None and on_gpu(problem)) or isinstance(
+        config.lower_resources, BundlesConfig
+    ):
         return config
     resources = config.resources.model_copy(
         update={"lower": {**first_bundle(config), "gpu": 1 - SHARE_OF_STEPS}, "upper": {"gpu": SHARE_OF_STEPS}}
@@ -399,13 +399,14 @@ def by_tune(name: str) -> str:
 
 
 @contextmanager
-def cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
-    """A cluster to run on: the one that this process has joined already, the one at `address`, or a local one.
+def cluster(address: str | None, cpus: int | None = None) -> Iterator[bool]:
+    """A cluster to run on: the one that this process has joined already, the one at `address`, or a local one. Whether
+    it is the last, which no other machine will join.
 
     cpus: of the local one; by default all.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     if address is not None and address.startswith("ray://"):
         raise ConfigError(
@@ -425,7 +426,7 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[None]:
             raise ConfigError(f"--address {address}: {str(error).splitlines()[0]}") from error
     try:
         with sigterm_as_ctrl_c():
-            yield
+            yield address is None
     finally:
         ray.shutdown()
 

@@ -12,7 +12,6 @@ from raybilevel.problem import BilevelProblem
 
 MOST_SLOTS = 16
 SHARE_AT_ONCE = 4
-RAY_NAMES = {"cpu": "CPU", "gpu": "GPU"}
 TASK_OPTIONS = (
     "num_cpus", "num_gpus", "memory", "resources", "accelerator_type", "scheduling_strategy", "label_selector",
     "max_retries", "runtime_env",
@@ -31,7 +30,7 @@ def bundles_of(
     if resources is None:
         resources = {"gpu": 1.0} if on_gpu(problem) else {"cpu": 1.0}
     bundles = resources.bundles if isinstance(resources, PlacementGroupFactory) else [resources]
-    return [{RAY_NAMES.get(name.lower(), name): float(n) for name, n in one.items() if n > 0} for one in bundles]
+    return [asked_by(task_options(one)) for one in bundles]
 
 
 def trainings_that_fit(bundles: Sequence[Mapping[str, float]]) -> int:

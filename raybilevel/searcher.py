@@ -37,6 +37,7 @@ from raybilevel.sent_state import SentState
 from raybilevel.shared import Shared
 from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.step_dispatch import NOTHING, SharedBySteps, StepCall, StepDispatch
+from raybilevel.storage_access import Storage
 from raybilevel.trainable import FINISHED, GRADIENT, PASSES, TRIAL_PATH, checkpoint_path
 from raybilevel.trial_failures import keep_to_the_trial
 
@@ -454,8 +455,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                 heard += 1
         known = {record.trial for record in records}
         optimizer.forget([trial for trial in self._pending() if trial not in known])
-        self._look_for_folder()
-        self._watch_resumed()
+        self._look_around()
         if heard or report:
             logger.warning(
                 "%d trials or results were taken over from Tune's snapshot; the search knows %d trainings and %d "
@@ -495,14 +495,16 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         optimizer.queue.extend(saved.queue)
         optimizer.memory = state_file.decode(saved.memory)
         self._checkpoints = dict(saved.checkpoints)
-        self._look_for_folder()
         self._optimizer = optimizer
-        self._watch_resumed()
+        self._look_around()
 
-    def _watch_resumed(self) -> None:
-        """From now on, for a word from the trials that were under way at a restore; see `_find_lost`."""
+    def _look_around(self) -> None:
+        """After a restore: which trials are to give a word, see `_find_lost`; where the experiment's folder was, and
+        whether it is still there."""
         self._resumed = set(self._pending())
         self._told_by_then = len(self.state.told) + len(self._resumed)
+        self._folder = next((path.rsplit("/", 2)[0] for path in self._checkpoints.values()), "")
+        self._moved = bool(self._folder) and not self._is_there(self._folder)
 
     def _pending(self) -> list[str]:
         """Trials that are under way, as far as the search knows."""
@@ -651,19 +653,14 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         lost = isinstance(failure, ray.exceptions.RayError) and limit is not None
         return f"{failure}" + (f"; a step that takes longer than {limit:g} s loses its process, too" if lost else "")
 
-    def _look_for_folder(self) -> None:
-        """Where the experiment was, and whether it is still there."""
-        self._folder = next((path.rsplit("/", 2)[0] for path in self._checkpoints.values()), "")
-        self._moved = bool(self._folder) and not self._is_there(self._folder)
-
     def _is_there(self, folder: str) -> bool:
+        parent, _, name = folder.rpartition("/")
         try:
-            info = (self._filesystem or pyarrow.fs.LocalFileSystem()).get_file_info(folder)
+            return Storage(self._filesystem or pyarrow.fs.LocalFileSystem(), parent).exists(name)
         except pa.ArrowInvalid:
             return False  # a path of another kind of storage
         except (pa.ArrowException, OSError):
             return True  # steps will say what is wrong with it
-        return bool(info.type != pyarrow.fs.FileType.NotFound)
 
     def _follow_move(self, result: Mapping[str, Any]) -> None:
         """The folder of a restored experiment may be elsewhere by now; Tune moves its own paths along, and the next

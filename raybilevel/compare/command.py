@@ -79,8 +79,6 @@ def run_all(
             asks for.
         StorageError: the storage cannot be written, or nodes of the cluster do not see it.
     """
-    import ray
-
     from raybilevel.compare.execute import execute
     from raybilevel.experiment import check_room, cluster
     from raybilevel.resources import nodes_alive
@@ -95,8 +93,7 @@ def run_all(
         return 0, False
     bad, began = 0, time.monotonic()
     place = None if storage is None else locate(storage)
-    alone = address is None and not ray.is_initialized()
-    with cluster(address, cpus):
+    with cluster(address, cpus) as alone:
         checked: list[ExperimentConfig] = []
         for run in missing:
             if run.experiment not in checked:
