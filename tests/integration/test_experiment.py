@@ -83,12 +83,12 @@ def test_steps_find_the_resources_that_trainings_have_left(tmp_path: Path, monke
     """Two trainings take all CPUs, and when both have ended the next one waits for steps, which need one."""
     monkeypatch.setitem(problems.PROBLEMS, "parabola", Parabola)
     two = config("parabola").model_dump()
-    two["search"] |= {"trainings": 4, "max_concurrent": 2}
+    two["search"] |= {"trainings": 6, "max_concurrent": 2}
     two["resources"]["upper"] = {"cpu": 1}
     handler = signal.getsignal(signal.SIGINT)
     summary = run(ExperimentConfig.model_validate(two), tmp_path / "out")
     assert signal.getsignal(signal.SIGINT) is handler  # Tune leaves its own, to which a Ctrl-C afterwards would be lost
-    assert summary["trainings"] == 4
+    assert summary["trainings"] == 6
     assert summary["upper_steps"] > 0
 
 

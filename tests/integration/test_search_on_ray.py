@@ -434,10 +434,10 @@ def test_steps_have_the_only_gpu_when_no_training_has_it(tmp_path: Path, caplog:
     search = BilevelSearch(Parabola(), max_concurrent=1, upper_resources={"gpu": 1})
     analysis = tune.run(
         tune.with_resources(lower_level_trainable(search.problem), {"cpu": 1, "gpu": 1}), config=SPACE,
-        search_alg=search, metric="upper_loss", mode="min", num_samples=4, storage_path=str(tmp_path), verbose=0,
+        search_alg=search, metric="upper_loss", mode="min", num_samples=5, storage_path=str(tmp_path), verbose=0,
     )  # fmt: skip
-    assert len(analysis.trials) == len(search.state.done) == 4
-    assert search.state.steps
+    assert len(analysis.trials) == len(search.state.done) == 5
+    assert len(search.state.steps) >= 2
     assert "not having enough resources" not in caplog.text
 
 
@@ -461,7 +461,7 @@ def test_where_a_moved_experiment_is_a_training_says_before_the_next_step(tmp_pa
     there.restore(str(tmp_path / "state"))
     there.suggest("next")
     there.cancel_steps()
-    assert there.state.trainings[3:] == () or there.state.trainings[3].proposal.origin != "fill"
+    assert not any(training.proposal.origin == "fill" for training in there.state.trainings)
     (tmp_path / "before").rename(tmp_path / "after")
     moved.restore(str(tmp_path / "state"))
     assert moved.suggest("next") is not None
