@@ -60,11 +60,11 @@ test-cluster: $(STAMP)
 bench-algorithm: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
 		--editable ".[bench]"
-	$(BIN)/python -m raybilevel.benchmark configs/bench/algorithm.yaml --data "$(DATA)" --out "$(OUT)" $(ARGS)
+	$(BIN)/python -m benchmarks configs/bench/algorithm.yaml --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 # What a search costs its driver, and how many slots it keeps busy; ARGS=latency|memory|slots|overhead|sharing for a part.
 bench-scale: $(STAMP)
-	$(BIN)/python -m raybilevel.benchmark.scale $(or $(ARGS),all)
+	$(BIN)/python -m benchmarks.scale $(or $(ARGS),all)
 
 compare: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
@@ -73,19 +73,19 @@ compare: $(STAMP)
 
 # Krylov iterations that recycling saves when filters of an image regulariser are learned: table and recycling.json in OUT.
 bench-recycling: $(STAMP)
-	$(BIN)/python -m raybilevel.benchmark.recycling --data "$(DATA)" --out "$(OUT)" $(ARGS)
+	$(BIN)/python -m benchmarks.recycling --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 # Effects of a treatment by learned weights against inverse propensities: table, treatment.json and figure in OUT.
 bench-treatment: $(STAMP)
-	$(BIN)/python -m raybilevel.benchmark.treatment --out "$(OUT)" $(ARGS)
+	$(BIN)/python -m benchmarks.treatment --out "$(OUT)" $(ARGS)
 
 # A deep-equilibrium classifier: accuracy, and memory of a gradient; ARGS="--config configs/equilibrium_mnist.yaml" with DATA.
 bench-equilibrium: $(STAMP)
-	$(BIN)/python -m raybilevel.benchmark.equilibrium $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
+	$(BIN)/python -m benchmarks.equilibrium $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
 
 # A learned initialisation against a random one and joint training: table, few_shot.json and figure in OUT.
 bench-few-shot: $(STAMP)
-	$(BIN)/python -m raybilevel.benchmark.few_shot --data "$(DATA)" --out "$(OUT)" $(ARGS)
+	$(BIN)/python -m benchmarks.few_shot --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 # One hypergradient by torchopt, betty, boat-torch, higher and raybilevel: table and hypergradient_peers.json in OUT. The
 # peers live in a virtual environment of their own, which sees the project's: boat-torch asks for an older numpy, and
@@ -97,15 +97,15 @@ bench-peers: $(STAMP)
 	$(PEERS)/bin/python -m pip install --quiet --no-deps boat-torch==1.1.1 graphviz==0.21 higher==0.2.1 optree==0.20.0 torchopt==0.7.3
 	$(PEERS)/bin/python -m pip install --quiet "pip==24.0"
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --ignore-requires-python betty-ml==0.2.1
-	$(PEERS)/bin/python -W ignore -m raybilevel.benchmark.hypergradient_peers --data "$(DATA)" --out "$(OUT)" $(ARGS)
+	$(PEERS)/bin/python -W ignore -m benchmarks.hypergradient_peers --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 # Learned edges of Cora and Citeseer against those that are left and a nearest-neighbour graph: table, graph.json and figures.
 bench-graph: $(STAMP)
-	$(BIN)/python -m raybilevel.benchmark.graph --data "$(DATA)" --out "$(OUT)" $(ARGS)
+	$(BIN)/python -m benchmarks.graph --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 # Architectures of a cell by a descent against random ones at equal cost; ARGS="--config configs/architecture_cifar.yaml" with DATA.
 bench-architecture: $(STAMP)
-	$(BIN)/python -m raybilevel.benchmark.architecture $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
+	$(BIN)/python -m benchmarks.architecture $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from raybilevel import BilevelProblem, BilevelSearch
-from raybilevel.data_parallel import data_parallel_trainable
 from raybilevel.problem import minibatches
+from raybilevel.tune._data_parallel import data_parallel_trainable
 
 
 class Curve(BilevelProblem):

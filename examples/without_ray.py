@@ -1,9 +1,9 @@
 """The search itself is ask/tell and knows no Ray: here it runs in one process, with 16 weight decays at once."""
 
-from raybilevel.local import search
 from raybilevel.methods import make_method
-from raybilevel.optimizer import BilevelOptimizer
 from raybilevel.problems.digits import DigitsLogistic
+from raybilevel.search._local import search
+from raybilevel.search._optimizer import BilevelOptimizer
 from raybilevel.space import Parameter, Space
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def run(
     ] = None,
 ) -> None:
     """Run the experiment of a config file."""
-    from raybilevel import experiment
-    from raybilevel.config import read_config
+    from raybilevel._command import experiment
+    from raybilevel._config.experiment import read_config
 
     if resume and out is None:
         raise ConfigError("--resume needs --out, the folder of the run to go on with")
@@ -91,8 +91,8 @@ def run(
 @app.command()
 def check(config: Config, data: Data = None, settings: Set = None) -> None:
     """Validate a config file, its problem and its data without training anything."""
-    from raybilevel import experiment
-    from raybilevel.config import read_config
+    from raybilevel._command import experiment
+    from raybilevel._config.experiment import read_config
 
     checked = read_config(config, settings or ())
     experiment.check(checked, as_text(data))
@@ -140,8 +140,8 @@ def compare(
     ] = None,
 ) -> None:
     """Compare methods on problems under one budget; a record a run, then the tables and the report."""
-    from raybilevel.compare import command
-    from raybilevel.compare.config import read_comparison
+    from raybilevel._compare import command
+    from raybilevel._compare.config import read_comparison
 
     if resume and out is None:
         raise ConfigError("--resume needs --out, the folder of the comparison to go on with")

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raybilevel.levels import Levels
-from raybilevel.lower_level import load_checkpoint, train
+from raybilevel._descents.upper_level import TrainedPoint
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.training import load_checkpoint, train
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level, minibatches
 from raybilevel.space import Parameter, Space
-from raybilevel.upper_level import TrainedPoint
 
 
 def exact_optimizer(model: nn.Module) -> torch.optim.Optimizer:

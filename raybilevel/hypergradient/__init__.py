@@ -1,6 +1,6 @@
 """Hypergradients of upper levels too large to model: implicit, unrolled, by a penalty."""
 
-from raybilevel.hypergradient.estimators import (
+from raybilevel.hypergradient._estimators import (
     DynamicBarrier,
     Equilibrium,
     Estimator,
@@ -9,9 +9,9 @@ from raybilevel.hypergradient.estimators import (
     Implicit,
     Unrolled,
 )
-from raybilevel.hypergradient.fixed_point import AndersonAcceleration, FixedPoint
-from raybilevel.hypergradient.functions import BilevelFunctions, Linearisation
-from raybilevel.hypergradient.krylov import (
+from raybilevel.hypergradient._fixed_point import AndersonAcceleration, FixedPoint
+from raybilevel.hypergradient._functions import BilevelFunctions, Linearisation
+from raybilevel.hypergradient._krylov import (
     ConjugateGradients,
     LinearSolution,
     LinearSolver,
@@ -19,8 +19,8 @@ from raybilevel.hypergradient.krylov import (
     MinimalResidual,
     NeumannSeries,
 )
-from raybilevel.hypergradient.lower import LowerSolution, solve_lower
-from raybilevel.hypergradient.recycling import RecycleSpace, Selection
+from raybilevel.hypergradient._lower import LowerSolution, solve_lower
+from raybilevel.hypergradient._recycling import RecycleSpace, Selection
 
 __all__ = [
     "AndersonAcceleration",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from raybilevel.errors import ConfigError
-from raybilevel.methods.base import Method
-from raybilevel.methods.default import Default
-from raybilevel.methods.hypergradient import HypergradientDescent
-from raybilevel.methods.paper import Paper
+from raybilevel.methods._base import Method
+from raybilevel.methods._default import Default
+from raybilevel.methods._hypergradient import HypergradientDescent
+from raybilevel.methods._paper import Paper
 
 METHODS: dict[str, type[Default] | type[HypergradientDescent] | type[Paper]] = {
     "default": Default,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, cross_entropy
 
-from raybilevel import datasets
 from raybilevel.errors import ConfigError
 from raybilevel.problem import Hyperparameters, minibatches
-from raybilevel.problems.classification import Classification, Examples, Minibatch, check_positive, data_folder
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._classification import Classification, Examples, Minibatch, check_positive, data_folder
 from raybilevel.problems.digits import check_split, digits_splits
 
 Source = Literal["digits", "mnist", "cifar10"]

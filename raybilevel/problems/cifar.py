@@ -7,16 +7,16 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from raybilevel import datasets
 from raybilevel.errors import ConfigError
-from raybilevel.problems.classification import Examples, LayerDecay, check_positive, data_folder
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._classification import Examples, LayerDecay, check_positive, data_folder
 
 
 class CifarLenet(LayerDecay):
     """LeNet-5 with ReLU and max pooling; layers conv1, conv2, fc1, fc2, fc3.
 
     Trained and validated on the first train + validation training images, shuffled by seed, so the same pictures
-    whatever form the files have (see `raybilevel.datasets.cifar10`). Tested on `test` images at most, since every epoch
+    whatever form the files have (see `_datasets.cifar10`). Tested on `test` images at most, since every epoch
     ends with a test. Channels are normalised by the means and deviations of the training split.
     """
 

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from raybilevel.errors import ConfigError
 from raybilevel.problem import Hyperparameters
-from raybilevel.problems.classification import Examples, LayerDecay, Minibatch
-from raybilevel.problems.logistic import Logistic
+from raybilevel.problems._classification import Examples, LayerDecay, Minibatch
+from raybilevel.problems._logistic import Logistic
 
 PIXELS, CLASSES, EXAMPLES = 64, 10, 1797
 

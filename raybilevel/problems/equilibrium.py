@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
-from raybilevel import datasets
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import AndersonAcceleration
 from raybilevel.problem import Batch, BilevelProblem, Hyperparameters, Level
-from raybilevel.problems.classification import Examples, check_positive, data_folder
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._classification import Examples, check_positive, data_folder
 from raybilevel.problems.digits import EXAMPLES, digits_splits
 
 CLASSES = 10

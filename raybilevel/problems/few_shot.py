@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, layer_norm, relu
 
-from raybilevel import datasets
-from raybilevel.datasets import Images
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import BilevelFunctions, solve_lower
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level
-from raybilevel.problems.classification import check_positive, data_folder
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._classification import check_positive, data_folder
+from raybilevel.problems._datasets import Images
 
 SIDE, FEATURES = 14, 32 * 3 * 3
 TURNS = 4

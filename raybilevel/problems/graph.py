@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from raybilevel import datasets
 from raybilevel.errors import ConfigError
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level, move
-from raybilevel.problems.classification import check_positive, data_folder
-from raybilevel.problems.sparse import Pattern, Sparse, pattern
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._classification import check_positive, data_folder
+from raybilevel.problems._sparse import Pattern, Sparse, pattern
 
 GIVEN, NEIGHBOUR, ONLY_NEIGHBOUR = 0.9, 0.1, 0.5
 """Probabilities at the start: of a given edge; of a nearest neighbour beside given edges, and without any."""

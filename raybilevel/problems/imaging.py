@@ -13,11 +13,11 @@ from scipy.fft import idctn
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from raybilevel import datasets
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import BilevelFunctions, solve_lower
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level
-from raybilevel.problems.classification import check_positive, data_folder
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._classification import check_positive, data_folder
 
 Task = Literal["inpainting", "deblurring"]
 Expert = Literal["smoothed_l1", "lorentzian"]

@@ -11,11 +11,11 @@ from sklearn.datasets import load_svmlight_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from raybilevel.datasets import Published
 from raybilevel.errors import ConfigError
 from raybilevel.problem import Hyperparameters
-from raybilevel.problems.classification import Examples, Minibatch, check_positive, data_folder
-from raybilevel.problems.logistic import Logistic
+from raybilevel.problems._classification import Examples, Minibatch, check_positive, data_folder
+from raybilevel.problems._datasets import Published
+from raybilevel.problems._logistic import Logistic
 from raybilevel.space import Parameter, Space
 
 ORIGIN = "take it from https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html"

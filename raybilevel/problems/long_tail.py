@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from raybilevel import datasets
 from raybilevel.problem import Hyperparameters
-from raybilevel.problems.classification import Examples, Minibatch, check_positive, data_folder
-from raybilevel.problems.logistic import Logistic, pooled
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._classification import Examples, Minibatch, check_positive, data_folder
+from raybilevel.problems._logistic import Logistic, pooled
 from raybilevel.space import Parameter, Space
 
 CLASSES = 10

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raybilevel import datasets
 from raybilevel.errors import ConfigError
-from raybilevel.problems.classification import Examples, LayerDecay, PenaltyScale, Share, check_positive, data_folder
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._classification import Examples, LayerDecay, PenaltyScale, Share, check_positive, data_folder
 
 
 class MnistPerceptron(LayerDecay):

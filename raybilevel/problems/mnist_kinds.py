@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raybilevel.problem import Hyperparameters
-from raybilevel.problems.classification import Minibatch
+from raybilevel.problems._classification import Minibatch
 from raybilevel.problems.mnist import Mnist1K
 
 

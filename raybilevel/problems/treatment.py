@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raybilevel.errors import ConfigError
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level
-from raybilevel.problems.classification import check_positive
+from raybilevel.problems._classification import check_positive
 
 COVARIATES = 4
 EFFECT = 10.0

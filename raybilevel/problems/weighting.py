@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
-from raybilevel import datasets
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import BilevelFunctions, solve_lower
 from raybilevel.problem import Hyperparameters, Level
-from raybilevel.problems.classification import Classification, Examples, check_positive, data_folder
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._classification import Classification, Examples, check_positive, data_folder
 
 PIXELS = 14 * 14
 CLASSES = 10

@@ -29,12 +29,14 @@ import ray
 from ray import tune
 from rich.console import Console
 
-from raybilevel import BilevelSearch, experiment, lower_level_trainable, state_file
-from raybilevel.config import ExperimentConfig, resolved
+from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel._cluster.local_files import local_filesystem
+from raybilevel._command import experiment
+from raybilevel._config.experiment import ExperimentConfig, resolved
 from raybilevel.problems import make_problem
+from raybilevel.search import _state_file as state_file
 from raybilevel.search_state import SearchState
-from raybilevel.snapshot import ResumableGenerator, prepare_resume, read_trials
-from raybilevel.storage import local_filesystem
+from raybilevel.tune._snapshot import ResumableGenerator, prepare_resume, read_trials
 
 CLUSTER = """
 import sys

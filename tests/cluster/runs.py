@@ -8,7 +8,7 @@ from typing import Any
 from ray import tune
 
 from raybilevel import BilevelSearch
-from raybilevel.storage import local_filesystem
+from raybilevel._cluster.local_files import local_filesystem
 
 SPACE = {"x": {"a": tune.loguniform(1e-4, 1e2)}}
 

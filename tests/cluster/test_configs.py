@@ -19,10 +19,10 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli
 from typer.main import get_command
 
+from raybilevel._cluster.resources import fitting
+from raybilevel._command.experiment import bundles
+from raybilevel._config.experiment import read_config
 from raybilevel.cli import app
-from raybilevel.config import read_config
-from raybilevel.experiment import bundles
-from raybilevel.resources import fitting
 
 FOLDER = Path(__file__).parents[2] / "configs" / "cluster"
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())

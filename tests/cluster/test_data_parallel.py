@@ -17,10 +17,10 @@ from ray.train import ScalingConfig
 from torch import Tensor, nn
 
 from raybilevel import BilevelProblem, BilevelSearch
-from raybilevel.data_parallel import Shares, data_parallel_trainable
+from raybilevel._lower.training import train
 from raybilevel.errors import ProblemError
-from raybilevel.lower_level import train
 from raybilevel.problem import minibatches
+from raybilevel.tune._data_parallel import Shares, data_parallel_trainable
 from tests.cluster.faulty_problems import enter
 from tests.cluster.runs import fit
 

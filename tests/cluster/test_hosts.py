@@ -23,8 +23,8 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 
-from raybilevel import state_file
-from raybilevel.snapshot import EXPERIMENT_STATE, TrialRecord, parse
+from raybilevel.search import _state_file as state_file
+from raybilevel.tune._snapshot import EXPERIMENT_STATE, TrialRecord, parse
 from tests.cluster.hosts import Host, Network, cannot, until
 from tests.cluster.object_stores import CREDENTIALS, FOLDER, MISSING, s3_server
 from tests.integration.conftest import SOCKET_PATHS
@@ -187,7 +187,7 @@ import ray
 from ray import tune
 from raybilevel import BilevelSearch, lower_level_trainable
 from raybilevel.problems import make_problem
-from raybilevel.storage_access import locate
+from raybilevel._cluster.storage import locate
 
 ray.init(sys.argv[1])
 problem = make_problem("digits", {"train": 100, "epochs": 4})
@@ -225,9 +225,9 @@ import ray
 from ray import tune
 from ray.train import ScalingConfig
 from raybilevel import BilevelSearch
-from raybilevel.data_parallel import data_parallel_trainable
-from raybilevel.lower_level import train
-from raybilevel.storage_access import locate
+from raybilevel.tune._data_parallel import data_parallel_trainable
+from raybilevel._lower.training import train
+from raybilevel._cluster.storage import locate
 from tests.cluster.test_data_parallel import Regression
 
 ray.init("auto")

@@ -19,15 +19,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 from ray import tune
 from ray.cluster_utils import Cluster
 
-from raybilevel import BilevelSearch, lower_level_trainable, step_dispatch
+from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel._cluster import step_dispatch
+from raybilevel._cluster.shared import Shared
+from raybilevel._cluster.step_dispatch import NOTHING, SharedBySteps, StepCall, StepDispatch
+from raybilevel._cluster.storage import Storage, check_access, locate
 from raybilevel.errors import StorageError
-from raybilevel.methods.base import UpperResult, UpperStep
-from raybilevel.methods.default import Default
+from raybilevel.methods._base import UpperResult, UpperStep
+from raybilevel.methods._default import Default
 from raybilevel.search_state import SearchState, StepRecord
-from raybilevel.shared import Shared
 from raybilevel.space import STARTS
-from raybilevel.step_dispatch import NOTHING, SharedBySteps, StepCall, StepDispatch
-from raybilevel.storage_access import Storage, check_access, locate
 from tests.cluster.faulty_problems import Slow
 from tests.cluster.runs import fit
 
@@ -193,7 +194,7 @@ def test_two_experiments_share_a_cluster(cluster: Cluster, tmp_path: Path) -> No
     cluster.add_node(num_cpus=2)
     program = (
         "import sys, ray; from pathlib import Path; from rich.console import Console\n"
-        "from raybilevel import experiment; from raybilevel.config import read_config\n"
+        "from raybilevel import experiment; from raybilevel._config.experiment import read_config\n"
         "config = read_config('configs/digits.yaml', ['search.trainings=8', 'options={train: 100, epochs: 4}',\n"
         "    'search.max_concurrent=1', 'search.seed=' + sys.argv[2]])\n"
         "experiment.run(config, Path(sys.argv[1]), address=sys.argv[3], console=Console(quiet=True))\n"

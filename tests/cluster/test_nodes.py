@@ -13,9 +13,9 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from raybilevel import BilevelSearch, lower_level_trainable
-from raybilevel.benchmark import records
-from raybilevel.compare.command import run_all
-from raybilevel.compare.config import CompareConfig
+from raybilevel._compare.command import run_all
+from raybilevel._compare.config import CompareConfig
+from raybilevel._records import store as records
 from raybilevel.errors import ConfigError
 from tests.cluster.faulty_problems import enter
 from tests.cluster.runs import SPACE, fit

@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 
+from raybilevel._cluster.storage import locate
 from raybilevel.errors import StorageError
-from raybilevel.state_file import read
-from raybilevel.storage_access import locate
+from raybilevel.search._state_file import read
 from tests.cluster.object_stores import CREDENTIALS, FOLDER, MISSING, google, s3
 
 pytestmark = [

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from raybilevel.snapshot import EXPERIMENT_STATE, parse
+from raybilevel.tune._snapshot import EXPERIMENT_STATE, parse
 from tests.cluster.hosts import Network, cannot, until
 from tests.integration.conftest import SOCKET_PATHS
 

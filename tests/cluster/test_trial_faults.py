@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from ray import tune
 
-from raybilevel import BilevelSearch, hypergradient_trainable, lower_level_trainable, state_file
+from raybilevel import BilevelSearch, hypergradient_trainable, lower_level_trainable
+from raybilevel._cluster.local_files import local_filesystem
+from raybilevel._cluster.time_limit import time_limit
 from raybilevel.errors import ConfigError
-from raybilevel.methods.hypergradient import HypergradientDescent
-from raybilevel.snapshot import prepare_resume
-from raybilevel.storage import local_filesystem
-from raybilevel.time_limit import time_limit
+from raybilevel.methods._hypergradient import HypergradientDescent
+from raybilevel.search import _state_file as state_file
+from raybilevel.tune._snapshot import prepare_resume
 from tests.cluster.faulty_problems import FAULTS, HANGS, Faulty, enter
 from tests.cluster.runs import SPACE, fit
 from tests.integration.conftest import SOCKET_PATHS
@@ -60,7 +61,7 @@ def test_trials_that_go_wrong_in_every_way_are_counted(faults: tuple[str, ...], 
 
 def test_a_limit_ends_what_hangs_and_nothing_else() -> None:
     program = (
-        "import time, sys; from raybilevel.time_limit import time_limit\n"
+        "import time, sys; from raybilevel._cluster.time_limit import time_limit\n"
         "with time_limit(60): pass\n"
         "with time_limit(None): pass\n"
         "print('before', flush=True)\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raybilevel.augmented_lagrangian import Equality, MultiplierState, OneSided
+from raybilevel._descents.augmented_lagrangian import Equality, MultiplierState, OneSided
 from tests.problems_for_tests import vector
 
 Function = Callable[[Tensor], Tensor]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raybilevel import local
 from raybilevel.methods import Default
-from raybilevel.optimizer import BilevelOptimizer
+from raybilevel.search import _local as local
+from raybilevel.search._optimizer import BilevelOptimizer
 from raybilevel.space import sobol_points
 from tests.problems_for_tests import Formula, Ridge, vector
 

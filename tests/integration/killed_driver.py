@@ -10,8 +10,8 @@ import ray
 from ray import tune
 
 from raybilevel import BilevelSearch, lower_level_trainable
-from raybilevel.snapshot import ResumableGenerator
-from raybilevel.storage import local_filesystem
+from raybilevel._cluster.local_files import local_filesystem
+from raybilevel.tune._snapshot import ResumableGenerator
 from tests.tiny_problems import Parabola
 
 

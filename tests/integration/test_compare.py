@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from raybilevel.benchmark import records
-from raybilevel.compare.command import run_all, settled
-from raybilevel.compare.config import CompareConfig
-from raybilevel.compare.execute import execute
-from raybilevel.lower_level import train
+from raybilevel._compare.command import run_all, settled
+from raybilevel._compare.config import CompareConfig
+from raybilevel._compare.execute import execute
+from raybilevel._lower.training import train
+from raybilevel._records import store as records
 from raybilevel.problems import make_problem
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from raybilevel.snapshot import read_trials
+from raybilevel.tune._snapshot import read_trials
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = {

@@ -12,9 +12,16 @@ from typing import Any
 import pytest
 
 from raybilevel import problems
-from raybilevel.config import ExperimentConfig
+from raybilevel._command.experiment import (
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    check_room,
+    loss_after_refit,
+    reuses_processes,
+    run,
+)
+from raybilevel._config.experiment import ExperimentConfig
 from raybilevel.errors import ConfigError
-from raybilevel.experiment import CONFIG_FILE, SUMMARY_FILE, check_room, loss_after_refit, reuses_processes, run
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -12,11 +12,11 @@ import torch
 from ray import tune
 
 from raybilevel import BilevelSearch, hypergradient_trainable, problems
-from raybilevel.config import ExperimentConfig
+from raybilevel._command.experiment import run
+from raybilevel._config.experiment import ExperimentConfig
 from raybilevel.errors import ProblemError
-from raybilevel.experiment import run
-from raybilevel.hypergradient.descent import CHECKPOINT_FILE, load_checkpoint
-from raybilevel.methods.hypergradient import HypergradientDescent
+from raybilevel.hypergradient._descent import CHECKPOINT_FILE, load_checkpoint
+from raybilevel.methods._hypergradient import HypergradientDescent
 from tests.tiny_problems import ManyParabolas, Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -82,7 +82,7 @@ def test_the_core_of_hypergradients_knows_no_ray() -> None:
         "package = types.ModuleType('raybilevel')\n"
         "package.__path__ = list(importlib.util.find_spec('raybilevel').submodule_search_locations)\n"
         "sys.modules['raybilevel'] = package\n"
-        "import raybilevel.hypergradient.descent, raybilevel.methods.hypergradient\n"
+        "import raybilevel.hypergradient._descent, raybilevel.methods._hypergradient\n"
         "assert 'ray' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from raybilevel.benchmark import records
-from raybilevel.benchmark.suite import MethodEntry, ProblemEntry, Run, execute
+from benchmarks.suite import MethodEntry, ProblemEntry, Run, execute
+from raybilevel._records import store as records
 
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the pat
 
 @pytest.fixture(scope="module")
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from raybilevel.report.page import drawing, render, sections_of
-    from raybilevel.report.sources import read_folder
+    from raybilevel.report._page import drawing, render, sections_of
+    from raybilevel.report._sources import read_folder
 
     folder = tmp_path_factory.mktemp("comparison")
     problem = ProblemEntry(problem="ridge", options={"groups": 2})

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from ray import tune
 
-from raybilevel import BilevelSearch, lower_level_trainable, scalars
-from raybilevel.scalars import SearchScalars
+from raybilevel import BilevelSearch, lower_level_trainable
 from raybilevel.search_state import SearchState
+from raybilevel.tune import _scalars as scalars
+from raybilevel.tune._scalars import SearchScalars
 from tests.clock import Clock
 from tests.tiny_problems import Parabola
 

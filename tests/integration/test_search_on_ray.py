@@ -21,19 +21,20 @@ from ray.tune.execution import insufficient_resources_manager
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
-from raybilevel import BilevelSearch, lower_level_trainable, pace
-from raybilevel.config import ExperimentConfig
-from raybilevel.environment import waiting_trials
+from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel._cluster import pace
+from raybilevel._cluster.environment import waiting_trials
+from raybilevel._cluster.local_files import local_filesystem
+from raybilevel._command.experiment import reuses_processes, with_room_for_steps
+from raybilevel._config.experiment import ExperimentConfig
+from raybilevel._lower.training import CHECKPOINT_FILE, load_checkpoint, train
 from raybilevel.errors import ConfigError, ProblemError, RaybilevelError, SpaceError
-from raybilevel.experiment import reuses_processes, with_room_for_steps
-from raybilevel.lower_level import CHECKPOINT_FILE, load_checkpoint, train
-from raybilevel.methods.base import UpperResult, UpperStep
-from raybilevel.methods.default import Default
+from raybilevel.methods._base import UpperResult, UpperStep
+from raybilevel.methods._default import Default
 from raybilevel.problems.synthetic import ManyMinimisers
-from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
 from raybilevel.search_state import Proposal, StepRecord
-from raybilevel.snapshot import prepare_resume
-from raybilevel.storage import local_filesystem
+from raybilevel.tune._scheduler import SECONDS_TO_START, PatientFIFO
+from raybilevel.tune._snapshot import prepare_resume
 from tests.processes import ends
 from tests.tiny_problems import Parabola, Unlucky
 

@@ -14,9 +14,10 @@ import pytest
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
-from raybilevel import BilevelSearch, searcher
+from raybilevel import BilevelSearch
 from raybilevel.errors import RaybilevelError, SpaceError
-from raybilevel.state_file import read
+from raybilevel.search._state_file import read
+from raybilevel.tune import _searcher as searcher
 from tests.tiny_problems import Parabola
 
 SPACE: dict[str, Any] = {"x": {"a": tune.loguniform(1e-4, 1e2)}, "note": "constant", "deep": {"size": 3}}

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import ray
 
-from raybilevel import step_dispatch
+from raybilevel._cluster import step_dispatch
+from raybilevel._cluster.sent_state import BLOCKS, SentState
+from raybilevel._cluster.shared import Shared
+from raybilevel._cluster.step_dispatch import NOTHING, TRIES_MORE, SharedBySteps, StepCall, StepDispatch
 from raybilevel.errors import StepError
-from raybilevel.methods.base import UpperResult, UpperStep
-from raybilevel.methods.default import Default
+from raybilevel.methods._base import UpperResult, UpperStep
+from raybilevel.methods._default import Default
 from raybilevel.search_state import Proposal, SearchState, StepRecord
-from raybilevel.sent_state import BLOCKS, SentState
-from raybilevel.shared import Shared
 from raybilevel.space import STARTS
-from raybilevel.step_dispatch import NOTHING, TRIES_MORE, SharedBySteps, StepCall, StepDispatch
 from tests.cluster.faulty_problems import enter
 from tests.processes import ends
 from tests.tiny_problems import Parabola

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raybilevel.augmented_lagrangian import Equality, MultiplierState, OneSided
+from raybilevel._descents.augmented_lagrangian import Equality, MultiplierState, OneSided
 
 constraints = st.floats(-1e3, 1e3)
 states = st.builds(

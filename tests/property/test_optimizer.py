@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from raybilevel.methods import Default
-from raybilevel.methods.base import UpperResult
-from raybilevel.optimizer import BilevelOptimizer, Observation
+from raybilevel.methods._base import UpperResult
+from raybilevel.search._optimizer import BilevelOptimizer, Observation
 from raybilevel.search_state import Proposal, SearchState, StepRecord
 from raybilevel.space import Parameter, Space
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raybilevel.search._state_file import ADAPTER, SavedSearch, decode, encode
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 from raybilevel.space import Parameter
-from raybilevel.state_file import ADAPTER, SavedSearch, decode, encode
 
 numbers = st.floats()  # NaN, infinities and subnormal numbers among them
 units = st.lists(numbers, min_size=1, max_size=3).map(tuple)

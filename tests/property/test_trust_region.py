@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raybilevel.methods._trust_region import TrustRegion, TrustRegionRule
 from raybilevel.search_state import Proposal, SearchState, Training
-from raybilevel.trust_region import TrustRegion, TrustRegionRule
 
 # Small whole numbers beside all others, so that predictions often come true and steps are often as long as can be.
 uppers = st.integers(-5, 5).map(float) | st.floats(-1e6, 1e6)

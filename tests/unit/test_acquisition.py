@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raybilevel.acquisition import (
+from raybilevel._models.acquisition import (
     UpperModel,
     Warp,
     expected_improvement,

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from raybilevel.config import read_config
+from raybilevel._config.experiment import read_config
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import Unrolled
-from raybilevel.hypergradient.descent import BilevelDescent
-from raybilevel.hypergradient.variables import ModuleVariables, bilevel_functions, weights_of
-from raybilevel.methods.hypergradient import HypergradientDescent
+from raybilevel.hypergradient._descent import BilevelDescent
+from raybilevel.hypergradient._variables import ModuleVariables, bilevel_functions, weights_of
+from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problems.architecture import (
     OPERATIONS,
     Architecture,

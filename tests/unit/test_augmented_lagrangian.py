@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raybilevel.augmented_lagrangian import Equality, MultiplierState, OneSided
+from raybilevel._descents.augmented_lagrangian import Equality, MultiplierState, OneSided
 from raybilevel.errors import ConfigError
 
 

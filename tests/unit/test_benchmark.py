@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from raybilevel.benchmark import records, report
-from raybilevel.benchmark.__main__ import main, narrowed, parser
-from raybilevel.benchmark.objective import BudgetSpent, Objective
-from raybilevel.benchmark.ours import bilevel
-from raybilevel.benchmark.reference import ImplicitGradient
-from raybilevel.benchmark.suite import PEERS, MethodEntry, ProblemEntry, Run, execute, read_suite
+from benchmarks import report
+from benchmarks.__main__ import main, narrowed, parser
+from benchmarks.objective import BudgetSpent, Objective
+from benchmarks.ours import bilevel
+from benchmarks.reference import ImplicitGradient
+from benchmarks.suite import PEERS, MethodEntry, ProblemEntry, Run, execute, read_suite
+from raybilevel._records import store as records
 from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import SeveralOptima
@@ -42,7 +43,7 @@ def test_cost_counts_trainings_and_shares_of_a_training() -> None:
 
 
 def test_a_diverged_training_costs_one_and_counts_as_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
-    from raybilevel.benchmark import objective as module
+    from benchmarks import objective as module
 
     objective = Objective(problem := Ridge(2), problem.space, seed=0, budget=9)
     first, second = objective.value(centre(2)), objective.value(centre(2) / 2)
@@ -126,7 +127,7 @@ def test_methods_and_problems_may_have_seeds_of_their_own(tmp_path: Path) -> Non
 
 
 def test_a_failure_is_recorded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from raybilevel.benchmark import suite
+    from benchmarks import suite
 
     def fails(*_: Any) -> None:
         raise ValueError("no such luck")

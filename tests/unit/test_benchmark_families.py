@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from raybilevel import datasets
-from raybilevel.benchmark import architecture, equilibrium, graph, treatment
-from raybilevel.benchmark.families import shown
+from benchmarks import architecture, equilibrium, graph, treatment
+from benchmarks.families import shown
 from raybilevel.errors import ConfigError
+from raybilevel.problems import _datasets as datasets
 from raybilevel.problems import make_problem
-from raybilevel.report.statistics import bootstrap
+from raybilevel.report._statistics import bootstrap
 from tests.unit.test_graph import blocks
 
 CONFIGS = Path(__file__).parents[2] / "configs"

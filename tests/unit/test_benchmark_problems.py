@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from raybilevel import datasets
-from raybilevel.datasets import Images
+from raybilevel._lower.levels import check_problem
+from raybilevel._lower.training import refit, train
 from raybilevel.errors import ConfigError, DataError
-from raybilevel.levels import check_problem
-from raybilevel.lower_level import refit, train
 from raybilevel.problem import BilevelProblem
+from raybilevel.problems import _datasets as datasets
 from raybilevel.problems import income
+from raybilevel.problems._datasets import Images
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed

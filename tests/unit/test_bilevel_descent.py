@@ -12,13 +12,13 @@ from ray import tune
 from torch import Tensor, nn
 
 from raybilevel import hypergradient_trainable
-from raybilevel.config import ExperimentConfig, read_config
+from raybilevel._command.experiment import check, with_method
+from raybilevel._config.experiment import ExperimentConfig, read_config
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError, ProblemError
-from raybilevel.experiment import check, with_method
-from raybilevel.hypergradient.descent import BilevelDescent, dump_checkpoint, load_checkpoint
-from raybilevel.hypergradient.variables import check_upper_variables
+from raybilevel.hypergradient._descent import BilevelDescent, dump_checkpoint, load_checkpoint
+from raybilevel.hypergradient._variables import check_upper_variables
 from raybilevel.methods import make_method
-from raybilevel.methods.hypergradient import HypergradientDescent, start_points
+from raybilevel.methods._hypergradient import HypergradientDescent, start_points
 from raybilevel.problem import Hyperparameters
 from raybilevel.search_state import SearchState
 from raybilevel.space import STARTS, Parameter, Space

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from raybilevel.compare.config import CompareConfig, read_comparison
-from raybilevel.compare.methods import COMBINED, Parts, parse
+from raybilevel._compare.config import CompareConfig, read_comparison
+from raybilevel._compare.methods import COMBINED, Parts, parse
 from raybilevel.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from raybilevel.compare.execute import probe_parts, samples_of
-from raybilevel.compare.methods import (
+from raybilevel._compare.execute import probe_parts, samples_of
+from raybilevel._compare.methods import (
     Parts,
     Setting,
     UnavailableError,
@@ -19,7 +19,7 @@ from raybilevel.compare.methods import (
     make_searcher,
     parse,
 )
-from raybilevel.compare.searchers import TimedSearcher
+from raybilevel._compare.searchers import TimedSearcher
 from raybilevel.errors import ConfigError
 from raybilevel.problems.ridge import Ridge
 from raybilevel.space import Parameter, Space

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from raybilevel.config import ExperimentConfig, ResourcesConfig, parse_yaml, read_config, resolved
+from raybilevel._config.experiment import ExperimentConfig, ResourcesConfig, parse_yaml, read_config, resolved
 from raybilevel.errors import ConfigError
 from raybilevel.space import Parameter
 

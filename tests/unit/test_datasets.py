@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from raybilevel import datasets
-from raybilevel.datasets import Published
 from raybilevel.errors import DataError
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._datasets import Published
 
 DATA = os.environ.get("RAYBILEVEL_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="RAYBILEVEL_TEST_DATA does not name a folder with the data sets")

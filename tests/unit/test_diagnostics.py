@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from raybilevel.diagnostics import agreement, diagnose, verdict
+from raybilevel._records.summary import summarise
 from raybilevel.methods import make_method
+from raybilevel.search._diagnostics import agreement, diagnose, verdict
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 from raybilevel.space import Parameter, Space
-from raybilevel.summary import summarise
 
 
 def training(index: int, x: float, upper: float, **others: object) -> Training:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from ray import tune
 
-from raybilevel.domains import split_param_space
 from raybilevel.errors import SpaceError
 from raybilevel.space import Parameter
+from raybilevel.tune._domains import split_param_space
 
 
 def test_every_supported_domain_and_nested_constants() -> None:

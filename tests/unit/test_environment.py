@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from raybilevel.environment import environment, waiting_trials
+from raybilevel._cluster.environment import environment, waiting_trials
 
 PENDING = "TUNE_MAX_PENDING_TRIALS_PG"
 

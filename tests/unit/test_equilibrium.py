@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from raybilevel.benchmark.equilibrium import gradients
+from benchmarks.equilibrium import gradients
 from raybilevel.errors import ConfigError, NotFiniteError, ProblemError
 from raybilevel.hypergradient import AndersonAcceleration, Equilibrium, Implicit, MinimalResidual
-from raybilevel.hypergradient.descent import BilevelDescent, dump_checkpoint, load_checkpoint
-from raybilevel.methods.hypergradient import HypergradientDescent
+from raybilevel.hypergradient._descent import BilevelDescent, dump_checkpoint, load_checkpoint
+from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problems.equilibrium import EquilibriumDigits
 from tests.problems_for_tests import Ridge
 

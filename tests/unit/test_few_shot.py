@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from raybilevel.benchmark.few_shot import joint, nearest
+from benchmarks.few_shot import joint, nearest
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import LinearSystem, MinimalResidual, solve_lower
-from raybilevel.hypergradient.descent import BilevelDescent
-from raybilevel.hypergradient.variables import weights_of
-from raybilevel.methods.hypergradient import HypergradientDescent
+from raybilevel.hypergradient._descent import BilevelDescent
+from raybilevel.hypergradient._variables import weights_of
+from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problems.few_shot import TURNS, FewShot, Initialisation
 
 DATA = os.environ.get("RAYBILEVEL_TEST_DATA")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raybilevel.gaussian_process import DerivativeRBFKernel, FittedGP, derivative_rows, fit, spaced, value_rows
+from raybilevel._models.gaussian_process import DerivativeRBFKernel, FittedGP, derivative_rows, fit, spaced, value_rows
 from raybilevel.space import sobol_points
 from tests.problems_for_tests import vector
 

@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn.functional import one_hot
 from torch.nn.utils import parameters_to_vector
 
-from raybilevel import datasets
-from raybilevel.datasets import Graph
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import Implicit, LinearSystem, MinimalResidual, solve_lower
-from raybilevel.hypergradient.descent import BilevelDescent
-from raybilevel.hypergradient.variables import ModuleVariables, bilevel_functions
-from raybilevel.methods.hypergradient import HypergradientDescent
+from raybilevel.hypergradient._descent import BilevelDescent
+from raybilevel.hypergradient._variables import ModuleVariables, bilevel_functions
+from raybilevel.methods._hypergradient import HypergradientDescent
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._datasets import Graph
+from raybilevel.problems._sparse import Sparse, pattern
 from raybilevel.problems.graph import (
     GIVEN,
     NEIGHBOUR,
@@ -29,7 +30,6 @@ from raybilevel.problems.graph import (
     normalised,
     undirected,
 )
-from raybilevel.problems.sparse import Sparse, pattern
 
 DATA = os.environ.get("RAYBILEVEL_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="RAYBILEVEL_TEST_DATA does not name a folder with the data sets")

@@ -22,7 +22,7 @@ from raybilevel.hypergradient import (
     Unrolled,
     solve_lower,
 )
-from raybilevel.hypergradient.variables import BoxVariables, ModuleVariables, bilevel_functions, weights_of
+from raybilevel.hypergradient._variables import BoxVariables, ModuleVariables, bilevel_functions, weights_of
 from tests.problems_for_tests import Logistic
 
 P, N = 4, 12

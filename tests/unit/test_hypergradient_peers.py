@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raybilevel.benchmark.hypergradient_peers import PeakBytes, all_ways, curvature
+from benchmarks.hypergradient_peers import PeakBytes, all_ways, curvature
 from raybilevel.hypergradient import BilevelFunctions
 
 

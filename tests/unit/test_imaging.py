@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from raybilevel import datasets
 from raybilevel.errors import ConfigError, DataError
 from raybilevel.hypergradient import Implicit, LinearSystem, MinimalResidual, Selection, solve_lower
-from raybilevel.hypergradient.descent import BilevelDescent
-from raybilevel.hypergradient.variables import ModuleVariables, bilevel_functions, weights_of
-from raybilevel.methods.hypergradient import HypergradientDescent
+from raybilevel.hypergradient._descent import BilevelDescent
+from raybilevel.hypergradient._variables import ModuleVariables, bilevel_functions, weights_of
+from raybilevel.methods._hypergradient import HypergradientDescent
+from raybilevel.problems import _datasets as datasets
 from raybilevel.problems.imaging import FieldsOfExperts, RegularisationParameters, psnr
 from raybilevel.problems.weighting import NoisyLabels
 from raybilevel.space import Parameter, Space

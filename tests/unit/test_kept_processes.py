@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.utils.object_cache import _ObjectCache
 
-from raybilevel.kept_processes import KeptProcesses, keep_processes
+from raybilevel._tune_changes.kept_processes import KeptProcesses, keep_processes
 from tests.clock import Clock
 
 SECONDS = 60.0

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from raybilevel.errors import NotFiniteError
 from raybilevel.hypergradient import ConjugateGradients, LinearSystem, MinimalResidual, NeumannSeries, Selection
-from raybilevel.hypergradient.krylov import KrylovMemory
-from raybilevel.hypergradient.recycling import RecycleSpace, deflation
+from raybilevel.hypergradient._krylov import KrylovMemory
+from raybilevel.hypergradient._recycling import RecycleSpace, deflation
 
 N = 60
 

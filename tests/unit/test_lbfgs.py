@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raybilevel.lbfgs import Merit, curvature, inner, minimise, norm
+from raybilevel._lower.lbfgs import Merit, curvature, inner, minimise, norm
 from tests.problems_for_tests import vector
 
 LINE_SEARCH = 25  # evaluations that one line search of torch's L-BFGS may take

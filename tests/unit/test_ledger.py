@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ray.tune.experiment import Trial
 
-from raybilevel.compare.config import Budget
-from raybilevel.compare.ledger import BudgetStopper, Ledger
+from raybilevel._compare.config import Budget
+from raybilevel._compare.ledger import BudgetStopper, Ledger
 from raybilevel.space import Parameter, Space
 
 SPACE = Space((Parameter(("decay", "a"), 1e-2, 1.0, log=True),))
@@ -117,7 +117,7 @@ def test_the_unit_of_the_budget(budget: dict[str, float], spent: float) -> None:
 
 
 def test_seconds_of_gpus_are_those_that_trials_and_steps_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    from raybilevel.compare import ledger as module
+    from raybilevel._compare import ledger as module
 
     now = 100.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)

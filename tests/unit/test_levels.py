@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raybilevel._lower.levels import Levels, as_tensors, check_problem, lower_gradient
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.levels import Levels, as_tensors, check_problem, lower_gradient
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level
 from raybilevel.space import Parameter, Space
 from tests.problems_for_tests import Network, Ridge, vector

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raybilevel import local
+from raybilevel._lower.training import TrainedLowerLevel, load_checkpoint, train
 from raybilevel.errors import ProblemError
-from raybilevel.lower_level import TrainedLowerLevel, load_checkpoint, train
 from raybilevel.methods import Default, Paper
-from raybilevel.optimizer import BilevelOptimizer
 from raybilevel.problem import Hyperparameters
+from raybilevel.search import _local as local
+from raybilevel.search._optimizer import BilevelOptimizer
 from tests.problems_for_tests import Recorder, Ridge, vector
 
 SEED = 3  # not 0, at whose initial weights check_problem looks

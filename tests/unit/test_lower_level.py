@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raybilevel import lower_level
+from raybilevel._lower import training as lower_level
+from raybilevel._lower.training import LowerLevelTraining, dump_checkpoint, load_checkpoint, refit, train
 from raybilevel.errors import CheckpointError, NotFiniteError, ProblemError
-from raybilevel.lower_level import LowerLevelTraining, dump_checkpoint, load_checkpoint, refit, train
 from raybilevel.problem import BilevelProblem, Hyperparameters
 from tests.problems_for_tests import Network, Ridge, vector
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raybilevel._descents.upper_level import Hypergradient
+from raybilevel._lower.training import load_checkpoint, train
 from raybilevel.errors import ConfigError
-from raybilevel.local import observe
-from raybilevel.lower_level import load_checkpoint, train
 from raybilevel.methods import METHODS, Default, Paper, make_method
-from raybilevel.methods.base import UpperResult, UpperStep
-from raybilevel.methods.default import is_new, trusted_radius
+from raybilevel.methods._base import UpperResult, UpperStep
+from raybilevel.methods._default import is_new, trusted_radius
+from raybilevel.search._local import observe
 from raybilevel.search_state import Origin, Proposal, SearchState, Status, StepRecord, Training
 from raybilevel.space import sobol_points
-from raybilevel.upper_level import Hypergradient
 from tests.problems_for_tests import Ridge, vector
 
 METHOD = Default()

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from raybilevel import datasets
-from raybilevel.datasets import Images
+from raybilevel._lower.levels import Levels, as_tensors, check_problem, lower_gradient
+from raybilevel._lower.training import LowerLevelTraining, refit
 from raybilevel.errors import ConfigError, DataError
-from raybilevel.levels import Levels, as_tensors, check_problem, lower_gradient
-from raybilevel.lower_level import LowerLevelTraining, refit
 from raybilevel.problem import BilevelProblem, move
-from raybilevel.problems import classification
+from raybilevel.problems import _classification as classification
+from raybilevel.problems import _datasets as datasets
+from raybilevel.problems._classification import LayerDecay, Minibatch
+from raybilevel.problems._datasets import Images
 from raybilevel.problems.cifar import CifarLenet
-from raybilevel.problems.classification import LayerDecay, Minibatch
 from raybilevel.problems.mnist import Mnist, Mnist1K
 from raybilevel.space import Parameter, Space, flatten, nest
 

@@ -10,17 +10,17 @@ from ray import train as ray_train
 from torch import Tensor, nn
 
 from raybilevel import hypergradient_trainable
-from raybilevel.data_parallel import data_parallel_trainable
+from raybilevel._descents.upper_level import TrainedPoint, hypergradient
+from raybilevel._lower.levels import Levels, as_tensors
+from raybilevel._lower.optimistic import select_minimiser
+from raybilevel._lower.training import load_checkpoint, refit, train
 from raybilevel.errors import ProblemError
-from raybilevel.levels import Levels, as_tensors
-from raybilevel.local import search
-from raybilevel.lower_level import load_checkpoint, refit, train
-from raybilevel.methods.default import Default
-from raybilevel.optimistic import select_minimiser
-from raybilevel.optimizer import BilevelOptimizer
+from raybilevel.methods._default import Default
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level, minibatches
 from raybilevel.problems.synthetic import ManyMinimisers
-from raybilevel.upper_level import TrainedPoint, hypergradient
+from raybilevel.search._local import search
+from raybilevel.search._optimizer import BilevelOptimizer
+from raybilevel.tune._data_parallel import data_parallel_trainable
 from tests.problems_for_tests import Ridge, vector
 
 

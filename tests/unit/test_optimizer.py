@@ -8,8 +8,8 @@ import torch
 
 from raybilevel.errors import ConfigError, SpaceError
 from raybilevel.methods import Default, Paper
-from raybilevel.methods.base import UpperResult, UpperStep
-from raybilevel.optimizer import BilevelOptimizer, Observation
+from raybilevel.methods._base import UpperResult, UpperStep
+from raybilevel.search._optimizer import BilevelOptimizer, Observation
 from raybilevel.search_state import Proposal, StepRecord
 from raybilevel.space import Parameter, Space
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from raybilevel.benchmark.overhead import busy_share, met
+from benchmarks.overhead import busy_share, met
 
 
 def test_slots_are_counted_from_the_moment_when_as_many_trials_have_ended() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from raybilevel.pace import PROCESS_START, Pace
+from raybilevel._cluster.pace import PROCESS_START, Pace
 from tests.clock import Clock
 
 

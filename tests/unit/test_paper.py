@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from raybilevel import local
+from raybilevel._lower.training import load_checkpoint, train
+from raybilevel._models.value_function import ValueFunction, fit_value_function
 from raybilevel.errors import ConfigError, NotFiniteError
-from raybilevel.lower_level import load_checkpoint, train
 from raybilevel.methods import Paper
-from raybilevel.optimizer import BilevelOptimizer
+from raybilevel.search import _local as local
+from raybilevel.search._optimizer import BilevelOptimizer
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
-from raybilevel.value_function import ValueFunction, fit_value_function
 from tests.problems_for_tests import Ridge, vector
 
 SEED = 3

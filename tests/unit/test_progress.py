@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from raybilevel.progress import LiveView, PlainView, duration, make_view
+from raybilevel._command.progress import LiveView, PlainView, duration, make_view
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 
 

@@ -9,7 +9,14 @@ import raybilevel
 
 
 def test_the_public_names_are_what_can_be_imported() -> None:
-    names = {"BilevelProblem", "BilevelSearch", "__version__", "hypergradient_trainable", "lower_level_trainable"}
+    names = {
+        "BilevelProblem",
+        "BilevelSearch",
+        "__version__",
+        "data_parallel_trainable",
+        "hypergradient_trainable",
+        "lower_level_trainable",
+    }
     assert set(raybilevel.__all__) == set(dir(raybilevel)) == names
     assert all(getattr(raybilevel, name) for name in names)
     with pytest.raises(AttributeError, match="no attribute 'BilevelSearcher'"):
@@ -20,8 +27,11 @@ def test_the_public_names_are_what_can_be_imported() -> None:
     ("modules", "absent"),
     [
         ("raybilevel, raybilevel.cli", "torch, ray"),  # a usage error is said at once
-        ("raybilevel.local, raybilevel.methods, raybilevel.state_file, raybilevel.problems", "ray"),  # the core
-        ("raybilevel.trainable", "gpytorch, botorch"),  # a worker that only trains
+        (
+            "raybilevel.search, raybilevel.methods, raybilevel.problems",
+            "ray",
+        ),  # the core
+        ("raybilevel.tune._trainable", "gpytorch, botorch"),  # a worker that only trains
     ],
 )
 def test_modules_import_no_more_than_they_need(modules: str, absent: str) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-from raybilevel.benchmark import records
-from raybilevel.benchmark.suite import MethodEntry, ProblemEntry, Run, execute
+from benchmarks.suite import MethodEntry, ProblemEntry, Run, execute
+from raybilevel._records import store as records
 from raybilevel.errors import DataError, RaybilevelError
-from raybilevel.report import comparison, frames, single
-from raybilevel.report.charts import Chart, Series, Surface
-from raybilevel.report.page import drawing, render, sections_of, table_csv
-from raybilevel.report.sources import read_folder
+from raybilevel.report import _comparison as comparison
+from raybilevel.report import _frames as frames
+from raybilevel.report import _single as single
+from raybilevel.report._charts import Chart, Series, Surface
+from raybilevel.report._page import drawing, render, sections_of, table_csv
+from raybilevel.report._sources import read_folder
 
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
 

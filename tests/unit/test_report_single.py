@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from raybilevel import state_file
-from raybilevel.local import search
 from raybilevel.methods import make_method
-from raybilevel.optimizer import BilevelOptimizer
 from raybilevel.problems.ridge import Ridge
-from raybilevel.report import single
-from raybilevel.report.charts import Chart
-from raybilevel.report.sources import observations_of
+from raybilevel.report import _single as single
+from raybilevel.report._charts import Chart
+from raybilevel.report._sources import observations_of
+from raybilevel.search import _state_file as state_file
+from raybilevel.search._local import search
+from raybilevel.search._optimizer import BilevelOptimizer
 
 
 @functools.cache

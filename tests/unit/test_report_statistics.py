@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raybilevel.report.statistics import bootstrap, holm, paired_test, rank
+from raybilevel.report._statistics import bootstrap, holm, paired_test, rank
 
 
 def test_a_bootstrap_interval_holds_the_mean_and_is_that_of_the_normal_theory_for_many_values() -> None:

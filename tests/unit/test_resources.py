@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 from ray import tune
 
-from raybilevel.config import ExperimentConfig, read_config, resolved
+from raybilevel._cluster.resources import bundles_of, fitting, most_slots, task_options
+from raybilevel._cluster.storage import locate
+from raybilevel._command.experiment import (
+    CONFIG_FILE,
+    TUNE_FOLDER,
+    cluster,
+    first_bundle,
+    prepare_folder,
+    trial_resources,
+)
+from raybilevel._config.experiment import ExperimentConfig, read_config, resolved
 from raybilevel.errors import ConfigError
-from raybilevel.experiment import CONFIG_FILE, TUNE_FOLDER, cluster, first_bundle, prepare_folder, trial_resources
-from raybilevel.resources import bundles_of, fitting, most_slots, task_options
-from raybilevel.storage_access import locate
 from tests.tiny_problems import Parabola
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from raybilevel import local, state_file
-from raybilevel.lower_level import load_checkpoint, train
+from raybilevel._lower.training import load_checkpoint, train
 from raybilevel.methods import Default, Paper
-from raybilevel.optimizer import BilevelOptimizer
+from raybilevel.search import _local as local
+from raybilevel.search import _state_file as state_file
+from raybilevel.search._optimizer import BilevelOptimizer
+from raybilevel.search._state_file import SavedSearch
 from raybilevel.space import Space
-from raybilevel.state_file import SavedSearch
 from tests.problems_for_tests import Ridge
 
 PROBLEM = Ridge(dimension=2)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from raybilevel.benchmark.scale import drive, simulate, slots
+from benchmarks.scale import drive, simulate, slots
 
 
 def test_slots_are_hardly_idle_when_there_are_many() -> None:
@@ -30,7 +30,7 @@ def test_a_search_is_driven_to_as_many_observations_as_it_is_asked_for() -> None
 def test_memory_stays_small_at_ten_thousand_observations() -> None:
     """In a process of its own, whose peak is that of the search."""
     done = subprocess.run(
-        [sys.executable, "-m", "raybilevel.benchmark.scale", "memory"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "benchmarks.scale", "memory"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10000 observations" in done.stdout and "MISSED" not in done.stdout

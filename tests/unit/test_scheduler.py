@@ -7,7 +7,7 @@ import pickle
 import pytest
 from ray.tune.experiment import Trial
 
-from raybilevel.scheduler import SECONDS_TO_START, PatientFIFO
+from raybilevel.tune._scheduler import SECONDS_TO_START, PatientFIFO
 from tests.clock import Clock
 
 

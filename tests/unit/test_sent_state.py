@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 
+from raybilevel._cluster.sent_state import BLOCKS, SentState, block_end, joined
 from raybilevel.search_state import Proposal, SearchState, StepRecord
-from raybilevel.sent_state import BLOCKS, SentState, block_end, joined
 
 
 class Store:

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from raybilevel.benchmark.sharded import Driver, parts_of, run, take
-from raybilevel.methods.default import Default
-from raybilevel.optimizer import BilevelOptimizer
+from benchmarks.sharded import Driver, parts_of, run, take
+from raybilevel.methods._default import Default
 from raybilevel.problems.synthetic import SeveralOptima
+from raybilevel.search._optimizer import BilevelOptimizer
 from raybilevel.space import Parameter, Space, flatten, nest
 
 

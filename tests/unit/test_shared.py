@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from raybilevel import shared
-from raybilevel.shared import KEPT, Shared
+from raybilevel._cluster import shared
+from raybilevel._cluster.shared import KEPT, Shared
 
 
 class Counted:

@@ -15,8 +15,8 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from raybilevel.errors import StateError
-from raybilevel.searcher import BilevelSearch
-from raybilevel.snapshot import ResumableGenerator, TrialRecord, parse, prepare_resume, read_trials
+from raybilevel.tune._searcher import BilevelSearch
+from raybilevel.tune._snapshot import ResumableGenerator, TrialRecord, parse, prepare_resume, read_trials
 from tests.tiny_problems import Parabola
 
 LOCAL = pyarrow.fs.LocalFileSystem()

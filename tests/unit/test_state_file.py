@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from raybilevel import state_file
 from raybilevel.errors import StateError
+from raybilevel.search import _state_file as state_file
+from raybilevel.search._state_file import SavedSearch
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 from raybilevel.space import Parameter
-from raybilevel.state_file import SavedSearch
 
 SEARCH = SavedSearch(
     method="Default",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 
-from raybilevel.storage import WholeFile, local_filesystem
+from raybilevel._cluster.local_files import WholeFile, local_filesystem
 
 
 def test_a_folder_is_copied_there_and_read_back(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_writer_that_is_killed_keeps_the_old_file(tmp_path: Path) -> None:
     target.write_bytes(b"old")
     program = (
         "import sys, time\n"
-        "from raybilevel.storage import WholeFile\n"
+        "from raybilevel._cluster.local_files import WholeFile\n"
         "file = WholeFile(sys.argv[1]); file.write(b'new'); print('written', flush=True); time.sleep(600)"
     )
     writer = subprocess.Popen([sys.executable, "-c", program, str(target)], stdout=subprocess.PIPE)

@@ -9,9 +9,9 @@ import torch
 
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import solve_lower
-from raybilevel.hypergradient.descent import BilevelDescent
-from raybilevel.hypergradient.variables import weights_of
-from raybilevel.methods.hypergradient import HypergradientDescent
+from raybilevel.hypergradient._descent import BilevelDescent
+from raybilevel.hypergradient._variables import weights_of
+from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problems.treatment import Distances, TreatmentEffects, energy_distances, estimators, regressed
 
 METHOD = HypergradientDescent(

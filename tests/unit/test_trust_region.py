@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from raybilevel.methods._trust_region import TrustRegion, TrustRegionRule
 from raybilevel.search_state import Proposal, SearchState, Status, Training
-from raybilevel.trust_region import TrustRegion, TrustRegionRule
 
 RULE = TrustRegionRule()
 

@@ -8,10 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raybilevel.lbfgs import inner
-from raybilevel.levels import Levels
-from raybilevel.problem import Hyperparameters
-from raybilevel.upper_level import (
+from raybilevel._descents.upper_level import (
     Hypergradient,
     TrainedPoint,
     descend,
@@ -19,6 +16,9 @@ from raybilevel.upper_level import (
     joint_descent,
     limit_direction,
 )
+from raybilevel._lower.lbfgs import inner
+from raybilevel._lower.levels import Levels
+from raybilevel.problem import Hyperparameters
 from tests.problems_for_tests import Formula, Logistic, Network, Ridge, trained_point, vector
 
 UNIT = vector(0.4, 0.6, 0.5)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from raybilevel._models.value_function import fit_value_function, nearest, thinned
 from raybilevel.search_state import Proposal, Training
 from raybilevel.space import sobol_points
-from raybilevel.value_function import fit_value_function, nearest, thinned
 from tests.problems_for_tests import vector
 
 

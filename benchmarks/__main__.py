@@ -1,0 +1,161 @@
+"""python -m benchmarks CONFIG --data DIR --out DIR: run what is missing, then report."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.suite import Run, Suite, execute, read_suite
+from raybilevel._records import store as records
+from raybilevel.errors import ConfigError, RaybilevelError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        suite = narrowed(read_suite(options.config), options)
+        out = Path(options.out)
+        runs = suite.runs(str(Path(options.data).expanduser().absolute()) if options.data else None)
+    except RaybilevelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not options.report_only:
+        run_all(runs, out, suite.workers, tuple(filter(None, options.redo.split(","))))
+    return summarise(runs, suite, out)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("--data", help="folder of the data files")
+    parser.add_argument("--out", required=True, help="folder of records, table and figures; an earlier run is resumed")
+    parser.add_argument("--only", help="problems, comma-separated")
+    parser.add_argument("--methods", help="methods, comma-separated")
+    parser.add_argument("--budget", type=float, help="largest cost of a run")
+    parser.add_argument("--seeds", type=int, help="seeds of every problem and method, whatever the config says")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--redo", default="", help="methods whose records are to be made anew, comma-separated")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report what is there")
+    return parser
+
+
+def narrowed(suite: Suite, options: argparse.Namespace) -> Suite:
+    """The suite with the command line's choices.
+
+    Raises:
+        ConfigError: a problem or method is not in the config, or a number makes no sense.
+    """
+    problems = _chosen("problem", suite.problems, options.only)
+    methods = _chosen("method", suite.methods, options.methods)
+    for number in (options.budget, options.seeds, options.workers):
+        if number is not None and not number > 0:
+            raise ConfigError(f"budget, seeds and workers must be positive, got {number}")
+    for name, problem in problems.items():
+        changes: dict[str, Any] = {"caps": {m: c for m, c in problem.caps.items() if m in methods}}
+        if problem.methods is not None:
+            changes["methods"] = tuple(m for m in problem.methods if m in methods)
+        if options.budget is not None:
+            changes["budget"] = min(options.budget, problem.budget or suite.budget)
+        if options.seeds is not None:
+            changes["seeds"] = options.seeds
+        problems[name] = problem.model_copy(update=changes)
+    if options.seeds is not None:
+        methods = {name: method.model_copy(update={"seeds": None}) for name, method in methods.items()}
+    changes = {"problems": problems, "methods": methods}
+    changes |= {k: v for k in ("seeds", "workers") if (v := getattr(options, k)) is not None}
+    return suite.model_copy(update=changes)
+
+
+def _chosen(kind: str, known: dict[str, Any], names: str | None) -> dict[str, Any]:
+    if names is None:
+        return dict(known)
+    for name in names.split(","):
+        if name not in known:
+            raise ConfigError(f"no {kind} {name!r} in the config; it has {', '.join(known)}")
+    return {name: known[name] for name in names.split(",")}
+
+
+def run_all(runs: Sequence[Run], out: Path, workers: int, redo: Sequence[str] = ()) -> None:
+    """Every run that has no good record yet; each record is written as soon as it is there."""
+    missing = [run for run in runs if not settled(out / run.path, run.method_name in redo)]
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them have a record", flush=True)
+    if not missing:
+        return
+    began = time.monotonic()
+    # Before the workers start: each is one thread, and they are started afresh, not forked from a threaded process.
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+        waiting = {pool.submit(execute, run): run for run in missing}
+        for number, future in enumerate(as_completed(waiting), 1):
+            run, record = waiting[future], future.result()
+            records.write(out / run.path, record)
+            lowest = min((o["upper"] for o in record["observations"] if o["upper"] is not None), default=math.nan)
+            told = f"lowest F {lowest:.5g}" if record["status"] == "done" else f"FAILED: {record['error']}"
+            print(
+                f"[{number}/{len(missing)}, {time.monotonic() - began:.0f} s] {run.problem_name} {run.method_name} "
+                f"seed {run.seed}: {told} ({record['seconds']:.0f} s)",
+                flush=True,
+            )
+
+
+def settled(path: Path, redo: bool) -> bool:
+    """Whether a run has a good record; what is half-written or failed is named and done again."""
+    if not path.exists() or redo:
+        return False
+    try:
+        record = records.read(path)
+    except records.DamagedRecord as error:
+        print(f"{error}; it is done again", flush=True)
+        return False
+    if record["status"] != "done":
+        print(f"{path}: failed ({record['error']}); it is done again", flush=True)
+        return False
+    return True
+
+
+def summarise(runs: Sequence[Run], suite: Suite, out: Path) -> int:
+    """Table and figures of the suite's records; F* is over all records of a problem, whatever the method."""
+    found, wrong = [], []
+    for run in runs:
+        try:
+            if (out / run.path).exists():
+                found.append(records.read(out / run.path))
+        except records.DamagedRecord as error:
+            wrong.append(str(error))
+    if not found:
+        print("no records to report", file=sys.stderr)
+        return 1
+    everything, _ = records.read_all(out)
+    for name, members in report.grouped(found, "problem_name").items():
+        same = (members[0]["settings"]["problem"], members[0]["settings"]["options"])
+        rivals = [r for r in everything if (r["settings"]["problem"], r["settings"]["options"]) == same]
+        for record in members:
+            seed = record["settings"]["seed"]
+            alike = [r for r in rivals if r["settings"]["seed"] == seed] if suite.problems[name].by_seed else rivals
+            record["optimum"] = report.best_seen(alike)
+        print(f"{name}: F* = {', '.join(f'{best:.6g}' for best in sorted({r['optimum'] for r in members}))}")
+    text = report.markdown(found, suite.marks, wrong, suite.overview)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    drawn = report.figures(found, out / "figures")
+    print(text)
+    print(f"{out / 'table.md'}, {len(drawn)} figures in {out / 'figures'}")
+    print(f"{len(found)} runs, {sum(r['seconds'] for r in found) / 60:.0f} minutes on one core in all")
+    failed = [r for r in found if r["status"] != "done"]
+    if failed or len(found) < len(runs):
+        print(f"{len(failed)} runs failed, {len(runs) - len(found)} are missing", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""The benchmark's config: problems x methods x seeds; and one run of it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from benchmarks import peers, reference
+from benchmarks.objective import BudgetSpent, Objective
+from benchmarks.ours import bilevel, configured
+from raybilevel._config.experiment import in_words, read_mapping
+from raybilevel._lower.training import refit
+from raybilevel._version import __version__
+from raybilevel.errors import ConfigError, RaybilevelError
+from raybilevel.methods import METHODS
+from raybilevel.problem import BilevelProblem
+from raybilevel.problems.cleaning import HyperCleaning
+from raybilevel.problems.digits import DigitsLogistic
+from raybilevel.problems.income import Income
+from raybilevel.problems.long_tail import LongTailed
+from raybilevel.problems.mnist import Mnist1K
+from raybilevel.problems.mnist_kinds import Mnist1KKinds
+from raybilevel.problems.ridge import Ridge
+from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
+from raybilevel.space import Parameter, Space
+
+FORMAT = 1
+PACKAGES = ("torch", "botorch", "gpytorch", "scipy", "optuna", "cmaes")
+
+PROBLEMS: dict[str, Callable[..., BilevelProblem]] = {
+    "cleaning": HyperCleaning,
+    "digits_logistic": DigitsLogistic,
+    "income": Income,
+    "long_tail": LongTailed,
+    "many_minimisers": ManyMinimisers,
+    "mnist_1k": Mnist1K,
+    "mnist_1k_kinds": Mnist1KKinds,
+    "ridge": Ridge,
+    "several_optima": SeveralOptima,
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A method of the benchmark that is not raybilevel's; `dimensions` for which it makes sense."""
+
+    search: Callable[..., None]
+    dimensions: tuple[float, float] = (1, math.inf)
+
+
+PEERS: dict[str, Peer] = {
+    "cma-es": Peer(peers.cma_es),
+    "diagonal": Peer(peers.diagonal, (2, math.inf)),
+    "grid": Peer(peers.grid, (1, 2)),
+    "lbfgsb-centre": Peer(reference.lbfgsb_centre),
+    "lbfgsb-random": Peer(reference.lbfgsb_random),
+    "optuna-gp": Peer(peers.optuna_gp),
+    "optuna-tpe": Peer(peers.optuna_tpe),
+    "qlogei": Peer(peers.qlogei),
+    "random": Peer(peers.random),
+}
+
+
+class Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ProblemEntry(Entry):
+    """budget: instead of the config's. methods: only these, all if not given. caps: lower budgets by method.
+
+    by_seed: the seed's initial weights decide what F can be (networks trained for some epochs), so F* is a seed's own.
+    """
+
+    problem: str
+    options: dict[str, Any] = {}
+    budget: float | None = Field(default=None, gt=0)
+    seeds: int | None = Field(default=None, ge=1)
+    methods: tuple[str, ...] | None = None
+    caps: dict[str, float] = {}
+    by_seed: bool = False
+
+    @model_validator(mode="after")
+    def known(self) -> ProblemEntry:
+        if self.problem not in PROBLEMS:
+            raise ValueError(f"unknown problem {self.problem!r}; choose one of {', '.join(sorted(PROBLEMS))}")
+        return self
+
+
+class MethodEntry(Entry):
+    """One method, or an ablation of one.
+
+    settings: other than the method's defaults.
+    only:     the problems on which it runs; all if not given.
+    budget:   at most; as `caps` of a problem.
+    slots:    trainings and upper-level steps at once, on a simulated clock: its cost is the time, in trainings.
+    seeds:    at most.
+    """
+
+    method: str
+    settings: dict[str, Any] = {}
+    only: tuple[str, ...] | None = None
+    budget: float = Field(math.inf, gt=0)
+    slots: int = Field(1, ge=1)
+    seeds: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def known(self) -> MethodEntry:
+        if self.method in METHODS:
+            try:
+                configured(self.method, self.settings)
+            except (ConfigError, TypeError) as error:
+                raise ValueError(str(error)) from error
+        elif self.method not in PEERS:
+            raise ValueError(f"unknown method {self.method!r}; choose one of {', '.join(sorted([*METHODS, *PEERS]))}")
+        elif self.slots > 1:
+            raise ValueError(f"method {self.method!r} runs in one slot")
+        elif self.settings and not self.method.startswith("lbfgsb"):
+            raise ValueError(f"method {self.method!r} has no settings")
+        return self
+
+
+class Suite(Entry):
+    """budget: cost of a run, in lower-level trainings. marks: costs at which tables report; `overview`: the first."""
+
+    budget: float = Field(100, gt=0)
+    seeds: int = Field(3, ge=1)
+    marks: tuple[float, ...] = (10, 20, 50, 100)
+    overview: tuple[float, ...] = ()
+    workers: int = Field(2, ge=1)
+    problems: dict[str, ProblemEntry]
+    methods: dict[str, MethodEntry]
+
+    @model_validator(mode="after")
+    def consistent(self) -> Suite:
+        for name, entry in self.problems.items():
+            for method in (*(entry.methods or ()), *entry.caps):
+                if method not in self.methods:
+                    raise ValueError(f"problem {name!r} names the method {method!r}, which is not among `methods`")
+        for name, ablation in self.methods.items():
+            for problem in ablation.only or ():
+                if problem not in self.problems:
+                    raise ValueError(f"method {name!r} names the problem {problem!r}, which is not among `problems`")
+        return self
+
+    def runs(self, data: str | None) -> list[Run]:
+        """All runs, the seeds outermost, so that a part of them is a fair comparison already."""
+        found = []
+        for seed in range(max(self.seeds, *(p.seeds or 0 for p in self.problems.values()))):
+            for problem, entry in self.problems.items():
+                for method in self._methods_of(problem):
+                    low, high = (1, math.inf) if (peer := self._peer(method)) is None else peer.dimensions
+                    budget = min(
+                        entry.budget or self.budget, entry.caps.get(method, math.inf), self.methods[method].budget
+                    )
+                    seeds = min(entry.seeds or self.seeds, self.methods[method].seeds or math.inf)
+                    if seed >= seeds or not low <= dimension_of(entry) <= high:
+                        continue
+                    found.append(Run(problem, entry, method, self.methods[method], seed, budget, self.marks, data))
+        return found
+
+    def _methods_of(self, problem: str) -> list[str]:
+        allowed = self.problems[problem].methods
+        return [
+            name
+            for name, entry in self.methods.items()
+            if (problem in entry.only if entry.only is not None else allowed is None or name in allowed)
+        ]
+
+    def _peer(self, method: str) -> Peer | None:
+        return PEERS.get(self.methods[method].method)
+
+
+def read_suite(path: str | Path) -> Suite:
+    """A suite from its YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, or a key is wrong; the key is named.
+    """
+    try:
+        return Suite.model_validate(read_mapping(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {in_words(error)}") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """One problem, one method, one seed; `data` and `marks` have no part in what it is known by."""
+
+    problem_name: str
+    problem: ProblemEntry
+    method_name: str
+    method: MethodEntry
+    seed: int
+    budget: float
+    marks: tuple[float, ...]
+    data: str | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the result, as plain values."""
+        return {
+            "problem": self.problem.problem,
+            "options": self.problem.options,
+            "method": self.method.method,
+            "method_settings": self.method.settings,
+            "seed": self.seed,
+            "budget": self.budget,
+            **({"slots": self.method.slots} if self.method.slots > 1 else {}),
+        }
+
+    @property
+    def path(self) -> Path:
+        """Of its record in the output folder: names for people, a digest of the settings against mistakes."""
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
+        return Path("records") / self.problem_name / f"{self.method_name}-seed{self.seed}-{digest}.json"
+
+
+def make_problem(entry: ProblemEntry, data: str | None) -> BilevelProblem:
+    """Raises ConfigError, where an option is wrong."""
+    kind = PROBLEMS[entry.problem]
+    options = dict(entry.options)
+    if "data" in _arguments(kind):
+        options["data"] = data
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ConfigError(f"problem {entry.problem!r}: {error}") from error
+
+
+def _arguments(kind: Callable[..., Any]) -> tuple[str, ...]:
+    code = kind.__init__.__code__
+    return tuple(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_problem(key: str, data: str | None) -> BilevelProblem:
+    """The same instance for the runs of one worker, so that data are read once."""
+    return make_problem(ProblemEntry.model_validate_json(key), data)
+
+
+def space_of(problem: BilevelProblem) -> Space:
+    """The box of a problem: its own, or for the older ones log10 decay in [-6, 1], log decay in [-10, 5]."""
+    own = getattr(problem, "space", None)
+    if isinstance(own, Space):
+        return own
+    if isinstance(problem, DigitsLogistic):
+        return Space(tuple(Parameter(("weight_decay", f"g{g}"), 1e-6, 10.0, log=True) for g in range(problem.groups)))
+    assert isinstance(problem, Mnist1K)
+    layers = [f"fc{i + 1}" for i in range(len(problem.hidden) + 1)]
+    kinds = ("weight_decay", "bias_decay") if isinstance(problem, Mnist1KKinds) else ("weight_decay",)
+    paths = [(kind, layer) for kind in kinds for layer in layers] if problem.share == "layer" else [("weight_decay",)]
+    return Space(tuple(Parameter(path, math.exp(-10), math.exp(5), log=True) for path in paths))
+
+
+def dimension_of(entry: ProblemEntry) -> int:
+    return space_of(make_problem(entry, ".")).dimension
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """The record of a run; of a failed one, with what it saw before and the error."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    problem = _cached_problem(
+        ProblemEntry(problem=run.problem.problem, options=run.problem.options).model_dump_json(), run.data
+    )
+    space = space_of(problem)
+    objective = Objective(problem, space, run.seed, run.budget * run.method.slots)
+    steps: list[dict[str, Any]] = []
+    error, exhausted = None, False
+    try:
+        if run.method.method in METHODS:
+            steps = bilevel(objective, run.seed, run.method.method, run.method.settings, run.method.slots)
+            exhausted = run.method.slots == 1 and objective.cost < run.budget
+        else:
+            PEERS[run.method.method].search(objective, run.seed, **run.method.settings)
+            exhausted = True
+    except BudgetSpent:
+        pass
+    except (RaybilevelError, ArithmeticError, ValueError, RuntimeError) as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    observations = objective.finish()
+    refits = {} if error else _refits(problem, observations, run)
+    optimum = getattr(problem, "optimum", None)
+    return {
+        "format": FORMAT,
+        "status": "failed" if error else "done",
+        "error": error,
+        "problem_name": run.problem_name,
+        "method_name": run.method_name,
+        "settings": run.settings,
+        "space": [{"name": p.name, "low": p.low, "high": p.high, "log": p.log} for p in space.parameters],
+        "optimum": optimum,
+        "versions": {"raybilevel": __version__, "core": core_digest(), **{p: _version(p) for p in PACKAGES}},
+        "exhausted": exhausted,
+        "seconds": round(time.perf_counter() - began, 2),
+        "observations": observations,
+        "steps": steps,
+        "refits": refits,
+    }
+
+
+def _refits(problem: BilevelProblem, observations: list[dict[str, Any]], run: Run) -> dict[str, dict[str, float]]:
+    """Metrics after a refit with the incumbent's hyperparameters, by the incumbent's index, for each mark."""
+    found: dict[str, dict[str, float]] = {}
+    for mark in (*run.marks, run.budget):
+        index = incumbent_at(observations, mark)
+        if index is None or str(index) in found:
+            continue
+        try:
+            metrics = refit(problem, observations[index]["hyperparameters"], run.seed)
+        except ArithmeticError:
+            continue
+        if metrics is None:
+            return {}
+        found[str(index)] = metrics
+    return found
+
+
+def incumbent_at(observations: list[Mapping[str, Any]] | list[dict[str, Any]], cost: float) -> int | None:
+    """Index of the incumbent once `cost` is spent; None before the first training that did not fail."""
+    known = [o for o in observations if o["cost"] <= cost + 1e-9]
+    if not known or observations[known[-1]["incumbent"]]["upper"] is None:
+        return None
+    index: int = known[-1]["incumbent"]
+    return index
+
+
+@functools.cache
+def core_digest() -> str:
+    """A digest of raybilevel's own code outside problems and benchmark: which algorithm made a record."""
+    root = Path(__file__).parents[1]
+    sources = sorted((root / "raybilevel").rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ImportError:
+        return None

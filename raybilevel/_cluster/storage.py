@@ -1,0 +1,131 @@
+"""Where an experiment is stored, and whether every node of the cluster sees it."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raybilevel._cluster.local_files import local_filesystem
+from raybilevel._cluster.resources import nodes_alive
+from raybilevel.errors import StorageError
+
+SECONDS_TO_ANSWER = 60.0
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder of a filesystem.
+
+    path: on the filesystem, without a scheme.
+    """
+
+    filesystem: pyarrow.fs.FileSystem
+    path: str
+
+    def exists(self, name: str) -> bool:
+        found: bool = self.filesystem.get_file_info(f"{self.path}/{name}").type != pyarrow.fs.FileType.NotFound
+        return found
+
+    def read(self, name: str) -> str:
+        with self.filesystem.open_input_stream(f"{self.path}/{name}") as file:
+            text: str = file.read().decode()
+        return text
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        self.filesystem.create_dir(self.path, recursive=True)
+        with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
+            file.write(text.encode())
+
+
+def locate(uri: str | Path) -> Storage:
+    """The storage at a folder ("/shared/runs/a", "file:///shared/runs/a") or a URI ("s3://bucket/a", "gs://bucket/a").
+
+    Raises:
+        StorageError: no such kind of storage, or it cannot be set up.
+    """
+    text = str(uri)
+    if "://" not in text:
+        return Storage(local_filesystem(), str(Path(text).absolute()))
+    try:
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(text)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(f"--storage {text}: {error}") from error
+    path = path.rstrip("/")
+    return Storage(local_filesystem() if text.startswith("file://") else filesystem, path)
+
+
+def check_access(storage: Storage) -> None:
+    """Write a file from this process, and read it and write another one on every node, before anything is trained.
+
+    Raises:
+        StorageError: the storage cannot be written, or nodes, which are named, cannot read or write it.
+    """
+    marker, content = f"{storage.path}/.raybilevel-{uuid.uuid4().hex}", uuid.uuid4().bytes
+    try:
+        storage.filesystem.create_dir(storage.path, recursive=True)
+        with storage.filesystem.open_output_stream(marker) as file:
+            file.write(content)
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"cannot write to the storage {storage.path}: {error}") from error
+    try:
+        blind = without_access(storage, marker, content)
+    finally:
+        storage.filesystem.delete_file(marker)
+    if blind:
+        raise StorageError(
+            f"the storage {storage.path} cannot be used on {len(blind)} of the cluster's nodes: "
+            + "; ".join(f"{node}: {reason}" for node, reason in sorted(blind.items()))
+            + ". Use a folder that all nodes mount at the same place, or a URI that all of them reach (s3://..., gs://...)"
+        )
+
+
+def without_access(storage: Storage, marker: str, content: bytes) -> dict[str, str]:
+    """Address of a node other than this one -> why it cannot use the storage."""
+    here = ray.get_runtime_context().get_node_id()
+    asked = {
+        try_access.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            storage.filesystem, marker, content
+        ): node["NodeManagerAddress"]
+        for node in nodes_alive()
+        if node["NodeID"] != here
+    }
+    if not asked:
+        return {}
+    done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=SECONDS_TO_ANSWER)
+    found = {asked[task]: f"no answer within {SECONDS_TO_ANSWER:.0f} s" for task in silent}
+    for task in done:
+        try:
+            reason = ray.get(task)
+        except ray.exceptions.RayError as error:
+            reason = str(error).splitlines()[-1]
+        if reason is not None:
+            found[asked[task]] = reason
+    for task in silent:
+        ray.cancel(task, force=True)
+    return found
+
+
+@ray.remote(num_cpus=0, max_retries=1)  # type: ignore[untyped-decorator]
+def try_access(filesystem: pyarrow.fs.FileSystem, marker: str, content: bytes) -> str | None:
+    """Why this node does not see the marker, or cannot write beside it; None if it can."""
+    try:
+        with filesystem.open_input_stream(marker) as file:
+            if file.read() != content:
+                return "holds other files at this path"
+    except (pa.ArrowException, OSError) as error:
+        return f"cannot be read: {error}"
+    own = f"{marker}-{uuid.uuid4().hex}"
+    try:
+        with filesystem.open_output_stream(own) as file:
+            file.write(content)
+        filesystem.delete_file(own)
+    except (pa.ArrowException, OSError) as error:
+        return f"cannot be written: {error}"
+    return None

@@ -1,0 +1,1 @@
+"""What `raybilevel run` does: trials and upper-level steps on Ray, progress, refit, summary."""

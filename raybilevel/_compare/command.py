@@ -1,0 +1,184 @@
+"""`raybilevel compare`: every run that has no good record yet, one after another on one cluster, then the table."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+from raybilevel._compare.config import CompareConfig, Run, read_comparison
+from raybilevel._config.experiment import ExperimentConfig
+from raybilevel._records import store as records
+from raybilevel.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+
+
+def prepare(config: CompareConfig, out: Path, resume: bool) -> None:
+    """The output folder; records of another comparison are never added to.
+
+    Raises:
+        ConfigError: the folder holds a comparison already, or none to resume, or another one.
+    """
+    saved = out / CONFIG_FILE
+    if resume:
+        if not saved.is_file():
+            raise ConfigError(f"--resume: there is no comparison in {out}; leave --resume out to begin one")
+        if read_comparison(saved) != config:
+            raise ConfigError(f"--resume: the config differs from the one in {saved}, with which the comparison began")
+        return
+    if (out / "records").exists():
+        raise ConfigError(f"{out} already holds a comparison; choose another --out, or go on with it by --resume")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        saved.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def settled(path: Path, say: Callable[[str], None]) -> bool:
+    """Whether a run has a good record; what is half-written, failed, interrupted or cut off is named and done again."""
+    try:
+        part = records.left_over(path)
+        if part is not None:
+            seen = len(part["observations"])
+            say(f"{path.name}: cut off after {seen} trainings, which are set aside; it is done again")
+        if not path.exists():
+            return False
+        record = records.read(path)
+    except records.DamagedRecord as error:
+        say(f"{error}; it is set aside and done again")
+        return False
+    if record["status"] != "done":
+        say(f"{path.name}: {record['status']}{because(record)}; it is done again")
+        return False
+    return True
+
+
+def run_all(
+    runs: Sequence[Run],
+    out: Path,
+    address: str | None,
+    cpus: int | None,
+    console: Console,
+    storage: str | None = None,
+) -> tuple[int, bool]:
+    """Every run without a good record. How many are still without one, and whether it was interrupted.
+
+    storage: a folder or URI for trials under way; without it a folder of this machine.
+
+    Raises:
+        ConfigError: the cluster has several nodes, and no storage is given; or this machine alone has not what a run
+            asks for.
+        StorageError: the storage cannot be written, or nodes of the cluster do not see it.
+    """
+    from raybilevel._cluster.resources import nodes_alive
+    from raybilevel._cluster.storage import check_access, locate
+    from raybilevel._command.experiment import check_room, cluster
+    from raybilevel._compare.execute import execute
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    missing = [run for run in runs if not settled(out / run.path, say)]
+    say(f"{len(runs)} runs, {len(runs) - len(missing)} of them have a record")
+    if not missing:
+        return 0, False
+    bad, began = 0, time.monotonic()
+    place = None if storage is None else locate(storage)
+    with cluster(address, cpus) as alone:
+        checked: list[ExperimentConfig] = []
+        for run in missing:
+            if run.experiment not in checked:
+                check_room(run.experiment, alone)
+                checked.append(run.experiment)
+        if place is not None:
+            check_access(place)
+        elif len(nodes_alive()) > 1:
+            raise ConfigError(
+                "the cluster has several nodes, which exchange checkpoints while a run is under way: give --storage, a "
+                "folder that all of them mount, or a URI (s3://bucket/folder)"
+            )
+        for number, run in enumerate(missing, 1):
+            head = f"[{number}/{len(missing)}] {run.problem_name} {run.method_name} seed {run.seed}"
+            try:
+                with Progress(console, head, run) as progress:
+                    record = execute(run, progress.update, functools.partial(records.keep, out / run.path), place)
+            except KeyboardInterrupt:  # at once: this run leaves no record but what it has kept, and is made anew
+                return bad + len(missing) - number + 1, True
+            records.write(out / run.path, record)
+            bad += record["status"] not in ("done", "unavailable")
+            say(f"{head}: {outcome(record)}  ({time.monotonic() - began:.0f} s in all)")
+            if record["status"] == "interrupted":
+                return bad + len(missing) - number, True
+    return bad, False
+
+
+class Progress:
+    """One line on a terminal that says how far a run is; nothing elsewhere."""
+
+    def __init__(self, console: Console, head: str, run: Run) -> None:
+        self.console, self.head, self.budget = console, head, run.budget
+        self.status = console.status(self._line(0.0, math.nan), spinner="line") if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self.status is not None:
+            self.status.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.status is not None:
+            self.status.stop()
+
+    def update(self, ledger: Any) -> None:
+        if self.status is not None:
+            best = ledger.observed[ledger.best].upper if ledger.observed else None
+            self.status.update(self._line(ledger.spent(), math.nan if best is None else best))
+
+    def _line(self, spent: float, best: float) -> Text:
+        shown = "-" if math.isnan(best) else f"{best:.4g}"
+        unit = self.budget.unit.replace("_", "-")
+        return Text(f"{self.head}: {spent:.1f} of {self.budget.amount:g} {unit}, best F {shown}")
+
+
+def outcome(record: records.Record) -> str:
+    """A record in a few words."""
+    lowest = min((o["upper"] for o in record["observations"] if o["upper"] is not None), default=None)
+    told = "no training ran to its end" if lowest is None else f"best F {lowest:.5g}"
+    if record["status"] == "unavailable":
+        return f"unavailable{because(record)}"
+    if record["status"] == "failed":
+        return f"FAILED{because(record)}"
+    counts = [(status, sum(o["status"] == status for o in record["observations"])) for status in ("stopped", "failed")]
+    others = "".join(f", {count} {status}" for status, count in counts if count)
+    done = sum(o["status"] == "done" for o in record["observations"])
+    text = f"{told}, {done} trainings{others}, {record['seconds']:.0f} s"
+    return f"interrupted; {text}" if record["status"] == "interrupted" else text
+
+
+def because(record: records.Record) -> str:
+    return f" ({record['error']})" if record["error"] else ""
+
+
+def show_tables(out: Path, console: Console) -> None:
+    """Print the tables, and write the report where its packages are installed."""
+    from raybilevel import report
+    from raybilevel.report._page import markdown, sections_of
+    from raybilevel.report._sources import read_folder
+
+    source = read_folder(out)
+    for line in source.wrong:
+        console.print(f"skipped: {line}", highlight=False, soft_wrap=True, markup=False)
+    tables = [table for section in sections_of(source) for table in section.tables]
+    console.print(markdown(tables), highlight=False, soft_wrap=True, markup=False)
+    try:
+        console.print(str(report.write(out)), highlight=False, soft_wrap=True, markup=False)
+    except ConfigError as error:
+        console.print(f"no report: {error}", highlight=False, soft_wrap=True, markup=False)

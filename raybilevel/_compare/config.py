@@ -1,0 +1,258 @@
+"""The config of a comparison: problems x methods x seeds, and the budget of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationError, model_validator
+
+from benchmarks.suite import space_of
+from raybilevel._compare.methods import check_settings, parse
+from raybilevel._config.experiment import (
+    Checked,
+    ExperimentConfig,
+    ResourcesConfig,
+    SearchConfig,
+    apply_override,
+    in_words,
+    read_config,
+    read_mapping,
+)
+from raybilevel.errors import ConfigError, RaybilevelError
+from raybilevel.problems import make_problem
+from raybilevel.space import Space, nest
+
+Unit = Literal["trainings", "epochs", "seconds", "gpu_seconds"]
+
+
+class Budget(Checked):
+    """What one run may spend, in one of four units.
+
+    trainings:   lower-level trainings; epochs of unfinished ones and upper-level steps count as shares of one.
+    epochs:      the same, in epochs over all trials.
+    seconds:     wall-clock, from the start of the run on a cluster that is up.
+    gpu_seconds: GPUs held by trials and upper-level steps, times how long.
+    """
+
+    trainings: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+    seconds: float | None = Field(default=None, gt=0)
+    gpu_seconds: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def one_unit(self) -> Budget:
+        if sum(getattr(self, unit) is not None for unit in get_args(Unit)) != 1:
+            raise ValueError("give exactly one of trainings, epochs, seconds, gpu_seconds")
+        return self
+
+    @property
+    def unit(self) -> Unit:
+        return next(unit for unit in get_args(Unit) if getattr(self, unit) is not None)
+
+    @property
+    def amount(self) -> float:
+        return float(getattr(self, self.unit))
+
+
+class ProblemEntry(Checked):
+    """A problem as in a config of `raybilevel run`; in the file also `config`, the path of one.
+
+    space:  by default the problem's own box.
+    budget, seeds, methods: instead of the comparison's.
+    """
+
+    problem: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    space: dict[str, Any] | None = None
+    budget: Budget | None = None
+    seeds: int | None = Field(default=None, ge=1)
+    methods: tuple[str, ...] | None = None
+
+
+class MethodEntry(Checked):
+    """A method, with settings of its searcher and of its scheduler other than their defaults."""
+
+    method: str
+    searcher: dict[str, Any] = Field(default_factory=dict)
+    scheduler: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def known(self) -> MethodEntry:
+        try:
+            check_settings(parse(self.method), self.searcher, self.scheduler)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+class CompareConfig(Checked):
+    """A comparison.
+
+    methods:   names, or entries by a name of your own.
+    marks:     costs at which tables report, in the unit of the budget; by default half of it and all of it.
+    resources: of a training and of an upper-level step, as in a config of `raybilevel run`.
+    cpus:      of the local Ray that is started where no cluster is given; by default all.
+    only:      the problems that are run; by default all.
+
+    A file may also have `scales`: other values of top-level keys by a name, for `--scale`.
+    """
+
+    budget: Budget
+    seeds: int = Field(default=3, ge=1)
+    methods: dict[str, MethodEntry]
+    problems: dict[str, ProblemEntry]
+    marks: tuple[float, ...] = ()
+    resources: ResourcesConfig = ResourcesConfig()
+    cpus: int | None = Field(default=None, ge=1)
+    only: tuple[str, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def named(cls, raw: Any) -> Any:
+        """A list of methods is short for entries that are named after their method."""
+        if isinstance(raw, Mapping) and isinstance(raw.get("methods"), Sequence | Mapping):
+            entries = raw["methods"]
+            names = entries if isinstance(entries, Mapping) else {str(name): {"method": name} for name in entries}
+            return {**raw, "methods": names}
+        return raw
+
+    @model_validator(mode="after")
+    def consistent(self) -> CompareConfig:
+        for name, entry in self.problems.items():
+            for method in entry.methods or ():
+                if method not in self.methods:
+                    raise ValueError(f"problem {name!r} names the method {method!r}, which is not among `methods`")
+        for name in self.only or ():
+            if name not in self.problems:
+                raise ValueError(f"`only` names the problem {name!r}, which is not among `problems`")
+        return self
+
+    def runs(self, data: str | None) -> list[Run]:
+        """All runs, the seeds outermost, so that a part of them is a fair comparison already.
+
+        Raises:
+            ConfigError, SpaceError: a problem is wrong; it is named.
+        """
+        experiments = {name: experiment_of(name, self.problems[name], self.resources) for name in self.chosen}
+        found = []
+        for seed in range(max(self.problems[name].seeds or self.seeds for name in self.chosen)):
+            for name, experiment in experiments.items():
+                entry = self.problems[name]
+                if seed >= (entry.seeds or self.seeds):
+                    continue
+                for method in entry.methods or tuple(self.methods):
+                    budget = entry.budget or self.budget
+                    found.append(Run(name, experiment, method, self.methods[method], seed, budget, self.marks, data))
+        return found
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        return self.only or tuple(self.problems)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One problem, one method, one seed; `data` and `marks` have no part in what it is known by."""
+
+    problem_name: str
+    experiment: ExperimentConfig
+    method_name: str
+    method: MethodEntry
+    seed: int
+    budget: Budget
+    marks: tuple[float, ...]
+    data: str | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the result, as plain values."""
+        return {
+            "problem": self.experiment.problem,
+            "options": self.experiment.options,
+            "space": self.experiment.space,
+            "resources": self.experiment.resources.model_dump(),
+            "method": self.method.method,
+            "method_settings": {"searcher": self.method.searcher, "scheduler": self.method.scheduler},
+            "seed": self.seed,
+            "budget": self.budget.amount,
+            "budget_unit": self.budget.unit,
+        }
+
+    @property
+    def path(self) -> Path:
+        """Of its record in the output folder: names for people, a digest of the settings against mistakes."""
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
+        method = self.method_name.replace("/", "-")
+        return Path("records") / self.problem_name / f"{method}-seed{self.seed}-{digest}.json"
+
+
+def experiment_of(name: str, entry: ProblemEntry, resources: ResourcesConfig) -> ExperimentConfig:
+    """A problem of a comparison as a config of `raybilevel run`."""
+    try:
+        space = entry.space
+        if space is None:
+            # A problem that reads files asks for their folder; its box does not depend on them.
+            space = as_config(space_of(make_problem(entry.problem, entry.options, ".")))
+        experiment = ExperimentConfig(
+            problem=entry.problem,
+            options=entry.options,
+            space=space,
+            search=SearchConfig(trainings=1),
+            resources=resources,
+        )
+        experiment.split_space()
+    except AssertionError as error:
+        raise ConfigError(f"problem {name!r}: {entry.problem} has no box of its own; give its `space`") from error
+    except RaybilevelError as error:
+        raise type(error)(f"problem {name!r}: {error}") from error
+    return experiment
+
+
+def as_config(space: Space) -> dict[str, Any]:
+    """A box as the `space` of a config."""
+
+    def domain(low: float, high: float, log: bool, step: float | None) -> dict[str, list[float]]:
+        kind = ("q" if step is not None else "") + ("loguniform" if log else "uniform")
+        return {kind: [low, high] if step is None else [low, high, step]}
+
+    return nest({p.path: domain(p.low, p.high, p.log, p.step) for p in space.parameters})
+
+
+def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str | None = None) -> CompareConfig:
+    """Read a comparison's config file, at a scale, with overrides such as "budget.trainings=10".
+
+    Raises:
+        ConfigError: it is missing, not YAML, or a key is unknown, missing or wrong; file and key are named.
+    """
+    raw = read_mapping(path)
+    if scale is not None:
+        scales = raw.get("scales") or {}
+        if scale not in scales:
+            raise ConfigError(f"{path}: no scale {scale!r}; it has {', '.join(scales) or 'none'}")
+        raw |= scales[scale]
+    raw.pop("scales", None)
+    inline_configs(raw, Path(path).parent)
+    for override in overrides:
+        apply_override(raw, override)
+    try:
+        return CompareConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {in_words(error)}") from error
+
+
+def inline_configs(raw: dict[str, Any], folder: Path) -> None:
+    """Put the problem, options and space of each problem's `config` (relative to `folder`) in its place, so that what
+    is kept with the records needs no other file."""
+    for name, entry in (raw.get("problems") or {}).items():
+        if not isinstance(entry, dict) or "config" not in entry:
+            continue
+        if "problem" in entry or "space" in entry:
+            raise ConfigError(f"problems.{name}: give either `config`, or `problem` and `space`")
+        given = read_config(folder / str(entry.pop("config")))
+        entry |= {"problem": given.problem, "options": {**given.options, **entry.get("options", {})}}
+        entry["space"] = given.space

@@ -1,0 +1,393 @@
+"""One run of a comparison: trials on Ray Tune until the budget is spent, then its record."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+import signal
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray
+from ray import tune
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from benchmarks.suite import FORMAT, core_digest, incumbent_at
+from raybilevel._cluster.environment import environment
+from raybilevel._cluster.resources import bundles_of, most_slots, step_options, task_options, trainings_that_fit
+from raybilevel._cluster.shared import Shared
+from raybilevel._cluster.storage import Storage
+from raybilevel._command.experiment import (
+    first_bundle,
+    param_space,
+    refit_task,
+    reuses_processes,
+    trial_resources,
+    with_room_for_steps,
+)
+from raybilevel._compare.config import Run
+from raybilevel._compare.ledger import BudgetStopper, Ledger
+from raybilevel._compare.methods import (
+    METRIC,
+    OWN_NAMES,
+    PAUSERS,
+    WITHOUT_LOGARITHMS,
+    Parts,
+    Setting,
+    UnavailableError,
+    grid,
+    make_scheduler,
+    make_searcher,
+    parse,
+    probe,
+)
+from raybilevel._compare.searchers import BudgetedSearch, TimedSearcher, overhead_of, spent_on_steps
+from raybilevel._config.experiment import ExperimentConfig
+from raybilevel._lower.levels import check_problem
+from raybilevel._records.summary import versions
+from raybilevel.methods import make_method
+from raybilevel.problem import BilevelProblem
+from raybilevel.problems import make_problem
+from raybilevel.space import Space, flatten, nest
+from raybilevel.tune._searcher import BilevelSearch
+from raybilevel.tune._trainable import lower_level_trainable
+
+Record = dict[str, Any]
+
+PACKAGES = ("optuna", "hyperopt", "ax-platform", "bayesian-optimization", "hpbandster", "ConfigSpace")
+MANY = 10_000
+"""Trials at most, where the budget is not counted in trainings."""
+SECONDS_TO_CANCEL = 10.0
+"""For upper-level steps that the end of a run cuts off."""
+
+
+def execute(
+    run: Run,
+    news: Callable[[Ledger], None] = lambda ledger: None,
+    keep: Callable[[Record], None] = lambda record: None,
+    storage: Storage | None = None,
+) -> Record:
+    """The record of a run, on the Ray cluster that this process has joined.
+
+    Of a method that cannot be run the status is "unavailable", of an interrupted or failed run "interrupted" or
+    "failed"; both keep what was seen before.
+
+    news: called again and again while the run is under way. keep: called after every training with the record so far,
+        of status "running", for what kills this process. storage: for trials and their checkpoints while the run is
+        under way; by default a temporary folder of this machine.
+    """
+    parts, problem = parse(run.method.method), make_problem(run.experiment.problem, run.experiment.options, run.data)
+    space, constants = run.experiment.split_space()
+    check_problem(problem, space, constants)
+    record = empty_record(run, problem, space)
+    run = replace(run, experiment=with_room_for_steps(run.experiment, problem))
+    ledger = Ledger(space, problem.epochs, run.budget, gpus_of(run, problem))
+    setting = setting_of(run, problem, space)
+    began = time.perf_counter()
+    try:
+        probe_parts(parts, setting)
+    except UnavailableError as error:
+        return {**record, "status": "unavailable", "error": str(error)}
+    kept = 0
+
+    def so_far(ledger: Ledger) -> None:
+        nonlocal kept
+        news(ledger)
+        if len(ledger.observed) > kept:
+            kept = len(ledger.observed)
+            keep({**record, "status": "running", **seen(ledger, began)})
+
+    ledger.on_news = so_far
+    failure: str | None = None
+    exhausted = False
+    refits: Record = {}
+    searcher: TimedSearcher | None = None
+    place = temporary_place(storage)
+    try:
+        searcher = searcher_of(parts, setting, ledger, place)
+        with stop_on_interrupt(ledger):
+            tune_run(run, parts, setting, searcher, ledger, place)
+        exhausted = not ledger.over
+        if not ledger.interrupted:
+            refits = refits_of(run, problem, constants, ledger)
+    except Exception as raised:  # the record says what, and the other runs go on
+        logging.getLogger(__name__).debug("run failed", exc_info=True)
+        failure = f"{type(raised).__name__}: {first_line(raised)}"
+        record["traceback"] = traceback.format_exc()
+    finally:
+        if searcher is not None and isinstance(searcher.inner, BilevelSearch):
+            searcher.inner.cancel_steps(SECONDS_TO_CANCEL)
+        with contextlib.suppress(OSError):
+            place.filesystem.delete_dir(place.path)
+    status = "failed" if failure else "interrupted" if ledger.interrupted else "done"
+    return {
+        **record,
+        "status": status,
+        "error": failure,
+        "exhausted": exhausted,
+        "refits": refits,
+        **seen(ledger, began),
+        **own_part(searcher, ledger),
+    }
+
+
+def temporary_place(storage: Storage | None) -> Storage:
+    """A new folder, in the storage or on this machine."""
+    if storage is None:
+        return Storage(pyarrow.fs.LocalFileSystem(), tempfile.mkdtemp(prefix="raybilevel-compare-"))
+    return Storage(storage.filesystem, f"{storage.path}/raybilevel-compare-{uuid.uuid4().hex}")
+
+
+def seen(ledger: Ledger, began: float) -> Record:
+    """What trials have told so far."""
+    return {
+        "seconds": round(time.perf_counter() - began, 2),
+        "spent": {"epochs": ledger.epochs, "gpu_seconds": round(ledger.gpu_seconds, 3)},
+        "observations": ledger.observations(),
+        "trials": [vars(trial) for trial in ledger.trials.values()],
+    }
+
+
+def setting_of(run: Run, problem: BilevelProblem, space: Space) -> Setting:
+    unit, amount = run.budget.unit, run.budget.amount
+    trainings = {"trainings": amount, "epochs": amount / problem.epochs}.get(unit)
+    return Setting(
+        problem,
+        space,
+        param_space(run.experiment),
+        problem.epochs,
+        run.seed,
+        trainings,
+        slots_for(run.experiment, problem),
+        run.experiment.resources.upper,
+        run.method.searcher,
+        run.method.scheduler,
+    )
+
+
+def slots_for(experiment: ExperimentConfig, problem: BilevelProblem) -> int:
+    """Trainings at once: as many as the cluster holds, and no more than `BilevelSearch` would run of a few."""
+    return max(1, min(most_slots(0), trainings_that_fit(bundles_of(trial_resources(experiment), problem))))
+
+
+def gpus_of(run: Run, problem: BilevelProblem) -> tuple[float, float]:
+    step = step_options(run.experiment.resources.upper, problem)
+    return first_bundle(run.experiment).get("gpu", 0.0), float(step.get("num_gpus", 0.0))
+
+
+def probe_parts(parts: Parts, setting: Setting) -> None:
+    """Raises UnavailableError, with the reason, where a part of the method cannot be run."""
+    if not parts.own:
+        probe(parts.searcher, setting)
+    if parts.searcher == "grid":
+        grid(setting.space, setting.trainings)
+    make_scheduler(parts.scheduler, setting)
+
+
+def searcher_of(parts: Parts, setting: Setting, ledger: Ledger, place: Storage) -> TimedSearcher | None:
+    """What suggests the trials; None where Tune's own variant generator does."""
+    if not parts.own:
+        inner = make_searcher(parts.searcher, setting)
+        if inner is None:
+            return None
+        return TimedSearcher(inner, setting.space if parts.searcher in WITHOUT_LOGARITHMS else None)
+    room = ledger.room if not parts.stops_early else lambda: not ledger.over
+    search = BudgetedSearch(
+        setting.problem,
+        metric=METRIC,
+        mode="min",
+        method=make_method(OWN_NAMES[parts.searcher], **setting.searcher),
+        seed=setting.seed,
+        max_concurrent=setting.slots,
+        upper_resources=setting.upper_resources,
+        storage_filesystem=place.filesystem,
+        room=room,
+    )
+    ledger.steps = lambda: spent_on_steps(search)
+    return TimedSearcher(search)
+
+
+def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Ledger, place: Storage) -> None:
+    """The trials: the same trainable, seed and resources for every method."""
+    space, samples = dict(setting.param_space), samples_of(parts, setting)
+    if parts.searcher == "grid":
+        values = grid(setting.space, setting.trainings)
+        space = nest({**flatten(space), **{path: tune.grid_search(v) for path, v in values.items()}})
+        samples = 1
+    if searcher is None:
+        searcher = BasicVariantGenerator(random_state=run.seed)
+    every = 1 if parts.scheduler in PAUSERS else None
+    trainable = lower_level_trainable(setting.problem, run.seed, every)
+    ledger.began = ledger.seen = time.monotonic()
+    with quiet():
+        tune.run(
+            tune.with_resources(trainable, trial_resources(run.experiment)),
+            name="tune",
+            storage_path=place.path,
+            storage_filesystem=place.filesystem,
+            config=space,
+            search_alg=searcher,
+            scheduler=make_scheduler(parts.scheduler, setting),
+            metric=METRIC,
+            mode="min",
+            num_samples=samples,
+            reuse_actors=reuses_processes(run.experiment),
+            callbacks=[ledger],
+            stop=BudgetStopper(ledger),
+            raise_on_failed_trial=False,
+            verbose=0,
+        )
+
+
+def samples_of(parts: Parts, setting: Setting) -> int:
+    """Trials at most. Without early stopping the budget is a number of trainings; a population is as large as that;
+    the median rule stops about half; and with successive halving each trial takes one epoch at least."""
+    if setting.trainings is None:
+        return MANY if parts.scheduler not in ("pbt", "pb2") else max(4, 2 * setting.slots)
+    whole = max(1, int(setting.trainings + 1e-9))
+    if not parts.stops_early or parts.scheduler in ("pbt", "pb2"):
+        return whole
+    if parts.scheduler == "median-stopping":
+        return 2 * whole
+    return max(1, int(setting.trainings * setting.epochs))
+
+
+def refits_of(run: Run, problem: BilevelProblem, constants: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
+    """Metrics after a training on training plus validation data with the incumbent's hyperparameters, by the
+    incumbent's index, for each mark; not charged, as every method has it."""
+    if problem.refit_batches(None) is None:
+        return {}
+    observations = [{**o, "cost": o["spent"]} for o in ledger.observations()]
+    resources = task_options({"cpu": 1, **first_bundle(run.experiment)})
+    shared = Shared(problem)
+    found: Record = {}
+    tasks: dict[str, Any] = {}
+    for mark in (*run.marks, run.budget.amount, float("inf")):
+        index = incumbent_at(observations, mark)
+        if index is not None and str(index) not in tasks:
+            config = nest({**flatten(constants), **flatten(observations[index]["hyperparameters"])})
+            tasks[str(index)] = refit_task.options(**resources).remote(shared, config, run.seed)
+    for name, task in tasks.items():
+        with contextlib.suppress(ray.exceptions.RayError):  # a refit that diverges, or is lost, has no loss
+            if (metrics := ray.get(task)) is not None:
+                found[name] = metrics
+    return found
+
+
+def own_part(timed: TimedSearcher | None, ledger: Ledger) -> Record:
+    """What the method took, and of raybilevel's own its whole search."""
+    search = timed.inner if timed is not None else None
+    if not isinstance(search, BudgetedSearch):
+        return {"overhead": overhead_of(timed, {}), "steps": [], "search": None}
+    upper = sum(step.ended - step.began for step in search.step_times)
+    steps = [
+        {
+            "number": step.number,
+            "began": round(step.began - ledger.began, 3),
+            "ended": round(step.ended - ledger.began, 3),
+        }
+        for step in search.step_times
+    ]
+    overhead = overhead_of(timed, {"upper_seconds": round(upper, 3), "upper_passes": spent_on_steps(search)[0]})
+    return {"overhead": overhead, "steps": steps, "search": saved_search(search)}
+
+
+def saved_search(search: BilevelSearch) -> Any:
+    """The state of a search as plain values, as in its state file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "search"
+        search.save(str(path))
+        if not path.exists():
+            return None
+        saved = json.loads(json.loads(path.read_text(encoding="utf-8"))["search"])
+    return {**saved, "memory": None, "checkpoints": {}}
+
+
+def empty_record(run: Run, problem: BilevelProblem, space: Space) -> Record:
+    return {
+        "format": FORMAT,
+        "kind": "compare",
+        "status": "failed",
+        "error": None,
+        "problem_name": run.problem_name,
+        "method_name": run.method_name,
+        "settings": run.settings,
+        "epochs_per_training": problem.epochs,
+        "marks": list(run.marks),
+        "space": [{"name": p.name, "low": p.low, "high": p.high, "log": p.log} for p in space.parameters],
+        "optimum": getattr(problem, "optimum", None),
+        "versions": {**versions(), "core": core_digest(), **{name: installed(name) for name in PACKAGES}},
+        "machine": machine(),
+        "exhausted": False,
+        "seconds": 0.0,
+        "spent": {},
+        "observations": [],
+        "trials": [],
+        "refits": {},
+        "overhead": {},
+        "steps": [],
+        "search": None,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on, without names."""
+    resources = ray.cluster_resources()
+    return {
+        "system": platform.platform(terse=True),
+        "nodes": sum(node["Alive"] for node in ray.nodes()),
+        "cpus": resources.get("CPU", 0.0),
+        "gpus": resources.get("GPU", 0.0),
+        "accelerators": sorted(
+            name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")
+        ),
+        "memory_gib": round(resources.get("memory", 0.0) / 2**30, 1),
+    }
+
+
+def installed(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def stop_on_interrupt(ledger: Ledger) -> Iterator[None]:
+    """Ctrl-C ends the run in order, with what was seen; a second one at once. Only in the main thread."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        if ledger.interrupted:
+            raise KeyboardInterrupt
+        ledger.interrupted = True
+
+    try:
+        earlier = signal.signal(signal.SIGINT, interrupt)
+    except ValueError:  # not the main thread, which is where signals arrive
+        earlier = None
+    try:
+        with environment("TUNE_DISABLE_SIGINT_HANDLER", "1"):
+            yield
+    finally:
+        if earlier is not None:
+            signal.signal(signal.SIGINT, earlier)
+
+
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """Without Tune's files for TensorBoard and its lines per trial: a record holds what they would."""
+    return environment("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

@@ -1,0 +1,1 @@
+"""Config files: read once, checked whole. No Ray."""

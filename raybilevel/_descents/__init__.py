@@ -1,0 +1,1 @@
+"""Descents from trained weights: hypergradients at fixed x, and steps in (x, y) jointly. No Ray."""

@@ -1,0 +1,121 @@
+"""Where to train next: a Gaussian process of F(x, y*(x)) with hypergradients, and BoTorch acquisitions on it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from botorch.acquisition import AcquisitionFunction
+from botorch.acquisition.analytic import LogExpectedImprovement, UpperConfidenceBound
+from botorch.exceptions.warnings import BotorchWarning
+from botorch.optim import optimize_acqf
+from torch import Tensor
+
+from raybilevel._models.gaussian_process import FittedGP, exact, fit, value_rows
+from raybilevel._models.value_function import nearest, thinned
+from raybilevel.search_state import Training
+from raybilevel.space import sobol_points
+
+
+@dataclass(frozen=True)
+class Warp:
+    """z = log(F - low + spread): bad regions are flattened, whatever the shift and scale of F.
+
+    low: the smallest F seen; spread: the median's distance from it.
+    """
+
+    low: float
+    spread: float
+
+    @classmethod
+    def of(cls, upper: Tensor) -> Warp:
+        low = upper.min().item()
+        spread = upper.median().item() - low
+        return cls(low, spread if spread > 1e-9 * max(1.0, abs(low)) else 1.0)
+
+    def __call__(self, upper: Tensor) -> Tensor:
+        return torch.log(upper - self.low + self.spread)
+
+    def slope(self, upper: Tensor) -> Tensor:
+        return 1 / (upper - self.low + self.spread)
+
+    def inverse(self, z: float) -> float:
+        return math.exp(z) + self.low - self.spread
+
+
+@dataclass(frozen=True)
+class UpperModel:
+    """The posterior of warped F at trained weights, conditioned on pending points at their own mean."""
+
+    process: FittedGP
+    warp: Warp
+    best: float
+
+    def mean(self, unit: Tensor) -> float:
+        """F expected at a point of the unit cube, shape (d,)."""
+        return self.warp.inverse(self.process.mean(unit).item())
+
+
+def fit_upper_model(
+    trainings: Sequence[Training], pending: Sequence[Tensor], near: Tensor, max_rows: int
+) -> UpperModel:
+    """The model of measured trainings; where rows run out, hypergradients nearest to `near` are kept, and with them at
+    most half of the rows are values (`thinned`)."""
+    warp = Warp.of(torch.tensor([t.upper for t in trainings], dtype=torch.double))
+    trainings = thinned(trainings, near, max_rows // 2 if any(t.hypergradient for t in trainings) else max_rows)
+    x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
+    upper = torch.tensor([t.upper for t in trainings], dtype=torch.double)
+    slope = warp.slope(upper)
+    known = [i for i, t in enumerate(trainings) if t.hypergradient]
+    kept = [known[i] for i in nearest(x[known], near, (max_rows - len(x)) // x.shape[1])] if known else []
+    gradients = {i: slope[i] * torch.tensor(trainings[i].hypergradient, dtype=torch.double) for i in kept}
+    process = fit(x, warp(upper), gradients)
+    if pending:
+        # Kriging believer (Ginsbourger et al. 2010): a pending point counts as observed at its posterior mean.
+        points = torch.stack(list(pending))
+        with exact(), torch.no_grad():
+            believed = process.model.posterior(points).mean.squeeze(-1)
+        rows = torch.cat([process.model.train_inputs[0], value_rows(points)])
+        process.model.set_train_data(rows, torch.cat([process.model.train_targets, believed]), strict=False)
+    lowest = (warp(torch.tensor(warp.low, dtype=torch.double)) - process.shift) / process.scale
+    return UpperModel(process, warp, lowest.item())
+
+
+def minimise_in_box(
+    model: UpperModel, low: Tensor, high: Tensor, starts: Sequence[Tensor], beta: float, seed: int
+) -> Tensor:
+    """The point of a box with the lowest mean - sqrt(beta) * deviation, shape (d,)."""
+    acquisition = UpperConfidenceBound(model.process.model, beta=beta, maximize=False)
+    return maximise(acquisition, low, high, starts, seed)
+
+
+def expected_improvement(model: UpperModel, dimension: int, starts: Sequence[Tensor], seed: int) -> Tensor:
+    """The point of the unit cube with the largest (log) expected improvement over the incumbent, shape (d,)."""
+    acquisition = LogExpectedImprovement(model.process.model, best_f=model.best, maximize=False)
+    return maximise(acquisition, torch.zeros(dimension).double(), torch.ones(dimension).double(), starts, seed)
+
+
+def maximise(
+    acquisition: AcquisitionFunction, low: Tensor, high: Tensor, starts: Sequence[Tensor], seed: int, restarts: int = 4
+) -> Tensor:
+    """Multi-start L-BFGS-B in a box, from `starts` and the best of 64 scrambled Sobol points."""
+    raw = low + sobol_points(len(low), 64, seed) * (high - low)
+    with torch.no_grad():
+        order = acquisition(raw.unsqueeze(1)).argsort(descending=True, stable=True)
+    chosen = [*(start.clamp(low, high) for start in starts), *raw[order[:restarts]]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BotorchWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found, _ = optimize_acqf(
+            acquisition,
+            bounds=torch.stack([low, high]),
+            q=1,
+            num_restarts=len(chosen),
+            batch_initial_conditions=torch.stack(chosen).unsqueeze(1),
+            options={"maxiter": 60},
+        )
+    point: Tensor = found[0].detach().clamp(low, high)
+    return point

@@ -1,0 +1,122 @@
+"""The result of a run, as `summary.json`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from raybilevel.methods._base import Method
+from raybilevel.search._diagnostics import diagnose, verdict
+from raybilevel.search_state import SearchState, Training
+from raybilevel.space import Space
+
+PACKAGES = ("raybilevel", "ray", "torch", "botorch", "gpytorch", "numpy")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def summarise(
+    state: SearchState,
+    space: Space,
+    method: Method,
+    trial_results: Mapping[int, Mapping[str, Any]],
+    checkpoints: Mapping[int, str],
+    about: Mapping[str, Any],
+    test_loss_refit: float | None,
+    wall_seconds: float,
+) -> dict[str, Any]:
+    """The content of `summary.json`.
+
+    trial_results: what each training last reported, by its index.
+    about:         problem, method and seed.
+    """
+    best = method.incumbent(state)
+    test_losses = {index: r["test_loss"] for index, r in trial_results.items() if "test_loss" in r}
+    return {
+        **about,
+        "versions": versions(),
+        "best": None
+        if best is None
+        else {
+            "hyperparameters": found(trial_results, best) or config_of(space, best),
+            "lower_loss": best.value,
+            "upper_loss": best.upper,
+            "test_loss": test_losses.get(best.index),
+            "test_loss_refit": test_loss_refit,
+            "checkpoint": checkpoints.get(best.index),
+        },
+        "metrics": {} if best is None else numbers(trial_results.get(best.index, {})),
+        "trainings": len(state.told),
+        "failed_trainings": sum(t.status == "failed" for t in state.told),
+        "upper_steps": len(state.steps),
+        "failed_upper_steps": sum(step.failed for step in state.steps),
+        "cost": state.cost,
+        "wall_seconds": wall_seconds,
+        "verdict": verdict(state, method.converged(state), test_losses),
+        "diagnostics": asdict(diagnose(state)),
+        "history": history(state, space, test_losses, trial_results),
+    }
+
+
+def found(trial_results: Mapping[int, Mapping[str, Any]], training: Training) -> Mapping[str, Any] | None:
+    """The hyperparameters that a descent ended at; None for a training, which has those of its config."""
+    return trial_results.get(training.index, {}).get("hyperparameters")
+
+
+def numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """What the problem's `evaluate` reported, e.g. an accuracy."""
+    own = {"upper_loss", "lower_loss", "epoch", "step", "lower_passes", "timestamp", "pid"}
+    tune = ("time_", "training_", "iterations_", "hypergradient_")
+    return {
+        name: float(value)
+        for name, value in result.items()
+        if isinstance(value, float | int) and not isinstance(value, bool) and name not in own
+        if not name.startswith(tune) and math.isfinite(value)
+    }
+
+
+def history(
+    state: SearchState,
+    space: Space,
+    test_losses: Mapping[int, float],
+    trial_results: Mapping[int, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """One entry per ended training, in the order in which they ended; losses are null where it failed."""
+    entries, best = [], math.inf
+    for training, cost in zip(state.told, state.costs(), strict=True):
+        if training.status == "done":
+            best = min(best, training.upper)
+        entries.append(
+            {
+                "training": training.index,
+                "status": training.status,
+                "cost": cost,
+                "hyperparameters": found(trial_results or {}, training) or config_of(space, training),
+                "lower_loss": finite(training.value),
+                "upper_loss": finite(training.upper),
+                "best_upper_loss": finite(best),
+                "test_loss": test_losses.get(training.index),
+            }
+        )
+    return entries
+
+
+def config_of(space: Space, training: Training) -> dict[str, Any]:
+    return space.suggest(torch.tensor(training.unit, dtype=torch.double))
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def as_text(summary: Mapping[str, Any]) -> str:
+    return json.dumps(summary, indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,1 @@
+"""Changes to Ray Tune, one a module."""

@@ -1,0 +1,330 @@
+"""A bilevel descent in progress: x by Adam on hypergradients, y going on from where it was. Knows no Ray."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from raybilevel._lower import checkpoint
+from raybilevel.errors import NotFiniteError, ProblemError
+from raybilevel.hypergradient._estimators import Hypergradient
+from raybilevel.hypergradient._fixed_point import AndersonAcceleration
+from raybilevel.hypergradient._krylov import KrylovMemory
+from raybilevel.hypergradient._lower import solve_lower
+from raybilevel.hypergradient._recycling import ErrorEstimator, RecycleSpace
+from raybilevel.hypergradient._variables import (
+    BoxVariables,
+    ModuleVariables,
+    UpperVariables,
+    bilevel_functions,
+    set_weights,
+    weights_of,
+)
+from raybilevel.problem import BilevelProblem, move
+from raybilevel.space import Space, flatten, nest
+
+if TYPE_CHECKING:
+    from raybilevel.methods._hypergradient import HypergradientDescent
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FILE = "bilevel.pt"
+CHECKPOINT_FORMAT = 1
+FAILED = 0.5
+"""A linear solve that leaves more of its right side than this has failed."""
+
+
+class BilevelDescent:
+    """One descent: its start, its place, its result.
+
+    space: of a box; None where the problem has `upper_variables`.
+    config: the start: a point of the space, or {"start": number}, with the constants around it.
+
+    The weights of the descent see training data only, except those that a penalty estimator keeps for itself. The
+    result, `conclude`, is nevertheless judged at weights trained anew.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        config: Mapping[str, Any],
+        settings: HypergradientDescent,
+        space: Space | None = None,
+        seed: int = 0,
+    ) -> None:
+        number = int(config.get("start", 0)) if space is None else 0
+        self.whole, self.config, self.settings, self.space = problem, dict(config), settings, space
+        if settings.shards > 1:
+            problem = problem.shard(number % settings.shards, settings.shards)
+        self.problem = problem
+        self.seed = seed + number // settings.shards
+        self.estimator = settings.make_estimator()
+        self.generator = torch.Generator().manual_seed(self.seed)
+        with self._random(self.seed):
+            self.model: nn.Module = problem.model().to(problem.device, problem.dtype)
+            self.variables, x = self._start()
+        self.x = nn.Parameter(x)
+        self.adam = torch.optim.Adam([self.x], lr=settings.rate)
+        self.functions = bilevel_functions(problem, self.model, self.variables)
+        if settings.lower == "fixed_point" and self.functions.lower_map is None:
+            raise ProblemError(f"{type(problem).__name__} has no lower_map(), which lower='fixed_point' needs")
+        with self._random():
+            self.optimizer = problem.optimizer(self.model)
+        self.step = 0
+        self.memory: Any = None
+        self.iterations = self.products = 0
+        self.best: tuple[float, Tensor] = (math.inf, x.clone())
+        self.last: dict[str, float] = {}
+        self.training_passes = 0.0
+        self.warned = False
+        self.lower_residual: float | None = None
+
+    def _start(self) -> tuple[UpperVariables, Tensor]:
+        problem = self.problem
+        if self.space is not None:
+            names = {parameter.path for parameter in self.space.parameters}
+            constants = nest({path: value for path, value in flatten(self.config).items() if path not in names})
+            unit = self.space.encode(self.config).to(problem.device, problem.dtype)
+            return BoxVariables(self.space, constants), unit
+        module = problem.upper_variables()
+        assert module is not None
+        module = module.to(problem.device, problem.dtype)
+        constants = {key: value for key, value in self.config.items() if key != "start"}
+        return ModuleVariables(module, constants), parameters_to_vector(module.parameters()).detach().clone()
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.settings.steps
+
+    @property
+    def passes(self) -> float:
+        """What was spent, in gradients of f over all lower data."""
+        passes = self.functions.passes + self.training_passes
+        return passes if self.problem is self.whole else passes / self.settings.shards
+
+    def run_step(self) -> dict[str, float]:
+        """Solve or train the lower level, estimate the hypergradient there, and step in x; what was seen on the way.
+
+        Raises:
+            NotFiniteError: a loss or the hypergradient is NaN or infinite.
+        """
+        settings, x = self.settings, self.x.detach().clone()
+        y = self._train(self.model, self.optimizer, x, settings.lower_epochs if self.step else self.problem.epochs)
+        target = settings.accuracy * self.last.get("hypergradient_norm", 0.0)
+        found = self.estimator(self.functions, x, y, self.memory, target)
+        upper = self.functions.upper(x, y).value  # a penalty estimator's own weights have seen validation data
+        if not math.isfinite(upper):
+            raise NotFiniteError(f"the upper-level loss is {upper} in step {self.step + 1}")
+        selection = self._selection(x)
+        chosen_by = upper if selection is None else selection
+        if chosen_by < self.best[0]:
+            self.best = (chosen_by, x)
+        self.memory = found.memory
+        self.iterations += found.iterations
+        self.products += found.products
+        self._warn_of_failed_solve(found, target)
+        for group in self.adam.param_groups:
+            group["lr"] = settings.rate * (0.1 + 0.9 * (1 + math.cos(math.pi * self.step / settings.steps)) / 2)
+        self.x.grad = found.gradient
+        self.adam.step()
+        with torch.no_grad():
+            self.x.copy_(self.variables.project(self.x))
+        self.step += 1
+        self.last = {"upper_loss": upper, "hypergradient_norm": found.gradient.norm().item()}
+        if selection is not None:
+            self.last["selection_loss"] = selection
+        lower = self.functions.lower(x, y)
+        residuals = {"solver_residual": found.residual, "lower_residual": self.lower_residual}
+        return {
+            **self.last,
+            "lower_loss": lower.value,
+            "lower_gradient_norm": lower.in_y.norm().item(),
+            "solver_iterations": float(self.iterations),
+            "second_order_products": float(self.products),
+            **{name: residual for name, residual in residuals.items() if residual is not None},
+        }
+
+    def _warn_of_failed_solve(self, found: Hypergradient, target: float) -> None:
+        """Once a descent; not where the solve ended because the hypergradient is accurate enough."""
+        if self.warned or found.residual is None or found.residual <= FAILED:
+            return
+        if found.error is not None and found.error <= target:
+            return
+        self.warned = True
+        logger.warning(
+            "step %d: the linear solve of the hypergradient ended at a relative residual of %.2g. Are there more "
+            "weights than examples, or is the lower level not at a minimum? A decay in lower_loss, more iterations, or "
+            "solver 'minres' may help; the metric solver_residual has every step's.", self.step + 1, found.residual,
+        )  # fmt: skip
+
+    def conclude(self) -> dict[str, Any]:
+        """F, f and the problem's metrics at the x with the lowest F on the way (or selection loss, if the problem has
+        one), at weights trained anew, from the seed, on all data; and x itself, as "hyperparameters", where it is a
+        point of a box, whose steps are applied before."""
+        x = self.variables.rounded(self.best[1])
+        self._take_all_data()
+        with self._random(self.seed):
+            model: nn.Module = self.problem.model().to(self.problem.device, self.problem.dtype)
+            optimizer = self.problem.optimizer(model)
+        self.generator.manual_seed(self.seed)
+        y = self._train(model, optimizer, x, self.problem.epochs)
+        self.model.load_state_dict(model.state_dict())
+        self.x.data = x.clone()
+        upper, lower = self.functions.upper(x, y), self.functions.lower(x, y)
+        if not (math.isfinite(upper.value) and math.isfinite(lower.value)):
+            raise NotFiniteError(f"after training anew the losses are {upper.value} and {lower.value}")
+        norm = lower.in_y.norm().item()
+        found: dict[str, Any] = {"upper_loss": upper.value, "lower_loss": lower.value, "lower_gradient_norm": norm}
+        found |= self.metrics()
+        if self.space is not None:
+            found["hyperparameters"] = self.space.suggest(x.detach().cpu().double())
+        return found
+
+    def _take_all_data(self) -> None:
+        """For a descent that saw a part of them."""
+        if self.problem is self.whole:
+            return
+        self.training_passes, self.problem = self.passes, self.whole
+        with self._random(self.seed):
+            self.model = self.problem.model().to(self.problem.device, self.problem.dtype)
+        self.functions = bilevel_functions(self.problem, self.model, self.variables)
+
+    def _selection(self, x: Tensor) -> float | None:
+        """The problem's selection loss at x and the weights in the model."""
+        self.model.eval()
+        with torch.no_grad():
+            found = self.problem.selection_loss_at(self.model, self.variables.hyperparameters(x))
+        if found is not None and not math.isfinite(found):
+            raise NotFiniteError(f"the selection loss is {found} in step {self.step + 1}")
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """What the problem's `evaluate_at` says of the present x and y."""
+        self.model.eval()
+        with torch.no_grad():
+            given = self.variables.hyperparameters(self.x.detach())
+            return {name: float(value) for name, value in self.problem.evaluate_at(self.model, given).items()}
+
+    def _train(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, epochs: int) -> Tensor:
+        """Minimise f(x, .) from the model's weights; they are left in the model and returned flat."""
+        if self.settings.lower == "tolerance":
+            y = solve_lower(self.functions, x, weights_of(model), self.settings.lower_tolerance).y
+            set_weights(model, y)
+            return y
+        if self.settings.lower == "fixed_point":
+            y = self._fixed_point(x, weights_of(model))
+            set_weights(model, y)
+            return y
+        problem, size = self.problem, 0
+        given = self.variables.hyperparameters(x)
+        with self._random():
+            model.train()
+            for _ in range(epochs):
+                size = 0
+                for raw in problem.batches("lower", self.generator):
+                    batch = move(raw, problem.device, problem.dtype)
+
+                    def closure(batch: Any = batch) -> float:
+                        optimizer.zero_grad()
+                        loss = problem.lower_loss(model, given, batch)
+                        loss.backward(inputs=[w for w in model.parameters() if w.requires_grad])
+                        return loss.item()
+
+                    if not math.isfinite(float(optimizer.step(closure))):
+                        raise NotFiniteError(f"the lower-level loss is not finite in step {self.step + 1}")
+                    size += problem.batch_size(raw)
+            model.eval()
+        self.training_passes += epochs
+        return weights_of(model)
+
+    def _fixed_point(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = len(self.functions.mapped(x, y))
+        found = AndersonAcceleration(self.settings.lower_tolerance).solve(
+            lambda z: self.functions.mapped(x, z.flatten()), y.view(rows, -1)
+        )
+        self.lower_residual = found.residual
+        return found.y.flatten()
+
+    @contextmanager
+    def _random(self, seed: int | None = None) -> Iterator[None]:
+        """Torch's global random numbers belong to this descent inside the block."""
+        device = torch.device(self.problem.device)
+        devices = [] if device.type == "cpu" else [torch.get_device_module(device).current_device()]
+        with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
+            torch.manual_seed(seed if seed is not None else int(torch.randint(2**31, (), generator=self.generator)))
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Named plain values and tensors; the recycled space with them."""
+        memory = self.memory
+        if isinstance(memory, KrylovMemory):
+            space = memory.space
+            seen = space.estimator if space else None
+            memory = {
+                "solution": memory.solution,
+                "vectors": space.vectors if space else None,
+                "estimator": {"weighted": seen.weighted, "basis": seen.basis, "rest": seen.rest} if seen else None,
+            }
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "step": self.step,
+            "finished": self.finished,
+            "x": self.x.detach().clone(),
+            "upper": self._module_state(),
+            "model": self.model.state_dict(),
+            "adam": self.adam.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "best": list(self.best),
+            "last": dict(self.last),
+            "memory": memory,
+            "counts": [self.iterations, self.products, self.functions.passes, self.training_passes],
+        }
+
+    def _module_state(self) -> dict[str, Tensor] | None:
+        """The upper-level module's parameters at x, by name."""
+        if not isinstance(self.variables, ModuleVariables):
+            return None
+        self.variables.hyperparameters(self.x.detach())
+        return dict(self.variables.module.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        place = {"device": self.problem.device, "dtype": self.problem.dtype}
+        if state["finished"]:
+            self._take_all_data()
+        self.step, self.last = state["step"], dict(state["last"])
+        self.x.data = state["x"].to(**place)
+        self.model.load_state_dict(state["model"])
+        self.adam.load_state_dict(state["adam"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.best = (state["best"][0], state["best"][1].to(**place))
+        self.iterations, self.products, self.functions.passes, self.training_passes = state["counts"]
+        memory = move(state["memory"], self.problem.device, self.problem.dtype)
+        if isinstance(memory, dict):
+            known = memory.get("estimator")  # the first checkpoints had none
+            estimator = ErrorEstimator(**known) if known is not None else None
+            space = RecycleSpace(memory["vectors"], estimator) if memory["vectors"] is not None else None
+            memory = KrylovMemory(memory["solution"], space)
+        self.memory = memory
+
+
+def dump_checkpoint(descent: BilevelDescent) -> bytes:
+    return checkpoint.dump(descent.state_dict())
+
+
+def load_checkpoint(source: bytes | Path) -> dict[str, Any]:
+    """A descent's state from its checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another format version.
+    """
+    return checkpoint.load(source, "bilevel descent's", CHECKPOINT_FORMAT)

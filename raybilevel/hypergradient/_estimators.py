@@ -1,0 +1,270 @@
+"""Estimates of the hypergradient dF(x, y*(x))/dx: implicit, unrolled, and by a penalty. One interface for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from raybilevel.errors import ConfigError, NotFiniteError
+from raybilevel.hypergradient._fixed_point import AndersonAcceleration
+from raybilevel.hypergradient._functions import BilevelFunctions
+from raybilevel.hypergradient._krylov import KrylovMemory, LinearSolver, LinearSystem, MinimalResidual
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """An estimate of dF(x, y*(x))/dx.
+
+    gradient:   shape (p,).
+    upper:      F at the (x, y) it was taken at.
+    error:      estimate of the error's norm; None where the estimator has none.
+    iterations: of the linear solver, or steps in y.
+    products:   with second derivatives.
+    residual:   of the linear solve, relative to its right side; None where there is none.
+    memory:     what the next estimate, at a point nearby, may start from.
+    """
+
+    gradient: Tensor
+    upper: float
+    error: float | None = None
+    iterations: int = 0
+    products: int = 0
+    memory: Any = None
+    residual: float | None = None
+
+
+class Estimator(Protocol):
+    """A frozen dataclass of settings."""
+
+    def __call__(
+        self, functions: BilevelFunctions, x: Tensor, y: Tensor, memory: Any = None, target: float = 0.0
+    ) -> Hypergradient:
+        """The hypergradient at x, from weights y that minimise f(x, .) about.
+
+        memory: of the estimate before, or None.
+        target: the error of the hypergradient, in its norm, that is small enough; 0 for the estimator's own tolerance.
+        """
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """The implicit function theorem: dF/dx - (d2f/dxdy) q with (d2f/dy2) q = dF/dy."""
+
+    solver: LinearSolver = field(default_factory=MinimalResidual)
+
+    def __call__(
+        self, functions: BilevelFunctions, x: Tensor, y: Tensor, memory: KrylovMemory | None = None, target: float = 0.0
+    ) -> Hypergradient:
+        upper = functions.upper(x, y)
+        linear = functions.linearise(x, y)
+        system = LinearSystem(linear.hessian, upper.in_y, linear.mixed, target)
+        found, kept = self.solver.solve(system, memory)
+        gradient, products = upper.in_x - linear.mixed(found.solution), found.products + found.jacobians + 1
+        return checked(
+            Hypergradient(gradient, upper.value, found.error, found.iterations, products, kept, found.residual)
+        )
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """The implicit function theorem where the lower level is a fixed point y = g(x, y) (Bai, Kolter & Koltun 2019,
+    Theorem 1):
+
+        dF/dx + (dg/dx)^T u,    u = (dg/dy)^T u + dF/dy,
+
+    u by the same acceleration as y. Only one evaluation of g is differentiated, however many y took.
+    """
+
+    tolerance: float = 1e-4
+    limit: int = 100
+    history: int = 5
+
+    def __post_init__(self) -> None:
+        self._acceleration()
+
+    def _acceleration(self) -> AndersonAcceleration:
+        return AndersonAcceleration(self.tolerance, self.limit, self.history)
+
+    def __call__(
+        self, functions: BilevelFunctions, x: Tensor, y: Tensor, memory: Tensor | None = None, target: float = 0.0
+    ) -> Hypergradient:
+        upper = functions.upper(x, y)
+        x, y = x.detach().requires_grad_(True), y.detach().requires_grad_(True)
+        with torch.enable_grad():
+            image = functions.mapped(x, y)
+        right = upper.in_y.view_as(image)
+
+        def step(u: Tensor) -> Tensor:
+            functions.passes += 0.5
+            (part,) = torch.autograd.grad(image, y, u, retain_graph=True, allow_unused=True, materialize_grads=True)
+            return part.view_as(image) + right
+
+        found = self._acceleration().solve(step, right if memory is None else memory.view_as(image))
+        (in_x,) = torch.autograd.grad(image, x, found.y, allow_unused=True, materialize_grads=True)
+        gradient, products, kept = upper.in_x + in_x, found.iterations + 1, found.y.flatten()
+        return checked(Hypergradient(gradient, upper.value, None, found.iterations, products, kept, found.residual))
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """The derivative of F(x, y_K) where y_K is K steps of heavy-ball gradient descent from y:
+
+        m_{k+1} = momentum m_k + df/dy(x, y_k),    y_{k+1} = y_k - rate m_{k+1}
+
+    mode:     "reverse": one pass back over the K iterates, which are kept, but not their graphs (Franceschi et al.
+        2017, section 3.1). "forward": the derivative of y_k in each upper-level variable, p columns: for small p only.
+    truncate: reverse mode goes back over the last so many steps only (Shaban et al. 2019); None for all.
+    """
+
+    steps: int = 100
+    rate: float = 0.1
+    momentum: float = 0.0
+    mode: Literal["reverse", "forward"] = "reverse"
+    truncate: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.rate > 0 or not 0 <= self.momentum < 1:
+            raise ConfigError(
+                f"unrolling needs steps >= 1, a positive rate and momentum in [0, 1), got {self.steps}, {self.rate} "
+                f"and {self.momentum}"
+            )
+        if self.truncate is not None and (self.truncate < 1 or self.mode == "forward"):
+            raise ConfigError(f"truncate={self.truncate}: at least 1, and with mode='reverse' only")
+        if self.mode not in ("reverse", "forward"):
+            raise ConfigError(f"mode must be 'reverse' or 'forward', got {self.mode!r}")
+
+    def __call__(
+        self, functions: BilevelFunctions, x: Tensor, y: Tensor, memory: Any = None, target: float = 0.0
+    ) -> Hypergradient:
+        return checked(self._forward(functions, x, y) if self.mode == "forward" else self._reverse(functions, x, y))
+
+    def _reverse(self, functions: BilevelFunctions, x: Tensor, y: Tensor) -> Hypergradient:
+        kept = self.steps if self.truncate is None else min(self.truncate, self.steps)
+        iterates, velocity = [], torch.zeros_like(y)
+        for step in range(self.steps):
+            if step >= self.steps - kept:
+                iterates.append(y)
+            velocity = self.momentum * velocity + functions.lower(x, y).in_y
+            y = y - self.rate * velocity
+        upper = functions.upper(x, y)
+        gradient, in_y, in_velocity = upper.in_x, upper.in_y, torch.zeros_like(y)
+        for earlier in reversed(iterates):
+            in_velocity = in_velocity - self.rate * in_y
+            linear = functions.linearise(x, earlier)
+            gradient = gradient + linear.mixed(in_velocity)
+            in_y = in_y + linear.hessian(in_velocity)
+            in_velocity = self.momentum * in_velocity
+        return Hypergradient(gradient, upper.value, iterations=self.steps, products=2 * kept)
+
+    def _forward(self, functions: BilevelFunctions, x: Tensor, y: Tensor) -> Hypergradient:
+        velocity = torch.zeros_like(y)
+        dy, dv = y.new_zeros(len(y), len(x)), y.new_zeros(len(y), len(x))
+        unit = torch.eye(len(x), dtype=x.dtype, device=x.device)
+        for _ in range(self.steps):
+            linear = functions.linearise(x, y)
+            columns = [linear.hessian(dy[:, j]) + linear.mixed_transposed(unit[j]) for j in range(len(x))]
+            dv = self.momentum * dv + torch.stack(columns, 1)
+            velocity = self.momentum * velocity + functions.lower(x, y).in_y
+            y, dy = y - self.rate * velocity, dy - self.rate * dv
+        upper = functions.upper(x, y)
+        products = 2 * self.steps * len(x)
+        return Hypergradient(upper.in_x + dy.T @ upper.in_y, upper.value, iterations=self.steps, products=products)
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """F2SA, the fully first-order estimate (Kwon et al. 2023, arXiv:2301.10945, equation (4)):
+
+        dF/dx(x, y_m) + m [df/dx(x, y_m) - df/dx(x, z)],   y_m = argmin F + m f,   z = argmin f,
+
+    with an error of order 1/m, and no second derivatives. y_m and z are approached by gradient steps from those of the
+    estimate before, y_m with `rate` / m, as F + m f is m times as steep as f.
+
+    growth: m is multiplied by it after each estimate, up to `most`.
+    """
+
+    multiplier: float = 10.0
+    growth: float = 1.0
+    most: float = 1e6
+    steps: int = 10
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.rate > 0 or not self.multiplier > 0 or self.growth < 1:
+            raise ConfigError(
+                "the first-order estimate needs steps >= 1, positive rate and multiplier, growth >= 1, got "
+                f"{self.steps}, {self.rate}, {self.multiplier} and {self.growth}"
+            )
+
+    def __call__(
+        self,
+        functions: BilevelFunctions,
+        x: Tensor,
+        y: Tensor,
+        memory: tuple[Tensor, Tensor, float] | None = None,
+        target: float = 0.0,
+    ) -> Hypergradient:
+        penalised, plain, m = memory if memory is not None else (y, y, self.multiplier)
+        for _ in range(self.steps):
+            plain = plain - self.rate * functions.lower(x, plain).in_y
+            step = functions.lower(x, penalised).in_y + functions.upper(x, penalised).in_y / m
+            penalised = penalised - self.rate * step
+        upper, lower = functions.upper(x, penalised), functions.lower(x, penalised)
+        gradient = upper.in_x + m * (lower.in_x - functions.lower(x, plain).in_x)
+        memory = (penalised, plain, min(self.most, m * self.growth))
+        return checked(Hypergradient(gradient, upper.value, iterations=2 * self.steps, memory=memory))
+
+
+@dataclass(frozen=True)
+class DynamicBarrier:
+    """BOME (Liu et al. 2022, arXiv:2209.08709, Algorithm 1) with several of its steps in y for one in x.
+
+    q(x, y) = f(x, y) - f(x, y_T), y_T being T gradient steps from y and held constant, measures how far y is from the
+    minimum; the direction is grad F + lambda grad q in (x, y), where lambda is the least that lets q fall at the rate
+    `barrier` |grad q|^2:
+
+        lambda = max(0, (barrier |grad q|^2 - <grad F, grad q>) / |grad q|^2)
+
+    The y of the steps goes on from one estimate to the next.
+    """
+
+    barrier: float = 0.5
+    steps: int = 1
+    inner_steps: int = 10
+    rate: float = 0.1
+    inner_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.inner_steps < 1 or not min(self.barrier, self.rate, self.inner_rate) > 0:
+            raise ConfigError("BOME needs steps and inner_steps of at least 1, and a positive barrier and rates")
+
+    def __call__(
+        self, functions: BilevelFunctions, x: Tensor, y: Tensor, memory: Tensor | None = None, target: float = 0.0
+    ) -> Hypergradient:
+        y = memory if memory is not None else y
+        for _ in range(self.steps):
+            inner = y
+            for _ in range(self.inner_steps):
+                inner = inner - self.inner_rate * functions.lower(x, inner).in_y
+            upper, lower, least = functions.upper(x, y), functions.lower(x, y), functions.lower(x, inner)
+            q_x, q_y = lower.in_x - least.in_x, lower.in_y
+            squared = (q_x.dot(q_x) + q_y.dot(q_y)).item()
+            product = (upper.in_x.dot(q_x) + upper.in_y.dot(q_y)).item()
+            multiplier = max(0.0, self.barrier - product / squared) if squared > 0 else 0.0
+            gradient = upper.in_x + multiplier * q_x
+            y = y - self.rate * (upper.in_y + multiplier * q_y) / max(1.0, multiplier)
+        return checked(Hypergradient(gradient, upper.value, iterations=self.steps, memory=y))
+
+
+def checked(found: Hypergradient) -> Hypergradient:
+    """The estimate, if it is finite.
+
+    Raises:
+        NotFiniteError: it is not; the rate of a series or of an unrolled descent may be too large.
+    """
+    if not bool(found.gradient.isfinite().all()):
+        raise NotFiniteError("the hypergradient is NaN or infinite; is a learning rate too large?")
+    return found

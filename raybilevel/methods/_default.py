@@ -1,0 +1,310 @@
+"""The default method: hypergradients from augmented Lagrangian descents, models of v and F, trust regions."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raybilevel._descents.upper_level import Hypergradient, TrainedPoint, descend, hypergradient, joint_descent
+from raybilevel._lower.levels import Levels
+from raybilevel._models.acquisition import (
+    UpperModel,
+    expected_improvement,
+    fit_upper_model,
+    minimise_in_box,
+)
+from raybilevel._models.value_function import ValueFunction, fit_value_function
+from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError
+from raybilevel.methods._base import LoadCheckpoint, UpperResult, UpperStep
+from raybilevel.methods._trust_region import TrustRegion, TrustRegionRule, distance
+from raybilevel.problem import BilevelProblem
+from raybilevel.search_state import Proposal, RegionHistory, SearchState, StepRecord, Training, Unit
+from raybilevel.space import Space, sobol_points
+
+logger = logging.getLogger(__name__)
+
+SAME = 1e-3
+ENOUGH_TO_BEGIN = 8
+"""Trainings after which steps begin, however many of the start design are still under way: half of hundreds is more
+than a step needs, and slots wait for it."""
+
+
+@dataclass(frozen=True)
+class Default:
+    """Trust regions on a model of F with hypergradients; see docs/method.md for the equations and the ablations.
+
+    start_points:  size of the start design, if there are not more slots.
+    decrease:      how far below the trained F a descent may end, relative to |F|; decides the multiplier.
+    hypergradients: False for values of F only, where the metric that is searched is not the upper-level loss.
+    linear_solve:  hypergradients in the limit of a large multiplier where f is convex; False for descents always.
+    upper_share:   gradient evaluations of one hypergradient, as a share of a training's.
+    joint_share:   the same, of a descent in (x, y) jointly; 0 for none.
+    explore_every: one proposal in so many looks at the whole box, half of those far from all that is known.
+    max_regions:   trust regions open at once, where there are slots for them.
+    settled:       a region is left when a step promised and brought less than this share of the spread of F.
+    beta:          a region's next point minimises mean - sqrt(beta) deviation of the model of F.
+    max_rows:      values and derivatives that a Gaussian process may hold.
+    """
+
+    start_points: int = 3
+    hypergradients: bool = True
+    linear_solve: bool = True
+    decrease: float = 0.05
+    upper_share: float = 0.35
+    joint_share: float = 0.0
+    explore_every: int = 6
+    max_regions: int = 4
+    max_rows: int = 500
+    settled: float = 0.001
+    beta: float = 0.0
+    region: TrustRegionRule = field(default_factory=TrustRegionRule)
+
+    def __post_init__(self) -> None:
+        for name in ("decrease", "upper_share"):
+            if not 0 < getattr(self, name) <= 10:
+                raise ConfigError(f"{name} must be positive (and at most 10), got {getattr(self, name)}")
+        if self.joint_share < 0:
+            raise ConfigError(f"joint_share must not be negative, got {self.joint_share}")
+        for name, least in (("start_points", 1), ("explore_every", 2), ("max_regions", 1), ("max_rows", 20)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def start_design(self, dimension: int, slots: int, seed: int) -> Tensor:
+        """Centre, two more points of the diagonal, and a scrambled Sobol sequence; at least one point a slot."""
+        diagonal = torch.tensor([[0.5], [0.25], [0.75]], dtype=torch.double).expand(3, dimension)
+        count = max(slots, self.start_points)
+        return torch.cat([diagonal, sobol_points(dimension, max(1, count - 3), seed)])[:count]
+
+    def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
+        done = state.done
+        starting = [t for t in state.pending if t.proposal.origin in ("start", "given")]
+        if len(done) <= min(len(starting), ENOUGH_TO_BEGIN):
+            return None
+        number = len(state.steps) + len(running)
+        pending = tuple(t.unit for t in state.pending)
+        step = UpperStep(number, "region", self._incumbent(state), state, seed + 1000 * number, pending=pending)
+        if number % self.explore_every == self.explore_every - 1:
+            return self._look(step, running)
+        regions = self.open_regions(state, running)
+        under_way = self._under_way(state, running)
+        busy = {region.began: under_way[region.began] for region in regions}
+        if not regions or (min(busy.values()) > 0 and len(regions) < min(slots, self.max_regions)):
+            start = self._next_start(state, running)
+            if start is not None:
+                regions, busy = (*regions, TrustRegion(start, start, self.region.initial)), {**busy, start: 0}
+        if not regions:
+            return self._look(step, running)
+        region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper))
+        claimed = {index for step in running for index in step.targets}
+        newest = state.region(region.began).done[-1].index
+        lacking = [i for i in dict.fromkeys((region.centre, newest)) if state.trainings[i].hypergradient is None]
+        if not self.hypergradients:
+            lacking = []
+        return replace(
+            step,
+            centre=region.centre,
+            region=region.began,
+            radius=region.radius,
+            targets=tuple(i for i in lacking if i not in claimed),
+            rank=busy[region.began],
+        )
+
+    @staticmethod
+    def _look(step: UpperStep, running: tuple[UpperStep, ...]) -> UpperStep:
+        """The step as a look at the whole box, of the kind of which there have been fewer."""
+        origins = [t.proposal.origin for t in step.state.trainings] + [other.origin for other in running]
+        return replace(step, origin="fill" if origins.count("fill") < origins.count("global") else "global")
+
+    def converged(self, state: SearchState) -> bool:
+        """Every region that was begun has settled or collapsed."""
+        return any(t.proposal.region is not None for t in state.done) and not self.open_regions(state, ())
+
+    def exhausted(self, state: SearchState) -> bool:
+        return False
+
+    def incumbent(self, state: SearchState) -> Training | None:
+        """The lowest F at trained weights."""
+        return state.best
+
+    def open_regions(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[TrustRegion, ...]:
+        """Regions that still promise something: not collapsed, not settled, not beaten by another."""
+        begun = self._begun(state, running) - state.settled
+        promising = tuple(sorted(region for region in begun if not self._over(state.region(region), state)))
+        return tuple(r for r in self.region.replay(state, promising) if not self.region.collapsed(r))
+
+    @classmethod
+    def _begun(cls, state: SearchState, running: tuple[UpperStep, ...]) -> set[int]:
+        return {*state.regions, *(region for region in cls._under_way(state, running) if region is not None)}
+
+    def _over(self, region: RegionHistory, state: SearchState) -> bool:
+        if len(region.done) == 1:
+            return False
+        upper, last = state.sorted_upper, region.done[-1]
+        gain = self.settled * (upper[len(upper) // 2] - upper[0])
+        promised, before = last.proposal.predicted_upper, region.best_before
+        beaten = len(region.done) > 3 and region.best > upper[0] and (promised is None or promised > upper[0])
+        settled = promised is not None and 0 <= before - promised < gain and before - last.upper < gain
+        return beaten or settled
+
+    @staticmethod
+    def _under_way(state: SearchState, running: tuple[UpperStep, ...]) -> Counter[int | None]:
+        """How many trainings and steps each region has under way; None stands for those outside every region."""
+        return Counter([*(t.proposal.region for t in state.pending), *(step.region for step in running)])
+
+    def _next_start(self, state: SearchState, running: tuple[UpperStep, ...]) -> int | None:
+        """The best training outside every region that has no better one within a region's first radius (the rule of
+        multi-level single linkage, Rinnooy Kan & Timmer 1987). When the last open region has been left, the box is
+        explored once more first: None until a point from outside is the newest."""
+        begun = self._begun(state, running) | state.settled  # some were left before anything was trained in them
+        left = bool(begun) and not any(step.region is not None for step in running)
+        done = state.done
+        if left and done[-1].proposal.region is not None:
+            return None
+        ranked = sorted(done, key=lambda t: t.upper)
+        units = np.fromiter(itertools.chain.from_iterable(t.unit for t in ranked), float).reshape(len(ranked), -1)
+        for training, unit in zip(ranked, units, strict=True):
+            if training.proposal.region is None and training.index not in begun:
+                better = units[: bisect.bisect_left(state.sorted_upper, training.upper)]
+                if not (np.abs(better - unit).max(1) <= self.region.initial).any():
+                    return training.index
+        return None
+
+    @staticmethod
+    def _incumbent(state: SearchState) -> int:
+        best = state.best
+        assert best is not None
+        return best.index
+
+    def run(
+        self,
+        problem: BilevelProblem,
+        space: Space,
+        constants: Mapping[str, Any],
+        step: UpperStep,
+        load: LoadCheckpoint,
+        memory: bytes | None = None,
+    ) -> UpperResult:
+        state, passes = step.state, 0.0
+        found: dict[int, Unit] = {}
+        unreadable: dict[int, str] = {}
+        record: dict[str, Any] = {}
+        first = self._first_multiplier(state)
+        point = descent = None
+        for index in step.targets:
+            training = state.trainings[index]
+            try:
+                checkpoint = load(index)
+            except CheckpointError as error:
+                unreadable[index], found[index] = str(error), ()  # tried, and not to be tried again
+                continue
+            model = problem.model().to(problem.device, problem.dtype)
+            model.load_state_dict(checkpoint["model"])
+            levels = Levels(problem, model)
+            try:
+                here = TrainedPoint(levels, space, constants, torch.tensor(training.unit, dtype=torch.double))
+                estimate_at = hypergradient if self.linear_solve else descend
+                estimate = estimate_at(here, self.decrease, self.upper_share * state.passes_per_training, first)
+            except NotFiniteError as error:
+                logger.warning("no hypergradient at training %d: %s", index, error)
+                found[index] = ()
+                passes += levels.passes
+                continue
+            if index == step.centre:
+                point, descent = here, estimate
+            found[index] = tuple(estimate.gradient.tolist())
+            state = state.change(index, hypergradient=found[index])
+            passes += levels.passes
+            record = {"multiplier": estimate.multiplier, "violation": 0.0, "decrease": estimate.decrease}
+            record["first"] = estimate.first
+        centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
+        pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
+        model_of_upper = fit_upper_model(state.measured, pending, centre, self.max_rows)
+        value_function = fit_value_function(state.done, centre, True, self.max_rows)
+        starts = [centre]
+        if point is not None and descent is not None and self.joint_share > 0:
+            radius = trusted_radius(value_function, centre, descent, step.radius)
+            if radius > 0.1 * step.radius:
+                before = point.levels.passes
+                budget = self.joint_share * state.passes_per_training
+                joint = joint_descent(point, descent, value_function, radius, budget)
+                passes += point.levels.passes - before
+                starts.append(joint.unit)
+                record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
+        unit = snap(self._propose(step, model_of_upper, centre, starts), space)
+        if not is_new(unit, step):
+            # The model expects nothing better here than what is trained already: look elsewhere.
+            if step.origin == "region":
+                record["settled"] = step.region
+            for origin in ("global", "fill"):
+                step = replace(step, origin=origin, region=None)
+                unit = snap(self._propose(step, model_of_upper, centre, starts), space)
+                if is_new(unit, step):
+                    break
+        proposal = Proposal(
+            tuple(unit.tolist()),
+            step.origin,
+            step.region,
+            model_of_upper.mean(unit),
+            value_function.mean(unit).item(),
+            value_function.deviation(unit).item(),
+        )
+        return UpperResult(
+            StepRecord(step.number, step.centre, passes, **record), proposal, found, unreadable=unreadable
+        )
+
+    def _first_multiplier(self, state: SearchState) -> float:
+        """Where the last descent ended relative to its Cauchy estimate; 10 before there is one."""
+        last = next((s for s in reversed(state.steps) if s.first is not None and s.decrease is not None), None)
+        if last is None or last.first is None or last.decrease is None:
+            return 10.0
+        factor = min(4.0, max(0.25, last.decrease / self.decrease))
+        return min(1000.0, max(3.0, last.first * factor))
+
+    def _propose(self, step: UpperStep, model: UpperModel, centre: Tensor, starts: list[Tensor]) -> Tensor:
+        if step.origin == "fill":
+            known = [t.unit for t in step.state.trainings] + list(step.pending)
+            return farthest(torch.tensor(known, dtype=torch.double), step.seed)
+        if step.origin == "global":
+            return expected_improvement(model, len(centre), starts, step.seed)
+        low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
+        return minimise_in_box(model, low, high, starts, self.beta + 0.25 * step.rank, step.seed)
+
+
+def farthest(known: Tensor, seed: int) -> Tensor:
+    """Of 64 scrambled Sobol points the one farthest from all that are known, shape (d,)."""
+    points = sobol_points(known.shape[1], 64, seed)
+    return points[torch.cdist(points, known).amin(1).argmax()]
+
+
+def snap(unit: Tensor, space: Space) -> Tensor:
+    """The point that is trained: steps of quantised hyperparameters applied."""
+    return space.encode(space.suggest(unit))
+
+
+def is_new(unit: Tensor, step: UpperStep) -> bool:
+    """Whether a point is none of those trained or under way, to a thousandth of the box."""
+    point, known = tuple(unit.tolist()), [t.unit for t in step.state.trainings] + list(step.pending)
+    return all(distance(point, other) > SAME for other in known)
+
+
+def trusted_radius(value_function: ValueFunction, centre: Tensor, descent: Hypergradient, radius: float) -> float:
+    """The largest step along the steepest descent at which v_hat's standard deviation is within the slack.
+
+    An error of v_hat enters the Lagrangian multiplied by the multiplier, so the descent in (x, y) is let only where
+    v_hat is known better than the tolerance of its constraint.
+    """
+    direction = descent.gradient / descent.gradient.abs().max().clamp_min(1e-300)
+    while radius > 1e-4:
+        if value_function.deviation((centre - radius * direction).clamp(0, 1)) <= descent.slack:
+            return radius
+        radius /= 2
+    return 0.0

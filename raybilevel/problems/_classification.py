@@ -1,0 +1,162 @@
+"""What classification problems share: splits read once, minibatches, cross-entropy, test metrics, decay of layers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from raybilevel.errors import ConfigError
+from raybilevel.problem import BilevelProblem, Hyperparameters, Level, minibatches
+
+Examples = tuple[Tensor, Tensor]
+Share = Literal["all", "layer"]
+PenaltyScale = Literal["paper", "batch"]
+
+TEST_CHUNK = 1000
+
+
+class Minibatch(NamedTuple):
+    """Inputs x and class numbers y of a few examples, and how many `examples` the whole pass has.
+
+    A regulariser that is divided by the number of training examples finds it here, in a search and in a refit.
+    """
+
+    x: Tensor
+    y: Tensor
+    examples: int
+
+
+class Classification(BilevelProblem):
+    """F is the cross-entropy on validation data; a subclass says what the data, the model and f are.
+
+    batch: examples in a minibatch; None for all at once.
+    """
+
+    batch: int | None = None
+
+    @abstractmethod
+    def load(self) -> dict[str, Examples]:
+        """Inputs and class numbers of the splits "lower" (training), "upper" (validation) and, if any, "test"."""
+
+    @cached_property
+    def splits(self) -> dict[str, Examples]:
+        """What `load` returns, and "refit": training and validation data together."""
+        splits = self.load()
+        (x, y), (x_upper, y_upper) = splits["lower"], splits["upper"]
+        return {**splits, "refit": (torch.cat([x, x_upper]), torch.cat([y, y_upper]))}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the data, so that a worker is sent little and reads its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "splits"}
+
+    def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Minibatch]:
+        return self._minibatches(level, generator)
+
+    def refit_batches(self, generator: torch.Generator | None) -> Iterator[Minibatch]:
+        return self._minibatches("refit", generator)
+
+    def _minibatches(self, split: str, generator: torch.Generator | None) -> Iterator[Minibatch]:
+        examples = self.splits[split]
+        for x, y in minibatches(examples, self.batch, generator):
+            yield Minibatch(x, y, len(examples[0]))
+
+    def upper_loss(self, model: nn.Module, batch: Minibatch) -> Tensor:
+        return cross_entropy(model(batch.x), batch.y)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss and accuracy on the test split, in chunks; nothing where there is none."""
+        if "test" not in self.splits:
+            return {}
+        test = self.splits["test"]
+        loss, correct, count = 0.0, 0, len(test[0])
+        for x, y in minibatches(test, TEST_CHUNK, None):
+            logits, y = model(x.to(self.device, self.dtype)), y.to(self.device)
+            loss += cross_entropy(logits, y, reduction="sum").item()
+            correct += int((logits.argmax(1) == y).sum())
+        return {"test_loss": loss / count, "test_accuracy": correct / count}
+
+
+class LayerDecay(Classification):
+    """Weight decay of the linear and convolutional layers l of a network, weights W_l without biases:
+
+        f = cross-entropy + sum_l weight_decay_l |W_l|^2 / (4 n)
+
+    with n training examples, as in Sinha, Gunwal & Kumar, arXiv:2208.12118, where weight_decay_l is exp(x_l). Trained
+    by SGD with Nesterov momentum.
+
+    share:         "layer": weight_decay has one entry per layer, by its name; "all": it is one number for all of them.
+    penalty_scale: "paper": n as above. "batch": n is the size of the batch at hand, as in the authors' code.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int | None,
+        epochs: int,
+        learning_rate: float,
+        momentum: float,
+        share: Share = "layer",
+        penalty_scale: PenaltyScale = "paper",
+    ) -> None:
+        check_positive(batch=1 if batch is None else batch, epochs=epochs, learning_rate=learning_rate)
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"momentum must be from 0 to below 1, got {momentum}")
+        _check_choice("share", share, get_args(Share))
+        _check_choice("penalty_scale", penalty_scale, get_args(PenaltyScale))
+        self.batch, self.epochs, self.learning_rate, self.momentum = batch, epochs, learning_rate, momentum
+        self.share, self.penalty_scale = share, penalty_scale
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
+        weights = {
+            name: layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+        }
+        decay = self._decay(hyperparameters, list(weights))
+        penalty = torch.stack([decay[name] * weight.square().sum() for name, weight in weights.items()]).sum()
+        n = batch.examples if self.penalty_scale == "paper" else len(batch.x)
+        return cross_entropy(model(batch.x), batch.y) + penalty / (4 * n)
+
+    def _decay(self, hyperparameters: Hyperparameters, layers: list[str]) -> Mapping[str, Any]:
+        decay = hyperparameters.get("weight_decay")
+        if self.share == "all":
+            if decay is None or isinstance(decay, Mapping):
+                raise ConfigError(f"with share='all', weight_decay must be one number, got {decay!r}")
+            return dict.fromkeys(layers, decay)
+        if not isinstance(decay, Mapping) or set(decay) != set(layers):
+            found = ", ".join(map(str, decay)) if isinstance(decay, Mapping) else repr(decay)
+            raise ConfigError(f"weight_decay must have exactly the entries {', '.join(layers)}, got {found}")
+        return decay
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        # torch refuses Nesterov's form where the momentum is 0, in which case they are the same
+        return torch.optim.SGD(
+            model.parameters(), lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0
+        )
+
+
+def data_folder(problem: BilevelProblem, data: str | None) -> str:
+    """The folder of a problem's data files (see `_datasets`), absolute: a worker runs in another directory.
+
+    Raises:
+        ConfigError: it was not given.
+    """
+    if data is None:
+        raise ConfigError(f"{type(problem).__name__} reads data files: give their folder with --data (option data)")
+    return str(Path(data).expanduser().absolute())
+
+
+def check_positive(**settings: float) -> None:
+    for name, value in settings.items():
+        if not value > 0:
+            raise ConfigError(f"{name} must be positive, got {value}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

@@ -1,0 +1,46 @@
+"""Multinomial logistic regression trained to the optimum: what the linear problems share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from raybilevel.problems._classification import Classification
+
+Splits = dict[str, tuple[Tensor, Tensor]]
+
+
+class Logistic(Classification):
+    """A linear model from zero weights, full-batch L-BFGS in double precision; a subclass says what f is.
+
+    features, classes: of the inputs and the outputs.
+    iterations:        of L-BFGS in an epoch, at most.
+    """
+
+    epochs = 5
+    dtype = torch.double
+    features: int
+    classes: int = 10
+    iterations: int = 60
+
+    def model(self) -> nn.Module:
+        model = nn.Linear(self.features, self.classes)
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        return model
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(
+            model.parameters(),
+            max_iter=self.iterations,
+            history_size=20,
+            tolerance_grad=1e-6,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
+
+
+def pooled(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images, (n, 28, 28), as means of 2 x 2 pixels in [0, 1], (n, 196)."""
+    means = torch.nn.functional.avg_pool2d(images.to(dtype).unsqueeze(1) / 255, 2)
+    return means.flatten(1)

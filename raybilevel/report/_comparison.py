@@ -1,0 +1,343 @@
+"""Figures and tables of a comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from raybilevel._compare.methods import OWN_NAMES
+from raybilevel._records.store import Record
+from raybilevel.report import _frames as frames
+from raybilevel.report._charts import Chart, Series
+from raybilevel.report._frames import grouped
+from raybilevel.report._sources import known
+from raybilevel.report._statistics import Interval, PairedTest, holm, paired_test, rank
+
+OWN = (*OWN_NAMES, *OWN_NAMES.values())
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is printed: one list of words a row.
+
+    note: what a reader must know to read it.
+    """
+
+    name: str
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def method_order(records: Sequence[Record]) -> list[str]:
+    """raybilevel's own methods first, the others by name."""
+    methods = {r["method_name"] for r in records}
+    own = [m for m in OWN if m in methods]
+    return own + sorted(methods - set(own))
+
+
+def unit_name(records: Sequence[Record]) -> str:
+    unit = str(records[0]["settings"].get("budget_unit", "trainings"))
+    return {"seconds": "seconds", "gpu_seconds": "GPU-seconds"}.get(unit, unit)
+
+
+# Figures.
+
+
+def charts(records: Sequence[Record]) -> list[Chart]:
+    """Anytime curves of each problem against cost and wall-clock, overhead, and ranks."""
+    found = []
+    order = method_order(records)
+    for problem, members in grouped(records, "problem_name").items():
+        found.append(anytime(problem, members, order, "spent"))
+        found.append(anytime(problem, members, order, "seconds"))
+    found.append(overhead(records, order))
+    return [chart for chart in found if chart.series]
+
+
+def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis: str) -> Chart:
+    """Best F so far: mean over seeds, with its interval."""
+    series, ends = [], {}
+    by_method = grouped(records, "method_name")
+    for method in (m for m in order if m in by_method):
+        data = frames.curve(by_method[method], axis)
+        if data.empty:
+            continue
+        ends[method] = float(data["mean"].iloc[-1])
+        several = len(by_method[method]) > 1
+        series.append(
+            Series(
+                method,
+                "steps",
+                data["x"].tolist(),
+                data["mean"].tolist(),
+                low=data["low"].tolist() if several else None,
+                high=data["high"].tolist() if several else None,
+                colour=order.index(method),
+                strong=method in OWN,
+            )
+        )
+    label, what = (unit_name(records), "cost") if axis == "spent" else ("seconds since the start", "wall-clock")
+    best = min(ends, key=lambda m: ends[m], default="none")
+    seeds = len({r["settings"]["seed"] for r in records})
+    over = "one seed" if seeds == 1 else f"mean over {seeds} seeds with a 95 % bootstrap interval"
+    told = ", ".join(f"{m} {v:.4g}" for m, v in sorted(ends.items(), key=lambda item: item[1]))
+    everything = [y for s in series for y in s.y]
+    return Chart(
+        name=f"{problem}-{'cost' if axis == 'spent' else 'time'}",
+        title=f"{problem}: best F so far against {what}",
+        caption=f"Validation loss F of the best training that ran to its end, {over}; a curve begins where every seed "
+        f"has one. {charged(axis)}",
+        alt=f"Curves of the best validation loss of {len(series)} methods against {what}. At the end the lowest is "
+        f"{best}. Final values: {told}.",
+        x_label=label,
+        y_label="best F so far",
+        series=tuple(series),
+        y_log=bool(everything) and min(everything) > 0,
+    )
+
+
+def charged(axis: str) -> str:
+    if axis == "spent":
+        return "Epochs of stopped trainings and upper-level steps are charged."
+    return "Includes the start of workers, which every method waits for."
+
+
+def overhead(records: Sequence[Record], order: Sequence[str]) -> Chart:
+    """Seconds per run: in the searcher, in upper-level steps, in trainings."""
+    parts = ("trainings", "upper-level steps", "searcher")
+    rows: dict[str, list[tuple[str, float, float]]] = {part: [] for part in parts}
+    by_method = grouped([r for r in records if r.get("trials")], "method_name")
+    for method in (m for m in order if m in by_method):
+        start = 0.0
+        for part, value in zip(parts, seconds_of(by_method[method]), strict=True):
+            rows[part].append((method, start, value))
+            start += value
+    lanes = tuple(m for m in order if m in by_method)
+    series = tuple(
+        Series(part, "spans", [b for _, b, _ in spans], [m for m, _, _ in spans], length=[v for _, _, v in spans],
+               colour=number)
+        for number, (part, spans) in enumerate(rows.items())
+        if spans
+    )  # fmt: skip
+    told = "; ".join(f"{m}: {', '.join(f'{v:.1f} s {p}' for p, v in zip(parts, seconds_of(by_method[m]), strict=True))}"
+                     for m in lanes)  # fmt: skip
+    return Chart(
+        name="overhead",
+        title="Where the time went",
+        caption="Mean seconds per run, summed over all workers: epochs of trainings (the start of each worker "
+        "included), upper-level steps from their start to their result, and CPU time within the searcher.",
+        alt=f"Stacked bars of seconds per method. {told}.",
+        x_label="seconds per run, over all workers",
+        y_label="",
+        series=series,
+        lanes=lanes,
+    )
+
+
+def seconds_of(records: Sequence[Record]) -> tuple[float, float, float]:
+    """Mean seconds in trainings, upper-level steps and the searcher."""
+    trainings = [sum(sum(trial["took"]) for trial in r["trials"]) for r in records]
+    upper = [r["overhead"].get("upper_seconds", 0.0) for r in records]
+    searcher = [r["overhead"].get("suggest_cpu_seconds", 0.0) for r in records]
+    return fmean(trainings), fmean(upper), fmean(searcher)
+
+
+# Tables.
+
+
+def tables(records: Sequence[Record], everything: Sequence[Record]) -> list[Table]:
+    """The winner table of each problem, ranks, paired tests, and what could not be run.
+
+    records: those of whole runs. everything: with the others.
+    """
+    order = method_order(everything)
+    found = []
+    for problem, members in grouped(records, "problem_name").items():
+        found.append(winners(problem, members, order))
+    found += [ranks(records, order), tests(records)]
+    missing = [r for r in everything if r["status"] != "done" or not known(r)]
+    if missing:
+        found.append(not_run(missing))
+    return [table for table in found if table.rows]
+
+
+def winners(problem: str, records: Sequence[Record], order: Sequence[str]) -> Table:
+    """F, test loss and refit at the marks, trainings and overhead, the best F in bold."""
+    end = max(r["settings"]["budget"] for r in records)
+    marks = [m for m in sorted(records[0].get("marks") or [end / 2]) if m < end] + [end]
+    loss = frames.loss_name(records)
+    has_refit = loss is not None and any(r["refits"] for r in records)
+    unit = unit_name(records)
+    headers = ["method", *(f"F at {m:g}" for m in marks)]
+    headers += [loss.replace("_", " ")] if loss else []
+    headers += ["after refit"] if has_refit else []
+    headers += ["trainings", "stopped", "searcher s", "upper steps s", "wall s", "seeds"]
+    by_method = grouped(records, "method_name")
+    best = {m: lowest({k: frames.at(v, frames.upper, m) for k, v in by_method.items()}) for m in marks}
+    rows = []
+    for method in (m for m in order if m in by_method):
+        members = by_method[method]
+        row = [method]
+        for mark in marks:
+            text = cell(frames.at(members, frames.upper, mark))
+            row.append(f"**{text}**" if method == best[mark] else text)
+        if loss:
+            row.append(cell(frames.at(members, frames.metric(loss), end)))
+        if has_refit and loss:
+            row.append(cell(frames.at(members, frames.refitted(loss), end)))
+        row += counts(members)
+        rows.append(tuple(row))
+    dimension = len(records[0]["space"])
+    return Table(
+        f"{problem}-winners",
+        f"{problem}: {dimension} hyperparameter{'s' if dimension > 1 else ''}, budget {end:g} {unit}",
+        tuple(headers),
+        tuple(rows),
+        "Mean over seeds [95 % bootstrap interval]; the lowest F at each mark in bold. F is the validation loss of the "
+        "best training that ran to its end, the test loss is that of the same weights, and after refit that of its "
+        "hyperparameters trained on training plus validation data. trainings: run to their end; stopped: by a "
+        "scheduler. searcher s: CPU seconds within it; upper steps s: from start to result.",
+    )
+
+
+def counts(records: Sequence[Record]) -> list[str]:
+    status = [[o.get("status", "done" if o["upper"] is not None else "failed") for o in r["observations"]]
+              for r in records]  # fmt: skip
+    overheads = [r.get("overhead") or {} for r in records]
+    return [
+        f"{fmean(s.count('done') for s in status):.3g}",
+        f"{fmean(s.count('stopped') for s in status):.3g}",
+        number([o.get("suggest_cpu_seconds") for o in overheads]),
+        number([o.get("upper_seconds") for o in overheads]),
+        f"{fmean(r['seconds'] for r in records):.0f}",
+        str(len(records)),
+    ]
+
+
+def number(values: Sequence[float | None]) -> str:
+    found = [v for v in values if v is not None]
+    return f"{fmean(found):.3g}" if found else "-"
+
+
+def lowest(intervals: Mapping[str, Interval | None]) -> str | None:
+    found = {method: interval.mean for method, interval in intervals.items() if interval is not None}
+    return min(found, key=lambda m: found[m], default=None)
+
+
+def final_losses(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, float]]:
+    """Final F by method, for each problem and seed; infinite where no training ran to its end."""
+    blocks: dict[tuple[str, int], dict[str, float]] = {}
+    for record in records:
+        index = frames.incumbent(record, record["settings"]["budget"])
+        value = None if index is None else frames.upper(record, index)
+        block = blocks.setdefault((record["problem_name"], record["settings"]["seed"]), {})
+        block[record["method_name"]] = math.inf if value is None else value
+    return blocks
+
+
+def ranks(records: Sequence[Record], order: Sequence[str]) -> Table:
+    """Mean rank over problems and seeds."""
+    result = rank(list(final_losses(records).values()))
+    rows = sorted(result.mean.items(), key=lambda item: item[1])
+    friedman = "" if result.friedman is None else f" Friedman's test that all are alike: p = {result.friedman:.2g}."
+    return Table(
+        "ranks",
+        "Ranks by final F",
+        ("method", "mean rank", "first in"),
+        tuple((m, f"{r:.2f}", f"{result.wins[m]} of {result.blocks}") for m, r in rows),
+        f"Over {result.blocks} blocks (a problem with a seed) that have every method; 1 is best.{friedman}",
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    problem: str
+    own: str
+    peer: str
+    test: PairedTest
+
+
+def comparisons(records: Sequence[Record]) -> list[Comparison]:
+    """Each of raybilevel's own methods against the best peer of each problem, on the seeds that both have."""
+    blocks, found = final_losses(records), []
+    for problem in dict.fromkeys(name for name, _ in blocks):
+        members = {seed: block for (name, seed), block in blocks.items() if name == problem}
+        methods = dict.fromkeys(m for block in members.values() for m in block)
+        means = {m: fmean(b[m] for b in members.values() if m in b) for m in methods}
+        peers = {m: v for m, v in means.items() if not is_own(m, records)}
+        if not peers:
+            continue
+        peer = min(peers, key=lambda m: peers[m])
+        for own in (m for m in methods if is_own(m, records)):
+            seeds = [
+                s for s, block in sorted(members.items())
+                if all(math.isfinite(block.get(m, math.inf)) for m in (own, peer))
+            ]  # fmt: skip
+            if seeds:
+                test = paired_test([members[s][own] for s in seeds], [members[s][peer] for s in seeds])
+                found.append(Comparison(problem, own, peer, test))
+    return found
+
+
+def is_own(method: str, records: Sequence[Record]) -> bool:
+    """Whether a method's name stands for one of raybilevel's, alone or with a scheduler."""
+    kinds = {r["settings"]["method"] for r in records if r["method_name"] == method}
+    return any(kind.partition("+")[0] in OWN for kind in kinds)
+
+
+def tests(records: Sequence[Record]) -> Table:
+    """Paired tests, with Holm's correction over all of them."""
+    found = comparisons(records)
+    with_p = [c for c in found if c.test.p is not None]
+    corrected = dict(zip(map(id, with_p), holm([c.test.p for c in with_p if c.test.p is not None]), strict=True))
+    rows = []
+    for c in found:
+        p = "-" if c.test.p is None else f"{c.test.p:.3g}"
+        adjusted = f"{corrected[id(c)]:.3g}" if id(c) in corrected else "-"
+        least = "-" if c.test.least is None else f"{c.test.least:.3g}"
+        rows.append(
+            (c.problem, c.own, c.peer, cell(c.test.difference), str(c.test.difference.count), p, adjusted, least)
+        )
+    return Table(
+        "tests",
+        "Against the best peer",
+        ("problem", "method", "best peer", "difference in final F", "pairs", "p", "p, Holm", "least p"),
+        tuple(rows),
+        "The peer with the lowest mean final F of each problem, chosen after the fact, which favours the peers. "
+        "Difference: mean over paired seeds [95 % bootstrap interval], negative where the method is better. p: exact "
+        "sign-flip permutation test, two-sided, and corrected for all rows by Holm's method. least p: the "
+        "smallest that so many pairs can give; a difference is not significant below it, however large.",
+    )
+
+
+def not_run(records: Sequence[Record]) -> Table:
+    """Methods that are unavailable, and runs that failed or were interrupted."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for record in records:
+        reasons = {"interrupted": "stopped by Ctrl-C", "done": "no training ran to its end within the budget"}
+        why = str(record["error"] or "") or reasons.get(record["status"], "")
+        where = f"{record['problem_name']} seed {record['settings']['seed']}"
+        rows.setdefault((record["method_name"], record["status"], why), []).append(where)
+    return Table(
+        "not-run",
+        "Not run, or not to the end",
+        ("method", "status", "reason", "where"),
+        tuple((m, s, w, ", ".join(places)) for (m, s, w), places in rows.items()),
+        "Methods that are unavailable, failed or were interrupted are in no other table.",
+    )
+
+
+def cell(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    if interval.low is None or interval.high is None:
+        return digits(interval.mean)
+    return f"{digits(interval.mean)} [{digits(interval.low)}, {digits(interval.high)}]"
+
+
+def digits(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "-"

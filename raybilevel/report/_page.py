@@ -1,0 +1,274 @@
+"""One self-contained page from a folder of a run or a comparison, with its figures and tables as files beside it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.report import table as markdown_table
+from raybilevel._records.store import Record
+from raybilevel._version import __version__
+from raybilevel.errors import ConfigError
+from raybilevel.report import _comparison as comparison
+from raybilevel.report import _frames as frames
+from raybilevel.report import _single as single
+from raybilevel.report._charts import Chart
+from raybilevel.report._comparison import Table
+from raybilevel.report._sources import Source, check, read_folder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; folded ones are opened by a click, and drawn only then.
+
+    files: whether its figures are written as files too.
+    """
+
+    title: str
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
+    words: str = ""
+    folded: bool = False
+    files: bool = True
+
+    @property
+    def anchor(self) -> str:
+        return file_name(self.title)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a folder holds, for a notebook.
+
+    observations: one row per ended training; see `raybilevel.report._frames.observations`.
+    figures:      plotly figures by name.
+    tables:       by name.
+    """
+
+    observations: pd.DataFrame
+    figures: Mapping[str, Any]
+    tables: Mapping[str, pd.DataFrame]
+    wrong: Sequence[str] = field(default=())
+
+
+def load(folder: str | Path) -> Loaded:
+    """The observations, figures and tables of a folder of `raybilevel run` or `raybilevel compare`.
+
+    Raises:
+        DataError: it holds neither.
+        RaybilevelError: no training ran to its end yet.
+        ConfigError: plotly is not installed.
+    """
+    import pandas as pd
+
+    plotly_figure = drawing()
+    source = read_folder(Path(folder))
+    check(source)
+    sections = sections_of(source)
+    return Loaded(
+        frames.observations(source.good),
+        {chart.name: plotly_figure(chart) for section in sections for chart in section.charts},
+        {t.name: pd.DataFrame(t.rows, columns=list(t.headers)) for section in sections for t in section.tables},
+        source.wrong,
+    )
+
+
+def write(folder: str | Path) -> Path:
+    """`report.html` in the folder, `figures/` (SVG, PNG, CSV) and `tables/` (CSV, Markdown); the page's path.
+
+    Raises:
+        As `load`.
+    """
+    from raybilevel.report._static import write_figures
+
+    plotly_figure = drawing()
+    folder = Path(folder)
+    source = read_folder(folder)
+    check(source)
+    sections = sections_of(source)
+    page = render(source, sections, plotly_figure)
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    write_figures((chart for section in sections if section.files for chart in section.charts), folder / FIGURES)
+    tables = [table for section in sections for table in section.tables]
+    write_tables(tables, frames.observations(source.good), folder / TABLES)
+    return folder / PAGE
+
+
+def drawing() -> Any:
+    try:
+        from raybilevel.report._interactive import plotly_figure
+    except ImportError as error:
+        raise ConfigError(f"{error}; a report needs: pip install 'raybilevel[report]'") from error
+    return plotly_figure
+
+
+def sections_of(source: Source) -> list[Section]:
+    """What the page shows, in its order."""
+    if source.kind == "run":
+        record = source.records[0]
+        return [Section("Result", single.charts(record), single.tables(record), about_run(record))]
+    good, counted, sections = source.good, source.done, []
+    problems = comparison.charts(counted)
+    tables = comparison.tables(counted, source.records)
+    for problem in dict.fromkeys(r["problem_name"] for r in counted):
+        names = {f"{problem}-cost", f"{problem}-time"}
+        sections.append(
+            Section(
+                problem,
+                [c for c in problems if c.name in names],
+                [t for t in tables if t.name == f"{problem}-winners"],
+                about_problem([r for r in counted if r["problem_name"] == problem]),
+            )
+        )
+    rest = [c for c in problems if c.name == "overhead"]
+    sections.append(Section("All problems", rest, [t for t in tables if not t.name.endswith("-winners")]))
+    for record in first_seeds(good):
+        head = f"{record['problem_name']}: {record['method_name']}, seed {record['settings']['seed']}"
+        note = "" if record["status"] == "done" else f"This run is {record['status']}; it is in no table."
+        charts = single.charts(record, file_name(head) + "-")
+        # Hundreds of files of other methods' runs would help nobody; the page has them all.
+        sections.append(Section(head, charts, (), note, folded=True, files=record.get("search") is not None))
+    return sections
+
+
+def first_seeds(records: Sequence[Record]) -> list[Record]:
+    """One run of each method on each problem, the one with the lowest seed."""
+    order = comparison.method_order(records)
+    found: dict[tuple[str, str], Record] = {}
+    for record in sorted(records, key=lambda r: r["settings"]["seed"]):
+        found.setdefault((record["problem_name"], record["method_name"]), record)
+    problems = list(dict.fromkeys(r["problem_name"] for r in records))
+    return sorted(found.values(), key=lambda r: (problems.index(r["problem_name"]), order.index(r["method_name"])))
+
+
+def about_run(record: Record) -> str:
+    names = ", ".join(p["name"] for p in record["space"][:12]) + (", ..." if len(record["space"]) > 12 else "")
+    told = "" if record["status"] == "done" else " It has not ended yet, or was stopped."
+    head = f"{record['problem_name']}, method {record['method_name']}, {len(record['space'])} hyperparameters ({names})"
+    return f"{head}: {len(record['observations'])} of {record['settings']['budget']:g} trainings.{told}"
+
+
+def about_problem(records: Sequence[Record]) -> str:
+    settings = records[0]["settings"]
+    options = ", ".join(f"{k} = {v}" for k, v in settings["options"].items())
+    names = [p["name"] for p in records[0]["space"]]
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return f"Problem {settings['problem']}{f' ({options})' if options else ''}; tuned: {shown}."
+
+
+def render(source: Source, sections: Sequence[Section], plotly_figure: Any) -> str:
+    """The page, with everything that it needs inside."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    loader = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader.filters["bold"] = bold
+    template = loader.from_string(resources.files("raybilevel.report").joinpath("page.html.j2").read_text("utf-8"))
+    title = f"{'Comparison' if source.kind == 'comparison' else 'Run'}: {source.folder.resolve().name}"
+    data = frames.observations(source.good)
+    page: str = template.render(
+        title=title,
+        sections=[
+            {
+                "title": s.title,
+                "anchor": s.anchor,
+                "words": s.words,
+                "folded": s.folded,
+                "tables": [{"table": t, "csv": link(table_csv(t))} for t in s.tables],
+                "charts": [
+                    {"chart": c, "csv": link(c.data().to_csv(index=False)), "json": script_json(plotly_figure(c))}
+                    for c in s.charts
+                ],
+            }
+            for s in sections
+        ],
+        observations=link(data.to_csv(index=False)),
+        count=len(data),
+        made=f"{datetime.now():%Y-%m-%d %H:%M}",
+        version=__version__,
+        versions=versions_of(source.records),
+        machines=machines_of(source.records),
+        wrong=source.wrong,
+        plotly=get_plotlyjs(),
+    )
+    return page
+
+
+def versions_of(records: Sequence[Record]) -> dict[str, str]:
+    """Package -> the versions that the records were made with."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for name, version in record["versions"].items():
+            if version is not None:
+                found.setdefault(name, set()).add(str(version))
+    return {name: ", ".join(sorted(versions)) for name, versions in found.items()}
+
+
+def machines_of(records: Sequence[Record]) -> list[str]:
+    found: dict[str, None] = {}
+    for record in records:
+        m = record.get("machine") or {}
+        if m:
+            gpus = f", {m['gpus']:g} GPUs ({', '.join(m['accelerators'])})" if m["gpus"] else ""
+            found[f"{m['nodes']} node{'s' if m['nodes'] != 1 else ''}, {m['cpus']:g} CPUs{gpus}, {m['system']}"] = None
+    return list(found)
+
+
+def script_json(figure: Any) -> str:
+    """A figure as JSON that may stand in a script element: nothing in it ends the element."""
+    return str(figure.to_json()).replace("<", "\\u003c")
+
+
+def link(content: str) -> str:
+    return "data:text/csv;base64," + base64.b64encode(content.encode()).decode()
+
+
+def bold(text: str) -> Any:
+    """`**best**` as bold text in the page."""
+    from markupsafe import Markup, escape
+
+    found = re.fullmatch(r"\*\*(.*)\*\*", text)
+    return Markup("<b>{}</b>").format(found[1]) if found else escape(text)
+
+
+def file_name(text: str) -> str:
+    return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")
+
+
+def table_csv(table: Table) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(table.headers)
+    writer.writerows([cell.replace("**", "") for cell in row] for row in table.rows)
+    return out.getvalue()
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    parts = []
+    for table in tables:
+        parts.append(f"## {table.title}\n\n{markdown_table(table.headers, table.rows)}")
+        if table.note:
+            parts.append(table.note)
+    return "\n\n".join(parts) + "\n"
+
+
+def write_tables(tables: Sequence[Table], observations: pd.DataFrame, folder: Path) -> None:
+    """Each table as CSV, all of them as Markdown, and every observation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in tables:
+        (folder / f"{table.name}.csv").write_text(table_csv(table), encoding="utf-8")
+    (folder / "tables.md").write_text(markdown(tables), encoding="utf-8")
+    observations.to_csv(folder / "observations.csv", index=False)

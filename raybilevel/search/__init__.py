@@ -1,0 +1,6 @@
+"""A search as ask/tell over plain values, and a loop that drives it in one process. No Ray."""
+
+from raybilevel.search._local import observe, search
+from raybilevel.search._optimizer import BilevelOptimizer, Observation
+
+__all__ = ["BilevelOptimizer", "Observation", "observe", "search"]

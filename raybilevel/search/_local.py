@@ -1,0 +1,56 @@
+"""A whole search in this process, one training after another: for small problems, tests and benchmarks. No Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from raybilevel._lower.levels import check_problem
+from raybilevel._lower.training import TrainedLowerLevel, load_checkpoint, train
+from raybilevel.errors import NotFiniteError
+from raybilevel.problem import BilevelProblem
+from raybilevel.search._optimizer import BilevelOptimizer, Observation
+from raybilevel.space import Space, flatten, nest
+
+logger = logging.getLogger(__name__)
+
+
+def observe(space: Space, config: Mapping[str, Any], trained: TrainedLowerLevel) -> Observation:
+    """A training's result in the terms of the search: gradients in the unit cube."""
+    gradient = {"/".join(path): value for path, value in flatten(trained.gradient).items()}
+    unit = space.to_unit_gradient(config, gradient)
+    return Observation(trained.upper, trained.value, tuple(unit.tolist()), trained.passes)
+
+
+def search(
+    problem: BilevelProblem, optimizer: BilevelOptimizer, cost: float, constants: Mapping[str, Any] | None = None
+) -> dict[int, bytes]:
+    """Train until the cost (in trainings, upper-level steps included) is spent; the checkpoints by training."""
+    space, constants = optimizer.space, constants or {}
+    check_problem(problem, space, constants)
+    checkpoints: dict[int, bytes] = {}
+    while optimizer.state.cost < cost and not optimizer.exhausted:
+        while (step := optimizer.plan()) is not None:
+            result = None
+            try:
+                result = optimizer.method.run(
+                    problem, space, constants, step, lambda index: load_checkpoint(checkpoints[index]), optimizer.memory
+                )
+            except NotFiniteError as error:
+                logger.error(
+                    "upper-level step %d failed; a space-filling point takes its place: %s", step.number, error
+                )
+            optimizer.tell_step(step.number, result)
+        trial = str(len(optimizer.state.trainings))
+        asked = optimizer.ask(trial)
+        if asked is None:
+            break
+        config = nest({**flatten(constants), **flatten(asked)})
+        try:
+            trained, checkpoints[optimizer.trials[trial]] = train(problem, config, optimizer.seed)
+        except NotFiniteError:
+            optimizer.tell(trial, None)
+        else:
+            optimizer.tell(trial, observe(space, config, trained))
+    return checkpoints

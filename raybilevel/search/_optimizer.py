@@ -1,0 +1,224 @@
+"""The search as ask/tell over plain values: asks trainings and upper-level steps, hears their results. No Ray."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from raybilevel.errors import ConfigError
+from raybilevel.methods._base import Method, UpperResult, UpperStep
+from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
+from raybilevel.space import Space, sobol_points
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an ended training reports; see `TrainedLowerLevel`.
+
+    gradient: df/dx in the unit cube, shape (d,).
+    complete: it ran to its end; otherwise only `upper` and `passes` count.
+    """
+
+    upper: float
+    value: float = math.nan
+    gradient: tuple[float, ...] = ()
+    passes: float = 0.0
+    complete: bool = True
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.upper) and (
+            not self.complete or all(map(math.isfinite, (self.value, *self.gradient)))
+        )
+
+
+class BilevelOptimizer:
+    """Drives one search: `ask` for trainings, `plan` for upper-level steps, `tell` and `tell_step` for their results.
+
+    Every decision is a function of the `SearchState`, which is values only; results may come in any order.
+    """
+
+    def __init__(
+        self, space: Space, method: Method, seed: int = 0, slots: int = 1, points: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        if slots < 1:
+            raise ConfigError(f"a search needs at least one slot, got {slots}")
+        self.space, self.method, self.seed, self.slots = space, method, seed, slots
+        self.state = SearchState()
+        self.trials: dict[str, int] = {}
+        self.running: dict[int, UpperStep] = {}
+        self.memory: bytes | None = None
+        given = [Proposal(tuple(space.encode(point).tolist()), "given") for point in points]
+        design = method.start_design(space.dimension, slots, seed)
+        self.queue = deque([*given, *(Proposal(tuple(unit.tolist()), "start") for unit in design)])
+
+    def ask(self, trial: str) -> dict[str, Any] | None:
+        """The hyperparameters to train next, nested as the space is; None while there are none."""
+        if trial in self.trials:
+            return self.config(trial)
+        if not self.queue and not (self.running or self.state.pending or self.state.done or self.exhausted):
+            # The whole start design failed: no method can plan from nothing.
+            self.fill()
+        if not self.queue:
+            return None
+        proposal = self.queue.popleft()
+        unit = torch.tensor(proposal.unit, dtype=torch.double)
+        config = self.space.suggest(unit)
+        trained = self.space.encode(config)
+        if (trained - unit).abs().max() > 1e-9:  # the step of a quantised hyperparameter moved it
+            proposal = replace(proposal, unit=tuple(trained.tolist()))
+            config = self.space.suggest(trained)
+        self.trials[trial] = len(self.state.trainings)
+        self.state = self.state.add(proposal)
+        return config
+
+    def config(self, trial: str) -> dict[str, Any]:
+        """What a known trial was asked to train."""
+        return self.config_of(self.state.trainings[self.trials[trial]])
+
+    def config_of(self, training: Training) -> dict[str, Any]:
+        """A training's hyperparameters, nested as the space is."""
+        return self.space.suggest(torch.tensor(training.unit, dtype=torch.double))
+
+    def without_running(self) -> BilevelOptimizer:
+        """A copy in which the upper-level steps under way are to be planned again."""
+        other = copy.copy(self)
+        other.running, other.queue, other.trials = {}, deque(self.queue), dict(self.trials)
+        return other
+
+    def tell(self, trial: str, observation: Observation | None) -> None:
+        """A training's result; None if it failed. Unknown trials and repeated results are ignored.
+
+        A result whose numbers are not all finite counts as a failure. A failed training may succeed when it is tried
+        again.
+        """
+        index = self.trials.get(trial)
+        if index is None or self.state.trainings[index].status not in ("pending", "lost", "failed"):
+            return
+        before = self.state.trainings[index].finished
+        finished = before if before >= 0 else len(self.state.told)
+        if observation is None or not observation.finite:
+            self.state = self.state.change(index, status="failed", finished=finished)
+            return
+        self.state = self.state.change(
+            index,
+            status="done" if observation.complete else "stopped",
+            finished=finished,
+            value=observation.value,
+            upper=observation.upper,
+            gradient=tuple(observation.gradient),
+            passes=observation.passes,
+        )
+
+    def add(self, trial: str, config: Mapping[str, Any], observation: Observation | None) -> None:
+        """A training that this search did not ask for, e.g. of an earlier experiment."""
+        if trial not in self.trials:
+            self.trials[trial] = len(self.state.trainings)
+            self.state = self.state.add(Proposal(tuple(self.space.encode(config).tolist()), "unknown"))
+        self.tell(trial, observation)
+
+    def plan(self) -> UpperStep | None:
+        """The next upper-level step to run, None while there is none; it counts as running until `tell_step`.
+
+        Trainings asked, proposals waiting and steps running together never exceed the slots.
+        """
+        if self.queue or self.full:
+            return None
+        step = self.method.plan(self.state, tuple(self.running.values()), self.slots, self.seed)
+        if step is not None:
+            self.running[step.number] = step
+        return step
+
+    def tell_step(self, number: int, result: UpperResult | None) -> None:
+        """What a step found; None if it failed: its proposal is replaced by a space-filling one."""
+        step = self.running.pop(number, None)
+        if step is None:
+            return
+        if result is None:
+            self._record(StepRecord(number, step.centre, 0.0, failed=True))
+            self._fill(step.seed)
+            return
+        for index, gradient in result.hypergradients.items():
+            self.state = self.state.change(index, hypergradient=tuple(gradient))
+        self._record(result.record)
+        if result.memory is not None:
+            self.memory = result.memory
+        if result.proposal is not None:
+            self.queue.append(result.proposal)
+
+    def leave_out(self, index: int) -> None:
+        """Have no step look for the hypergradient of a training again."""
+        if self.state.trainings[index].hypergradient is None:
+            self.state = self.state.change(index, hypergradient=())
+
+    def _record(self, record: StepRecord) -> None:
+        self.state = self.state.after(replace(record, finished=len(self.state.told)))
+
+    def fill(self) -> None:
+        """Have a space-filling point to train, where the method has nothing to plan yet."""
+        self._fill(self.seed + len(self.state.trainings))
+
+    def _fill(self, seed: int) -> None:
+        unit = sobol_points(self.space.dimension, 1, seed)[0]
+        self.queue.append(Proposal(tuple(unit.tolist()), "fill"))
+
+    def lose(self, trial: str) -> None:
+        """Give up a trial that nobody runs any more: its point is asked again; a late result still counts."""
+        index = self.trials[trial]
+        if self.state.trainings[index].status == "pending":
+            self.state = self.state.change(index, status="lost")
+            self.queue.appendleft(self.state.trainings[index].proposal)
+
+    def adopt(self, trial: str, config: Mapping[str, Any]) -> None:
+        """Know of a trial that runs, or ran, without this search remembering that it asked for it."""
+        if trial in self.trials:
+            return
+        unit = self.space.encode(config)
+        proposal = Proposal(tuple(unit.tolist()), "unknown")
+        for waiting in self.queue:
+            point = torch.tensor(waiting.unit, dtype=torch.double)
+            if (self.space.encode(self.space.suggest(point)) - unit).abs().max() < 1e-9:
+                proposal = waiting
+                self.queue.remove(waiting)
+                break
+        self.trials[trial] = len(self.state.trainings)
+        self.state = self.state.add(proposal)
+
+    def forget(self, trials: Collection[str]) -> None:
+        """Give up pending trials that nobody runs and nobody will report; their points are asked again, in order.
+
+        The newest trainings are taken back as if they had never been asked, so that the search repeats itself.
+        """
+        for trial in sorted(trials, key=lambda trial: -self.trials[trial]):
+            index = self.trials[trial]
+            if self.state.trainings[index].status != "pending":
+                continue
+            if index < len(self.state.trainings) - 1:
+                self.lose(trial)
+                continue
+            self.queue.appendleft(self.state.trainings[index].proposal)
+            self.state = self.state.without_last()
+            del self.trials[trial]
+
+    @property
+    def full(self) -> bool:
+        """Trainings and upper-level steps under way fill the slots."""
+        return len(self.state.pending) + len(self.running) >= self.slots
+
+    @property
+    def has_too_little_for_a_step(self) -> bool:
+        """Some of the start design have ended and left slots free, and no step can be planned before others have."""
+        if self.queue or self.running or self.full or not self.state.done:
+            return False
+        return any(training.proposal.origin in ("start", "given") for training in self.state.pending)
+
+    @property
+    def exhausted(self) -> bool:
+        """Nothing is under way and the method has nothing more to propose."""
+        return not (self.queue or self.running or self.state.pending) and self.method.exhausted(self.state)

@@ -1,0 +1,43 @@
+"""Ray Tune: the searcher, the trainables, callbacks and schedulers around them."""
+
+from typing import TYPE_CHECKING
+
+from raybilevel._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from raybilevel.tune._data_parallel import data_parallel_trainable
+    from raybilevel.tune._descent_trainable import hypergradient_trainable
+    from raybilevel.tune._scalars import SearchScalars
+    from raybilevel.tune._scheduler import PatientFIFO
+    from raybilevel.tune._searcher import BilevelSearch
+    from raybilevel.tune._snapshot import ResumableGenerator, prepare_resume
+    from raybilevel.tune._trainable import lower_level_trainable
+
+__all__ = [
+    "BilevelSearch",
+    "PatientFIFO",
+    "ResumableGenerator",
+    "SearchScalars",
+    "data_parallel_trainable",
+    "hypergradient_trainable",
+    "lower_level_trainable",
+    "prepare_resume",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "BilevelSearch": "._searcher",
+        "PatientFIFO": "._scheduler",
+        "ResumableGenerator": "._snapshot",
+        "SearchScalars": "._scalars",
+        "data_parallel_trainable": "._data_parallel",
+        "hypergradient_trainable": "._descent_trainable",
+        "lower_level_trainable": "._trainable",
+        "prepare_resume": "._snapshot",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,100 @@
+"""A whole bilevel descent as a Tune trial."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from raybilevel._cluster.shared import Shared
+from raybilevel._cluster.time_limit import time_limit
+from raybilevel.errors import ProblemError
+from raybilevel.hypergradient._descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
+from raybilevel.hypergradient._variables import check_shards
+from raybilevel.methods._hypergradient import HypergradientDescent
+from raybilevel.problem import BilevelProblem
+from raybilevel.space import STARTS, Space
+from raybilevel.tune._domains import split_param_space
+from raybilevel.tune._trainable import FINISHED, PASSES, a_fifth, check_arguments, check_not_optimistic, send
+
+HYPERPARAMETERS = "hyperparameters"
+
+
+def hypergradient_trainable(
+    problem: BilevelProblem,
+    settings: HypergradientDescent | None = None,
+    space: Space | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    checkpoint_every: int | None = None,
+    epoch_time_limit: float | None = None,
+) -> Callable[[dict[str, Any]], None]:
+    """A trainable for `tune.run` and `tune.Tuner`, with `BilevelSearch(problem, method="hypergradient")`: one descent
+    along hypergradients from the trial's config.
+
+    It reports every step `upper_loss` and `lower_loss` (F and f at the weights of the descent), `hypergradient_norm`,
+    what linear solves took so far, `solver_residual`, the relative residual of the last one, and how well the lower
+    level was solved: `lower_gradient_norm`, or `lower_residual` of a fixed point; at the end F and f at weights trained
+    anew, what the problem's `evaluate_at` returns, `hyperparameters` where x is a point of a box, and a checkpoint with
+    x and y. A restarted trial goes on from its last checkpoint.
+
+    settings: of the descent; those that the searcher has.
+    space:    the search space, as a Tune `param_space`; None where x is the problem's `upper_variables`: then give
+        Tune {"start": tune.quniform(0, 65535, 1)}.
+    seed:     of the initial weights and the order of batches; of a module's start, with its number.
+    checkpoint_every: steps between checkpoints; None for five in a descent.
+    epoch_time_limit: seconds that an epoch of the lower level may take, a step's hypergradient counted as one more; a
+        descent whose step takes longer than all of its epochs may hangs, and its process is ended. None for no limit.
+
+    Raises:
+        ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, has neither a space nor
+            `upper_variables`, or cannot be divided into the settings' shards.
+        ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
+    """
+    check_arguments("hypergradient_trainable", problem, checkpoint_every, epoch_time_limit)
+    check_not_optimistic("hypergradient_trainable", problem)
+    if space is not None and not isinstance(space, Space):
+        space, _ = split_param_space(space)
+    box = None if space is None or space == STARTS else space
+    if box is None and problem.upper_variables() is None:
+        raise ProblemError(f"{type(problem).__name__} has no upper_variables(); give the search space")
+    settings = settings or HypergradientDescent()
+    check_shards(problem, settings.shards, box is not None)
+    every = checkpoint_every or a_fifth(settings.steps)
+    trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
+        descend, problem=Shared(problem), settings=settings, space=box, seed=seed, checkpoint_every=every,
+        epoch_time_limit=epoch_time_limit,
+    )  # fmt: skip
+    return trainable
+
+
+def descend(
+    config: dict[str, Any],
+    problem: Shared[BilevelProblem],
+    settings: HypergradientDescent,
+    space: Space | None,
+    seed: int,
+    checkpoint_every: int,
+    epoch_time_limit: float | None,
+) -> None:
+    """What a trial runs."""
+    logging.getLogger("ray.train._internal.storage").setLevel(logging.WARNING)  # five lines a trial, none of them news
+    with time_limit(epoch_time_limit):
+        descent = BilevelDescent(problem.value, config, settings, space, seed)
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            descent.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
+    while not descent.finished:
+        epochs = 1 + (settings.lower_epochs if descent.step else problem.value.epochs)
+        if descent.step + 1 == settings.steps:
+            epochs += problem.value.epochs
+        with time_limit(epoch_time_limit and epoch_time_limit * epochs):
+            metrics: dict[str, Any] = {**descent.run_step(), "step": descent.step}
+            if descent.finished:
+                metrics |= descent.conclude()
+        metrics |= {PASSES: descent.passes, FINISHED: descent.finished}
+        due = descent.finished or descent.step % checkpoint_every == 0
+        send(metrics, CHECKPOINT_FILE, dump_checkpoint(descent) if due else None)

@@ -1,0 +1,140 @@
+"""A lower-level training as a Tune trial."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from raybilevel._cluster.shared import Shared
+from raybilevel._cluster.time_limit import time_limit
+from raybilevel._lower.training import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
+from raybilevel.errors import ConfigError, ProblemError
+from raybilevel.problem import BilevelProblem
+
+FINISHED = "lower_level_finished"
+GRADIENT = "lower_gradient"
+PASSES = "lower_passes"
+TRIAL_PATH = "trial_path"
+GPUS = "gpus"
+
+
+def lower_level_trainable(
+    problem: BilevelProblem,
+    seed: int = 0,
+    checkpoint_every: int | None = None,
+    epoch_time_limit: float | None = None,
+) -> Callable[[dict[str, Any]], None]:
+    """A trainable for `tune.run` and `tune.Tuner`: one lower-level training at the trial's config.
+
+    It reports every epoch `lower_loss` (f), `upper_loss` (F at the weights so far) and what the problem's `evaluate`
+    returns; at the end also `lower_gradient` (df/dx, nested as the config is), `lower_level_finished=True` and a
+    checkpoint. A restarted trial goes on from its last checkpoint.
+
+    seed:             of the initial weights and the order of batches; the same for every trial.
+    checkpoint_every: epochs between checkpoints; None for five in a training.
+    epoch_time_limit: seconds that an epoch, its losses included, may take; a training that takes longer hangs, and its
+        process is ended. None for no limit. Its report is not part of that: a scheduler may hold that up.
+
+    Raises:
+        ProblemError: `problem` is not a `BilevelProblem` instance.
+        ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
+    """
+    check_arguments("lower_level_trainable", problem, checkpoint_every, epoch_time_limit)
+    every = checkpoint_every or a_fifth(problem.epochs)
+    trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
+        lower_level, problem=Shared(problem), seed=seed, checkpoint_every=every, epoch_time_limit=epoch_time_limit
+    )
+    return trainable
+
+
+def check_arguments(
+    function: str, problem: object, checkpoint_every: int | None, epoch_time_limit: float | None
+) -> None:
+    """What all functions that make a trainable refuse; `function` is the one that was called."""
+    if not isinstance(problem, BilevelProblem):
+        hint = f"; pass an instance: {function}(MyProblem())" if isinstance(problem, type) else ""
+        raise ProblemError(f"expected a BilevelProblem, got {problem!r}{hint}")
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    if epoch_time_limit is not None and not epoch_time_limit > 0:
+        raise ConfigError(f"epoch_time_limit must be positive, got {epoch_time_limit}")
+
+
+def check_not_optimistic(function: str, problem: BilevelProblem) -> None:
+    if problem.optimistic:
+        raise ProblemError(
+            f"{type(problem).__name__}.optimistic: {function} does not choose among minimisers of f; set it to False, "
+            "or use lower_level_trainable and a search by the default method"
+        )
+
+
+def a_fifth(count: int) -> int:
+    """Epochs or steps between checkpoints, so that there are five."""
+    return max(1, -(-count // 5))
+
+
+def lower_level(
+    config: dict[str, Any],
+    problem: Shared[BilevelProblem],
+    seed: int,
+    checkpoint_every: int,
+    epoch_time_limit: float | None,
+) -> None:
+    """What a trial runs."""
+    logging.getLogger("ray.train._internal.storage").setLevel(logging.WARNING)  # five lines a trial, none of them news
+    with time_limit(epoch_time_limit):
+        training = LowerLevelTraining(problem.value, config, seed)
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            training.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
+    while not training.finished:
+        last = training.epoch + 1 == problem.value.epochs
+        # The last epoch of an optimistic problem takes up to as many passes more as there were epochs.
+        longer = 1 + problem.value.epochs if last and problem.value.optimistic else 1
+        with time_limit(epoch_time_limit and epoch_time_limit * longer):
+            training.run_epoch()
+            if training.finished:
+                training.conclude()
+            metrics = report(training)
+        due = training.finished or training.epoch % checkpoint_every == 0
+        send(metrics, CHECKPOINT_FILE, dump_checkpoint(training) if due else None)
+
+
+def send(metrics: dict[str, Any], name: str, checkpoint: bytes | None) -> None:
+    """Report to Tune, with where the trial runs and keeps its files; `name` is the file of a checkpoint that is due."""
+    metrics = {**metrics, TRIAL_PATH: tune.get_context().get_storage().trial_fs_path}
+    if gpus := ray.get_gpu_ids():
+        metrics[GPUS] = ",".join(map(str, gpus))
+    if checkpoint is None:
+        tune.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(checkpoint)
+        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def report(training: LowerLevelTraining) -> dict[str, Any]:
+    """The metrics of one epoch; the gradient only where it means something, at the end of the training."""
+    passes = training.levels.passes
+    metrics: dict[str, Any] = {
+        **training.losses(),
+        "epoch": training.epoch,
+        PASSES: passes,
+        FINISHED: training.finished,
+    }
+    if training.finished:
+        metrics[GRADIENT] = training.gradient()
+    return metrics
+
+
+def checkpoint_path(result: Mapping[str, Any]) -> str | None:
+    """Where a trial's checkpoint of this result lies on the experiment's filesystem."""
+    folder, name = result.get(TRIAL_PATH), result.get("checkpoint_dir_name")
+    return f"{folder}/{name}" if folder and name else None
