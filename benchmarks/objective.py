@@ -91,7 +91,7 @@ class Objective:
         """F after a training at a point of the unit cube, shape (d,); the worst F so far where the training fails."""
         trained, _ = self.train(unit)
         if trained is not None:
-            return trained.upper
+            return trained.upper_loss
         return max((o.upper for o in self.observed if o.upper is not None), default=1.0)
 
     def train(self, unit: Tensor, trace: Mapping[str, Any] | None = None) -> tuple[TrainedLowerLevel | None, bytes]:
@@ -103,7 +103,7 @@ class Objective:
         if self.cost >= self.budget - 1e-9:
             raise BudgetSpent
         unit = unit.detach().double().clamp(0, 1)
-        config = self.space.suggest(unit)
+        config = self.space.to_config(unit)
         trained, checkpoint = None, b""
         with contextlib.suppress(NotFiniteError):
             trained, checkpoint = train(self.problem, config, self.seed)
@@ -111,8 +111,8 @@ class Objective:
             Observed(
                 unit.tolist(),
                 config,
-                trained.upper if trained else None,
-                trained.value if trained else None,
+                trained.upper_loss if trained else None,
+                trained.lower_loss if trained else None,
                 trained.metrics if trained else {},
                 trained.passes if trained else 0.0,
                 self.charged,

@@ -85,7 +85,7 @@ def bilevel(
             "index": index,
             "origin": proposal.origin,
             "region": proposal.region,
-            "predicted_upper": proposal.predicted_upper,
+            "predicted_upper_loss": proposal.predicted_upper_loss,
             "predicted_value": proposal.predicted_value,
             "deviation": proposal.deviation,
             "violation": proposal.violation,
@@ -96,7 +96,7 @@ def bilevel(
         observed = objective.observed[-1]
 
         def end() -> None:
-            config = objective.space.suggest(unit)
+            config = objective.space.to_config(unit)
             optimizer.tell(trial, None if trained is None else observe(objective.space, config, trained))
             incumbent = optimizer.method.incumbent(optimizer.state)
             if incumbent is not None:

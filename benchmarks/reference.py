@@ -35,7 +35,7 @@ class ImplicitGradient:
         model.load_state_dict(load_checkpoint(checkpoint)["model"])
         self.levels = Levels(problem, model)
         self.weights = [w for w in model.parameters() if w.requires_grad]
-        config = objective.space.suggest(unit)
+        config = objective.space.to_config(unit)
         self.config: Mapping[str, Any] = config
         tensors = as_tensors(config, problem, requires_grad=True)
         self.hyperparameters = tensors
@@ -128,7 +128,7 @@ def _lbfgsb(objective: Objective, seed: int, centre: bool, tolerance: float, max
                 "residual": residual,
                 "products": products,
             }
-            return trained.upper, gradient.numpy()
+            return trained.upper_loss, gradient.numpy()
 
         options = {"maxiter": 10_000, "maxfun": 100_000, "ftol": 1e-7, "gtol": 1e-6}
         minimize(both, start.numpy(), jac=True, method="L-BFGS-B", bounds=[(0.0, 1.0)] * dimension, options=options)

@@ -46,7 +46,7 @@ def parts_of(space: Space, count: int, overlap: float = 0.0) -> list[Space]:
 
 def halves(box: Space, at: int, overlap: float) -> list[Space]:
     one = box.parameters[at]
-    lower, upper = replace(one, high=one.suggest((1 + overlap) / 2)), replace(one, low=one.suggest((1 - overlap) / 2))
+    lower, upper = replace(one, high=one.to_value((1 + overlap) / 2)), replace(one, low=one.to_value((1 - overlap) / 2))
     return [Space((*box.parameters[:at], half, *box.parameters[at + 1 :])) for half in (lower, upper)]
 
 
@@ -136,7 +136,7 @@ def finish_training(problem: BilevelProblem, driver: Driver, trial: str, seed: i
     config = search.config(trial)
     trained, driver.checkpoints[search.trials[trial]] = train(problem, config, seed)
     driver.timed(lambda: search.tell(trial, observe(search.space, config, trained)))
-    return trained.upper
+    return trained.upper_loss
 
 
 def take(driver: Driver, source: Driver, trial: str, config: dict[str, Any], upper: float) -> None:

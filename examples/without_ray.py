@@ -14,5 +14,7 @@ if __name__ == "__main__":
     search(problem, optimizer, cost=20)
     state = optimizer.state
     for cost, training in zip(state.costs(), state.told, strict=True):
-        print(f"cost {cost:5.1f}  {training.proposal.origin:<6}  F {training.upper:.4f}")
-    print(f"best F {state.best.upper:.4f} after {len(state.done)} trainings and {len(state.steps)} upper-level steps")
+        print(f"cost {cost:5.1f}  {training.proposal.origin:<6}  F {training.upper_loss:.4f}")
+    print(
+        f"best F {state.best.upper_loss:.4f} after {len(state.done)} trainings and {len(state.steps)} upper-level steps"
+    )

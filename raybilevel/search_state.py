@@ -24,7 +24,7 @@ class Proposal:
     unit:            where, in the unit cube, shape (d,).
     origin:          "region" (a trust region's next point), "global" (acquisition over the box) or "fill".
     region:          the trust region, named by the index of the training that began it.
-    predicted_upper: F expected there.
+    predicted_upper_loss: F expected there.
     predicted_value: v_hat there, before it is trained; its error is a diagnostic.
     deviation:       posterior standard deviation of v_hat there.
     violation:       of the constraint where the descent ended that proposed it.
@@ -33,7 +33,7 @@ class Proposal:
     unit: Unit
     origin: Origin
     region: int | None = None
-    predicted_upper: float | None = None
+    predicted_upper_loss: float | None = None
     predicted_value: float | None = None
     deviation: float | None = None
     violation: float | None = None
@@ -57,9 +57,10 @@ class Training(PickledOnce):
     status:   "stopped" is a training that a scheduler ended early: it has an F, but says nothing of v;
               "lost" one that nobody runs any more, whose point was asked again.
     finished: the order in which results came in, 0, 1, ...; -1 while pending.
-    value, upper:  f and F at the trained weights.
-    gradient:      df/dx there, shape (d,), in the unit cube.
-    passes:        what it cost, in gradient evaluations of f.
+    lower_loss, upper_loss: f and F at the trained weights; where another metric is searched, that one, with its sign
+        turned where it is maximised, stands for F.
+    lower_gradient: df/dx there, shape (d,), in the unit cube.
+    passes:         what it cost, in gradient evaluations of f.
     hypergradient: dF(x, y*(x))/dx there from an upper-level step, shape (d,), in the unit cube; empty where the step
         found none.
     """
@@ -68,9 +69,9 @@ class Training(PickledOnce):
     proposal: Proposal
     status: Status = "pending"
     finished: int = -1
-    value: float = math.nan
-    upper: float = math.nan
-    gradient: Unit = ()
+    lower_loss: float = math.nan
+    upper_loss: float = math.nan
+    lower_gradient: Unit = ()
     passes: float = 0.0
     hypergradient: Unit | None = None
 
@@ -123,12 +124,12 @@ class RegionHistory:
     @cached_property
     def best(self) -> float:
         """The lowest F of `done`."""
-        return min(t.upper for t in self.done)
+        return min(t.upper_loss for t in self.done)
 
     @cached_property
     def best_before(self) -> float:
         """The lowest F of `done` but the last."""
-        return min((t.upper for t in self.done[:-1]), default=math.nan)
+        return min((t.upper_loss for t in self.done[:-1]), default=math.nan)
 
     def change(self, before: Training, after: Training) -> RegionHistory:
         return RegionHistory(tuple(after if t is before else t for t in self.trainings))
@@ -163,7 +164,7 @@ class SearchState:
     @cached_property
     def sorted_upper(self) -> list[float]:
         """F of the trainings that ran to their end, the lowest first."""
-        return sorted(t.upper for t in self.done)
+        return sorted(t.upper_loss for t in self.done)
 
     @cached_property
     def regions(self) -> dict[int, RegionHistory]:
@@ -181,7 +182,7 @@ class SearchState:
     @cached_property
     def best(self) -> Training | None:
         """The incumbent: the lowest F at trained weights."""
-        return min(self.done, key=lambda t: t.upper, default=None)
+        return min(self.done, key=lambda t: t.upper_loss, default=None)
 
     @cached_property
     def passes_per_training(self) -> float:
@@ -230,7 +231,11 @@ class SearchState:
         new._knowing({"settled": self.settled})
         if before.finished < 0 and after.finished == len(self.told):
             return new._knowing(self._with_end(before, after))
-        same = before.status == after.status and before.upper == after.upper and before.finished == after.finished
+        same = (
+            before.status == after.status
+            and before.upper_loss == after.upper_loss
+            and before.finished == after.finished
+        )
         if same and self.told[before.finished : before.finished + 1] == (before,):
             return new._knowing(self._with_more(before, after))
         return new
@@ -245,8 +250,8 @@ class SearchState:
         if after.status != "done":
             return known | {name: getattr(self, name) for name in ("done", "sorted_upper", "best")}
         sorted_upper = self.sorted_upper.copy()
-        bisect.insort(sorted_upper, after.upper)
-        best = self.best if self.best is not None and self.best.upper <= after.upper else after
+        bisect.insort(sorted_upper, after.upper_loss)
+        best = self.best if self.best is not None and self.best.upper_loss <= after.upper_loss else after
         return known | {"done": (*self.done, after), "sorted_upper": sorted_upper, "best": best}
 
     def _with_more(self, before: Training, after: Training) -> dict[str, Any]:

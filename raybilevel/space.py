@@ -55,7 +55,7 @@ class Parameter:
             return torch.exp(math.log(self.low) + unit * self.width)
         return self.low + unit * self.width
 
-    def suggest(self, unit: float) -> float:
+    def to_value(self, unit: float) -> float:
         """The plain value at a unit-cube coordinate, with the step applied."""
         return self.round(self.low * math.exp(unit * self.width) if self.log else self.low + unit * self.width)
 
@@ -114,9 +114,9 @@ class Space:
         """The nested dict of 0-dimensional tensors at a point of the unit cube, shape (d,); differentiable."""
         return nest({p.path: p.decode(u) for p, u in zip(self.parameters, unit, strict=True)})
 
-    def suggest(self, unit: Tensor) -> dict[str, Any]:
+    def to_config(self, unit: Tensor) -> dict[str, Any]:
         """The nested dict of plain floats at a point of the unit cube, with steps applied."""
-        return nest({p.path: p.suggest(u) for p, u in zip(self.parameters, unit.tolist(), strict=True)})
+        return nest({p.path: p.to_value(u) for p, u in zip(self.parameters, unit.tolist(), strict=True)})
 
     def encode(self, config: Mapping[str, Any]) -> Tensor:
         """The point of the unit cube, shape (d,), of a nested config; other entries are ignored.

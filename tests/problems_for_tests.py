@@ -233,7 +233,7 @@ class Formula(BilevelProblem):
 
 def trained_point(problem: Any, unit: Tensor, seed: int = 0) -> TrainedPoint:
     """Train at a point of the unit cube and stand there."""
-    _, checkpoint = train(problem, problem.space.suggest(unit), seed)
+    _, checkpoint = train(problem, problem.space.to_config(unit), seed)
     model = problem.model().to(problem.dtype)
     model.load_state_dict(load_checkpoint(checkpoint)["model"])
     return TrainedPoint(Levels(problem, model), problem.space, {}, unit)

@@ -59,9 +59,9 @@ class PlainView:
         told = state.told
         for training in told[self.shown :]:
             self.shown += 1
-            outcome = f"F {training.upper:.4f}" if training.status == "done" else training.status
+            outcome = f"F {training.upper_loss:.4f}" if training.status == "done" else training.status
             if training.status == "done":
-                self.done, self.best = self.done + 1, min(self.best, training.upper)
+                self.done, self.best = self.done + 1, min(self.best, training.upper_loss)
             best = f"{self.best:.4f}" if self.done else "nan"
             line = f"[{self.shown}/{self.trainings}] {training.proposal.origin:<6} {outcome}  best {best}"
             if self.shown == len(told):
@@ -109,7 +109,7 @@ class LiveView:
         table.add_column()
         table.add_row("trainings", f"{counts}, of {self.trainings}")
         table.add_row("upper-level steps", f"{len(state.steps)} done, {steps_under_way} running")
-        table.add_row("best F so far", f"{best.upper:.5g}  (training {best.index})" if best else "none yet")
+        table.add_row("best F so far", f"{best.upper_loss:.5g}  (training {best.index})" if best else "none yet")
         table.add_row("multiplier", number(found.multiplier))
         table.add_row("violation", number(found.violation))
         table.add_row("error of v at the newest point", number(found.value_error))

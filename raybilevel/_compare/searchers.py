@@ -63,7 +63,7 @@ class TimedSearcher(Searcher):  # type: ignore[misc]
         if self.box is None or not isinstance(suggestion, dict):
             return suggestion
         unit = [min(1.0, max(0.0, float(suggestion[name]))) for name in coordinates(self.box)]
-        return self.box.suggest(torch.tensor(unit, dtype=torch.double))
+        return self.box.to_config(torch.tensor(unit, dtype=torch.double))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         with self.overhead.timed():

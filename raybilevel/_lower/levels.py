@@ -152,7 +152,7 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
         if not weights:
             raise ProblemError(f"{name}.model() has no parameters to train")
         centre = torch.full((space.dimension,), 0.5, dtype=torch.double)
-        config = {**flatten(constants or {}), **flatten(space.suggest(centre))}
+        config = {**flatten(constants or {}), **flatten(space.to_config(centre))}
         flat = {
             path: torch.tensor(value, dtype=problem.dtype, requires_grad=True) if isinstance(value, float) else value
             for path, value in config.items()

@@ -26,15 +26,15 @@ CHECKPOINT_FORMAT = 1
 class TrainedLowerLevel:
     """What one lower-level training observed.
 
-    value, upper: f and F at the trained weights.
-    gradient:     df/dx there, by Danskin's theorem dv/dx; nested as the config, in its units.
-    passes:       gradient evaluations of f that the training cost.
-    metrics:      what the problem's `evaluate` returned.
+    lower_loss, upper_loss: f and F at the trained weights.
+    lower_gradient: df/dx there, by Danskin's theorem dv/dx; nested as the config, in its units.
+    passes:         gradient evaluations of f that the training cost.
+    metrics:        what the problem's `evaluate` returned.
     """
 
-    value: float
-    upper: float
-    gradient: Mapping[str, Any]
+    lower_loss: float
+    upper_loss: float
+    lower_gradient: Mapping[str, Any]
     passes: float
     metrics: Mapping[str, float]
 

@@ -64,10 +64,10 @@ def fit_upper_model(
 ) -> UpperModel:
     """The model of measured trainings; where rows run out, hypergradients nearest to `near` are kept, and with them at
     most half of the rows are values (`thinned`)."""
-    warp = Warp.of(torch.tensor([t.upper for t in trainings], dtype=torch.double))
+    warp = Warp.of(torch.tensor([t.upper_loss for t in trainings], dtype=torch.double))
     trainings = thinned(trainings, near, max_rows // 2 if any(t.hypergradient for t in trainings) else max_rows)
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
-    upper = torch.tensor([t.upper for t in trainings], dtype=torch.double)
+    upper = torch.tensor([t.upper_loss for t in trainings], dtype=torch.double)
     slope = warp.slope(upper)
     known = [i for i, t in enumerate(trainings) if t.hypergradient]
     kept = [known[i] for i in nearest(x[known], near, (max_rows - len(x)) // x.shape[1])] if known else []

@@ -32,9 +32,9 @@ def fit_value_function(trainings: Sequence[Training], near: Tensor, gradients: b
     if gradients:
         trainings = thinned(trainings, near, max_rows // 2)
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
-    values = torch.tensor([t.value for t in trainings], dtype=torch.double)
+    values = torch.tensor([t.lower_loss for t in trainings], dtype=torch.double)
     kept = nearest(x, near, (max_rows - len(x)) // x.shape[1]) if gradients else []
-    observed = {i: torch.tensor(trainings[i].gradient, dtype=torch.double) for i in kept}
+    observed = {i: torch.tensor(trainings[i].lower_gradient, dtype=torch.double) for i in kept}
     # With exact gradients few rows tell the length scales: twice as many predicted no better, at three times the cost.
     iterations, rows = (25, 120) if gradients else (50, 250)
     return ValueFunction(fit(x, values, observed, max_iterations=iterations, max_rows=rows, doubt=False))

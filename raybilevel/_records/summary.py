@@ -48,8 +48,8 @@ def summarise(
         if best is None
         else {
             "hyperparameters": found(trial_results, best) or config_of(space, best),
-            "lower_loss": best.value,
-            "upper_loss": best.upper,
+            "lower_loss": best.lower_loss,
+            "upper_loss": best.upper_loss,
             "test_loss": test_losses.get(best.index),
             "test_loss_refit": test_loss_refit,
             "checkpoint": checkpoints.get(best.index),
@@ -94,15 +94,15 @@ def history(
     entries, best = [], math.inf
     for training, cost in zip(state.told, state.costs(), strict=True):
         if training.status == "done":
-            best = min(best, training.upper)
+            best = min(best, training.upper_loss)
         entries.append(
             {
                 "training": training.index,
                 "status": training.status,
                 "cost": cost,
                 "hyperparameters": found(trial_results or {}, training) or config_of(space, training),
-                "lower_loss": finite(training.value),
-                "upper_loss": finite(training.upper),
+                "lower_loss": finite(training.lower_loss),
+                "upper_loss": finite(training.upper_loss),
                 "best_upper_loss": finite(best),
                 "test_loss": test_losses.get(training.index),
             }
@@ -111,7 +111,7 @@ def history(
 
 
 def config_of(space: Space, training: Training) -> dict[str, Any]:
-    return space.suggest(torch.tensor(training.unit, dtype=torch.double))
+    return space.to_config(torch.tensor(training.unit, dtype=torch.double))
 
 
 def finite(value: float) -> float | None:

@@ -185,7 +185,7 @@ class BilevelDescent:
         found: dict[str, Any] = {"upper_loss": upper.value, "lower_loss": lower.value, "lower_gradient_norm": norm}
         found |= self.metrics()
         if self.space is not None:
-            found["hyperparameters"] = self.space.suggest(x.detach().cpu().double())
+            found["hyperparameters"] = self.space.to_config(x.detach().cpu().double())
         return found
 
     def _take_all_data(self) -> None:

@@ -35,7 +35,7 @@ class BoxVariables:
     def rounded(self, x: Tensor) -> Tensor:
         if all(parameter.step is None for parameter in self.space.parameters):
             return x
-        return self.space.encode(self.space.suggest(x.detach().cpu().double())).to(x)
+        return self.space.encode(self.space.to_config(x.detach().cpu().double())).to(x)
 
 
 class ModuleVariables:

@@ -103,7 +103,7 @@ class Default:
                 regions, busy = (*regions, TrustRegion(start, start, self.region.initial)), {**busy, start: 0}
         if not regions:
             return self._look(step, running)
-        region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper))
+        region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper_loss))
         claimed = {index for step in running for index in step.targets}
         newest = state.region(region.began).done[-1].index
         lacking = [i for i in dict.fromkeys((region.centre, newest)) if state.trainings[i].hypergradient is None]
@@ -150,9 +150,9 @@ class Default:
             return False
         upper, last = state.sorted_upper, region.done[-1]
         gain = self.settled * (upper[len(upper) // 2] - upper[0])
-        promised, before = last.proposal.predicted_upper, region.best_before
+        promised, before = last.proposal.predicted_upper_loss, region.best_before
         beaten = len(region.done) > 3 and region.best > upper[0] and (promised is None or promised > upper[0])
-        settled = promised is not None and 0 <= before - promised < gain and before - last.upper < gain
+        settled = promised is not None and 0 <= before - promised < gain and before - last.upper_loss < gain
         return beaten or settled
 
     @staticmethod
@@ -169,11 +169,11 @@ class Default:
         done = state.done
         if left and done[-1].proposal.region is not None:
             return None
-        ranked = sorted(done, key=lambda t: t.upper)
+        ranked = sorted(done, key=lambda t: t.upper_loss)
         units = np.fromiter(itertools.chain.from_iterable(t.unit for t in ranked), float).reshape(len(ranked), -1)
         for training, unit in zip(ranked, units, strict=True):
             if training.proposal.region is None and training.index not in begun:
-                better = units[: bisect.bisect_left(state.sorted_upper, training.upper)]
+                better = units[: bisect.bisect_left(state.sorted_upper, training.upper_loss)]
                 if not (np.abs(better - unit).max(1) <= self.region.initial).any():
                     return training.index
         return None
@@ -287,7 +287,7 @@ def farthest(known: Tensor, seed: int) -> Tensor:
 
 def snap(unit: Tensor, space: Space) -> Tensor:
     """The point that is trained: steps of quantised hyperparameters applied."""
-    return space.encode(space.suggest(unit))
+    return space.encode(space.to_config(unit))
 
 
 def is_new(unit: Tensor, step: UpperStep) -> bool:

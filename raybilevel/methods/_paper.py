@@ -66,7 +66,7 @@ class Paper:
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
         if not state.done or state.pending or running or len(state.steps) >= self.iterations:
             return None
-        start = min((t for t in state.done if t.proposal.origin != "region"), key=lambda t: t.upper)
+        start = min((t for t in state.done if t.proposal.origin != "region"), key=lambda t: t.upper_loss)
         first = not any(step.multiplier is not None for step in state.steps)
         return UpperStep(
             number=len(state.steps),

@@ -42,13 +42,13 @@ class TrustRegionRule:
 
     def update(self, region: TrustRegion, centre: Training, training: Training) -> TrustRegion:
         members = region.members + 1
-        predicted = training.proposal.predicted_upper
+        predicted = training.proposal.predicted_upper_loss
         if training.status != "done":
             return replace(region, radius=region.radius / 2, members=members)
-        decrease = centre.upper - training.upper
+        decrease = centre.upper_loss - training.upper_loss
         radius = region.radius
         if predicted is not None:
-            ratio = decrease / max(centre.upper - predicted, 1e-12 * max(1.0, abs(centre.upper)))
+            ratio = decrease / max(centre.upper_loss - predicted, 1e-12 * max(1.0, abs(centre.upper_loss)))
             if ratio < self.poor:
                 radius = min(radius, max(distance(training.unit, centre.unit), radius / 4)) / 2
             elif ratio > self.good and distance(training.unit, centre.unit) > 0.8 * radius:

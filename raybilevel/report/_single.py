@@ -139,7 +139,7 @@ def value_function(saved: SavedSearch, prefix: str) -> list[Chart]:
 def predictions(state: SearchState, prefix: str) -> Chart:
     """v_hat before a training against the value that it had."""
     foretold = [t for t in state.done if t.proposal.predicted_value is not None]
-    values = [t.value for t in foretold]
+    values = [t.lower_loss for t in foretold]
     predicted = [float(t.proposal.predicted_value or 0.0) for t in foretold]
     deviations = [2 * (t.proposal.deviation or 0.0) for t in foretold]
     ends = [min([*values, *predicted]), max([*values, *predicted])] if values else []
@@ -186,8 +186,8 @@ def slice_of(saved: SavedSearch, fitted: ValueFunction, prefix: str) -> Chart:
                 low=[m - 2 * d for m, d in zip(mean, deviation, strict=True)],
                 high=[m + 2 * d for m, d in zip(mean, deviation, strict=True)],
             ),
-            Series("trained f", "points", at, [t.value for t in done], colour=1),
-            Series("trained F", "points", at, [t.upper for t in done], colour=2),
+            Series("trained f", "points", at, [t.lower_loss for t in done], colour=1),
+            Series("trained F", "points", at, [t.upper_loss for t in done], colour=2),
         ),
         x_log=parameter.log,
     )  # fmt: skip
@@ -202,7 +202,7 @@ def contour(saved: SavedSearch, fitted: ValueFunction, prefix: str) -> Chart:
     at = [(t, place(first, t, 0), place(second, t, 1)) for t in state.done]
     series = [
         Series("trained", "points", [a for _, a, _ in at], [b for _, _, b in at], colour=1,
-               notes=[f"training {t.index}<br>F {t.upper:.5g}, f {t.value:.5g}" for t, _, _ in at])
+               notes=[f"training {t.index}<br>F {t.upper_loss:.5g}, f {t.lower_loss:.5g}" for t, _, _ in at])
     ]  # fmt: skip
     for number, (region, members) in enumerate(trajectories(state).items()):
         series.append(
@@ -245,14 +245,14 @@ def trajectories(state: SearchState) -> dict[int, list[Training]]:
 
 def parallel(saved: SavedSearch, prefix: str) -> Chart:
     """More than two hyperparameters: a line per training, coloured by the rank of its F."""
-    best = sorted(saved.state.done, key=lambda t: t.upper)[:MOST_LINES]
+    best = sorted(saved.state.done, key=lambda t: t.upper_loss)[:MOST_LINES]
     names = [p.name for p in saved.parameters]
     series = []
     for number, training in reversed(list(enumerate(best))):
         shade = 1 - number / max(1, len(best) - 1)
         series.append(
             Series(
-                f"training {training.index}, F {training.upper:.4g}", "line", list(range(len(names))),
+                f"training {training.index}, F {training.upper_loss:.4g}", "line", list(range(len(names))),
                 list(training.unit), shade=0.2 + 0.75 * shade, strong=number == 0, in_legend=number == 0,
                 notes=[f"{name} = {place(p, training, j):.3g}" for j, (name, p) in
                        enumerate(zip(names, saved.parameters, strict=True))],
@@ -296,7 +296,7 @@ def sensitivities(saved: SavedSearch, prefix: str) -> Chart:
             Series("|dF/dx|, hypergradients", "spans", [0.0] * len(names), list(names), length=sizes, colour=0)
         )
     else:
-        sizes = [fmean(abs(t.gradient[j]) for t in done if t.gradient) for j in range(len(names))]
+        sizes = [fmean(abs(t.lower_gradient[j]) for t in done if t.lower_gradient) for j in range(len(names))]
         series.append(
             Series("|df/dx|, Danskin gradients", "spans", [0.0] * len(names), list(names), length=sizes, colour=2)
         )
@@ -344,10 +344,10 @@ def multipliers(state: SearchState, prefix: str) -> Chart:
 
 def surrogate_error(state: SearchState, prefix: str) -> Chart:
     """How far the models' predictions were from what was trained."""
-    value = [(t.finished, abs(t.proposal.predicted_value - t.value)) for t in state.done
+    value = [(t.finished, abs(t.proposal.predicted_value - t.lower_loss)) for t in state.done
              if t.proposal.predicted_value is not None]  # fmt: skip
-    upper = [(t.finished, abs(t.proposal.predicted_upper - t.upper)) for t in state.done
-             if t.proposal.predicted_upper is not None]  # fmt: skip
+    upper = [(t.finished, abs(t.proposal.predicted_upper_loss - t.upper_loss)) for t in state.done
+             if t.proposal.predicted_upper_loss is not None]  # fmt: skip
     series = []
     for number, (name, errors) in enumerate((("|v_hat - v|", value), ("|F_hat - F|", upper))):
         positive = [(i, e) for i, e in errors if e > 0]

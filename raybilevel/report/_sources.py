@@ -145,17 +145,17 @@ def observations_of(
     best: tuple[int, float] | None = None
     for number, (training, cost) in enumerate(zip(state.told, state.costs(), strict=True)):
         done = training.status == "done"
-        if done and (best is None or training.upper < best[1]):
-            best = (number, training.upper)
+        if done and (best is None or training.upper_loss < best[1]):
+            best = (number, training.upper_loss)
         lines = results.get(names.get(training.index, ""), [])
         yield {
             "trial": names.get(training.index, ""),
             "status": training.status,
             "unit": list(training.unit),
             "hyperparameters": config_of(space, training),
-            "upper": finite(training.upper) if done else None,
-            "lower": finite(training.value) if done else None,
-            "stopped_upper": finite(training.upper) if training.status == "stopped" else None,
+            "upper": finite(training.upper_loss) if done else None,
+            "lower": finite(training.lower_loss) if done else None,
+            "stopped_upper": finite(training.upper_loss) if training.status == "stopped" else None,
             "metrics": metrics_of(lines[-1]) if lines else {},
             "passes": training.passes,
             "extra": sum(step.passes for step in state.steps if step.finished <= number),

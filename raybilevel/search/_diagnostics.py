@@ -65,7 +65,7 @@ def diagnose(state: SearchState) -> Diagnostics:
 
 def value_error(training: Training) -> float | None:
     predicted = training.proposal.predicted_value
-    return None if predicted is None else abs(predicted - training.value)
+    return None if predicted is None else abs(predicted - training.lower_loss)
 
 
 def newest_descent(state: SearchState) -> StepRecord | None:
@@ -82,7 +82,7 @@ def agreement(state: SearchState) -> float | None:
         length = math.hypot(*step)
         if length > 0:
             promised.append(sum(g * s for g, s in zip(start.hypergradient, step, strict=True)) / length)
-            trained.append((end.upper - start.upper) / length)
+            trained.append((end.upper_loss - start.upper_loss) / length)
     if len(promised) < 3:
         return None
     norms = math.hypot(*promised) * math.hypot(*trained)
@@ -100,7 +100,7 @@ def neighbours(state: SearchState) -> list[tuple[Training, Training]]:
         centre = best.get(region, state.trainings[region])
         if centre.index != training.index and centre.status == "done":
             pairs.append((centre, training))
-        best[region] = min(centre, training, key=lambda t: t.upper)
+        best[region] = min(centre, training, key=lambda t: t.upper_loss)
     return pairs
 
 
@@ -115,8 +115,12 @@ def verdict(state: SearchState, converged: bool, test_losses: Mapping[int, float
         return "no result"
     if overfitted(state, test_losses):
         return "validation set overfitted"
-    missed = [abs(t.proposal.predicted_upper - t.upper) for t in state.done if t.proposal.predicted_upper is not None]
-    spread = median([abs(t.upper - best.upper) for t in state.done])
+    missed = [
+        abs(t.proposal.predicted_upper_loss - t.upper_loss)
+        for t in state.done
+        if t.proposal.predicted_upper_loss is not None
+    ]
+    spread = median([abs(t.upper_loss - best.upper_loss) for t in state.done])
     if len(missed) >= 5 and spread > 0 and median(missed[-5:]) > spread:
         return "surrogate too poor"
     return "converged" if converged else "budget exhausted"
@@ -127,13 +131,13 @@ def overfitted(state: SearchState, test_losses: Mapping[int, float]) -> bool:
     than a hundredth of itself and more than half of what F has gained since then."""
     incumbents: list[Training] = []
     for training in state.done:
-        if training.index in test_losses and (not incumbents or training.upper < incumbents[-1].upper):
+        if training.index in test_losses and (not incumbents or training.upper_loss < incumbents[-1].upper_loss):
             incumbents.append(training)
     if len(incumbents) < 2:
         return False
     last = incumbents[-1]
     for earlier in incumbents[:-1]:
         risen = test_losses[last.index] - test_losses[earlier.index]
-        if risen > max(0.01 * abs(test_losses[last.index]), 0.5 * (earlier.upper - last.upper)):
+        if risen > max(0.01 * abs(test_losses[last.index]), 0.5 * (earlier.upper_loss - last.upper_loss)):
             return True
     return False

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 def observe(space: Space, config: Mapping[str, Any], trained: TrainedLowerLevel) -> Observation:
     """A training's result in the terms of the search: gradients in the unit cube."""
-    gradient = {"/".join(path): value for path, value in flatten(trained.gradient).items()}
+    gradient = {"/".join(path): value for path, value in flatten(trained.lower_gradient).items()}
     unit = space.to_unit_gradient(config, gradient)
-    return Observation(trained.upper, trained.value, tuple(unit.tolist()), trained.passes)
+    return Observation(trained.upper_loss, trained.lower_loss, tuple(unit.tolist()), trained.passes)
 
 
 def search(

@@ -21,20 +21,20 @@ from raybilevel.space import Space, sobol_points
 class Observation:
     """What an ended training reports; see `TrainedLowerLevel`.
 
-    gradient: df/dx in the unit cube, shape (d,).
-    complete: it ran to its end; otherwise only `upper` and `passes` count.
+    lower_gradient: df/dx in the unit cube, shape (d,).
+    complete: it ran to its end; otherwise only `upper_loss` and `passes` count.
     """
 
-    upper: float
-    value: float = math.nan
-    gradient: tuple[float, ...] = ()
+    upper_loss: float
+    lower_loss: float = math.nan
+    lower_gradient: tuple[float, ...] = ()
     passes: float = 0.0
     complete: bool = True
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.upper) and (
-            not self.complete or all(map(math.isfinite, (self.value, *self.gradient)))
+        return math.isfinite(self.upper_loss) and (
+            not self.complete or all(map(math.isfinite, (self.lower_loss, *self.lower_gradient)))
         )
 
 
@@ -69,11 +69,11 @@ class BilevelOptimizer:
             return None
         proposal = self.queue.popleft()
         unit = torch.tensor(proposal.unit, dtype=torch.double)
-        config = self.space.suggest(unit)
+        config = self.space.to_config(unit)
         trained = self.space.encode(config)
         if (trained - unit).abs().max() > 1e-9:  # the step of a quantised hyperparameter moved it
             proposal = replace(proposal, unit=tuple(trained.tolist()))
-            config = self.space.suggest(trained)
+            config = self.space.to_config(trained)
         self.trials[trial] = len(self.state.trainings)
         self.state = self.state.add(proposal)
         return config
@@ -84,7 +84,7 @@ class BilevelOptimizer:
 
     def config_of(self, training: Training) -> dict[str, Any]:
         """A training's hyperparameters, nested as the space is."""
-        return self.space.suggest(torch.tensor(training.unit, dtype=torch.double))
+        return self.space.to_config(torch.tensor(training.unit, dtype=torch.double))
 
     def without_running(self) -> BilevelOptimizer:
         """A copy in which the upper-level steps under way are to be planned again."""
@@ -110,9 +110,9 @@ class BilevelOptimizer:
             index,
             status="done" if observation.complete else "stopped",
             finished=finished,
-            value=observation.value,
-            upper=observation.upper,
-            gradient=tuple(observation.gradient),
+            lower_loss=observation.lower_loss,
+            upper_loss=observation.upper_loss,
+            lower_gradient=tuple(observation.lower_gradient),
             passes=observation.passes,
         )
 
@@ -183,7 +183,7 @@ class BilevelOptimizer:
         proposal = Proposal(tuple(unit.tolist()), "unknown")
         for waiting in self.queue:
             point = torch.tensor(waiting.unit, dtype=torch.double)
-            if (self.space.encode(self.space.suggest(point)) - unit).abs().max() < 1e-9:
+            if (self.space.encode(self.space.to_config(point)) - unit).abs().max() < 1e-9:
                 proposal = waiting
                 self.queue.remove(waiting)
                 break

@@ -16,7 +16,7 @@ from raybilevel.errors import StateError
 from raybilevel.search_state import Proposal, SearchState
 from raybilevel.space import Parameter
 
-FORMAT = 1
+FORMAT = 2
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", ser_json_inf_nan="strings"))

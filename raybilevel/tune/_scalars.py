@@ -58,7 +58,7 @@ def scalars(state: SearchState) -> dict[str, float]:
     found = diagnose(state)
     best = state.best
     numbers = {
-        "best_upper_loss": None if best is None else best.upper,
+        "best_upper_loss": None if best is None else best.upper_loss,
         "cost": state.cost,
         "trainings": float(len(state.told)),
         "upper_steps": float(len(state.steps)),

@@ -158,7 +158,10 @@ def observed(folder: Path) -> SearchState:
 
 
 def values(state: SearchState) -> list[tuple[Any, ...]]:
-    return [(t.status, t.finished, t.unit, t.upper, t.value, t.gradient, t.hypergradient) for t in state.trainings]
+    return [
+        (t.status, t.finished, t.unit, t.upper_loss, t.lower_loss, t.lower_gradient, t.hypergradient)
+        for t in state.trainings
+    ]
 
 
 def main(root: Path, kills: int, samples: int) -> dict[str, Any]:
@@ -210,8 +213,8 @@ def main(root: Path, kills: int, samples: int) -> dict[str, Any]:
         "trials": len(trials),
         "observed": len(other.done),
         "points_trained_twice": len(other.done) - len({t.unit for t in other.done}),
-        "same_observations": sorted((t.unit, t.upper) for t in one.done)
-        == sorted((t.unit, t.upper) for t in other.done),
+        "same_observations": sorted((t.unit, t.upper_loss) for t in one.done)
+        == sorted((t.unit, t.upper_loss) for t in other.done),
         "same_search": repr(values(one)) == repr(values(other)) and len(one.steps) == len(other.steps),
         "log": str(folder.with_suffix(".log")),
     }

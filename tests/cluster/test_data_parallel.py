@@ -91,10 +91,10 @@ def test_two_workers_train_what_one_process_trains(tmp_path: Path) -> None:
     for result in results:
         alone, _ = train(problem, {"x": result.config["x"]})
         assert result.metrics["training_iteration"] == problem.epochs
-        assert result.metrics["lower_loss"] == pytest.approx(alone.value, rel=1e-9)
-        assert result.metrics["upper_loss"] == pytest.approx(alone.upper, rel=1e-9)
+        assert result.metrics["lower_loss"] == pytest.approx(alone.lower_loss, rel=1e-9)
+        assert result.metrics["upper_loss"] == pytest.approx(alone.upper_loss, rel=1e-9)
         assert result.metrics["norm"] == pytest.approx(alone.metrics["norm"], rel=1e-9)
-        assert result.metrics["lower_gradient"]["x"]["a"] == pytest.approx(alone.gradient["x"]["a"], rel=1e-9)
+        assert result.metrics["lower_gradient"]["x"]["a"] == pytest.approx(alone.lower_gradient["x"]["a"], rel=1e-9)
         assert result.checkpoint is not None
 
 
@@ -107,7 +107,7 @@ def test_a_training_whose_worker_is_killed_goes_on_from_its_checkpoint(tmp_path:
     (result,) = fit(trainable, search, tmp_path, 1, failure_config=tune.FailureConfig(max_failures=1))
     assert result.error is None
     alone, _ = train(Regression(), {"x": result.config["x"]})
-    assert result.metrics["upper_loss"] == pytest.approx(alone.upper, rel=1e-9)
+    assert result.metrics["upper_loss"] == pytest.approx(alone.upper_loss, rel=1e-9)
     # Two workers, three epochs; only the second one was begun twice.
     assert len(list(tmp_path.glob("pass *"))) == 2 * problem.epochs + 2
 

@@ -55,7 +55,7 @@ def test_trials_that_go_wrong_in_every_way_are_counted(faults: tuple[str, ...], 
     assert [t.status for t in search.state.trainings] == ["done", "failed"] * len(faults) + ["done"]
     # What the others observed is all there, with its own point.
     values = {result.config["x"]["a"]: result.metrics["upper_loss"] for result in results if not result.error}
-    assert {search.config_of(t)["x"]["a"]: t.upper for t in search.state.done} == values
+    assert {search.config_of(t)["x"]["a"]: t.upper_loss for t in search.state.done} == values
     assert not any(step.failed for step in search.state.steps)
 
 

@@ -51,7 +51,7 @@ def test_a_ridge_with_a_decay_for_each_weight(seed: int):
     best = search.state.best
     # the median of random points is 0.2 above the optimum, the best of 200 some 0.0015
     random = [problem.reduced(unit).item() for unit in sobol_points(3, 200, 0)]
-    assert best is not None and 0.5 - 1e-9 <= best.upper < min(random)
+    assert best is not None and 0.5 - 1e-9 <= best.upper_loss < min(random)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -75,7 +75,7 @@ def test_raybilevel_and_random_search_are_counted_alike(local_ray: None) -> None
     for record in (own, random):
         first = record["observations"][0]
         trained, _ = train(problem, first["hyperparameters"], seed=0)
-        assert first["upper"] == pytest.approx(trained.upper, rel=1e-5)  # single precision, threads may differ
+        assert first["upper"] == pytest.approx(trained.upper_loss, rel=1e-5)  # single precision, threads may differ
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def test_tunes_loggers_write_what_the_search_knows(
     assert set(newest) >= KNOWN
     told = search.state.told
     assert newest["trainings"] == len(told) - 1  # of those that had ended by then
-    assert newest["best_upper_loss"] == pytest.approx(min(t.upper for t in told[:-1]))
+    assert newest["best_upper_loss"] == pytest.approx(min(t.upper_loss for t in told[:-1]))
     events = sorted((tmp_path / "tune").glob("*/events.out.tfevents*"))
     assert len(events) == 6
     assert any(b"search/best_upper_loss" in path.read_bytes() for path in events)

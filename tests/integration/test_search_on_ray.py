@@ -86,7 +86,7 @@ def test_an_optimistic_problem_is_trained_in_trials_as_in_this_process(tmp_path:
         mode="min", storage_path=str(tmp_path), verbose=0,
     ).trials  # fmt: skip
     here, _ = train(problem, {"x0": 0.6, "x1": -0.4})
-    assert result.last_result["upper_loss"] == pytest.approx(here.upper) == pytest.approx(0.1, rel=1e-3)
+    assert result.last_result["upper_loss"] == pytest.approx(here.upper_loss) == pytest.approx(0.1, rel=1e-3)
     assert result.last_result["lower_passes"] == here.passes > problem.epochs
 
 
@@ -166,7 +166,7 @@ def test_failed_trainings_are_counted_and_the_search_goes_on(tmp_path: Path) -> 
     assert len(results.errors) == len(failed) > 0
     assert len(search.state.done) == 9 - len(failed)
     assert search.state.best is not None
-    assert search.state.best.upper < 0.2
+    assert search.state.best.upper_loss < 0.2
 
 
 def test_a_failed_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
@@ -520,7 +520,7 @@ def test_maximising_a_metric_flips_it_once(tmp_path: Path) -> None:
     # score = -|log10 x|, largest at x = 1
     assert best.metrics["score"] == pytest.approx(0, abs=0.2)
     assert search.state.best is not None
-    assert search.state.best.upper == pytest.approx(-best.metrics["score"])
+    assert search.state.best.upper_loss == pytest.approx(-best.metrics["score"])
 
 
 def test_points_to_evaluate_come_first(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_results_stay_with_their_trials_in_any_order() -> None:
     for trial, upper in (("c", 3.0), ("a", 1.0), ("b", 2.0)):
         search.on_trial_result(trial, result(upper))
         search.on_trial_complete(trial_id=trial, result=result(upper), error=False)
-    found = {t.upper: search.config_of(t) for t in search.state.done}
+    found = {t.upper_loss: search.config_of(t) for t in search.state.done}
     assert found == {1.0: asked["a"], 2.0: asked["b"], 3.0: asked["c"]}
     assert search.checkpoint_of(search.state.done[0]) == "/storage/trial/checkpoint_000001"
 
@@ -77,7 +77,7 @@ def test_what_was_reported_counts_where_a_trial_ends_without_a_word() -> None:
         search.on_trial_result(trial, result(2.0, finished))
         search.on_trial_complete(trial, error=error)
     assert [t.status for t in search.state.trainings] == ["done", "stopped", "done", "failed"]
-    assert [t.upper for t in search.state.trainings[:3]] == [2.0] * 3
+    assert [t.upper_loss for t in search.state.trainings[:3]] == [2.0] * 3
     assert search.checkpoint_of(search.state.done[0]) is not None
 
 
@@ -119,7 +119,7 @@ def test_the_gradient_is_turned_into_the_unit_cube() -> None:
     suggestion = search.suggest("a")
     search.on_trial_complete("a", result())
     # d f / d unit = df/dx * x * ln(high / low), with six decades
-    assert search.state.done[0].gradient[0] == pytest.approx(0.25 * suggestion["x"]["a"] * 13.815510557964274)
+    assert search.state.done[0].lower_gradient[0] == pytest.approx(0.25 * suggestion["x"]["a"] * 13.815510557964274)
 
 
 def test_it_pickles_before_and_after_set_up() -> None:
@@ -142,7 +142,7 @@ def test_a_fresh_searcher_goes_on_where_a_saved_one_stood(tmp_path: Path) -> Non
     assert repr(fresh.state) == repr(search.state)
     assert fresh.suggest("c") == search.suggest("c")
     fresh.on_trial_complete("b", result(2.0))  # in flight when it was saved
-    assert [t.upper for t in fresh.state.done] == [1.0, 2.0]
+    assert [t.upper_loss for t in fresh.state.done] == [1.0, 2.0]
     assert fresh.metric == "upper_loss"
     assert fresh.constants == {"note": "constant", "deep": {"size": 3}}
 
@@ -378,7 +378,7 @@ def test_a_trial_that_failed_and_was_tried_again_with_success_counts(tmp_path: P
     snapshot_of(tmp_path, ("a", "TERMINATED", config_of(search, "a"), result(1.0)))
     fresh = ready()
     fresh.restore_from_dir(str(tmp_path))
-    assert [(t.status, t.upper) for t in fresh.state.trainings] == [("done", 1.0)]
+    assert [(t.status, t.upper_loss) for t in fresh.state.trainings] == [("done", 1.0)]
 
 
 def test_a_trial_that_the_search_does_not_remember_counts_if_it_is_of_its_space() -> None:
@@ -386,7 +386,7 @@ def test_a_trial_that_the_search_does_not_remember_counts_if_it_is_of_its_space(
     search.on_trial_complete("a", result(1.0, **{"config/x/a": 0.1, "config/note": "constant"}))
     search.on_trial_complete("b", result(1.0, **{"config/x/a": 1e9}))
     search.on_trial_complete("c", result(1.0, **{"config/lr": 0.1}))
-    assert [(t.status, t.upper) for t in search.state.trainings] == [("done", 1.0)]
+    assert [(t.status, t.upper_loss) for t in search.state.trainings] == [("done", 1.0)]
 
 
 def test_points_known_from_elsewhere_inform_the_search() -> None:
@@ -397,7 +397,7 @@ def test_points_known_from_elsewhere_inform_the_search() -> None:
     search.add_evaluated_point({"x": {"a": 0.2}}, 0.0, error=True)
     with pytest.raises(SpaceError, match=r"x/a = 1000000.0 is outside"):
         search.add_evaluated_point({"x": {"a": 1e6}}, 0.0)
-    assert [t.upper for t in search.state.measured] == [0.7, 0.1]
+    assert [t.upper_loss for t in search.state.measured] == [0.7, 0.1]
     assert search.state.best is None  # no trained weights are known there
 
 

@@ -279,7 +279,7 @@ def test_every_step_has_the_whole_state_and_the_problem(steps: Steps, options: A
         for _ in range(BLOCKS[-1] + 5):
             state = state.add(Proposal((0.5,), "fill"))
             index = len(state.trainings) - 1
-            state = state.change(index, status="done", value=1.0, upper=float(number), finished=index)
+            state = state.change(index, status="done", lower_loss=1.0, upper_loss=float(number), finished=index)
         state = state.after(StepRecord(number, 0, 1.0))
         if number == 22 and options == NOTHING:
             os.kill(process, signal.SIGKILL)

@@ -103,7 +103,7 @@ class Events(RuleBasedStateMachine):
         step = self.optimizer.running[number]
         found = dict.fromkeys(step.targets, (0.1,))
         record = StepRecord(number, step.centre, 1.0)
-        proposal = Proposal(unit, step.origin, step.region, predicted_upper=0.0)
+        proposal = Proposal(unit, step.origin, step.region, predicted_upper_loss=0.0)
         self.optimizer.tell_step(number, None if fails else UpperResult(record, proposal, found))
 
     @rule(number=st.integers(0, 50))
@@ -122,11 +122,11 @@ class Events(RuleBasedStateMachine):
             if trial not in self.heard:
                 assert training.status == ("lost" if trial in self.lost else "pending")
             elif observation is None or not observation.finite:
-                assert training.status == "failed" and math.isnan(training.upper)
+                assert training.status == "failed" and math.isnan(training.upper_loss)
             else:
                 assert training.status == ("done" if observation.complete else "stopped")
-                assert training.upper == observation.upper
-                assert training.gradient == observation.gradient
+                assert training.upper_loss == observation.upper_loss
+                assert training.lower_gradient == observation.lower_gradient
 
     @invariant()
     def the_slots_are_never_exceeded(self) -> None:

@@ -49,9 +49,9 @@ def test_decode_undoes_encode(parameter: Parameter, fraction: float):
 @given(parameter=parameters(), unit=units)
 def test_a_suggestion_is_in_the_bounds_and_stays(parameter: Parameter, unit: float):
     space = Space((parameter,))
-    value = space.suggest(torch.tensor([unit], dtype=torch.double))["group"]["name"]
+    value = space.to_config(torch.tensor([unit], dtype=torch.double))["group"]["name"]
     assert parameter.low <= value <= parameter.high
-    again = space.suggest(space.encode({"group": {"name": value}}))["group"]["name"]
+    again = space.to_config(space.encode({"group": {"name": value}}))["group"]["name"]
     assert again == pytest.approx(value, rel=1e-12, abs=1e-14 * (abs(parameter.low) + abs(parameter.high)))
 
 

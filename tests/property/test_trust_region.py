@@ -21,9 +21,9 @@ members = st.lists(
 
 
 def build(parts: list[tuple[Proposal, float, str]]) -> SearchState:
-    trainings = [Training(0, Proposal((0.5,), "start"), "done", 0, upper=1.0)]
+    trainings = [Training(0, Proposal((0.5,), "start"), "done", 0, upper_loss=1.0)]
     for i, (proposal, upper, status) in enumerate(parts, start=1):
-        trainings.append(Training(i, proposal, status, -1 if status == "pending" else i, upper=upper))
+        trainings.append(Training(i, proposal, status, -1 if status == "pending" else i, upper_loss=upper))
     return SearchState(tuple(trainings))
 
 
@@ -41,7 +41,7 @@ def test_the_radius_keeps_within_its_bounds_and_the_centre_is_the_best(parts: li
     done = state.done
     assert 0 < region.radius <= rule.largest
     assert region.radius >= rule.initial / 8 ** len(state.told)
-    assert state.trainings[region.centre].upper == min(t.upper for t in done)
+    assert state.trainings[region.centre].upper_loss == min(t.upper_loss for t in done)
     assert region.members == len(state.told) - 1
 
 

@@ -28,7 +28,7 @@ def trained(x: Tensor, gradients: bool = True) -> list[Training]:
     for i, (unit, upper) in enumerate(zip(x, bowl(x).tolist(), strict=True)):
         slope = tuple((2 * (unit - 0.3)).tolist()) if gradients else None
         proposal = Proposal(tuple(unit.tolist()), "start")
-        made.append(Training(i, proposal, "done", i, upper=upper, hypergradient=slope))
+        made.append(Training(i, proposal, "done", i, upper_loss=upper, hypergradient=slope))
     return made
 
 
@@ -114,7 +114,7 @@ def test_many_observations_leave_room_for_hypergradients_and_for_the_best():
     model = fit_upper_model(trainings, (), vector(0.9, 0.9), 40)
     assert len(model.process.model.train_inputs[0]) == 20 + 10 * 2
     z = (
-        model.warp(torch.tensor(min(t.upper for t in trainings), dtype=torch.double)).item() - model.process.shift
+        model.warp(torch.tensor(min(t.upper_loss for t in trainings), dtype=torch.double)).item() - model.process.shift
     ) / model.process.scale
     assert model.best == pytest.approx(z, rel=1e-6)
 

@@ -63,10 +63,12 @@ MAKERS = [cleaning, long_tail, income_small, Ridge, SeveralOptima, ManyMinimiser
 def test_every_problem_trains_the_same_twice_and_differentiably(make: Any) -> None:
     first, second = make(), make()
     check_problem(first, first.space)
-    config = first.space.suggest(sobol_points(first.space.dimension, 1, 3)[0])
+    config = first.space.to_config(sobol_points(first.space.dimension, 1, 3)[0])
     one, two = train(first, config)[0], train(second, config)[0]
     # Not to the last bit: sums depend on how arrays happen to lie in memory.
-    assert (one.upper, one.value, one.passes) == pytest.approx((two.upper, two.value, two.passes), rel=1e-9)
+    assert (one.upper_loss, one.lower_loss, one.passes) == pytest.approx(
+        (two.upper_loss, two.lower_loss, two.passes), rel=1e-9
+    )
     assert one.passes < 500
 
 
@@ -75,12 +77,12 @@ def test_danskin_gradient_agrees_with_differences_of_the_value(make: Any) -> Non
     problem: BilevelProblem = make()
     space: Space = problem.space  # type: ignore[attr-defined]
     unit = torch.full((space.dimension,), 0.6, dtype=torch.double)
-    gradient = train(problem, space.suggest(unit))[0].gradient
+    gradient = train(problem, space.to_config(unit))[0].lower_gradient
     first = space.parameters[0]
-    slope = space.value(gradient, first) * first.slope(space.value(space.suggest(unit), first))
+    slope = space.value(gradient, first) * first.slope(space.value(space.to_config(unit), first))
     step = torch.zeros_like(unit)
     step[0] = 5e-3
-    values = [train(problem, space.suggest(unit + sign * step))[0].value for sign in (1, -1)]
+    values = [train(problem, space.to_config(unit + sign * step))[0].lower_loss for sign in (1, -1)]
     # Trained values are exact to about 1e-7, the difference quotient to its step squared.
     assert (values[0] - values[1]) / 1e-2 == pytest.approx(slope, abs=1e-4, rel=5e-3)
 
@@ -96,9 +98,9 @@ def test_cleaning_spoils_more_labels_from_group_to_group_and_no_others() -> None
 def test_cleaning_with_weight_zero_ignores_a_group() -> None:
     problem = cleaning()
     weights = {"weight": {"g0": 1.0, "g1": 0.5, "g2": 0.2, "g3": 0.0}}
-    before = train(problem, weights)[0].value
+    before = train(problem, weights)[0].lower_loss
     problem.splits["lower"][0][problem.group == 3] = 0.7
-    assert train(problem, weights)[0].value == pytest.approx(before)
+    assert train(problem, weights)[0].lower_loss == pytest.approx(before)
 
 
 def test_cleaning_refit_takes_validation_images_in() -> None:
@@ -116,14 +118,14 @@ def test_long_tail_counts_fall_by_the_ratio_and_validation_is_balanced() -> None
 
 def test_long_tail_shift_of_all_classes_alike_changes_nothing() -> None:
     problem = long_tail()
-    config = problem.space.suggest(torch.full((20,), 0.5).double())
-    before = train(problem, config)[0].upper
+    config = problem.space.to_config(torch.full((20,), 0.5).double())
+    before = train(problem, config)[0].upper_loss
     config["shift"] = dict.fromkeys(config["shift"], 2.0)
-    assert train(problem, config)[0].upper == pytest.approx(before, rel=1e-6)
+    assert train(problem, config)[0].upper_loss == pytest.approx(before, rel=1e-6)
 
 
 def test_long_tail_refit_has_test_metrics() -> None:
-    metrics = refit(long_tail(), long_tail().space.suggest(torch.full((20,), 0.5).double()))
+    metrics = refit(long_tail(), long_tail().space.to_config(torch.full((20,), 0.5).double()))
     assert metrics is not None and set(metrics) == {"test_loss", "test_accuracy"}
 
 
@@ -138,14 +140,14 @@ def test_ridge_training_is_the_closed_form_and_the_optimum_is_one(groups: int) -
     problem = Ridge(groups)
     best = {"decay": {f"g{g}": value.item() for g, value in enumerate(problem.best_decay)}}
     observed, _ = train(problem, best)
-    assert observed.upper == pytest.approx(problem.optimum, rel=1e-6)
+    assert observed.upper_loss == pytest.approx(problem.optimum, rel=1e-6)
     x, target = problem.splits["lower"]
     weights = solve(x, target, problem.best_decay[problem.group])
     closed = (x @ weights - target).square().mean() / 2
     closed = closed + (problem.best_decay[problem.group] * weights[:, 0].square()).sum() / 2
-    assert observed.value == pytest.approx(closed.item(), rel=1e-7)
+    assert observed.lower_loss == pytest.approx(closed.item(), rel=1e-7)
     for unit in sobol_points(groups, 3, 0):
-        assert train(problem, problem.space.suggest(unit))[0].upper > problem.optimum
+        assert train(problem, problem.space.to_config(unit))[0].upper_loss > problem.optimum
 
 
 @pytest.mark.parametrize("dimension", [2, 6])
@@ -166,18 +168,18 @@ def test_several_optima_has_one_in_each_well_and_the_first_is_global(dimension: 
 def test_several_optima_trains_to_x() -> None:
     problem = SeveralOptima(2)
     x = {"x0": problem.minimiser[0].item(), "x1": problem.minimiser[1].item()}
-    assert train(problem, x)[0].upper == pytest.approx(problem.optimum, abs=1e-9)
+    assert train(problem, x)[0].upper_loss == pytest.approx(problem.optimum, abs=1e-9)
 
 
 def test_many_minimisers_trained_and_optimistic_optimum_differ() -> None:
     problem = ManyMinimisers()
     at_target = train(problem, {"x0": 0.6, "x1": -0.4})[0]
     assert at_target.metrics["optimistic_loss"] == pytest.approx(0.1)
-    assert at_target.upper > problem.optimum
+    assert at_target.upper_loss > problem.optimum
     hessian = torch.eye(2).double() + problem.coupling.T @ problem.coupling
     x = torch.linalg.solve(hessian, problem.target)
     observed = train(problem, {"x0": x[0].item(), "x1": x[1].item()})[0]
-    assert observed.upper == pytest.approx(problem.optimum, abs=1e-6)  # fifty steps of gradient descent
+    assert observed.upper_loss == pytest.approx(problem.optimum, abs=1e-6)  # fifty steps of gradient descent
     assert observed.metrics["optimistic_loss"] > 0.11
 
 

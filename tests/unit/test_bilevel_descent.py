@@ -93,7 +93,7 @@ def optimum(problem: Ridge) -> float:
 def test_a_descent_finds_the_optimum_of_the_box(settings: dict[str, Any]) -> None:
     problem = Ridge()
     method = HypergradientDescent(steps=80, rate=0.1, **settings)
-    centre = problem.space.suggest(torch.full((3,), 0.5, dtype=torch.double))
+    centre = problem.space.to_config(torch.full((3,), 0.5, dtype=torch.double))
     descent = BilevelDescent(problem, centre, method, problem.space)
     start = problem.reduced(torch.full((3,), 0.5, dtype=torch.double)).item()
     found, best = run(descent), optimum(problem)

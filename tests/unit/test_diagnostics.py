@@ -14,8 +14,10 @@ from raybilevel.space import Parameter, Space
 
 
 def training(index: int, x: float, upper: float, **others: object) -> Training:
-    proposal = Proposal((x,), "region" if index else "start", 0 if index else None, predicted_upper=upper + 0.01)
-    done = Training(index, proposal, "done", index, value=2 * upper, upper=upper, gradient=(0.0,), passes=10.0)
+    proposal = Proposal((x,), "region" if index else "start", 0 if index else None, predicted_upper_loss=upper + 0.01)
+    done = Training(
+        index, proposal, "done", index, lower_loss=2 * upper, upper_loss=upper, lower_gradient=(0.0,), passes=10.0
+    )
     return replace(done, **others)  # type: ignore[arg-type]
 
 
@@ -56,18 +58,18 @@ def test_the_newest_descent_and_prediction_are_shown() -> None:
 
 def test_verdicts() -> None:
     state = descent()
-    falling = {i: t.upper for i, t in enumerate(state.trainings)}
-    rising = {i: 1 - t.upper for i, t in enumerate(state.trainings)}
+    falling = {i: t.upper_loss for i, t in enumerate(state.trainings)}
+    rising = {i: 1 - t.upper_loss for i, t in enumerate(state.trainings)}
     assert verdict(SearchState(), False, {}) == "no result"
     assert verdict(state, True, falling) == "converged"
     assert verdict(state, False, falling) == "budget exhausted"
     assert verdict(state, True, rising) == "validation set overfitted"
-    blind = tuple(replace(t, proposal=replace(t.proposal, predicted_upper=9.0)) for t in state.trainings)
+    blind = tuple(replace(t, proposal=replace(t.proposal, predicted_upper_loss=9.0)) for t in state.trainings)
     assert verdict(SearchState(blind), False, {}) == "surrogate too poor"
 
 
 def test_the_summary_is_json_with_failures_in_its_history() -> None:
-    failed = training(5, 0.2, math.nan, status="failed", value=math.nan)
+    failed = training(5, 0.2, math.nan, status="failed", lower_loss=math.nan)
     state = replace(descent(), trainings=(*descent().trainings, failed))
     space = Space((Parameter(("a",), 0.0, 10.0),))
     results = {4: {"test_loss": 0.5}}

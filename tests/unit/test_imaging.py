@@ -123,7 +123,7 @@ def test_regularisation_parameters_by_a_descent_are_those_of_a_grid() -> None:
     problem = RegularisationParameters(DATA, noise=0.1)
     space = Space(tuple(Parameter((name,), 1e-3, 1.0, log=True) for name in ("tv", "tikhonov")))
     settings = HypergradientDescent(steps=50, rate=0.05, lower="tolerance", lower_tolerance=1e-4)
-    centre = space.suggest(torch.full((2,), 0.5, dtype=torch.double))
+    centre = space.to_config(torch.full((2,), 0.5, dtype=torch.double))
     descent = BilevelDescent(problem, centre, settings, space)
     while not descent.finished:
         descent.run_step()

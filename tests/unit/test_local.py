@@ -29,8 +29,8 @@ def test_an_observation_is_in_the_units_of_the_cube():
     trained = TrainedLowerLevel(0.4, 0.5, {"decay": {"0": 2.0, "1": 3.0}, "other": 9.0}, 12.0, {})
     found = local.observe(problem.space, problem.config(vector(0.1, 10.0)), trained)
     width = math.log(1e4)
-    assert found.gradient == pytest.approx((2 * 0.1 * width, 3 * 10 * width), rel=1e-12)
-    assert (found.value, found.upper, found.passes, found.complete) == (0.4, 0.5, 12.0, True)
+    assert found.lower_gradient == pytest.approx((2 * 0.1 * width, 3 * 10 * width), rel=1e-12)
+    assert (found.lower_loss, found.upper_loss, found.passes, found.complete) == (0.4, 0.5, 12.0, True)
 
 
 def test_a_search_ends_when_its_cost_is_spent():
@@ -49,12 +49,12 @@ def test_trainings_are_those_of_the_closed_form():
     for training in search.state.done:
         unit = vector(*training.unit)
         x = problem.values(unit)
-        assert training.upper == pytest.approx(problem.reduced(unit).item(), rel=1e-8)
-        assert training.value == pytest.approx(problem.f(x, problem.solution(x)).item(), rel=1e-10)
+        assert training.upper_loss == pytest.approx(problem.reduced(unit).item(), rel=1e-8)
+        assert training.lower_loss == pytest.approx(problem.f(x, problem.solution(x)).item(), rel=1e-10)
         slope = torch.autograd.functional.jacobian(
             lambda u: problem.f(problem.values(u), problem.solution(problem.values(u))), unit
         )
-        assert training.gradient == pytest.approx(tuple(slope.tolist()), rel=1e-6, abs=1e-10)
+        assert training.lower_gradient == pytest.approx(tuple(slope.tolist()), rel=1e-6, abs=1e-10)
 
 
 def test_equal_searches_are_equal():
@@ -88,8 +88,8 @@ def test_constants_reach_trainings_and_steps():
     local.search(problem, shifted, cost=8, constants={"decay": {"shift": 2.5}, "kind": "a"})
     assert len(shifted.state.steps) > 0
     first = (plain.state.trainings[0], shifted.state.trainings[0])
-    assert first[1].value - first[0].value == pytest.approx(2.5, rel=1e-12)
-    assert first[1].upper == pytest.approx(first[0].upper, rel=1e-10)
+    assert first[1].lower_loss - first[0].lower_loss == pytest.approx(2.5, rel=1e-12)
+    assert first[1].upper_loss == pytest.approx(first[0].upper_loss, rel=1e-10)
 
 
 class Diverging(Ridge):
@@ -161,5 +161,5 @@ def test_what_a_search_trained_is_what_training_alone_gives(searched: Searched):
     for training in search.state.done:
         problem = Ridge(dimension=2)
         trained, checkpoint = train(problem, search.config_of(training), SEED)
-        assert (trained.value, trained.upper) == (training.value, training.upper)
+        assert (trained.lower_loss, trained.upper_loss) == (training.lower_loss, training.upper_loss)
         assert checkpoint == checkpoints[training.index]

@@ -47,8 +47,8 @@ def test_a_trained_ridge_is_the_closed_form():
     # L-BFGS goes down to a gradient of 1e-13, the smallest eigenvalue of the Hessian is about 0.5
     found = load_checkpoint(checkpoint)["model"]["weight"][0]
     assert found.tolist() == pytest.approx(y.tolist(), abs=1e-11)
-    assert trained.value == pytest.approx(problem.f(X, y).item(), rel=1e-12)
-    assert trained.upper == pytest.approx(problem.F(y).item(), rel=1e-10)
+    assert trained.lower_loss == pytest.approx(problem.f(X, y).item(), rel=1e-12)
+    assert trained.upper_loss == pytest.approx(problem.F(y).item(), rel=1e-10)
 
 
 def test_danskin_gradient_against_differences_of_the_value_function():
@@ -59,7 +59,7 @@ def test_danskin_gradient_against_differences_of_the_value_function():
     for j, step in enumerate(h * torch.eye(3, dtype=torch.double)):
         above, below = (problem.f(x, problem.solution(x)) for x in (X + step, X - step))
         # the central difference errs by some h^2 = 1e-10 and by rounding 1e-16 / h = 1e-11
-        assert trained.gradient["decay"][str(j)] == pytest.approx(((above - below) / (2 * h)).item(), abs=1e-9)
+        assert trained.lower_gradient["decay"][str(j)] == pytest.approx(((above - below) / (2 * h)).item(), abs=1e-9)
 
 
 def test_metrics_are_the_problems_own():
@@ -87,7 +87,7 @@ def test_a_training_runs_in_the_problems_precision(dtype: torch.dtype, tolerance
     found = load_checkpoint(checkpoint)["model"]["weight"]
     assert found.dtype == dtype
     assert found[0].tolist() == pytest.approx(problem.solution(X).tolist(), abs=tolerance)
-    assert trained.gradient["decay"]["1"] == pytest.approx(problem.solution(X)[1].item() ** 2 / 2, abs=tolerance)
+    assert trained.lower_gradient["decay"]["1"] == pytest.approx(problem.solution(X)[1].item() ** 2 / 2, abs=tolerance)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training():

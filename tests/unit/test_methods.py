@@ -35,7 +35,7 @@ def training(
 ) -> Training:
     origin = origin or ("start" if region is None else "region")
     where = 0.1 * index if unit is None else unit
-    proposal = Proposal((where,), origin, region, predicted_upper=predicted)
+    proposal = Proposal((where,), origin, region, predicted_upper_loss=predicted)
     finished = -1 if status == "pending" else index
     return Training(index, proposal, status, finished, 0.5, upper, (0.1,), 10.0, (0.2,) if known else None)
 
@@ -256,11 +256,17 @@ def test_the_incumbent_is_the_lowest_f():
 def trained_state(problem: Ridge, count: int) -> tuple[SearchState, Mapping[int, bytes]]:
     found, checkpoints = SearchState(), {}
     for i, unit in enumerate(METHOD.start_design(problem.dimension, count, 0)):
-        config = problem.space.suggest(unit)
+        config = problem.space.to_config(unit)
         trained, checkpoints[i] = train(problem, config)
         seen = observe(problem.space, config, trained)
         found = found.add(Proposal(tuple(unit.tolist()), "start")).change(
-            i, status="done", finished=i, value=seen.value, upper=seen.upper, gradient=seen.gradient, passes=seen.passes
+            i,
+            status="done",
+            finished=i,
+            lower_loss=seen.lower_loss,
+            upper_loss=seen.upper_loss,
+            lower_gradient=seen.lower_gradient,
+            passes=seen.passes,
         )
     return found, checkpoints
 
@@ -362,10 +368,10 @@ def test_a_proposal_is_told_with_what_is_expected_of_it():
     step = plan(found)
     assert step is not None
     proposal = run(METHOD, step, problem, checkpoints).proposal
-    assert proposal is not None and proposal.predicted_upper is not None and proposal.predicted_value is not None
+    assert proposal is not None and proposal.predicted_upper_loss is not None and proposal.predicted_value is not None
     unit = vector(*proposal.unit)
-    spread = max(t.upper for t in found.done) - min(t.upper for t in found.done)
-    assert proposal.predicted_upper == pytest.approx(problem.reduced(unit).item(), abs=0.1 * spread)
+    spread = max(t.upper_loss for t in found.done) - min(t.upper_loss for t in found.done)
+    assert proposal.predicted_upper_loss == pytest.approx(problem.reduced(unit).item(), abs=0.1 * spread)
     x = problem.values(unit)
     value = problem.f(x, problem.solution(x)).item()
     assert proposal.deviation is not None

@@ -14,7 +14,7 @@ from raybilevel.search_state import Proposal, StepRecord
 from raybilevel.space import Parameter, Space
 
 SPACE = Space((Parameter(("decay", "a"), 1e-3, 10.0, log=True), Parameter(("b",), 0.0, 1.0, step=0.25)))
-GOOD = Observation(upper=0.5, value=0.4, gradient=(0.1, -0.2), passes=12.0)
+GOOD = Observation(upper_loss=0.5, lower_loss=0.4, lower_gradient=(0.1, -0.2), passes=12.0)
 
 
 def optimizer(slots: int = 1, **settings: object) -> BilevelOptimizer:
@@ -90,11 +90,16 @@ def test_a_complete_result():
     search = told(optimizer(), GOOD)
     training = search.state.trainings[0]
     assert (training.status, training.finished) == ("done", 0)
-    assert (training.value, training.upper, training.gradient, training.passes) == (0.4, 0.5, (0.1, -0.2), 12.0)
+    assert (training.lower_loss, training.upper_loss, training.lower_gradient, training.passes) == (
+        0.4,
+        0.5,
+        (0.1, -0.2),
+        12.0,
+    )
 
 
 def test_a_training_that_was_stopped_has_an_f_only():
-    search = told(optimizer(), Observation(upper=0.5, passes=3.0, complete=False))
+    search = told(optimizer(), Observation(upper_loss=0.5, passes=3.0, complete=False))
     assert status(search, 0) == "stopped"
     assert search.state.best is None
 
@@ -113,7 +118,7 @@ def test_a_training_that_was_stopped_has_an_f_only():
 def test_what_counts_as_a_failure(observation: Observation | None):
     search = told(optimizer(), observation)
     assert status(search, 0) == "failed"
-    assert not math.isfinite(search.state.trainings[0].upper)
+    assert not math.isfinite(search.state.trainings[0].upper_loss)
 
 
 def test_results_are_numbered_as_they_come():
@@ -312,7 +317,7 @@ def test_a_failed_training_may_succeed_later_and_only_once():
     assert status(search, 0) == "failed"
     search.tell("0", GOOD)
     search.tell("0", Observation(9.0, 9.0, (0.0, 0.0)))
-    assert [t.upper for t in search.state.told] == [0.5, 0.5]
+    assert [t.upper_loss for t in search.state.told] == [0.5, 0.5]
     assert [t.finished for t in search.state.told] == [0, 1]
 
 

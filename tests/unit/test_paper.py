@@ -129,7 +129,7 @@ def test_each_iterate_is_the_references(scheme: str):
     optimizer = BilevelOptimizer(problem.space, method, SEED)
     checkpoints = local.search(problem, optimizer, cost=math.inf)
     state, design = optimizer.state, 5**problem.dimension
-    start = min(state.trainings[:design], key=lambda t: t.upper)
+    start = min(state.trainings[:design], key=lambda t: t.upper_loss)
     y = load_checkpoint(checkpoints[start.index])["model"]["weight"][0].numpy()
     reference = Reference(problem, method, problem.values(vector(*start.unit)).numpy(), y)
     assert len(state.steps) == method.iterations
@@ -151,7 +151,7 @@ def test_each_iterate_is_the_references(scheme: str):
 
 def trained(index: int, upper: float, origin: str = "start", violation: float | None = None) -> Training:
     proposal = Proposal((0.1 * index,), origin, violation=violation)
-    return Training(index, proposal, "done", index, value=1.0, upper=upper, gradient=(0.0,), passes=1.0)
+    return Training(index, proposal, "done", index, lower_loss=1.0, upper_loss=upper, lower_gradient=(0.0,), passes=1.0)
 
 
 @pytest.mark.parametrize(("dimension", "count"), [(1, 5), (2, 25), (3, 25), (8, 25)])

@@ -10,7 +10,16 @@ from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 
 def state(count: int) -> SearchState:
     trainings = tuple(
-        Training(i, Proposal((0.5,), "start"), "done", i, value=1.0, upper=1.0 / (i + 1), gradient=(0.0,), passes=1.0)
+        Training(
+            i,
+            Proposal((0.5,), "start"),
+            "done",
+            i,
+            lower_loss=1.0,
+            upper_loss=1.0 / (i + 1),
+            lower_gradient=(0.0,),
+            passes=1.0,
+        )
         for i in range(count)
     )
     failed = Training(count, Proposal((0.5,), "region"), "failed", count)

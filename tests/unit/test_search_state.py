@@ -15,7 +15,7 @@ def state(*statuses: str, finished: tuple[int, ...] = (), passes: tuple[float, .
     for i, status in enumerate(statuses):
         order = (finished[i] if finished else i) if status not in ("pending", "lost") else -1
         cost = passes[i] if passes else 10.0
-        trainings.append(Training(i, Proposal((0.1 * i,), "start"), status, order, upper=10.0 - i, passes=cost))
+        trainings.append(Training(i, Proposal((0.1 * i,), "start"), status, order, upper_loss=10.0 - i, passes=cost))
     return SearchState(tuple(trainings))
 
 
@@ -25,16 +25,16 @@ def indices(trainings: tuple[Training, ...]) -> list[int]:
 
 def test_a_state_travels_as_it_is():
     found = state("done", "pending", "stopped", "done")
-    found = found.change(0, hypergradient=(0.1, 0.2), gradient=(1.0, 2.0), value=0.5)
-    found = found.change(3, value=0.25).change(1, value=0.0).change(2, value=0.0)
+    found = found.change(0, hypergradient=(0.1, 0.2), lower_gradient=(1.0, 2.0), lower_loss=0.5)
+    found = found.change(3, lower_loss=0.25).change(1, lower_loss=0.0).change(2, lower_loss=0.0)
     found = replace(found, steps=(StepRecord(0, 0, 3.0, multiplier=2.0),))
     assert found.done and found.told  # worked out, and not to be sent
     copied = pickle.loads(pickle.dumps(found))
     assert copied == found and hash(copied.trainings[0]) == hash(found.trainings[0])
     assert set(vars(copied)) == {"trainings", "steps"}
-    again = found.change(3, value=0.125)
+    again = found.change(3, lower_loss=0.125)
     assert again.trainings[0].pickled is found.trainings[0].pickled  # not worked out twice
-    assert pickle.loads(pickle.dumps(again)).trainings[3].value == 0.125
+    assert pickle.loads(pickle.dumps(again)).trainings[3].lower_loss == 0.125
     assert "pickled" not in vars(copied.trainings[0]) and copied.steps[0].pickled == found.steps[0].pickled
 
 
@@ -87,7 +87,7 @@ def test_nothing_costs_nothing():
 
 def test_states_are_values():
     before = state("pending")
-    after = before.change(0, status="done", upper=1.0).add(Proposal((0.7,), "region", 0))
+    after = before.change(0, status="done", upper_loss=1.0).add(Proposal((0.7,), "region", 0))
     assert before == before and indices(before.pending) == [0] and len(before.trainings) == 1
-    assert after.trainings[0].upper == 1.0 and after.trainings[1].index == 1
-    assert after.trainings[1].unit == (0.7,) and math.isnan(after.trainings[1].upper)
+    assert after.trainings[0].upper_loss == 1.0 and after.trainings[1].index == 1
+    assert after.trainings[1].unit == (0.7,) and math.isnan(after.trainings[1].upper_loss)

@@ -37,7 +37,7 @@ def search(slots: int, trainings: int):
         state = state.add(Proposal((index / trainings,), "region", 0))
         if index >= slots:
             ended = index - slots
-            state = state.change(ended, status="done", finished=ended, upper=0.0, value=0.0)
+            state = state.change(ended, status="done", finished=ended, upper_loss=0.0, lower_loss=0.0)
             yield state
             state = state.change(ended, hypergradient=(0.5,)).after(StepRecord(ended, ended, 1.0))
 
@@ -67,10 +67,10 @@ def test_a_late_change_is_sent(store: Store):
     *_, state = search(1, 300)
     sent = SentState(store.put)
     before = received(sent, state)
-    assert before.trainings[7].upper == 0.0
+    assert before.trainings[7].upper_loss == 0.0
     put = store.records
-    changed = state.change(7, upper=-3.0)
-    assert received(sent, changed).trainings[7].upper == -3.0
+    changed = state.change(7, upper_loss=-3.0)
+    assert received(sent, changed).trainings[7].upper_loss == -3.0
     assert store.records == put + 2 * 256
 
 

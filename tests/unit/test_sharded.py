@@ -44,7 +44,7 @@ def test_a_search_takes_from_the_store_what_lies_in_its_part() -> None:
         take(second, first, f"0-{number}", point, 0.5)
         take(first, first, f"0-{number}", point, 0.5)
         assert (f"0-{number}" in second.search.trials) == there
-    assert [(training.status, training.upper) for training in second.search.state.trainings] == [("stopped", 0.5)]
+    assert [(training.status, training.upper_loss) for training in second.search.state.trainings] == [("stopped", 0.5)]
     assert len(first.search.state.trainings) == 1
 
 

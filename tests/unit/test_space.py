@@ -81,7 +81,7 @@ def test_a_name_given_twice_is_refused():
 def test_a_space_nests_its_values():
     space = Space((LINEAR, LOG, STEPPED))
     assert (space.dimension, space.names) == (3, ("a", "b/c", "s"))
-    suggested = space.suggest(vector(0.5, 0.0, 0.3))
+    suggested = space.to_config(vector(0.5, 0.0, 0.3))
     assert suggested == {"a": 1.0, "b": {"c": pytest.approx(0.01)}, "s": 0.25}
     assert all(type(value) is float for value in flatten(suggested).values())
 

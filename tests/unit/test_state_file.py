@@ -49,7 +49,7 @@ def test_what_is_written_is_read(path: Path):
     found = state_file.read(path)
     # NaN is not equal to itself: compare the pending training's with its text
     assert repr(found) == repr(SEARCH)
-    assert math.isnan(found.state.trainings[2].upper)
+    assert math.isnan(found.state.trainings[2].upper_loss)
     assert found.state.steps[0].violation == math.inf
     assert type(found.state.trainings[0]) is Training and type(found.parameters[0]) is Parameter
     assert state_file.decode(found.memory) == b"\x00\xff"
@@ -106,12 +106,12 @@ def test_a_tampered_file(path: Path):
         state_file.read(path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_format_version(path: Path, version: Any):
     document = json.loads(path.read_text())
     document["format"] = version
     path.write_text(json.dumps(document))
-    with pytest.raises(StateError, match=f"state format {version!r}; this version reads format 1"):
+    with pytest.raises(StateError, match=f"state format {version!r}; this version reads format 2"):
         state_file.read(path)
 
 

@@ -17,8 +17,8 @@ def training(
     status: Status = "done",
     finished: int | None = None,
 ) -> Training:
-    proposal = Proposal((unit,), "region", region, predicted_upper=predicted)
-    return Training(index, proposal, status, index if finished is None else finished, upper=upper)
+    proposal = Proposal((unit,), "region", region, predicted_upper_loss=predicted)
+    return Training(index, proposal, status, index if finished is None else finished, upper_loss=upper)
 
 
 CENTRE = training(0, upper=1.0)
@@ -58,8 +58,8 @@ def test_the_radius_does_not_exceed_the_largest():
 
 
 def test_the_longest_coordinate_is_the_length_of_a_step():
-    centre = Training(0, Proposal((0.5, 0.5), "start"), "done", 0, upper=1.0)
-    moved = Training(1, Proposal((0.51, 0.3), "region", 0, predicted_upper=0.5), "done", 1, upper=0.5)
+    centre = Training(0, Proposal((0.5, 0.5), "start"), "done", 0, upper_loss=1.0)
+    moved = Training(1, Proposal((0.51, 0.3), "region", 0, predicted_upper_loss=0.5), "done", 1, upper_loss=0.5)
     assert RULE.update(REGION, centre, moved).radius == pytest.approx(0.4)
 
 
