@@ -1,6 +1,6 @@
 # make run    sets everything up, then the main job      (CONFIG=, DATA=, OUT=, ARGS=)
 # make test   sets everything up, then the test suite
-# make check  format, lint, types
+# make check  format, lint, import layers, types
 # make compare  methods against each other        (COMPARE=configs/compare/..., DATA=, OUT=, ARGS=)
 
 PYTHON ?= python3
@@ -110,6 +110,7 @@ bench-architecture: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: $(STAMP)

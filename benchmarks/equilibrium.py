@@ -27,10 +27,11 @@ from benchmarks.families import (
     write_json,
 )
 from raybilevel._config.experiment import read_config
+from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import AndersonAcceleration, BilevelFunctions, Equilibrium
 from raybilevel.hypergradient._descent import BilevelDescent
 from raybilevel.hypergradient._variables import ModuleVariables, bilevel_functions
-from raybilevel.problem import BilevelProblem, leaves
+from raybilevel.problem import LargeUpperLevel, leaves
 from raybilevel.problems import make_problem
 from raybilevel.report._charts import Chart, Series
 from raybilevel.report._static import write_figures
@@ -106,10 +107,9 @@ def implicit(
     return found.gradient, saved.total
 
 
-def gradients(problem: BilevelProblem, x: Tensor) -> list[Gradient]:
+def gradients(problem: LargeUpperLevel, x: Tensor) -> list[Gradient]:
     """Of both ways, after several numbers of iterations."""
     module = problem.upper_variables()
-    assert module is not None
     model = problem.model().to(problem.dtype)
     functions = bilevel_functions(problem, model, ModuleVariables(module.to(problem.dtype), {}))
     zero = torch.zeros(sum(part.numel() for part in model.parameters()), dtype=problem.dtype)
@@ -168,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(table(("network", "test accuracy"), rows), highlight=False)
 
     problem = make_problem(config.problem, config.options, given.data)
+    if not isinstance(problem, LargeUpperLevel):
+        raise ConfigError(f"{given.config}: {config.problem} has no upper_variables(); give an equilibrium network")
     problem.dtype = torch.float64
     descent = BilevelDescent(problem, {"start": 0.0}, method)
     for _ in range(min(20, method.steps)):

@@ -243,7 +243,7 @@ def accuracy_after(descent: BilevelDescent, gradient: HypergradientOf, steps: in
         x.grad = gradient(descent.functions, x.detach(), y)
         adam.step()
     set_weights(descent.model, solve_lower(descent.functions, x.detach(), y, 1e-3).y)
-    found = descent.problem.evaluate_at(descent.model, descent.variables.hyperparameters(x.detach()))
+    found = descent.problem.evaluate(descent.model, descent.variables.hyperparameters(x.detach()))
     return float(found["test_accuracy"])
 
 

@@ -185,7 +185,7 @@ def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run
         adam.step()
     y = solve_lower(functions, x.detach(), y, experiment.lower_tolerance).y
     set_weights(model, y)
-    metrics = problem.evaluate_at(model, variables.hyperparameters(x.detach()))
+    metrics = problem.evaluate(model, variables.hyperparameters(x.detach()))
     return Run(
         experiment.name, strategy, criterion, sum(per_step), products, jacobians, mean(errors),
         functions.upper(x.detach(), y).value, metrics["test_psnr"], seconds,

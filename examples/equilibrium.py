@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from raybilevel import BilevelProblem
+from raybilevel import LargeUpperLevel
 from raybilevel.hypergradient._descent import BilevelDescent
 from raybilevel.methods._hypergradient import HypergradientDescent
 
@@ -31,7 +31,7 @@ class States(nn.Module):
         self.states = nn.Parameter(torch.zeros(examples, 32))
 
 
-class Digits(BilevelProblem):
+class Digits(LargeUpperLevel):
     def __init__(self):
         images, labels = load_digits(return_X_y=True)
         self.data = torch.tensor(images[:500] / 16, dtype=torch.float32), torch.tensor(labels[:500])
@@ -48,10 +48,7 @@ class Digits(BilevelProblem):
     def lower_loss(self, model, hyperparameters, batch):  # what is reported of the lower level: 0 at rest
         return (self.lower_map(model, hyperparameters, batch) - model.states).square().sum()
 
-    def upper_loss(self, model, batch):
-        raise NotImplementedError("F depends on x itself")
-
-    def upper_loss_at(self, model, hyperparameters, batch):
+    def upper_loss(self, model, hyperparameters, batch):  # F, which depends on x itself
         return cross_entropy(hyperparameters["upper"].readout(model.states), batch[1])
 
     def batches(self, level, generator):

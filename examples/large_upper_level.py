@@ -9,7 +9,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from raybilevel import BilevelProblem, BilevelSearch, hypergradient_trainable
+from raybilevel import BilevelSearch, LargeUpperLevel, hypergradient_trainable
 from raybilevel.methods._hypergradient import HypergradientDescent
 
 
@@ -19,7 +19,7 @@ class Weights(nn.Module):
         self.logits = nn.Parameter(torch.zeros(examples))
 
 
-class Cleaning(BilevelProblem):
+class Cleaning(LargeUpperLevel):
     def __init__(self):
         data, labels = load_breast_cancer(return_X_y=True)
         x, y = torch.tensor(data, dtype=torch.float32), torch.tensor(labels)
@@ -50,7 +50,7 @@ class Cleaning(BilevelProblem):
     def batches(self, level, generator):
         yield self.lower if level == "lower" else self.upper
 
-    def evaluate_at(self, model, hyperparameters):
+    def evaluate(self, model, hyperparameters):
         weights = torch.sigmoid(hyperparameters["upper"].logits)
         return {"weight_of_right": weights[~self.wrong].mean(), "weight_of_wrong": weights[self.wrong].mean()}
 

@@ -6,12 +6,13 @@ from raybilevel._lazy import lazy_names
 from raybilevel._version import __version__
 
 if TYPE_CHECKING:
-    from raybilevel.problem import BilevelProblem
+    from raybilevel.problem import BilevelProblem, LargeUpperLevel
     from raybilevel.tune import BilevelSearch, data_parallel_trainable, hypergradient_trainable, lower_level_trainable
 
 __all__ = [
     "BilevelProblem",
     "BilevelSearch",
+    "LargeUpperLevel",
     "__version__",
     "data_parallel_trainable",
     "hypergradient_trainable",
@@ -23,6 +24,7 @@ __getattr__ = lazy_names(
     {
         "BilevelProblem": ".problem",
         "BilevelSearch": ".tune",
+        "LargeUpperLevel": ".problem",
         "data_parallel_trainable": ".tune",
         "hypergradient_trainable": ".tune",
         "lower_level_trainable": ".tune",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,8 @@ class BilevelProblem(ABC):
     F, the upper level, is the mean of `upper_loss` over the upper batches (validation data); f, the lower
     level, is the mean of `lower_loss` over the lower batches (training data), regularisers included. Means
     are weighted by `batch_size`. During a training the model is in `train()` mode; F, f and their gradients
-    are taken in `eval()` mode, in which a module of `upper_variables` always is. Trainings in one process share the
-    problem, which reaches each process once: keep nothing of a training in it.
+    are taken in `eval()` mode. Trainings in one process share the problem, which reaches each process once: keep
+    nothing of a training in it.
 
     epochs: passes over the lower batches in one training.
     device, dtype: where and in which precision a training runs; batches are moved and cast to them.
@@ -47,8 +49,9 @@ class BilevelProblem(ABC):
         names, nested as the space is; differentiable in them and in the model's parameters."""
 
     @abstractmethod
-    def upper_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """F on one batch, shape ()."""
+    def upper_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """F on one batch, shape (). Define it as `upper_loss(self, model, batch)`, or, where F depends on x itself and
+        not through the weights only, as `upper_loss(self, model, hyperparameters, batch)`."""
 
     @abstractmethod
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterable[Batch]:
@@ -58,41 +61,10 @@ class BilevelProblem(ABC):
         """What trains y. Any torch optimizer; it is stepped with a closure, so L-BFGS works too."""
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Further metrics of a trained model, e.g. {"test_loss": ...}; reported with every epoch."""
+    def evaluate(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Further metrics of a trained model, e.g. {"test_loss": ...}; reported with every epoch. Define it as
+        `evaluate(self, model)`, or as `evaluate(self, model, hyperparameters)`."""
         return {}
-
-    # For upper levels too large for a search space (method "hypergradient").
-
-    def upper_variables(self) -> nn.Module | None:
-        """A fresh module whose parameters are the upper-level variable x: filters, edges, a network that weights
-        examples. The losses find it as hyperparameters["upper"]. None: x is what the search space names. Called under
-        a fixed seed, another one for each start."""
-        return None
-
-    def lower_map(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
-        """g at the model's parameters y, where the lower level is a fixed point y = g(x, y), an equilibrium, and not a
-        minimum (method "hypergradient" with lower "fixed_point"): shape (rows, n / rows), the parameters in their
-        order; rows are independent of each other, e.g. examples. `lower_loss` is then some measure of y - g(x, y)."""
-        raise NotImplementedError(f"{type(self).__name__} has no lower_map")
-
-    def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
-        """F on one batch where it depends on x itself, and not through the weights only."""
-        return self.upper_loss(model, batch)
-
-    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
-        """`evaluate` where it depends on x itself."""
-        return self.evaluate(model)
-
-    def selection_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> float | None:
-        """What chooses among the x on the way of a descent, the lowest: a loss on data that neither level sees, where x
-        has variables enough to fit the upper level's. None: F."""
-        return None
-
-    def shard(self, index: int, count: int) -> BilevelProblem:
-        """This problem on part `index` of `count` parts of its data, for descents that see a part each (setting
-        `shards`). The upper-level variables are the same; the lower level's may be others, e.g. fewer images."""
-        raise NotImplementedError(f"{type(self).__name__} has no shard")
 
     def refit_batches(self, generator: torch.Generator | None) -> Iterable[Batch] | None:
         """One pass over training plus validation data, for the final refit; None where a refit makes no sense."""
@@ -103,6 +75,73 @@ class BilevelProblem(ABC):
         for leaf in leaves(batch):
             return len(leaf) if leaf.dim() else 1
         return 1
+
+
+class LargeUpperLevel(BilevelProblem):
+    """A problem whose upper level is too large for a search space, for method "hypergradient".
+
+    The upper-level variable x is all parameters of a module: filters, edges, a network that weights examples. The
+    losses find the module as hyperparameters["upper"].
+    """
+
+    @abstractmethod
+    def upper_variables(self) -> nn.Module:
+        """A fresh module whose parameters are x. Called under a fixed seed, another one for each start."""
+
+    def selection_loss(self, model: nn.Module, hyperparameters: Hyperparameters) -> float | None:
+        """What chooses among the x on the way of a descent, the lowest: a loss on data that neither level sees, where x
+        has variables enough to fit the upper level's. None: F."""
+        return None
+
+
+@runtime_checkable
+class SupportsLowerMap(Protocol):
+    """A problem whose lower level is a fixed point y = g(x, y), an equilibrium, and not a minimum (method
+    "hypergradient" with lower "fixed_point"). Its `lower_loss` is then some measure of y - g(x, y)."""
+
+    def lower_map(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
+        """g at the model's parameters y: shape (rows, n / rows), the parameters in their order; rows are independent of
+        each other, e.g. examples."""
+
+
+@runtime_checkable
+class SupportsShards(Protocol):
+    """A problem that can be divided, for descents that see a part of the data each (setting `shards`)."""
+
+    def shard(self, index: int, count: int) -> BilevelProblem:
+        """This problem on part `index` of `count` parts of its data. The upper-level variables are the same; the lower
+        level's may be others, e.g. fewer images."""
+
+
+def upper_loss(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
+    """F of a problem on one batch, whichever form its `upper_loss` has."""
+    if takes_hyperparameters(problem.upper_loss, others=2):
+        return problem.upper_loss(model, hyperparameters, batch)
+    return problem.upper_loss(model, batch)
+
+
+def evaluate(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+    """A problem's further metrics as floats, whichever form its `evaluate` has."""
+    if takes_hyperparameters(problem.evaluate, others=1):
+        found = problem.evaluate(model, hyperparameters)
+    else:
+        found = problem.evaluate(model)
+    return {name: float(value) for name, value in found.items()}
+
+
+def takes_hyperparameters(method: Callable[..., Any], others: int) -> bool:
+    """Whether a problem's method asks for the hyperparameters beside its `others` arguments: it has a parameter of that
+    name, or more than so many without a default."""
+    function = getattr(method, "__func__", None)
+    return _takes_hyperparameters(method, others) if function is None else _takes_hyperparameters(function, others + 1)
+
+
+@lru_cache(maxsize=256)
+def _takes_hyperparameters(function: Callable[..., Any], others: int) -> bool:
+    parameters = inspect.signature(function).parameters
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters.values() if p.kind in positional and p.default is p.empty]
+    return "hyperparameters" in parameters or len(needed) > others
 
 
 def leaves(batch: Batch) -> Iterator[Tensor]:

@@ -154,7 +154,7 @@ class Space:
 
 
 STARTS = Space((Parameter(("start",), 0.0, 65535.0, step=1.0),))
-"""What is searched where the upper level is a module (`BilevelProblem.upper_variables`): the number of a descent's
+"""What is searched where the upper level is a module (`LargeUpperLevel.upper_variables`): the number of a descent's
 start, from which its seed follows."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raybilevel.problem import BilevelProblem, Hyperparameters, Level
+from raybilevel.problem import BilevelProblem, Hyperparameters, LargeUpperLevel, Level
 
 
 class Parabola(BilevelProblem):
@@ -62,7 +62,7 @@ class Values(nn.Module):
         self.values = nn.Parameter(torch.randn(count) / 10)
 
 
-class ManyParabolas(BilevelProblem):
+class ManyParabolas(LargeUpperLevel):
     """f = |y - x|^2 / 2 and F = mean (y - 1)^2 with x in a module: y*(x) = x, and the best x is 1 everywhere."""
 
     epochs = 1

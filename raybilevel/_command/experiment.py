@@ -40,7 +40,7 @@ from raybilevel.hypergradient._variables import check_shards, check_upper_variab
 from raybilevel.methods import make_method
 from raybilevel.methods._base import Method
 from raybilevel.methods._hypergradient import MOST_MODELLED, HypergradientDescent
-from raybilevel.problem import BilevelProblem
+from raybilevel.problem import BilevelProblem, LargeUpperLevel
 from raybilevel.problems import make_problem
 from raybilevel.search_state import Training
 from raybilevel.space import STARTS, Space, flatten, nest
@@ -214,10 +214,9 @@ def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, 
 
 def upper_level(problem: BilevelProblem, space: Space) -> str:
     """How large the upper level is."""
-    module = problem.upper_variables() if space == STARTS else None
-    if module is None:
+    if not isinstance(problem, LargeUpperLevel) or space != STARTS:
         return f"{space.dimension} hyperparameters"
-    return f"{sum(parameter.numel() for parameter in module.parameters()):,} upper-level variables"
+    return f"{sum(parameter.numel() for parameter in problem.upper_variables().parameters()):,} upper-level variables"
 
 
 def param_space(config: ExperimentConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.problem import Batch, BilevelProblem, Level, leaves, move
+from raybilevel.problem import Batch, BilevelProblem, Level, leaves, move, upper_loss
 from raybilevel.space import Space, flatten, nest
 
 
@@ -59,7 +59,7 @@ class Levels:
     def batch_loss(self, level: Level, hyperparameters: Mapping[str, Any], batch: Batch) -> Tensor:
         """The user's loss on one batch that is on the device."""
         if level == "upper":
-            return self.problem.upper_loss(self.model, batch)
+            return upper_loss(self.problem, self.model, hyperparameters, batch)
         return self.problem.lower_loss(self.model, hyperparameters, batch)
 
     def value(self, level: Level, hyperparameters: Mapping[str, Any]) -> float:
@@ -163,7 +163,9 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
                 raise ProblemError(f"{name}.batches({level!r}, None) yields no tensors")
             batch = move(raw, "cpu", problem.dtype)
             loss = (
-                problem.lower_loss(model, nest(flat), batch) if level == "lower" else problem.upper_loss(model, batch)
+                problem.lower_loss(model, nest(flat), batch)
+                if level == "lower"
+                else upper_loss(problem, model, nest(flat), batch)
             )
             if not isinstance(loss, Tensor) or loss.dim() != 0:
                 shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -16,7 +16,7 @@ from raybilevel._lower import checkpoint
 from raybilevel._lower.levels import Levels, as_tensors, lower_gradient
 from raybilevel._lower.optimistic import select_minimiser
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.problem import BilevelProblem
+from raybilevel.problem import BilevelProblem, evaluate
 
 CHECKPOINT_FILE = "lower_level.pt"
 CHECKPOINT_FORMAT = 1
@@ -140,7 +140,7 @@ class LowerLevelTraining:
     def _evaluate(self) -> dict[str, float]:
         self.model.eval()
         with torch.no_grad():
-            return {name: float(value) for name, value in self.problem.evaluate(self.model).items()}
+            return evaluate(self.problem, self.model, self.hyperparameters)
 
     @contextmanager
     def _random(self, seed: int | None = None) -> Iterator[None]:

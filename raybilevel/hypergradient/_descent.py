@@ -28,7 +28,7 @@ from raybilevel.hypergradient._variables import (
     set_weights,
     weights_of,
 )
-from raybilevel.problem import BilevelProblem, move
+from raybilevel.problem import BilevelProblem, LargeUpperLevel, SupportsShards, evaluate, move
 from raybilevel.space import Space, flatten, nest
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class BilevelDescent:
         number = int(config.get("start", 0)) if space is None else 0
         self.whole, self.config, self.settings, self.space = problem, dict(config), settings, space
         if settings.shards > 1:
+            assert isinstance(problem, SupportsShards)  # checked before anything runs
             problem = problem.shard(number % settings.shards, settings.shards)
         self.problem = problem
         self.seed = seed + number // settings.shards
@@ -94,9 +95,8 @@ class BilevelDescent:
             constants = nest({path: value for path, value in flatten(self.config).items() if path not in names})
             unit = self.space.encode(self.config).to(problem.device, problem.dtype)
             return BoxVariables(self.space, constants), unit
-        module = problem.upper_variables()
-        assert module is not None
-        module = module.to(problem.device, problem.dtype)
+        assert isinstance(problem, LargeUpperLevel)  # checked before anything runs
+        module = problem.upper_variables().to(problem.device, problem.dtype)
         constants = {key: value for key, value in self.config.items() if key != "start"}
         return ModuleVariables(module, constants), parameters_to_vector(module.parameters()).detach().clone()
 
@@ -199,19 +199,21 @@ class BilevelDescent:
 
     def _selection(self, x: Tensor) -> float | None:
         """The problem's selection loss at x and the weights in the model."""
+        if not isinstance(self.problem, LargeUpperLevel):
+            return None
         self.model.eval()
         with torch.no_grad():
-            found = self.problem.selection_loss_at(self.model, self.variables.hyperparameters(x))
+            found = self.problem.selection_loss(self.model, self.variables.hyperparameters(x))
         if found is not None and not math.isfinite(found):
             raise NotFiniteError(f"the selection loss is {found} in step {self.step + 1}")
         return found
 
     def metrics(self) -> dict[str, float]:
-        """What the problem's `evaluate_at` says of the present x and y."""
+        """What the problem's `evaluate` says of the present x and y."""
         self.model.eval()
         with torch.no_grad():
             given = self.variables.hyperparameters(self.x.detach())
-            return {name: float(value) for name, value in self.problem.evaluate_at(self.model, given).items()}
+            return evaluate(self.problem, self.model, given)
 
     def _train(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, epochs: int) -> Tensor:
         """Minimise f(x, .) from the model's weights; they are left in the model and returned flat."""

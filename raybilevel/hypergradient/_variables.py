@@ -14,7 +14,16 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.hypergradient._functions import BilevelFunctions, LowerMap, Term
-from raybilevel.problem import Batch, BilevelProblem, Level, move
+from raybilevel.problem import (
+    Batch,
+    BilevelProblem,
+    LargeUpperLevel,
+    Level,
+    SupportsLowerMap,
+    SupportsShards,
+    move,
+    upper_loss,
+)
 from raybilevel.space import Space, flatten, nest
 
 UPPER = "upper"
@@ -76,8 +85,9 @@ class BothLevels(nn.Module):
             else self.variables.hyperparameters(x)
         )
         if level == "upper":
-            return self.problem.upper_loss_at(self.model, given, batch)
+            return upper_loss(self.problem, self.model, given, batch)
         if level == "map":
+            assert isinstance(self.problem, SupportsLowerMap)
             return self.problem.lower_map(self.model, given, batch)
         return self.problem.lower_loss(self.model, given, batch)
 
@@ -123,7 +133,7 @@ def bilevel_functions(problem: BilevelProblem, model: nn.Module, variables: Uppe
 
 def is_fixed_point(problem: BilevelProblem) -> bool:
     """Whether the lower level is y = g(x, y) and not a minimum."""
-    return type(problem).lower_map is not BilevelProblem.lower_map
+    return isinstance(problem, SupportsLowerMap)
 
 
 def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any]) -> None:
@@ -134,15 +144,18 @@ def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any])
         NotFiniteError: a loss is NaN or infinite at the start.
     """
     name = type(problem).__name__
+    if not isinstance(problem, LargeUpperLevel):
+        hint = (
+            "derive it from raybilevel.LargeUpperLevel"
+            if hasattr(problem, "upper_variables")
+            else ("give at least one, e.g. tune.loguniform(1e-6, 1.0)")
+        )
+        raise ProblemError(
+            f"{name} is no LargeUpperLevel with upper_variables(), and no hyperparameter to search was given; {hint}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, module = problem.model().to(problem.dtype), problem.upper_variables()
-        if module is None:
-            raise ProblemError(
-                f"{name} has no upper_variables(), and no hyperparameter to search was given; give at least one, e.g. "
-                "tune.loguniform(1e-6, 1.0)"
-            )
-        module = module.to(problem.dtype)
+        model, module = problem.model().to(problem.dtype), problem.upper_variables().to(problem.dtype)
     problem = copy.copy(problem)
     problem.device = "cpu"  # the driver may have no accelerator
     functions = bilevel_functions(problem, model, ModuleVariables(module, constants))
@@ -169,7 +182,7 @@ def check_shards(problem: BilevelProblem, shards: int, in_box: bool) -> None:
         return
     if in_box:
         raise ProblemError(f"shards={shards} is for upper_variables(); a search space's descents see all data")
-    if type(problem).shard is BilevelProblem.shard:
+    if not isinstance(problem, SupportsShards):
         raise ProblemError(f"{type(problem).__name__} has no shard(index, count), which shards={shards} needs")
     problem.shard(shards - 1, shards)
 

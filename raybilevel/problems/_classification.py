@@ -33,8 +33,8 @@ class Minibatch(NamedTuple):
     examples: int
 
 
-class Classification(BilevelProblem):
-    """F is the cross-entropy on validation data; a subclass says what the data, the model and f are.
+class SplitData(BilevelProblem):
+    """Classification data in splits, read once; a subclass says what the data, the model and both levels are.
 
     batch: examples in a minibatch; None for all at once.
     """
@@ -67,10 +67,7 @@ class Classification(BilevelProblem):
         for x, y in minibatches(examples, self.batch, generator):
             yield Minibatch(x, y, len(examples[0]))
 
-    def upper_loss(self, model: nn.Module, batch: Minibatch) -> Tensor:
-        return cross_entropy(model(batch.x), batch.y)
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def test_metrics(self, model: nn.Module) -> dict[str, float]:
         """Loss and accuracy on the test split, in chunks; nothing where there is none."""
         if "test" not in self.splits:
             return {}
@@ -81,6 +78,17 @@ class Classification(BilevelProblem):
             loss += cross_entropy(logits, y, reduction="sum").item()
             correct += int((logits.argmax(1) == y).sum())
         return {"test_loss": loss / count, "test_accuracy": correct / count}
+
+
+class Classification(SplitData):
+    """F is the cross-entropy on validation data; a subclass says what the data, the model and f are."""
+
+    def upper_loss(self, model: nn.Module, batch: Minibatch) -> Tensor:
+        return cross_entropy(model(batch.x), batch.y)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss and accuracy on the test split."""
+        return self.test_metrics(model)
 
 
 class LayerDecay(Classification):

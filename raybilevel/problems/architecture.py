@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, cross_entropy
 
 from raybilevel.errors import ConfigError
-from raybilevel.problem import Hyperparameters, minibatches
+from raybilevel.problem import Hyperparameters, LargeUpperLevel, minibatches
 from raybilevel.problems import _datasets as datasets
-from raybilevel.problems._classification import Classification, Examples, Minibatch, check_positive, data_folder
+from raybilevel.problems._classification import Examples, Minibatch, SplitData, check_positive, data_folder
 from raybilevel.problems.digits import check_split, digits_splits
 
 Source = Literal["digits", "mnist", "cifar10"]
@@ -103,7 +103,7 @@ class MixingWeights(nn.Module):
         return self.logits.softmax(1)
 
 
-class Architecture(Classification):
+class Architecture(LargeUpperLevel, SplitData):
     """A cell whose edges mix operations, after DARTS (Liu, Simonyan & Yang 2019, arXiv:1806.09055):
 
         f(x, y) = CE(y; mixed by softmax x) + decay |y|^2 / 2 on training images,    F = CE on validation images
@@ -194,10 +194,10 @@ class Architecture(Classification):
         squares = torch.stack([w.square().sum() for w in model.parameters()]).sum()
         return cross_entropy(logits, labels) + self.decay / 2 * squares
 
-    def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
+    def upper_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
         return cross_entropy(model(batch.x, hyperparameters["upper"]()), batch.y)
 
-    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
         """Validation and test loss and accuracy of the architecture that the mixture becomes, trained anew; how many of
         its edges are convolutions; the least of the largest weights of an edge."""
         mixing = hyperparameters["upper"]

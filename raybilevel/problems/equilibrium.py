@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy
 
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import AndersonAcceleration
-from raybilevel.problem import Batch, BilevelProblem, Hyperparameters, Level
+from raybilevel.problem import Batch, Hyperparameters, LargeUpperLevel, Level
 from raybilevel.problems import _datasets as datasets
 from raybilevel.problems._classification import Examples, check_positive, data_folder
 from raybilevel.problems.digits import EXAMPLES, digits_splits
@@ -46,7 +46,7 @@ class EquilibriumNetwork(nn.Module):
         return torch.tanh(states @ recurrent.T + self.inputs(images))
 
 
-class EquilibriumDigits(BilevelProblem):
+class EquilibriumDigits(LargeUpperLevel):
     """Handwritten digits by a network whose hidden layer z is an equilibrium (Bai, Kolter & Koltun 2019,
     arXiv:1909.01377):
 
@@ -118,15 +118,12 @@ class EquilibriumDigits(BilevelProblem):
         residual = self.lower_map(model, hyperparameters, batch) - model.get_parameter("states")
         return residual.square().sum() / (2 * len(residual))
 
-    def upper_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        raise NotImplementedError("the upper level depends on the network")
-
-    def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
+    def upper_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
         network = hyperparameters["upper"]
         squares = torch.stack([part.square().sum() for part in network.parameters()]).sum()
         return cross_entropy(network.readout(model.get_parameter("states")), batch[1]) + self.decay / 2 * squares
 
-    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
         """Loss and accuracy on the test images, at their own equilibria."""
         network = hyperparameters["upper"]
         images, labels = (part.to(self.device) for part in self.splits["test"])

@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy, layer_norm, relu
 
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import BilevelFunctions, solve_lower
-from raybilevel.problem import BilevelProblem, Hyperparameters, Level
+from raybilevel.problem import Hyperparameters, LargeUpperLevel, Level
 from raybilevel.problems import _datasets as datasets
 from raybilevel.problems._classification import check_positive, data_folder
 from raybilevel.problems._datasets import Images
@@ -71,7 +71,7 @@ def mean_loss(found: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(found.flatten(0, 1), labels.flatten())
 
 
-class FewShot(BilevelProblem):
+class FewShot(LargeUpperLevel):
     """Weights x from which a network learns to tell apart `ways` classes it has not seen from `shots` examples of each:
 
         f(x, y) = mean_t [CE of task t's examples at x + y_t + nearness |y_t|^2 / 2],
@@ -171,10 +171,7 @@ class FewShot(BilevelProblem):
         near = (weight.square().sum() + bias.square().sum()) / len(features)
         return mean_loss(logits(head, weight, bias, features), labels) + nearness / 2 * near
 
-    def upper_loss(self, model: nn.Module, batch: Tasks) -> Tensor:
-        raise NotImplementedError("the upper level depends on the initialisation")
-
-    def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Tasks) -> Tensor:
+    def upper_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Tasks) -> Tensor:
         start, (weight, bias) = hyperparameters["upper"], model.parameters()
         return mean_loss(logits(start.head, weight, bias, start.features(batch.query_x)), batch.query_y)
 
@@ -198,6 +195,6 @@ class FewShot(BilevelProblem):
             flat = solve_lower(BilevelFunctions([], [lower]), zero[:0], zero, 1e-3, limit=100).y
         return (logits(head, *parts(flat), asked).argmax(2) == tasks.query_y).double().mean(1)
 
-    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
         """`test_accuracy` on tasks of the digits that were not learned from."""
         return {"test_accuracy": self.accuracies(hyperparameters["upper"], "test", self.nearness).mean().item()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raybilevel.errors import ConfigError
-from raybilevel.problem import BilevelProblem, Hyperparameters, Level, move
+from raybilevel.problem import Hyperparameters, LargeUpperLevel, Level, move
 from raybilevel.problems import _datasets as datasets
 from raybilevel.problems._classification import check_positive, data_folder
 from raybilevel.problems._sparse import Pattern, Sparse, pattern
@@ -56,7 +56,7 @@ class EdgeProbabilities(nn.Module):
         return torch.sigmoid(self.logits)
 
 
-class GraphStructure(BilevelProblem):
+class GraphStructure(LargeUpperLevel):
     """A graph convolutional network on Cora or Citeseer, a share of whose edges is missing:
 
         f(x, y) = CE on the training nodes + decay |y|^2 / 2,    F(x, y) = CE on half of the validation nodes,
@@ -172,24 +172,21 @@ class GraphStructure(BilevelProblem):
         return torch.optim.LBFGS(model.parameters(), max_iter=20, history_size=20, line_search_fn="strong_wolfe")
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Nodes) -> Tensor:
-        return self.upper_loss_at(model, hyperparameters, batch) + self.penalty(model)
+        return self.upper_loss(model, hyperparameters, batch) + self.penalty(model)
 
     def penalty(self, model: nn.Module) -> Tensor:
         """decay |y|^2 / 2."""
         return self.decay / 2 * torch.stack([part.square().sum() for part in model.parameters()]).sum()
 
-    def upper_loss(self, model: nn.Module, batch: Nodes) -> Tensor:
-        raise NotImplementedError("F depends on the edges: upper_loss_at")
-
-    def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Nodes) -> Tensor:
+    def upper_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Nodes) -> Tensor:
         graph = normalised(batch.graph, hyperparameters["upper"]())
         return cross_entropy(model(batch.features, graph)[batch.nodes], batch.labels)
 
-    def selection_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> float:
+    def selection_loss(self, model: nn.Module, hyperparameters: Hyperparameters) -> float:
         batch = move(self.nodes("selection"), self.device, self.dtype)
-        return self.upper_loss_at(model, hyperparameters, batch).item()
+        return self.upper_loss(model, hyperparameters, batch).item()
 
-    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
         """Loss and accuracy on the test nodes; `edges`, how many are expected; `homophily`, the share of them between
         papers on one topic; test accuracies of the same network on the edges that are left (`given_accuracy`), on the
         nearest neighbours' (`neighbour_accuracy`), and on the learned ones with the nodes of F among the training

@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d
 
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import BilevelFunctions, solve_lower
-from raybilevel.problem import BilevelProblem, Hyperparameters, Level
+from raybilevel.problem import BilevelProblem, Hyperparameters, LargeUpperLevel, Level
 from raybilevel.problems import _datasets as datasets
 from raybilevel.problems._classification import check_positive, data_folder
 
@@ -173,7 +173,7 @@ class Imaging(BilevelProblem):
             line_search_fn="strong_wolfe",
         )  # fmt: skip
 
-    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
         """PSNR in dB, mean over the images, of the training reconstruction and of the test images', reconstructed here;
         `test_loss` is F of these."""
         with torch.enable_grad():
@@ -211,7 +211,7 @@ class _Given(nn.Module):
         return self.given
 
 
-class FieldsOfExperts(Imaging):
+class FieldsOfExperts(LargeUpperLevel, Imaging):
     """Filters of a fields-of-experts regulariser (Roth & Black 2005) for inpainting digits or deblurring photographs:
 
         R(x, y) = sum_k w_k sum_pixels phi(c_k * y),   x = (c_1, ..., c_K, log w_1, ..., log w_K)

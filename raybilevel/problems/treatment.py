@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from raybilevel.errors import ConfigError
-from raybilevel.problem import BilevelProblem, Hyperparameters, Level
+from raybilevel.problem import Hyperparameters, LargeUpperLevel, Level
 from raybilevel.problems._classification import check_positive
 
 COVARIATES = 4
@@ -80,7 +80,7 @@ class OutcomeRegression(nn.Module):
         return self.coefficients[:, :-1] @ covariates.T + self.coefficients[:, -1:]
 
 
-class TreatmentEffects(BilevelProblem):
+class TreatmentEffects(LargeUpperLevel):
     """The mean effect of a treatment that units were not assigned at random, from a regression on weighted units:
 
         f(x, y) = sum_i w_i (outcome_i - g_y(covariates_i, treated_i))^2 / n + decay |y|^2 / 2
@@ -176,10 +176,7 @@ class TreatmentEffects(BilevelProblem):
         weights: Tensor = hyperparameters["upper"](units.covariates, units.treated)
         return (weights * residual.square()).mean()
 
-    def upper_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        raise NotImplementedError("the upper level depends on the weights of the units")
-
-    def upper_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
+    def upper_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
         weights = hyperparameters["upper"](batch.everyone, batch.treated)
         balance = energy_distances(weights, batch.treated, self.distances)
         return self.risk(model, hyperparameters, batch.units) + self.imbalance * balance.sum()
@@ -187,7 +184,7 @@ class TreatmentEffects(BilevelProblem):
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(model.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
-    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
         """`ate_error`, the absolute error of the mean effect over all units, and `pehe`, the root mean square of the
         error of each unit's (Hill 2011), from a regression on all units with the learned weights, in the outcome's
         units; the same of other estimators (`estimators`); how even the weights are (`effective_units`, Kish's)."""

@@ -12,9 +12,9 @@ from torch.nn.functional import avg_pool2d, cross_entropy
 
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import BilevelFunctions, solve_lower
-from raybilevel.problem import Hyperparameters, Level
+from raybilevel.problem import Hyperparameters, LargeUpperLevel, Level
 from raybilevel.problems import _datasets as datasets
-from raybilevel.problems._classification import Classification, Examples, check_positive, data_folder
+from raybilevel.problems._classification import Examples, SplitData, check_positive, data_folder
 
 PIXELS = 14 * 14
 CLASSES = 10
@@ -41,7 +41,7 @@ class WeightNetwork(nn.Module):
         return torch.sigmoid(self.last(torch.tanh(self.first(signs)))[:, 0])
 
 
-class NoisyLabels(Classification):
+class NoisyLabels(LargeUpperLevel, SplitData):
     """Multinomial logistic regression on MNIST digits, a share of whose labels is wrong, with weights from a network:
 
         f(x, y) = sum_i w_x(signs_i) CE_i(y) / sum_i w_x(...) + decay |y|^2 / 2,   F = CE on clean examples
@@ -132,7 +132,10 @@ class NoisyLabels(Classification):
         losses = cross_entropy(logits, labels, reduction="none")
         return (weights * losses).sum() / weights.sum()
 
-    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+    def upper_loss(self, model: nn.Module, batch: Weighted) -> Tensor:
+        return cross_entropy(model(batch.x), batch.y)
+
+    def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
         """Test metrics; test accuracies of the same model trained on all examples alike (`uniform_accuracy`), on the
         clean validation examples alone, and on the right examples as if they were known (`oracle_accuracy`); and how
         often a right example weighs more than a wrong one (`ranking`; 0.5 is chance)."""
@@ -141,7 +144,7 @@ class NoisyLabels(Classification):
         weights = hyperparameters["upper"](batch.signs.to(self.device))
         halves = zip(self.splits["guide"], self.splits["upper"], strict=True)
         clean_x, clean_y = (torch.cat(parts).to(self.device) for parts in halves)
-        found = self.evaluate(model)
+        found = self.test_metrics(model)
         found["uniform_accuracy"] = self.accuracy_of(x, y, torch.ones_like(weights))
         found["validation_only_accuracy"] = self.accuracy_of(clean_x, clean_y, torch.ones_like(clean_x[:, 0]))
         found["oracle_accuracy"] = self.accuracy_of(x, y, right.to(weights))

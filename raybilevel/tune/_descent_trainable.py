@@ -15,7 +15,7 @@ from raybilevel.errors import ProblemError
 from raybilevel.hypergradient._descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
 from raybilevel.hypergradient._variables import check_shards
 from raybilevel.methods._hypergradient import HypergradientDescent
-from raybilevel.problem import BilevelProblem
+from raybilevel.problem import BilevelProblem, LargeUpperLevel
 from raybilevel.space import STARTS, Space
 from raybilevel.tune._domains import split_param_space
 from raybilevel.tune._trainable import FINISHED, PASSES, a_fifth, check_arguments, check_not_optimistic, send
@@ -37,7 +37,7 @@ def hypergradient_trainable(
     It reports every step `upper_loss` and `lower_loss` (F and f at the weights of the descent), `hypergradient_norm`,
     what linear solves took so far, `solver_residual`, the relative residual of the last one, and how well the lower
     level was solved: `lower_gradient_norm`, or `lower_residual` of a fixed point; at the end F and f at weights trained
-    anew, what the problem's `evaluate_at` returns, `hyperparameters` where x is a point of a box, and a checkpoint with
+    anew, what the problem's `evaluate` returns, `hyperparameters` where x is a point of a box, and a checkpoint with
     x and y. A restarted trial goes on from its last checkpoint.
 
     settings: of the descent; those that the searcher has.
@@ -58,8 +58,11 @@ def hypergradient_trainable(
     if space is not None and not isinstance(space, Space):
         space, _ = split_param_space(space)
     box = None if space is None or space == STARTS else space
-    if box is None and problem.upper_variables() is None:
-        raise ProblemError(f"{type(problem).__name__} has no upper_variables(); give the search space")
+    if box is None and not isinstance(problem, LargeUpperLevel):
+        raise ProblemError(
+            f"{type(problem).__name__} is no LargeUpperLevel with upper_variables(); derive it from "
+            "raybilevel.LargeUpperLevel, or give the search space"
+        )
     settings = settings or HypergradientDescent()
     check_shards(problem, settings.shards, box is not None)
     every = checkpoint_every or a_fifth(settings.steps)

@@ -19,7 +19,7 @@ from raybilevel.hypergradient._descent import BilevelDescent, dump_checkpoint, l
 from raybilevel.hypergradient._variables import check_upper_variables
 from raybilevel.methods import make_method
 from raybilevel.methods._hypergradient import HypergradientDescent, start_points
-from raybilevel.problem import Hyperparameters
+from raybilevel.problem import Hyperparameters, LargeUpperLevel
 from raybilevel.search_state import SearchState
 from raybilevel.space import STARTS, Parameter, Space
 from tests.problems_for_tests import Network, Ridge, exact_optimizer
@@ -33,7 +33,7 @@ class Decays(nn.Module):
         self.logs = nn.Parameter(torch.randn(dimension) / 10)
 
 
-class ModuleRidge(Ridge):
+class ModuleRidge(LargeUpperLevel, Ridge):
     """The ridge with its decays in a module."""
 
     def upper_variables(self) -> nn.Module:
@@ -43,7 +43,7 @@ class ModuleRidge(Ridge):
         logs: Tensor = hyperparameters["upper"].logs
         return logs.exp()
 
-    def evaluate_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
         return {"test_loss": float(hyperparameters["upper"].logs.sum())}
 
 
@@ -186,7 +186,7 @@ def test_a_selection_loss_chooses_among_the_x_on_the_way() -> None:
     class Held(ModuleRidge):
         seen: ClassVar[list[Tensor]] = []
 
-        def selection_loss_at(self, model: nn.Module, hyperparameters: Hyperparameters) -> float:
+        def selection_loss(self, model: nn.Module, hyperparameters: Hyperparameters) -> float:
             self.seen.append(hyperparameters["upper"].logs.detach().clone())
             return float(abs(len(self.seen) - 3))
 

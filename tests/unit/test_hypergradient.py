@@ -23,6 +23,7 @@ from raybilevel.hypergradient import (
     solve_lower,
 )
 from raybilevel.hypergradient._variables import BoxVariables, ModuleVariables, bilevel_functions, weights_of
+from raybilevel.problem import LargeUpperLevel
 from tests.problems_for_tests import Logistic
 
 P, N = 4, 12
@@ -216,7 +217,7 @@ def test_functions_of_a_problem_on_its_box() -> None:
 
 
 def test_functions_of_a_problem_with_an_upper_module() -> None:
-    class Weighted(Logistic):
+    class Weighted(LargeUpperLevel, Logistic):
         def upper_variables(self) -> nn.Module:
             return nn.Sequential(nn.Linear(1, self.dimension, bias=False), nn.Dropout(0.5))
 

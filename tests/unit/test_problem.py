@@ -1,12 +1,23 @@
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from raybilevel.problem import BilevelProblem, leaves, minibatches, move
+from raybilevel.problem import (
+    BilevelProblem,
+    Hyperparameters,
+    LargeUpperLevel,
+    SupportsLowerMap,
+    SupportsShards,
+    evaluate,
+    leaves,
+    minibatches,
+    move,
+    upper_loss,
+)
 from tests.problems_for_tests import Ridge
 
 
@@ -21,6 +32,47 @@ BATCH = {"pair": Pair(torch.zeros(3, 2), torch.arange(3)), "list": [torch.ones(3
 def test_the_interface_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         BilevelProblem()
+
+
+def test_either_form_of_the_upper_level_is_called() -> None:
+    class Direct(Ridge):
+        def upper_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            return super().upper_loss(model, batch) + hyperparameters["x"]
+
+        def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, Any]:
+            return {"x": hyperparameters["x"]}
+
+    class WithAnOption(Ridge):
+        def upper_loss(self, model: nn.Module, batch: Any, factor: float = 2.0) -> Tensor:
+            return factor * super().upper_loss(model, batch)
+
+        def evaluate(self, model: nn.Module, name: str = "rows") -> dict[str, Any]:
+            return {name: torch.tensor(3)}
+
+    plain, direct, optional = Ridge(), Direct(), WithAnOption()
+    model, given = plain.model().double(), {"x": torch.tensor(5.0)}
+    (batch,) = plain.batches("upper", None)
+    expected = plain.upper_loss(model, batch)
+    assert upper_loss(plain, model, given, batch) == expected
+    assert upper_loss(direct, model, given, batch) == expected + 5
+    assert upper_loss(optional, model, given, batch) == 2 * expected
+    assert evaluate(direct, model, given) == {"x": 5.0} and evaluate(optional, model, given) == {"rows": 3.0}
+
+
+def test_a_function_set_on_an_instance_is_called() -> None:
+    problem = Ridge()
+    (batch,) = problem.batches("upper", None)
+    problem.upper_loss = lambda model, hyperparameters, batch: hyperparameters["x"]  # type: ignore[method-assign]
+    assert upper_loss(problem, problem.model(), {"x": torch.tensor(1.0)}, batch) == 1
+
+
+def test_what_a_problem_supports_follows_from_what_it_defines() -> None:
+    class Divided(Ridge):
+        def shard(self, index: int, count: int) -> BilevelProblem:
+            return self
+
+    assert isinstance(Divided(), SupportsShards) and not isinstance(Ridge(), SupportsShards)
+    assert not isinstance(Ridge(), SupportsLowerMap | LargeUpperLevel)
 
 
 def test_leaves_are_the_tensors_in_order():

@@ -12,6 +12,7 @@ def test_the_public_names_are_what_can_be_imported() -> None:
     names = {
         "BilevelProblem",
         "BilevelSearch",
+        "LargeUpperLevel",
         "__version__",
         "data_parallel_trainable",
         "hypergradient_trainable",
