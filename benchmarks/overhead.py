@@ -161,7 +161,7 @@ def driven(name: str, trials: int, count: int, seconds: float) -> Driven:
     """An experiment of so many trials on so many slots."""
     aim: dict[str, Any] = {"metric": "upper_loss", "mode": "min"}
     # A search starts a process for steps beside the first trainings, which here begin minutes later.
-    step_dispatch.SECONDS_IDLE = PATIENCE_FOR_PROCESSES
+    step_dispatch.WORKER_IDLE_TIMEOUT_S = PATIENCE_FOR_PROCESSES
     ours = name == "raybilevel"
     search: Any = (
         TimedSearch(Quadratic(), max_concurrent=count, method=AtOnce(), **aim)

@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-PROCESS_START = 4.0
-"""Seconds that a process takes to start and to import torch."""
+WORKER_START_S = 4.0
+"""Time that a worker takes to start and to import torch."""
 NEWEST = 9
+"""Steps and trainings of which the median is taken."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,13 @@ class StepTime:
 class Pace:
     """Times of upper-level steps and of the newest trainings.
 
-    By itself Tune keeps one idle process of those that train (with `PatientFIFO` all of them for a while), and ends the
-    others while it has no next trial for them. A new one
-    takes seconds to start, and Tune takes it back when another training ends first: with trainings that are shorter
-    than that, soon one process does all the work. If the driver waits for a step instead, Tune hears of the next
-    training's end when the trial for the process before has been made, and all processes live on.
+    Tune keeps one idle worker and ends the others while it has no next trial for them (with `PatientFIFO` it keeps all
+    for a while). A new worker takes seconds to start. If another training ends first, Tune stops the one that is
+    starting. With trainings shorter than a worker's start, one worker soon does all the work. If the driver waits for a
+    step instead, the next trial is there before Tune handles the next result, and all workers stay.
 
     clock: seconds, from anywhere.
-    steps: those whose results were heard.
+    steps: the steps whose results have arrived.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -42,13 +42,13 @@ class Pace:
         self._trainings: deque[tuple[float, float]] = deque(maxlen=NEWEST)
 
     def trained(self, seconds: float, reports: int = 1) -> None:
-        """A training took so long and reported so often, the last time at its end."""
+        """A training has ended after so many seconds and reports."""
         self._trainings.append((seconds, seconds / max(1, reports)))
 
     @property
     def short(self) -> bool:
-        """Trainings take less than the start of a process: one more costs less than to let a process go."""
-        return bool(self._trainings) and statistics.median(seconds for seconds, _ in self._trainings) < PROCESS_START
+        """Trainings take less than a worker's start: one more training costs less than losing a worker."""
+        return bool(self._trainings) and statistics.median(seconds for seconds, _ in self._trainings) < WORKER_START_S
 
     def step_begun(self, number: int) -> None:
         self._begun[number] = self._clock()
@@ -60,23 +60,23 @@ class Pace:
         self._begun.clear()
 
     def patience(self, slots: int) -> float:
-        """Seconds that the steps under way are worth waiting for, at most what a new process would take.
+        """Seconds to wait for the steps under way, at most a worker's start.
 
-        0 where steps are not much shorter than that; where steps that wait for each other could not keep up with so
-        many slots, even if each training's process had to start; and where the other trainings, which wait for the
-        driver when they report, would lose more by it than one process's start.
+        It is 0 in three cases. Steps are not much shorter than a worker's start. Or one step after the other could not
+        keep up with so many slots, even if each training needed a new worker. Or the other trainings, whose reports
+        wait for the driver meanwhile, would lose more time than one worker's start.
         """
         if not self._begun or not self._trainings:
             return 0.0
         training, between = map(statistics.median, zip(*self._trainings, strict=True))
-        newest = self.steps[max(1, len(self.steps) - NEWEST) :]  # the first one's process had to start
-        if not newest and training > 3 * PROCESS_START:
+        newest = self.steps[max(1, len(self.steps) - NEWEST) :]  # without the first, whose worker had to start
+        if not newest and training > 3 * WORKER_START_S:
             return 0.0  # too much to lose by a step of unknown length
         step = statistics.median(one.ended - one.began for one in newest) if newest else 0.0
         held_up = step * min(1.0, step / (2 * max(between, 1e-9)))  # how long one of them is, by one step, on average
-        if step > PROCESS_START / 2 or (slots - 1) * held_up > PROCESS_START:
+        if step > WORKER_START_S / 2 or (slots - 1) * held_up > WORKER_START_S:
             return 0.0
-        if slots * step > training + step + PROCESS_START:
+        if slots * step > training + step + WORKER_START_S:
             return 0.0
         age = self._clock() - min(self._begun.values())
-        return max(0.0, (1 if self.steps else 2) * PROCESS_START - age)
+        return max(0.0, (1 if self.steps else 2) * WORKER_START_S - age)

@@ -15,7 +15,7 @@ from raybilevel._cluster.local_files import local_filesystem
 from raybilevel._cluster.resources import nodes_alive
 from raybilevel.errors import StorageError
 
-SECONDS_TO_ANSWER = 60.0
+NODE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def check_access(storage: Storage) -> None:
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"cannot write to the storage {storage.path}: {error}") from error
     try:
-        blind = without_access(storage, marker, content)
+        blind = nodes_without_access(storage, marker, content)
     finally:
         storage.filesystem.delete_file(marker)
     if blind:
@@ -86,11 +86,11 @@ def check_access(storage: Storage) -> None:
         )
 
 
-def without_access(storage: Storage, marker: str, content: bytes) -> dict[str, str]:
-    """Address of a node other than this one -> why it cannot use the storage."""
+def nodes_without_access(storage: Storage, marker: str, content: bytes) -> dict[str, str]:
+    """Why other nodes cannot use the storage, by their addresses; this node is left out."""
     here = ray.get_runtime_context().get_node_id()
     asked = {
-        try_access.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+        probe_access.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
             storage.filesystem, marker, content
         ): node["NodeManagerAddress"]
         for node in nodes_alive()
@@ -98,8 +98,8 @@ def without_access(storage: Storage, marker: str, content: bytes) -> dict[str, s
     }
     if not asked:
         return {}
-    done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=SECONDS_TO_ANSWER)
-    found = {asked[task]: f"no answer within {SECONDS_TO_ANSWER:.0f} s" for task in silent}
+    done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_TIMEOUT_S)
+    found = {asked[task]: f"no answer within {NODE_TIMEOUT_S:.0f} s" for task in silent}
     for task in done:
         try:
             reason = ray.get(task)
@@ -113,7 +113,7 @@ def without_access(storage: Storage, marker: str, content: bytes) -> dict[str, s
 
 
 @ray.remote(num_cpus=0, max_retries=1)  # type: ignore[untyped-decorator]
-def try_access(filesystem: pyarrow.fs.FileSystem, marker: str, content: bytes) -> str | None:
+def probe_access(filesystem: pyarrow.fs.FileSystem, marker: str, content: bytes) -> str | None:
     """Why this node does not see the marker, or cannot write beside it; None if it can."""
     try:
         with filesystem.open_input_stream(marker) as file:

@@ -1,4 +1,4 @@
-"""An end for work that hangs, wherever it hangs."""
+"""A timeout that holds wherever the work hangs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ STDERR = 2
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """End this process if the block takes longer, after printing where it hangs; None for no limit.
+    """Kill this process if the block takes longer, after printing its stack; None for no limit.
 
-    Only a process can be ended whatever it waits for, a lock, a kernel or a network: the clock runs in C, without
-    Python's lock. To Ray it is a worker that died, so Tune counts the trial as failed or, with `max_failures`, tries it
-    again from its last checkpoint. A process has one such clock.
+    A hung block may wait for a lock, a kernel or the network, and only killing its process is sure to end it. The clock
+    runs in C, without Python's lock, and a process has one. Ray sees a dead worker. Tune then counts the trial as
+    failed or, with `max_failures`, restarts it from its last checkpoint.
     """
     if seconds is None:
         yield

@@ -189,14 +189,14 @@ def fit(
     ard: bool = True,
     max_iterations: int = 50,
     max_rows: int = 250,
-    doubt: bool = True,
+    infer_gradient_noise: bool = True,
 ) -> FittedGP:
     """Fit to values, shape (n,), at x, shape (n, d), and gradients, shape (d,), at the points whose index is a key.
 
     Values are standardised; the hyperparameters maximise the marginal likelihood times the priors, always from the
     same start, so that equal data give an equal model. They are fitted on at most `max_rows` rows (`spaced`:
     each likelihood costs their cube, many times over), the posterior then conditions on all rows, once.
-    `doubt`: the gradients may contradict the values.
+    `infer_gradient_noise`: the gradients may contradict the values.
     """
     shift, scale = values.mean().item(), values.std().item() if len(values) > 1 else 1.0
     scale = scale if scale > 1e-12 * max(1.0, abs(shift)) else 1.0
@@ -212,7 +212,7 @@ def fit(
             warnings.simplefilter("ignore", OptimizationWarning)  # an iteration limit is not a failure here
             return float(fit_gpytorch_mll_scipy(marginal, bounds=model.bounds(), options=options).fval)
 
-    if gradients and doubt:
+    if gradients and infer_gradient_noise:
         # The likelihood has an optimum where derivatives are exact and one where they are noise, far apart: a few
         # iterations from either side show which is better.
         believed = copy.deepcopy(model.state_dict())

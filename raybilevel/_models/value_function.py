@@ -37,7 +37,7 @@ def fit_value_function(trainings: Sequence[Training], near: Tensor, gradients: b
     observed = {i: torch.tensor(trainings[i].lower_gradient, dtype=torch.double) for i in kept}
     # With exact gradients few rows tell the length scales: twice as many predicted no better, at three times the cost.
     iterations, rows = (25, 120) if gradients else (50, 250)
-    return ValueFunction(fit(x, values, observed, max_iterations=iterations, max_rows=rows, doubt=False))
+    return ValueFunction(fit(x, values, observed, max_iterations=iterations, max_rows=rows, infer_gradient_noise=False))
 
 
 def thinned(trainings: Sequence[Training], near: Tensor, most: int) -> Sequence[Training]:

@@ -22,7 +22,8 @@ from raybilevel._cluster.pace import Pace
 from raybilevel._cluster.resources import bundles_of, most_slots, step_options, trainings_that_fit
 from raybilevel._cluster.sent_state import SentState
 from raybilevel._cluster.shared import Shared
-from raybilevel._cluster.step_dispatch import NOTHING, SharedBySteps, StepCall, StepDispatch
+from raybilevel._cluster.step_call import SharedBySteps, StepCall
+from raybilevel._cluster.step_dispatch import NOTHING, StepDispatch
 from raybilevel._cluster.storage import Storage
 from raybilevel._lower.levels import check_problem
 from raybilevel._tune_changes.idle_tune import go_on_while_idle, tune_is_idle

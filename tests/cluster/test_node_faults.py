@@ -22,7 +22,8 @@ from ray.cluster_utils import Cluster
 from raybilevel import BilevelSearch, lower_level_trainable
 from raybilevel._cluster import step_dispatch
 from raybilevel._cluster.shared import Shared
-from raybilevel._cluster.step_dispatch import NOTHING, SharedBySteps, StepCall, StepDispatch
+from raybilevel._cluster.step_call import SharedBySteps, StepCall
+from raybilevel._cluster.step_dispatch import NOTHING, StepDispatch
 from raybilevel._cluster.storage import Storage, check_access, locate
 from raybilevel.errors import StorageError
 from raybilevel.methods._base import UpperResult, UpperStep
@@ -109,7 +110,7 @@ def test_steps_go_on_elsewhere_when_the_node_of_their_processes_is_lost(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps that ask for no resources have processes of their own, on any node."""
-    monkeypatch.setattr(step_dispatch, "PROCESS_START", 0.0)  # none waits for another
+    monkeypatch.setattr(step_dispatch, "WORKER_START_S", 0.0)  # none waits for another
     nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1) for _ in range(3))}
     ray.init(address=cluster.address, log_to_driver=False)
     dispatch, count = StepDispatch(), 6

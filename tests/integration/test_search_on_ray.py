@@ -132,7 +132,7 @@ def test_a_step_is_waited_for_where_trainings_are_short(
     start_of_a_process: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else Tune would hear of the next training's end, and end one of two processes that are idle."""
-    monkeypatch.setattr(pace, "PROCESS_START", start_of_a_process)
+    monkeypatch.setattr(pace, "WORKER_START_S", start_of_a_process)
     search = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min", max_concurrent=2)
     for trial in "ab":
         assert search.suggest(trial) is not None
@@ -154,7 +154,7 @@ def test_a_process_that_short_trainings_leave_free_gets_another_point_at_once(se
     found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
     search.on_trial_complete("a", {**found, "lower_level_finished": True, "time_total_s": seconds})
     assert search.steps_under_way == 0
-    assert (search.suggest("e") is not None) == (seconds < pace.PROCESS_START)
+    assert (search.suggest("e") is not None) == (seconds < pace.WORKER_START_S)
     assert search.suggest("f") is None
     search.cancel_steps()
 
@@ -307,7 +307,7 @@ def test_the_last_of_too_many_failed_steps_is_no_fault_of_the_trial_that_ends_th
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tune would take an exception at a trial's end for one of the trial's, and go on."""
-    monkeypatch.setattr(pace, "PROCESS_START", 0.0)  # so that `suggest` waits for no step
+    monkeypatch.setattr(pace, "WORKER_START_S", 0.0)  # so that `suggest` waits for no step
     space: dict[str, Any] = {"space": SPACE, "metric": "upper_loss", "mode": "min"}
     search = BilevelSearch(Parabola(), method=BrokenSteps(), max_concurrent=2, **space)
     found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}

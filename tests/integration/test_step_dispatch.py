@@ -17,7 +17,9 @@ import ray
 from raybilevel._cluster import step_dispatch
 from raybilevel._cluster.sent_state import BLOCKS, SentState
 from raybilevel._cluster.shared import Shared
-from raybilevel._cluster.step_dispatch import NOTHING, TRIES_MORE, SharedBySteps, StepCall, StepDispatch
+from raybilevel._cluster.step_call import SharedBySteps, StepCall
+from raybilevel._cluster.step_dispatch import NOTHING, StepDispatch
+from raybilevel._cluster.step_worker import MAX_RETRIES
 from raybilevel.errors import StepError
 from raybilevel.methods._base import UpperResult, UpperStep
 from raybilevel.methods._default import Default
@@ -162,7 +164,7 @@ def test_a_step_whose_process_dies_is_tried_again_in_another(steps: Steps) -> No
     steps.begin(6)
     failure = steps.end()[6]
     assert isinstance(failure, ray.exceptions.RayError) and not isinstance(failure, ray.exceptions.RayTaskError)
-    assert steps.tries(6) == 1 + TRIES_MORE
+    assert steps.tries(6) == 1 + MAX_RETRIES
     assert steps.process(7) not in (process, after)  # and the next one runs as if nothing had been
 
 
@@ -213,8 +215,8 @@ def test_a_step_that_would_wait_for_long_has_a_process_of_its_own(steps: Steps, 
 
 
 def test_of_many_processes_some_stay(steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_dispatch, "MOST_IDLE", 1)
-    monkeypatch.setattr(step_dispatch, "PROCESS_START", 0.0)
+    monkeypatch.setattr(step_dispatch, "MAX_IDLE_WORKERS", 1)
+    monkeypatch.setattr(step_dispatch, "WORKER_START_S", 0.0)
     steps.begin(11)
     steps.begin(12)
     assert not steps.dispatch.ended() and len(steps.dispatch.results) == 2
@@ -228,7 +230,7 @@ def test_processes_that_were_lost_while_idle_cost_a_step_no_more_than_one_try(
     steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(step_dispatch, "PROCESS_START", 0.0)
+        patch.setattr(step_dispatch, "WORKER_START_S", 0.0)
         for number in (11, 12, 13):
             steps.begin(number)
     (tmp_path / "go").touch()
@@ -236,15 +238,15 @@ def test_processes_that_were_lost_while_idle_cost_a_step_no_more_than_one_try(
     assert len(lost) == 3
     for process in lost:
         os.kill(process, signal.SIGKILL)
-    monkeypatch.setattr(step_dispatch, "TRIES_MORE", 1)
+    monkeypatch.setattr(step_dispatch, "MAX_RETRIES", 1)
     assert steps.process(14) not in lost
 
 
 def test_a_process_that_has_no_step_ends_by_itself(
     steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_dispatch, "SECONDS_IDLE", 1.0)
-    monkeypatch.setattr(step_dispatch, "SECONDS_OF_THE_WAY", 1.0)
+    monkeypatch.setattr(step_dispatch, "WORKER_IDLE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(step_dispatch, "DELIVERY_GRACE_S", 1.0)
     steps.begin(11)
     time.sleep(4)  # one that has a step does not
     (tmp_path / "go").touch()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from raybilevel._cluster.pace import PROCESS_START, Pace
+from raybilevel._cluster.pace import WORKER_START_S, Pace
 from tests.clock import Clock
 
 
@@ -37,18 +37,18 @@ def test_nothing_is_waited_for_before_a_training_has_ended(clock: Clock):
 
 def test_a_quick_step_is_waited_for_as_long_as_a_process_takes_to_start(clock: Clock):
     pace = searching(clock, 1.0, 5.0, 0.3)
-    assert pace.patience(2) == PROCESS_START
+    assert pace.patience(2) == WORKER_START_S
     clock.now += 1.5
-    assert pace.patience(2) == PROCESS_START - 1.5
+    assert pace.patience(2) == WORKER_START_S - 1.5
     pace.step_begun(9)
-    assert pace.patience(2) == PROCESS_START - 1.5  # the oldest decides
-    clock.now += PROCESS_START
+    assert pace.patience(2) == WORKER_START_S - 1.5  # the oldest decides
+    clock.now += WORKER_START_S
     assert pace.patience(2) == 0
 
 
 def test_the_first_step_starts_a_process_itself(clock: Clock):
-    assert searching(clock, 1.0).patience(2) == 2 * PROCESS_START
-    assert searching(clock, 1.0, 9.0).patience(2) == PROCESS_START  # and says nothing of the others
+    assert searching(clock, 1.0).patience(2) == 2 * WORKER_START_S
+    assert searching(clock, 1.0, 9.0).patience(2) == WORKER_START_S  # and says nothing of the others
     assert searching(clock, 1.0, 9.0, 9.0).patience(2) == 0
 
 
