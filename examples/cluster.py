@@ -13,8 +13,8 @@ from quickstart import Tumours
 from ray import tune
 
 from raybilevel import BilevelSearch, lower_level_trainable
-from raybilevel._cluster.storage import check_access, locate
-from raybilevel.tune._snapshot import ResumableGenerator, prepare_resume
+from raybilevel.storage import check_access, locate
+from raybilevel.tune import ResumableGenerator, prepare_resume
 
 RESOURCES = {"cpu": 1}  # of a training; on GPUs {"cpu": 4, "gpu": 1}, and problem.device = "cuda"
 

@@ -10,9 +10,8 @@ from ray.train import ScalingConfig
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from raybilevel import BilevelProblem, BilevelSearch
+from raybilevel import BilevelProblem, BilevelSearch, data_parallel_trainable
 from raybilevel.problem import minibatches
-from raybilevel.tune._data_parallel import data_parallel_trainable
 
 
 class Curve(BilevelProblem):

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from raybilevel import LargeUpperLevel
-from raybilevel.hypergradient._descent import BilevelDescent
-from raybilevel.methods._hypergradient import HypergradientDescent
+from raybilevel.hypergradient import BilevelDescent
+from raybilevel.methods import HypergradientDescent
 
 
 class Network(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from raybilevel import BilevelSearch, LargeUpperLevel, hypergradient_trainable
-from raybilevel.methods._hypergradient import HypergradientDescent
+from raybilevel.methods import HypergradientDescent
 
 
 class Weights(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from ray import tune
 
 from raybilevel import BilevelSearch, hypergradient_trainable
-from raybilevel.hypergradient._descent import CHECKPOINT_FILE, load_checkpoint
-from raybilevel.methods._hypergradient import HypergradientDescent
+from raybilevel.hypergradient import CHECKPOINT_FILE, load_checkpoint
+from raybilevel.methods import HypergradientDescent
 from raybilevel.problems.treatment import TreatmentEffects
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from raybilevel.methods import make_method
 from raybilevel.problems.digits import DigitsLogistic
-from raybilevel.search._local import search
-from raybilevel.search._optimizer import BilevelOptimizer
+from raybilevel.search import BilevelOptimizer, search
 from raybilevel.space import Parameter, Space
 
 if __name__ == "__main__":

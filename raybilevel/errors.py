@@ -12,6 +12,19 @@ RaybilevelError
 └── NotFiniteError   (ArithmeticError)   a loss or a gradient is NaN or infinite
 """
 
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "NotFiniteError",
+    "ProblemError",
+    "RaybilevelError",
+    "SpaceError",
+    "StateError",
+    "StepError",
+    "StorageError",
+]
+
 
 class RaybilevelError(Exception):
     """Base class of everything raybilevel raises on purpose."""

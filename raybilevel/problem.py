@@ -11,6 +11,21 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+__all__ = [
+    "Batch",
+    "BilevelProblem",
+    "Hyperparameters",
+    "LargeUpperLevel",
+    "Level",
+    "SupportsLowerMap",
+    "SupportsShards",
+    "evaluate",
+    "leaves",
+    "minibatches",
+    "move",
+    "upper_loss",
+]
+
 Level = Literal["lower", "upper"]
 Batch = Any
 Hyperparameters = Mapping[str, Any]

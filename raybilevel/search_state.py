@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+__all__ = ["Origin", "Proposal", "RegionHistory", "SearchState", "Status", "StepRecord", "Training", "Unit"]
+
 Status = Literal["pending", "done", "stopped", "failed", "lost"]
 Origin = Literal["start", "given", "region", "global", "fill", "unknown"]
 Unit = tuple[float, ...]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from raybilevel.errors import SpaceError
 
+__all__ = ["Parameter", "Space", "flatten", "nest"]
+
 
 @dataclass(frozen=True)
 class Parameter:

@@ -1,5 +1,6 @@
 """Hypergradients of upper levels too large to model: implicit, unrolled, by a penalty."""
 
+from raybilevel.hypergradient._descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
 from raybilevel.hypergradient._estimators import (
     DynamicBarrier,
     Equilibrium,
@@ -23,7 +24,9 @@ from raybilevel.hypergradient._lower import LowerSolution, solve_lower
 from raybilevel.hypergradient._recycling import RecycleSpace, Selection
 
 __all__ = [
+    "CHECKPOINT_FILE",
     "AndersonAcceleration",
+    "BilevelDescent",
     "BilevelFunctions",
     "ConjugateGradients",
     "DynamicBarrier",
@@ -43,5 +46,7 @@ __all__ = [
     "RecycleSpace",
     "Selection",
     "Unrolled",
+    "dump_checkpoint",
+    "load_checkpoint",
     "solve_lower",
 ]

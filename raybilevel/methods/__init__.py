@@ -10,6 +10,8 @@ from raybilevel.methods._default import Default
 from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.methods._paper import Paper
 
+__all__ = ["METHODS", "Default", "HypergradientDescent", "Method", "Paper", "make_method"]
+
 METHODS: dict[str, type[Default] | type[HypergradientDescent] | type[Paper]] = {
     "default": Default,
     "hypergradient": HypergradientDescent,

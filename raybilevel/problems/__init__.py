@@ -25,6 +25,32 @@ from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
 from raybilevel.problems.treatment import TreatmentEffects
 from raybilevel.problems.weighting import NoisyLabels
 
+__all__ = [
+    "PROBLEMS",
+    "Architecture",
+    "CifarLenet",
+    "DigitsLogistic",
+    "DigitsPerceptron",
+    "EquilibriumDigits",
+    "FewShot",
+    "FieldsOfExperts",
+    "GraphStructure",
+    "HyperCleaning",
+    "Income",
+    "LongTailed",
+    "ManyMinimisers",
+    "Mnist",
+    "Mnist1K",
+    "Mnist1KKinds",
+    "NoisyLabels",
+    "RegularisationParameters",
+    "Ridge",
+    "SeveralOptima",
+    "TreatmentEffects",
+    "make_problem",
+    "option_names",
+]
+
 PROBLEMS: dict[str, type[BilevelProblem]] = {
     "architecture": Architecture,
     "cifar_lenet": CifarLenet,
