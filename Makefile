@@ -1,7 +1,7 @@
-# make run    sets everything up, then the main job      (CONFIG=, DATA=, OUT=, ARGS=)
-# make test   sets everything up, then the test suite
-# make check  format, lint, import layers, types
-# make compare  methods against each other        (COMPARE=configs/compare/..., DATA=, OUT=, ARGS=)
+# make run      sets everything up, then runs the main job    (CONFIG=, DATA=, OUT=, ARGS=)
+# make test     sets everything up, then runs the tests       (ARGS=)
+# make check    format, lint, import layers, types
+# make compare  compares methods under one budget             (COMPARE=configs/compare/..., DATA=, OUT=, ARGS=)
 
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
@@ -12,9 +12,9 @@ COMPARE ?= configs/compare/quick.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Servers of object stores; moto's dependencies and Ray's exclude each other.
+# Servers of object stores. The dependencies of moto and of Ray exclude each other.
 STORES := $(VENV)/stores
-# What Ray needs to take jobs, beside $(VENV): with it every local Ray would start more processes.
+# What Ray needs to take jobs. It is not in $(VENV), where every local Ray would start more processes with it.
 HOSTS := $(VENV)/hosts
 PEERS := $(VENV)/peers
 
@@ -44,8 +44,8 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Clusters of several nodes and of separate hosts, killed drivers, spoilt disks, object stores, Slurm where it is
-# installed: takes 40 minutes, and root on Linux.
+# Clusters of several nodes and of separate hosts, killed drivers, damaged disks, object stores, Slurm if it is
+# installed. It takes 40 minutes and needs root on Linux.
 test-cluster: $(STAMP)
 	test -x $(STORES)/bin/python || $(PYTHON) -m venv $(STORES)
 	$(STORES)/bin/python -m pip install --quiet "moto[server]>=5" "gcp-storage-emulator>=2026.7"
@@ -56,13 +56,13 @@ test-cluster: $(STAMP)
 	RAYBILEVEL_TEST_STORES=$(CURDIR)/$(STORES)/bin RAYBILEVEL_TEST_HOSTS=$(CURDIR)/$(HOSTS)/bin/python \
 		$(BIN)/python -m pytest tests/cluster --override-ini timeout=7200 $(ARGS)
 
-# Ours against black-box searchers and implicit gradients: records, table and figures in OUT; resumable.
+# raybilevel against black-box searchers and implicit gradients: records, table and figures in OUT. It can be resumed.
 bench-algorithm: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
 		--editable ".[bench]"
 	$(BIN)/python -m benchmarks configs/bench/algorithm.yaml --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
-# What a search costs its driver, and how many slots it keeps busy; ARGS=latency|memory|slots|overhead|sharing for a part.
+# What a search costs its driver, and how many slots it keeps busy. A part: ARGS=latency|memory|slots|overhead|sharing.
 bench-scale: $(STAMP)
 	$(BIN)/python -m benchmarks.scale $(or $(ARGS),all)
 
@@ -71,7 +71,7 @@ compare: $(STAMP)
 		--editable ".[compare]"
 	$(BIN)/raybilevel compare "$(COMPARE)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-# Krylov iterations that recycling saves when filters of an image regulariser are learned: table and recycling.json in OUT.
+# Krylov iterations that recycling saves for filters of an image regulariser: table and recycling.json in OUT.
 bench-recycling: $(STAMP)
 	$(BIN)/python -m benchmarks.recycling --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
@@ -79,7 +79,8 @@ bench-recycling: $(STAMP)
 bench-treatment: $(STAMP)
 	$(BIN)/python -m benchmarks.treatment --out "$(OUT)" $(ARGS)
 
-# A deep-equilibrium classifier: accuracy, and memory of a gradient; ARGS="--config configs/equilibrium_mnist.yaml" with DATA.
+# A deep-equilibrium classifier: accuracy, and memory of a gradient.
+# With DATA: ARGS="--config configs/equilibrium_mnist.yaml".
 bench-equilibrium: $(STAMP)
 	$(BIN)/python -m benchmarks.equilibrium $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
 
@@ -88,8 +89,8 @@ bench-few-shot: $(STAMP)
 	$(BIN)/python -m benchmarks.few_shot --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 # One hypergradient by torchopt, betty, boat-torch, higher and raybilevel: table and hypergradient_peers.json in OUT. The
-# peers live in a virtual environment of their own, which sees the project's: boat-torch asks for an older numpy, and
-# betty-ml for an older Python, in metadata that only an older pip reads.
+# peers have their own virtual environment, which sees the project's. boat-torch asks for an older numpy, and betty-ml
+# for an older Python, in metadata that only an older pip reads.
 bench-peers: $(STAMP)
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -c 'import site, sys; open(site.getsitepackages()[0] + "/project.pth", "w").write(sys.argv[1])' \
@@ -99,11 +100,12 @@ bench-peers: $(STAMP)
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --ignore-requires-python betty-ml==0.2.1
 	$(PEERS)/bin/python -W ignore -m benchmarks.hypergradient_peers --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
-# Learned edges of Cora and Citeseer against those that are left and a nearest-neighbour graph: table, graph.json and figures.
+# Learned edges of Cora and Citeseer against the remaining ones and a nearest-neighbour graph: table, graph.json, figures.
 bench-graph: $(STAMP)
 	$(BIN)/python -m benchmarks.graph --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
-# Architectures of a cell by a descent against random ones at equal cost; ARGS="--config configs/architecture_cifar.yaml" with DATA.
+# Architectures of a cell by a descent against random ones at equal cost.
+# With DATA: ARGS="--config configs/architecture_cifar.yaml".
 bench-architecture: $(STAMP)
 	$(BIN)/python -m benchmarks.architecture $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
 

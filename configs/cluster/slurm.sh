@@ -3,10 +3,13 @@
 #
 # On the GPUs of the nodes:
 #   --set options.device=cuda --set resources.lower.cpu=6 --set resources.lower.gpu=0.8 --set resources.upper.gpu=0.2
-# FOLDER lies on a file system that all nodes mount; so do this package's virtual environment (Python 3.11 or newer, the
-# versions of constraints.txt; its bin/ in PATH) and the home folder with Ray's token. Tune saves every ten seconds: a job
-# that ran out of time goes on from there when the same line is submitted again. Nodes are for this job alone, as at its
-# end `ray symmetric-run` ends whatever Ray runs there: let --cpus-per-task and --gpus-per-task be what a node has.
+#
+# All nodes mount the file system of FOLDER. They also mount this package's virtual environment and the home folder with
+# Ray's token. The environment has Python 3.11 or newer and the versions of constraints.txt, and its bin/ is in PATH.
+#
+# Tune saves every ten seconds. If a job ran out of time, submit the same line again to continue from there. Nodes are for
+# this job alone, since `ray symmetric-run` at its end ends whatever Ray runs there. Set --cpus-per-task and
+# --gpus-per-task to what a node has.
 #SBATCH --job-name=raybilevel
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
