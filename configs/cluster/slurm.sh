@@ -7,8 +7,8 @@
 # All nodes mount the file system of FOLDER. They also mount this package's virtual environment and the home folder with
 # Ray's token. The environment has Python 3.11 or newer and the versions of constraints.txt, and its bin/ is in PATH.
 #
-# Tune saves every ten seconds. If a job ran out of time, submit the same line again to continue from there. Nodes are for
-# this job alone, since `ray symmetric-run` at its end ends whatever Ray runs there. Set --cpus-per-task and
+# Tune saves every ten seconds. If a job ran out of time, submit the same line again to continue from there. Nodes are
+# for this job alone, since `ray symmetric-run` at its end ends whatever Ray runs there. Set --cpus-per-task and
 # --gpus-per-task to what a node has.
 #SBATCH --job-name=raybilevel
 #SBATCH --nodes=4
