@@ -14,27 +14,27 @@ from rich.table import Table
 
 from raybilevel._config.experiment import ExperimentConfig
 from raybilevel.errors import ConfigError
+from raybilevel.hypergradient import DescentSettings
 from raybilevel.hypergradient._descent import BilevelDescent
 from raybilevel.methods import make_method
-from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problem import BilevelProblem
 from raybilevel.report._charts import Chart, Series
 from raybilevel.report._statistics import Interval, bootstrap
 
 
-def descent_method(config: ExperimentConfig) -> HypergradientDescent:
+def descent_method(config: ExperimentConfig) -> DescentSettings:
     """The descent that a config names.
 
     Raises:
         ConfigError: it names another method.
     """
-    method = make_method(config.search.method, **config.search.settings)
-    if not isinstance(method, HypergradientDescent):
+    descent = make_method(config.search.method, **config.search.settings).descent
+    if descent is None:
         raise ConfigError(f"expected search.method to be hypergradient, got {config.search.method}")
-    return method
+    return descent
 
 
-def descend(problem: BilevelProblem, method: HypergradientDescent, start: int = 0) -> dict[str, Any]:
+def descend(problem: BilevelProblem, method: DescentSettings, start: int = 0) -> dict[str, Any]:
     """What a descent from a start reports at its end."""
     return run_to_end(BilevelDescent(problem, {"start": float(start)}, method)).conclude()
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from benchmarks.objective import BudgetSpent, Objective, Observed
-from raybilevel._lower.levels import check_problem
 from raybilevel._lower.training import load_checkpoint
 from raybilevel.methods import make_method
 from raybilevel.methods._base import UpperStep
 from raybilevel.methods._trust_region import TrustRegionRule
+from raybilevel.search import check_problem
 from raybilevel.search._local import observe
 from raybilevel.search._optimizer import BilevelOptimizer
 
@@ -47,14 +47,7 @@ def bilevel(
         heapq.heappush(under_way, (clock + passes / objective.passes_per_training, next(count), end))
 
     def take(step: UpperStep) -> None:
-        result = optimizer.method.run(
-            objective.problem,
-            objective.space,
-            {},
-            step,
-            lambda index: load_checkpoint(checkpoints[index]),
-            optimizer.memory,
-        )
+        result = optimizer.run(objective.problem, {}, step, lambda index: load_checkpoint(checkpoints[index]))
         record = result.record
         steps.append(
             {

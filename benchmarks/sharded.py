@@ -146,11 +146,8 @@ def take(driver: Driver, source: Driver, trial: str, config: dict[str, Any], upp
 
 
 def finish_step(problem: BilevelProblem, driver: Driver, step: Any) -> None:
-    search = driver.search
-    result = search.method.run(
-        problem, search.space, {}, step, lambda index: load_checkpoint(driver.checkpoints[index]), search.memory
-    )
-    driver.timed(lambda: search.tell_step(step.number, result))
+    result = driver.search.run(problem, {}, step, lambda index: load_checkpoint(driver.checkpoints[index]))
+    driver.timed(lambda: driver.search.tell_step(step.number, result))
 
 
 def sharded(slots: int = 16, trainings: int = 64, counts: tuple[int, ...] = (1, 4), seeds: int = 4) -> None:

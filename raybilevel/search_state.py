@@ -15,7 +15,9 @@ from typing import Any, Literal
 __all__ = ["Origin", "Proposal", "RegionHistory", "SearchState", "Status", "StepRecord", "Training", "Unit"]
 
 Status = Literal["pending", "done", "stopped", "failed", "lost"]
-Origin = Literal["start", "given", "region", "global", "fill", "unknown"]
+Origin = str
+"""Where a proposal comes from. Of the search itself: "start" (the method's design), "given" (by the user), "fill" (a
+space-filling point), "unknown" (a trial that it did not ask for). Of a method's steps: what the method calls it."""
 Unit = tuple[float, ...]
 
 
@@ -24,7 +26,7 @@ class Proposal:
     """A point that an upper-level step wants trained next.
 
     unit:            where, in the unit cube, shape (d,).
-    origin:          "region" (a trust region's next point), "global" (acquisition over the box) or "fill".
+    origin:          e.g. "region" (a trust region's next point), "global" (acquisition over the box) or "fill".
     region:          the trust region, named by the index of the training that began it.
     predicted_upper_loss: F expected there.
     predicted_value: v_hat there, before it is trained; its error is a diagnostic.

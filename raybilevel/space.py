@@ -109,6 +109,14 @@ class Space:
         return len(self.parameters)
 
     @property
+    def of_starts(self) -> bool:
+        """Whether the upper-level variable is a module, and what is searched here the number of a start; see `STARTS`.
+
+        Else x is a point of this box.
+        """
+        return self.parameters == STARTS.parameters
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(parameter.name for parameter in self.parameters)
 

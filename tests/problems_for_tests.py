@@ -228,7 +228,7 @@ class Formula(BilevelProblem):
     @property
     def space(self) -> Space:
         """x_j between 0 and 1: values are coordinates of the unit cube."""
-        return Space(tuple(Parameter((f"x{j}",), 0.0, 1.0) for j in range(self.dimension)))
+        return unit_box(self.dimension)
 
 
 def trained_point(problem: Any, unit: Tensor, seed: int = 0) -> TrainedPoint:
@@ -241,3 +241,7 @@ def trained_point(problem: Any, unit: Tensor, seed: int = 0) -> TrainedPoint:
 
 def vector(*coordinates: float) -> Tensor:
     return torch.tensor(coordinates, dtype=torch.double)
+
+
+def unit_box(dimension: int) -> Space:
+    return Space(tuple(Parameter((f"x{j}",), 0.0, 1.0) for j in range(dimension)))

@@ -18,7 +18,7 @@ from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
 from raybilevel._lower.training import CHECKPOINT_FILE, load_checkpoint
 from raybilevel.errors import CheckpointError, StepError
-from raybilevel.methods._base import Method, UpperResult, UpperStep
+from raybilevel.methods._base import StepMethod, UpperResult, UpperStep
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import SearchState
 from raybilevel.space import Space
@@ -31,7 +31,7 @@ class SharedBySteps:
     problem: Shared[BilevelProblem]
     space: Space
     constants: dict[str, Any]
-    method: Method
+    method: StepMethod
     filesystem: pyarrow.fs.FileSystem | None
 
 

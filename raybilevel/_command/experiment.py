@@ -32,16 +32,14 @@ from raybilevel._cluster.time_limit import time_limit
 from raybilevel._command.progress import ProgressCallback, View, make_view
 from raybilevel._config.experiment import BundlesConfig, ExperimentConfig, entries, read_config, resolved
 from raybilevel._config.experiment import Domain as ConfigDomain
-from raybilevel._lower.levels import check_problem
 from raybilevel._lower.training import refit
 from raybilevel._records.summary import as_text, summarise
 from raybilevel.errors import ConfigError, RaybilevelError, StorageError
-from raybilevel.hypergradient._variables import check_shards, check_upper_variables
 from raybilevel.methods import make_method
-from raybilevel.methods._base import Method
-from raybilevel.methods._hypergradient import MOST_MODELLED, HypergradientDescent
+from raybilevel.methods._registry import name_for
 from raybilevel.problem import BilevelProblem, LargeUpperLevel
 from raybilevel.problems import make_problem
+from raybilevel.search._checks import check_search
 from raybilevel.search_state import Training
 from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.tune._descent_trainable import HYPERPARAMETERS, hypergradient_trainable
@@ -73,7 +71,7 @@ def check(config: ExperimentConfig, data: str | None = None) -> None:
     config = with_method(config)
     method = make_method(config.search.method, **config.search.settings)
     space, constants = config.split_space()
-    check_levels(problem, space, constants, method)
+    check_search(problem, space, constants, method)
 
 
 def run(
@@ -103,7 +101,7 @@ def run(
     config = with_method(config)
     method = make_method(config.search.method, **config.search.settings)
     space, constants = config.split_space()
-    check_levels(problem, space, constants, method)
+    check_search(problem, space, constants, method)
     place = locate(storage or out)
     prepare_folder(out, config, resume, place)
     started = time.monotonic()
@@ -144,7 +142,7 @@ def run(
         results = trial_results(searcher, analysis)
         best = searcher.method.incumbent(searcher.state)
         test_loss_refit = None
-        if best is not None and space != STARTS:
+        if best is not None and not space.of_starts:
             found = configuration(searcher, best, results)
             test_loss_refit = loss_after_refit(problem, found, config)
         summary = summarise(
@@ -167,9 +165,11 @@ def tune_run(
     """The trials. `tune.run` rather than `Tuner`, whose restore does not hand out the searcher that it makes."""
     limit = config.search.epoch_time_limit
     trainable = lower_level_trainable(problem, config.search.seed, epoch_time_limit=limit)
-    if isinstance(searcher.method, HypergradientDescent):
+    if searcher.method.descent is not None:
         space, _ = config.split_space()
-        trainable = hypergradient_trainable(problem, searcher.method, space, config.search.seed, epoch_time_limit=limit)
+        trainable = hypergradient_trainable(
+            problem, searcher.method.descent, space, config.search.seed, epoch_time_limit=limit
+        )
     return tune.run(
         tune.with_resources(trainable, trial_resources(config)),
         name=TUNE_FOLDER,
@@ -198,23 +198,13 @@ def with_method(config: ExperimentConfig) -> ExperimentConfig:
     if config.search.method != "auto":
         return config
     space, _ = config.split_space()
-    large = space == STARTS or space.dimension > MOST_MODELLED
-    search = config.search.model_copy(update={"method": "hypergradient" if large else "default"})
+    search = config.search.model_copy(update={"method": name_for(space)})
     return config.model_copy(update={"search": search})
-
-
-def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], method: Method) -> None:
-    if isinstance(method, HypergradientDescent):
-        check_shards(problem, method.shards, space != STARTS)
-    if space == STARTS:
-        check_upper_variables(problem, constants)
-    else:
-        check_problem(problem, space, constants)
 
 
 def upper_level(problem: BilevelProblem, space: Space) -> str:
     """How large the upper level is."""
-    if not isinstance(problem, LargeUpperLevel) or space != STARTS:
+    if not isinstance(problem, LargeUpperLevel) or not space.of_starts:
         return f"{space.dimension} hyperparameters"
     return f"{sum(parameter.numel() for parameter in problem.upper_variables().parameters()):,} upper-level variables"
 
@@ -228,7 +218,7 @@ def param_space(config: ExperimentConfig) -> dict[str, Any]:
         "qloguniform": tune.qloguniform,
     }
     space, constants = config.split_space()
-    if space == STARTS:
+    if space.of_starts:
         start = STARTS.parameters[0]
         return {**constants, "start": tune.quniform(start.low, start.high, start.step)}
     return nest(

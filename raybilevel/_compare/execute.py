@@ -52,11 +52,11 @@ from raybilevel._compare.methods import (
 )
 from raybilevel._compare.searchers import BudgetedSearch, TimedSearcher, overhead_of, spent_on_steps
 from raybilevel._config.experiment import ExperimentConfig
-from raybilevel._lower.levels import check_problem
 from raybilevel._records.summary import versions
 from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems import make_problem
+from raybilevel.search import check_problem
 from raybilevel.space import Space, flatten, nest
 from raybilevel.tune._searcher import BilevelSearch
 from raybilevel.tune._trainable import lower_level_trainable

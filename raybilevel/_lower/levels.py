@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.problem import Batch, BilevelProblem, Level, leaves, move, upper_loss
-from raybilevel.space import Space, flatten, nest
+from raybilevel.problem import Batch, BilevelProblem, Level, move, upper_loss
+from raybilevel.space import flatten, nest
 
 
 @dataclass(frozen=True)
@@ -129,58 +129,3 @@ def lower_gradient(levels: Levels, config: Mapping[str, Any]) -> dict[str, Any]:
         if not math.isfinite(number):
             raise NotFiniteError(f"the lower level's gradient in {'/'.join(path)} is {number}")
     return nest(numbers)
-
-
-def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str, Any] | None = None) -> None:
-    """Try both levels on one batch at the centre of the space, before anything is trained.
-
-    Raises:
-        ProblemError: a loss is not a scalar that can be differentiated, there is no data, or the lower-level
-            loss does not depend on a hyperparameter that is searched.
-        NotFiniteError: a loss is NaN or infinite at the start weights.
-    """
-    name = type(problem).__name__
-    if not isinstance(problem.epochs, int) or problem.epochs < 1:
-        raise ProblemError(f"{name}.epochs must be a whole number of at least 1, got {problem.epochs!r}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = problem.model()
-        if not isinstance(model, nn.Module):
-            raise ProblemError(f"{name}.model() must return a torch.nn.Module, got {type(model).__name__}")
-        model = model.to(dtype=problem.dtype).eval()
-        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not weights:
-            raise ProblemError(f"{name}.model() has no parameters to train")
-        centre = torch.full((space.dimension,), 0.5, dtype=torch.double)
-        config = {**flatten(constants or {}), **flatten(space.to_config(centre))}
-        flat = {
-            path: torch.tensor(value, dtype=problem.dtype, requires_grad=True) if isinstance(value, float) else value
-            for path, value in config.items()
-        }
-        for level in ("lower", "upper"):
-            raw = next(iter(problem.batches(level, None)), None)
-            if raw is None or not any(True for _ in leaves(raw)):
-                raise ProblemError(f"{name}.batches({level!r}, None) yields no tensors")
-            batch = move(raw, "cpu", problem.dtype)
-            loss = (
-                problem.lower_loss(model, nest(flat), batch)
-                if level == "lower"
-                else upper_loss(problem, model, nest(flat), batch)
-            )
-            if not isinstance(loss, Tensor) or loss.dim() != 0:
-                shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise ProblemError(f"{name}.{level}_loss must return a tensor of shape (), got {shape}")
-            if not math.isfinite(loss.item()):
-                raise NotFiniteError(f"{name}.{level}_loss is {loss.item()} at the start weights; check data and model")
-            if not loss.requires_grad:
-                raise ProblemError(f"{name}.{level}_loss does not depend on the model's parameters")
-            if level == "lower":
-                searched = [flat[parameter.path] for parameter in space.parameters]
-                gradients = torch.autograd.grad(loss, searched, allow_unused=True, retain_graph=True)
-                for parameter, gradient in zip(space.parameters, gradients, strict=True):
-                    if gradient is None:
-                        raise ProblemError(
-                            f"{parameter.name}: {name}.lower_loss does not depend on it, so it has no gradient to "
-                            "follow; use it in lower_loss as a tensor (no float(), .item() or .detach()), or make it "
-                            "a constant"
-                        )

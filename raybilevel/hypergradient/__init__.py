@@ -22,6 +22,7 @@ from raybilevel.hypergradient._krylov import (
 )
 from raybilevel.hypergradient._lower import LowerSolution, solve_lower
 from raybilevel.hypergradient._recycling import RecycleSpace, Selection
+from raybilevel.hypergradient._settings import DescentSettings
 
 __all__ = [
     "CHECKPOINT_FILE",
@@ -29,6 +30,7 @@ __all__ = [
     "BilevelDescent",
     "BilevelFunctions",
     "ConjugateGradients",
+    "DescentSettings",
     "DynamicBarrier",
     "Equilibrium",
     "Estimator",

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from raybilevel.hypergradient._fixed_point import AndersonAcceleration
 from raybilevel.hypergradient._krylov import KrylovMemory
 from raybilevel.hypergradient._lower import solve_lower
 from raybilevel.hypergradient._recycling import ErrorEstimator, RecycleSpace
+from raybilevel.hypergradient._settings import DescentSettings
 from raybilevel.hypergradient._variables import (
     BoxVariables,
     ModuleVariables,
@@ -30,9 +31,6 @@ from raybilevel.hypergradient._variables import (
 )
 from raybilevel.problem import BilevelProblem, LargeUpperLevel, SupportsShards, evaluate, move
 from raybilevel.space import Space, flatten, nest
-
-if TYPE_CHECKING:
-    from raybilevel.methods._hypergradient import HypergradientDescent
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +54,7 @@ class BilevelDescent:
         self,
         problem: BilevelProblem,
         config: Mapping[str, Any],
-        settings: HypergradientDescent,
+        settings: DescentSettings,
         space: Space | None = None,
         seed: int = 0,
     ) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from raybilevel.errors import NotFiniteError, ProblemError
+from raybilevel.errors import ProblemError
 from raybilevel.hypergradient._functions import BilevelFunctions, LowerMap, Term
 from raybilevel.problem import (
     Batch,
     BilevelProblem,
-    LargeUpperLevel,
     Level,
     SupportsLowerMap,
-    SupportsShards,
     move,
     upper_loss,
 )
@@ -134,57 +130,6 @@ def bilevel_functions(problem: BilevelProblem, model: nn.Module, variables: Uppe
 def is_fixed_point(problem: BilevelProblem) -> bool:
     """Whether the lower level is y = g(x, y) and not a minimum."""
     return isinstance(problem, SupportsLowerMap)
-
-
-def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any]) -> None:
-    """Try both levels at the start, before any descent.
-
-    Raises:
-        ProblemError: there is no upper-level module, or f depends neither on it nor on the weights.
-        NotFiniteError: a loss is NaN or infinite at the start.
-    """
-    name = type(problem).__name__
-    if not isinstance(problem, LargeUpperLevel):
-        hint = (
-            "derive it from raybilevel.LargeUpperLevel"
-            if hasattr(problem, "upper_variables")
-            else ("give at least one, e.g. tune.loguniform(1e-6, 1.0)")
-        )
-        raise ProblemError(
-            f"{name} is no LargeUpperLevel with upper_variables(), and no hyperparameter to search was given; {hint}"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, module = problem.model().to(problem.dtype), problem.upper_variables().to(problem.dtype)
-    problem = copy.copy(problem)
-    problem.device = "cpu"  # the driver may have no accelerator
-    functions = bilevel_functions(problem, model, ModuleVariables(module, constants))
-    x, y = parameters_to_vector(module.parameters()).detach(), weights_of(model)
-    functions.lower_terms, functions.upper_terms = functions.lower_terms[:1], functions.upper_terms[:1]
-    lower, upper = functions.lower(x, y), functions.upper(x, y)
-    for level, found in (("lower", lower), ("upper", upper)):
-        if not math.isfinite(found.value):
-            raise NotFiniteError(f"{name}.{level}_loss is {found.value} at the start; check data and model")
-    if not functions.linearise(x, y).mixed(torch.ones_like(y)).any() and not lower.in_x.any() and not upper.in_x.any():
-        raise ProblemError(
-            f"{name}: neither loss depends on upper_variables(); use hyperparameters['upper'] in lower_loss"
-        )
-
-
-def check_shards(problem: BilevelProblem, shards: int, in_box: bool) -> None:
-    """Descents can see a part of the data each.
-
-    Raises:
-        ProblemError: x is a point of a box, whose descents have no number, or the problem cannot be divided at all.
-        ConfigError: it cannot be divided into so many.
-    """
-    if shards == 1:
-        return
-    if in_box:
-        raise ProblemError(f"shards={shards} is for upper_variables(); a search space's descents see all data")
-    if not isinstance(problem, SupportsShards):
-        raise ProblemError(f"{type(problem).__name__} has no shard(index, count), which shards={shards} needs")
-    problem.shard(shards - 1, shards)
 
 
 def split(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,15 @@
-"""What a method is: where to train first, when to take an upper-level step, and what a step does."""
+"""What a method is: what it trains, where first, and, where it takes upper-level steps, when and how."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
+from raybilevel.errors import ConfigError
+from raybilevel.hypergradient import DescentSettings
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import Origin, Proposal, SearchState, StepRecord, Training, Unit
 from raybilevel.space import Space
@@ -56,14 +58,11 @@ class UpperResult:
     unreadable: Mapping[int, str] = field(default_factory=dict)
 
 
-class Method(Protocol):
-    """A frozen dataclass of settings."""
-
-    def start_design(self, dimension: int, slots: int, seed: int) -> Tensor:
-        """The first trainings, shape (n, d), in the unit cube."""
+class StepMethod(Protocol):
+    """What plans upper-level steps, in the driver, and runs them, anywhere."""
 
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
-        """The next upper-level step, None while there is nothing to do; cheap, it runs in the driver."""
+        """The next upper-level step, None while there is nothing to do; cheap."""
 
     def run(
         self,
@@ -76,11 +75,62 @@ class Method(Protocol):
     ) -> UpperResult:
         """Do a step; a pure function of its arguments, as heavy as it needs to be."""
 
+
+class Method(Protocol):
+    """What to train next, as a frozen dataclass of settings that derives from this class.
+
+    Only `start_design` must be written; the rest has defaults. Callers ask a method what they need to know of it, and
+    never which one it is.
+
+    most_hyperparameters: that it is meant for; None for any number.
+    fills_slots: whether a slot that is free until the first step can be planned may train a space-filling point.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    most_hyperparameters: ClassVar[int | None] = 100
+    fills_slots: ClassVar[bool] = False
+
+    def start_design(self, space: Space, slots: int, seed: int) -> Tensor:
+        """The first trials, shape (n, d), in the unit cube."""
+
+    @property
+    def upper_steps(self) -> StepMethod | None:
+        """What plans and runs its upper-level steps, e.g. itself; None where it takes none."""
+        return None
+
+    @property
+    def descent(self) -> DescentSettings | None:
+        """The settings of the descent that each of its trials is; None where a trial is a lower-level training."""
+        return None
+
+    def check(self, problem: BilevelProblem, space: Space) -> None:
+        """Refuse what it cannot search, before anything is trained.
+
+        Raises:
+            ConfigError, ProblemError: the method cannot search this problem, or not over this space.
+        """
+        if space.of_starts:
+            raise ConfigError(
+                f"{type(self).__name__} searches hyperparameters, and upper_variables() are none; use "
+                "method='hypergradient', or give a space"
+            )
+
+    def for_metric(self, metric: str) -> Self:
+        """The method that searches a metric other than the upper-level loss, of which there are no hypergradients.
+
+        Raises:
+            ConfigError: it needs hypergradients, or gradients of the upper-level loss.
+        """
+        raise ConfigError(f"{type(self).__name__} searches 'upper_loss' only, not metric={metric!r}")
+
     def incumbent(self, state: SearchState) -> Training | None:
-        """The training whose hyperparameters the method recommends so far."""
+        """The training whose hyperparameters the method recommends so far: by default the one with the lowest F."""
+        return state.best
 
     def converged(self, state: SearchState) -> bool:
         """Whether it expects no better training than the incumbent."""
+        return False
 
     def exhausted(self, state: SearchState) -> bool:
         """Whether the method has nothing more to do, whatever the budget."""
+        return False

@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from raybilevel._models.acquisition import (
 )
 from raybilevel._models.value_function import ValueFunction, fit_value_function
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError
-from raybilevel.methods._base import LoadCheckpoint, UpperResult, UpperStep
+from raybilevel.methods._base import LoadCheckpoint, Method, StepMethod, UpperResult, UpperStep
 from raybilevel.methods._trust_region import TrustRegion, TrustRegionRule, distance
 from raybilevel.problem import BilevelProblem
-from raybilevel.search_state import Proposal, RegionHistory, SearchState, StepRecord, Training, Unit
+from raybilevel.search_state import Proposal, RegionHistory, SearchState, StepRecord, Unit
 from raybilevel.space import Space, sobol_points
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ than a step needs, and slots wait for it."""
 
 
 @dataclass(frozen=True)
-class Default:
+class Default(Method):
     """Trust regions on a model of F with hypergradients; see docs/method.md for the equations and the ablations.
 
     start_points:  size of the start design, if there are not more slots.
@@ -54,6 +54,8 @@ class Default:
     beta:          a region's next point minimises mean - sqrt(beta) deviation of the model of F.
     max_rows:      values and derivatives that a Gaussian process may hold.
     """
+
+    fills_slots: ClassVar[bool] = True
 
     start_points: int = 3
     hypergradients: bool = True
@@ -78,11 +80,18 @@ class Default:
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
-    def start_design(self, dimension: int, slots: int, seed: int) -> Tensor:
+    @property
+    def upper_steps(self) -> StepMethod:
+        return self
+
+    def for_metric(self, metric: str) -> Self:
+        return replace(self, hypergradients=False)
+
+    def start_design(self, space: Space, slots: int, seed: int) -> Tensor:
         """Centre, two more points of the diagonal, and a scrambled Sobol sequence; at least one point a slot."""
-        diagonal = torch.tensor([[0.5], [0.25], [0.75]], dtype=torch.double).expand(3, dimension)
+        diagonal = torch.tensor([[0.5], [0.25], [0.75]], dtype=torch.double).expand(3, space.dimension)
         count = max(slots, self.start_points)
-        return torch.cat([diagonal, sobol_points(dimension, max(1, count - 3), seed)])[:count]
+        return torch.cat([diagonal, sobol_points(space.dimension, max(1, count - 3), seed)])[:count]
 
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
         done = state.done
@@ -127,13 +136,6 @@ class Default:
     def converged(self, state: SearchState) -> bool:
         """Every region that was begun has settled or collapsed."""
         return any(t.proposal.region is not None for t in state.done) and not self.open_regions(state, ())
-
-    def exhausted(self, state: SearchState) -> bool:
-        return False
-
-    def incumbent(self, state: SearchState) -> Training | None:
-        """The lowest F at trained weights."""
-        return state.best
 
     def open_regions(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[TrustRegion, ...]:
         """Regions that still promise something: not collapsed, not settled, not beaten by another."""

@@ -1,156 +1,38 @@
-"""Descent along hypergradients: a trial is a whole bilevel descent from its own start, and nothing is modelled."""
+"""Descents along hypergradients: a trial is a whole bilevel descent from its own start, and nothing is modelled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from raybilevel.errors import ConfigError
-from raybilevel.hypergradient import (
-    ConjugateGradients,
-    DynamicBarrier,
-    Equilibrium,
-    Estimator,
-    FirstOrder,
-    Implicit,
-    LinearSolver,
-    MinimalResidual,
-    NeumannSeries,
-    Selection,
-    Unrolled,
-)
-from raybilevel.methods._base import LoadCheckpoint, UpperResult, UpperStep
-from raybilevel.problem import BilevelProblem
-from raybilevel.search_state import SearchState, Training
+from raybilevel.hypergradient import DescentSettings
+from raybilevel.methods._base import Method
+from raybilevel.search_state import SearchState
 from raybilevel.space import Space, sobol_points
 
-MOST_MODELLED = 100
-"""Above so many hyperparameters, or where x is a module, the command line takes this method unless one is named."""
-
-ESTIMATORS: dict[str, type[Unrolled] | type[FirstOrder] | type[DynamicBarrier] | type[Equilibrium]] = {
-    "equilibrium": Equilibrium,
-    "unrolled": Unrolled,
-    "first_order": FirstOrder,
-    "dynamic_barrier": DynamicBarrier,
-}
-SOLVERS: dict[str, type[ConjugateGradients] | type[NeumannSeries] | type[MinimalResidual]] = {
-    "cg": ConjugateGradients,
-    "neumann": NeumannSeries,
-    "minres": MinimalResidual,
-}
+BOX_STARTS, MODULE_STARTS = 256, 512
+"""As many as any budget asks for; those in a box are saved with the search, d numbers each."""
 
 
 @dataclass(frozen=True)
-class HypergradientDescent:
-    """Adam (Kingma & Ba 2015) on hypergradients, the lower level going on from where it was; several starts as trials.
+class HypergradientDescent(DescentSettings, Method):
+    """Several starts, each the start of a descent with these settings, which is a trial; no upper-level steps."""
 
-    Inexact by design: the lower level is solved to `lower_tolerance`, or trained on for `lower_epochs`; the linear
-    solve may end when the estimated error of the hypergradient is below `accuracy` times the norm of the last one. At
-    the end the lower level is trained anew, cold, at the x with the lowest F, or the lowest selection loss where the
-    problem has one, and F there is the trial's result.
+    most_hyperparameters: ClassVar[int | None] = None
 
-    steps, rate:     of Adam, on x; the rate falls to a tenth of itself along a cosine.
-    estimator:       "implicit", "unrolled", "first_order" (F2SA), "dynamic_barrier" (BOME), or, of a fixed point,
-        "equilibrium"; `estimator_settings` are those of its class in `raybilevel.hypergradient`.
-    solver:          of "implicit": "minres", "cg" or "neumann", with `solver_settings`; those of "minres" may name a
-        `selection` to recycle by, e.g. {strategy: ritz_generalized_singular, end: largest, dimension: 20}.
-    lower:           "tolerance": L-BFGS on all lower data to |df/dy| <= lower_tolerance, or 1000 iterations;
-        "optimizer": the problem's optimizer, its `epochs` at first and `lower_epochs` after each step; "fixed_point":
-        of the problem's `lower_map`, by Anderson acceleration to |g(y) - y| <= lower_tolerance |g(y)|, or 100
-        evaluations.
-    shards:          parts of the data; start s descends on part s mod `shards` from the start s // shards, and its
-        result is taken at weights trained anew on all data. For problems with `upper_variables` that have a `shard`.
-    """
+    @property
+    def descent(self) -> DescentSettings:
+        return self
 
-    steps: int = 50
-    rate: float = 0.05
-    estimator: Literal["implicit", "unrolled", "first_order", "dynamic_barrier", "equilibrium"] = "implicit"
-    estimator_settings: Mapping[str, Any] = field(default_factory=dict)
-    solver: Literal["minres", "cg", "neumann"] = "minres"
-    solver_settings: Mapping[str, Any] = field(default_factory=dict)
-    lower: Literal["tolerance", "optimizer", "fixed_point"] = "optimizer"
-    lower_tolerance: float = 1e-5
-    lower_epochs: int = 1
-    accuracy: float = 0.1
-    shards: int = 1
-
-    def __post_init__(self) -> None:
-        positive = min(self.rate, self.lower_tolerance, self.accuracy) > 0
-        if min(self.steps, self.lower_epochs, self.shards) < 1 or not positive:
-            raise ConfigError(
-                "steps, lower_epochs and shards must be at least 1; rate, lower_tolerance and accuracy positive"
-            )
-        if self.lower not in ("tolerance", "optimizer", "fixed_point"):
-            raise ConfigError(f"lower must be 'tolerance', 'optimizer' or 'fixed_point', got {self.lower!r}")
-        if self.estimator == "equilibrium" and self.lower != "fixed_point":
-            raise ConfigError("estimator 'equilibrium' needs lower 'fixed_point'")
-        self.make_estimator()
-
-    def make_estimator(self) -> Estimator:
-        """The estimator that the settings name.
-
-        Raises:
-            ConfigError: there is none of this name, or it has no such setting.
-        """
-        if self.estimator == "implicit":
-            return Implicit(self._solver(), **self._checked(Implicit, "estimator_settings", self.estimator_settings))
-        if self.estimator not in ESTIMATORS:
-            raise ConfigError(f"unknown estimator {self.estimator!r}; choose one of implicit, {', '.join(ESTIMATORS)}")
-        chosen = ESTIMATORS[self.estimator]
-        return chosen(**self._checked(chosen, "estimator_settings", self.estimator_settings))
-
-    def _solver(self) -> LinearSolver:
-        if self.solver not in SOLVERS:
-            raise ConfigError(f"unknown solver {self.solver!r}; choose one of {', '.join(SOLVERS)}")
-        chosen = SOLVERS[self.solver]
-        given = self._checked(chosen, "solver_settings", self.solver_settings)
-        if isinstance(given.get("selection"), Mapping):
-            given["selection"] = Selection(**self._checked(Selection, "selection", given["selection"]))
-        return chosen(**given)
-
-    @staticmethod
-    def _checked(chosen: type[Any], name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        known = chosen.__dataclass_fields__
-        for setting in given:
-            if setting not in known:
-                raise ConfigError(f"{name}: {chosen.__name__} has no setting {setting!r}; it has {', '.join(known)}")
-        return dict(given)
-
-    # The contract of a method: start points only; the work is in the trials.
-
-    def start_design(self, dimension: int, slots: int, seed: int) -> Tensor:
-        """The centre of the box, then scrambled Sobol points: where descents start. As many as any budget asks for."""
-        centre = torch.full((1, dimension), 0.5, dtype=torch.double)
-        return torch.cat([centre, sobol_points(dimension, 255, seed)])
-
-    def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
-        return None
-
-    def run(
-        self,
-        problem: BilevelProblem,
-        space: Space,
-        constants: Mapping[str, Any],
-        step: UpperStep,
-        load: LoadCheckpoint,
-        memory: bytes | None = None,
-    ) -> UpperResult:
-        raise NotImplementedError("descents along hypergradients are trials; there are no upper-level steps")
-
-    def incumbent(self, state: SearchState) -> Training | None:
-        return state.best
-
-    def converged(self, state: SearchState) -> bool:
-        return False
+    def start_design(self, space: Space, slots: int, seed: int) -> Tensor:
+        """Where descents start. In a box: its centre, then scrambled Sobol points. Of a module: starts 0, 1, 2, ..."""
+        if space.of_starts:
+            return torch.stack([space.encode({"start": float(number)}) for number in range(MODULE_STARTS)])
+        centre = torch.full((1, space.dimension), 0.5, dtype=torch.double)
+        return torch.cat([centre, sobol_points(space.dimension, BOX_STARTS - 1, seed)])
 
     def exhausted(self, state: SearchState) -> bool:
         return True
-
-
-def start_points(count: int = 256) -> list[dict[str, float]]:
-    """The first starts of `STARTS`: 0, 1, 2, ..."""
-    return [{"start": float(number)} for number in range(count)]

@@ -15,7 +15,7 @@ from raybilevel._descents.augmented_lagrangian import Equality, MultiplierState
 from raybilevel._lower.levels import Levels
 from raybilevel._models.value_function import ValueFunction, fit_value_function
 from raybilevel.errors import ConfigError, NotFiniteError
-from raybilevel.methods._base import LoadCheckpoint, UpperResult, UpperStep
+from raybilevel.methods._base import LoadCheckpoint, Method, StepMethod, UpperResult, UpperStep
 from raybilevel.problem import Batch, BilevelProblem, Level
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 from raybilevel.space import Space, flatten, nest, sobol_points
@@ -25,7 +25,7 @@ SOBOL_POINTS = 25
 
 
 @dataclass(frozen=True)
-class Paper:
+class Paper(Method):
     """Five outer iterations of an augmented Lagrangian descent in (x, y), with c = f - v_hat as an equality.
 
     Each descent takes `steps` mini-batch steps with momentum on L = F + (r/2) c^2 + mu c jointly in x (logarithms for
@@ -57,11 +57,16 @@ class Paper:
         if not self.learning_rates or not self.momenta:
             raise ConfigError("learning_rates and momenta must each have at least one entry")
 
-    def start_design(self, dimension: int, slots: int, seed: int) -> Tensor:
+    @property
+    def upper_steps(self) -> StepMethod:
+        return self
+
+    def start_design(self, space: Space, slots: int, seed: int) -> Tensor:
         """A regular grid of 5 points for one hyperparameter, 5 x 5 for two."""
-        if dimension > 2:
-            return sobol_points(dimension, SOBOL_POINTS, seed)
-        return torch.cartesian_prod(*[torch.linspace(0, 1, 5, dtype=torch.double)] * dimension).reshape(-1, dimension)
+        if space.dimension > 2:
+            return sobol_points(space.dimension, SOBOL_POINTS, seed)
+        ticks = torch.linspace(0, 1, 5, dtype=torch.double)
+        return torch.cartesian_prod(*[ticks] * space.dimension).reshape(-1, space.dimension)
 
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
         if not state.done or state.pending or running or len(state.steps) >= self.iterations:

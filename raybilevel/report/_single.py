@@ -79,7 +79,8 @@ def origins_of(record: Record) -> dict[str, str]:
         return {}
     names = {"start": "start design", "region": "trust region", "global": "whole box", "given": "given",
              "fill": "space-filling", "unknown": "from elsewhere"}  # fmt: skip
-    return {trial: names[saved.state.trainings[index].proposal.origin] for trial, index in saved.trials.items()}
+    origins = {trial: saved.state.trainings[index].proposal.origin for trial, index in saved.trials.items()}
+    return {trial: names.get(origin, origin) for trial, origin in origins.items()}
 
 
 def describe(hyperparameters: dict[str, Any]) -> str:

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from raybilevel._lower.levels import check_problem
 from raybilevel._lower.training import TrainedLowerLevel, load_checkpoint, train
-from raybilevel.errors import NotFiniteError
+from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.problem import BilevelProblem
+from raybilevel.search._checks import check_search
 from raybilevel.search._optimizer import BilevelOptimizer, Observation
 from raybilevel.space import Space, flatten, nest
 
@@ -26,17 +26,22 @@ def observe(space: Space, config: Mapping[str, Any], trained: TrainedLowerLevel)
 def search(
     problem: BilevelProblem, optimizer: BilevelOptimizer, cost: float, constants: Mapping[str, Any] | None = None
 ) -> dict[int, bytes]:
-    """Train until the cost (in trainings, upper-level steps included) is spent; the checkpoints by training."""
+    """Train until the cost (in trainings, upper-level steps included) is spent; the checkpoints by training.
+
+    Raises:
+        ConfigError: the method's trials are descents.
+        ProblemError, NotFiniteError: before anything is trained; see `check_problem`.
+    """
     space, constants = optimizer.space, constants or {}
-    check_problem(problem, space, constants)
+    check_search(problem, space, constants, optimizer.method)
+    if optimizer.method.descent is not None:
+        raise ConfigError(f"the trials of {type(optimizer.method).__name__} are descents, which are not run here")
     checkpoints: dict[int, bytes] = {}
     while optimizer.state.cost < cost and not optimizer.exhausted:
         while (step := optimizer.plan()) is not None:
             result = None
             try:
-                result = optimizer.method.run(
-                    problem, space, constants, step, lambda index: load_checkpoint(checkpoints[index]), optimizer.memory
-                )
+                result = optimizer.run(problem, constants, step, lambda index: load_checkpoint(checkpoints[index]))
             except NotFiniteError as error:
                 logger.error(
                     "upper-level step %d failed; a space-filling point takes its place: %s", step.number, error

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from raybilevel.errors import ConfigError
-from raybilevel.methods._base import Method, UpperResult, UpperStep
+from raybilevel.methods._base import LoadCheckpoint, Method, UpperResult, UpperStep
+from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 from raybilevel.space import Space, sobol_points
 
@@ -55,7 +56,7 @@ class BilevelOptimizer:
         self.running: dict[int, UpperStep] = {}
         self.memory: bytes | None = None
         given = [Proposal(tuple(space.encode(point).tolist()), "given") for point in points]
-        design = method.start_design(space.dimension, slots, seed)
+        design = method.start_design(space, slots, seed)
         self.queue = deque([*given, *(Proposal(tuple(unit.tolist()), "start") for unit in design)])
 
     def ask(self, trial: str) -> dict[str, Any] | None:
@@ -128,12 +129,21 @@ class BilevelOptimizer:
 
         Trainings asked, proposals waiting and steps running together never exceed the slots.
         """
-        if self.queue or self.full:
+        method = self.method.upper_steps
+        if method is None or self.queue or self.full:
             return None
-        step = self.method.plan(self.state, tuple(self.running.values()), self.slots, self.seed)
+        step = method.plan(self.state, tuple(self.running.values()), self.slots, self.seed)
         if step is not None:
             self.running[step.number] = step
         return step
+
+    def run(
+        self, problem: BilevelProblem, constants: Mapping[str, Any], step: UpperStep, load: LoadCheckpoint
+    ) -> UpperResult:
+        """Do a step that `plan` gave, in this process; its result is for `tell_step`."""
+        method = self.method.upper_steps
+        assert method is not None  # it has planned the step
+        return method.run(problem, self.space, constants, step, load, self.memory)
 
     def tell_step(self, number: int, result: UpperResult | None) -> None:
         """What a step found; None if it failed: its proposal is replaced by a space-filling one."""

@@ -12,9 +12,8 @@ from ray import tune
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
 from raybilevel.errors import ProblemError
+from raybilevel.hypergradient import DescentSettings
 from raybilevel.hypergradient._descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
-from raybilevel.hypergradient._variables import check_shards
-from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problem import BilevelProblem, LargeUpperLevel
 from raybilevel.space import STARTS, Space
 from raybilevel.tune._domains import split_param_space
@@ -25,7 +24,7 @@ HYPERPARAMETERS = "hyperparameters"
 
 def hypergradient_trainable(
     problem: BilevelProblem,
-    settings: HypergradientDescent | None = None,
+    settings: DescentSettings | None = None,
     space: Space | Mapping[str, Any] | None = None,
     seed: int = 0,
     checkpoint_every: int | None = None,
@@ -57,14 +56,15 @@ def hypergradient_trainable(
     check_not_optimistic("hypergradient_trainable", problem)
     if space is not None and not isinstance(space, Space):
         space, _ = split_param_space(space)
-    box = None if space is None or space == STARTS else space
+    space = space or STARTS
+    box = None if space.of_starts else space
     if box is None and not isinstance(problem, LargeUpperLevel):
         raise ProblemError(
             f"{type(problem).__name__} is no LargeUpperLevel with upper_variables(); derive it from "
             "raybilevel.LargeUpperLevel, or give the search space"
         )
-    settings = settings or HypergradientDescent()
-    check_shards(problem, settings.shards, box is not None)
+    settings = settings or DescentSettings()
+    settings.check(problem, space)
     every = checkpoint_every or a_fifth(settings.steps)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         descend, problem=Shared(problem), settings=settings, space=box, seed=seed, checkpoint_every=every,
@@ -76,7 +76,7 @@ def hypergradient_trainable(
 def descend(
     config: dict[str, Any],
     problem: Shared[BilevelProblem],
-    settings: HypergradientDescent,
+    settings: DescentSettings,
     space: Space | None,
     seed: int,
     checkpoint_every: int,

@@ -25,20 +25,17 @@ from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps, StepCall
 from raybilevel._cluster.step_dispatch import NOTHING, StepDispatch
 from raybilevel._cluster.storage import Storage
-from raybilevel._lower.levels import check_problem
 from raybilevel._tune_changes.idle_tune import go_on_while_idle, tune_is_idle
 from raybilevel._tune_changes.trial_failures import keep_to_the_trial
 from raybilevel.errors import ConfigError, RaybilevelError, SpaceError, StateError
-from raybilevel.hypergradient._variables import check_upper_variables
 from raybilevel.methods import make_method
 from raybilevel.methods._base import Method, UpperResult
-from raybilevel.methods._default import Default
-from raybilevel.methods._hypergradient import MOST_MODELLED, HypergradientDescent, start_points
 from raybilevel.problem import BilevelProblem
 from raybilevel.search import _state_file as state_file
+from raybilevel.search._checks import check_search
 from raybilevel.search._optimizer import BilevelOptimizer, Observation
 from raybilevel.search_state import SearchState, Training
-from raybilevel.space import STARTS, Space, flatten, nest
+from raybilevel.space import Space, flatten, nest
 from raybilevel.tune import _snapshot as snapshot
 from raybilevel.tune._domains import split_param_space
 from raybilevel.tune._trainable import FINISHED, GRADIENT, PASSES, TRIAL_PATH, checkpoint_path
@@ -228,7 +225,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             return str(Searcher.FINISHED)
         if len(self._steps) > before:
             self._hear()
-        elif self._pace.short and optimizer.has_too_little_for_a_step and isinstance(self.method, Default):
+        elif self._pace.short and optimizer.has_too_little_for_a_step and self.method.fills_slots:
             optimizer.fill()  # else Tune would end the process that is free
         return self._ask(trial_id)
 
@@ -283,7 +280,7 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
             checkpoint_path,
             state_file.SavedSearch(
                 method=type(self.method).__name__,
-                settings=state_file.as_json(asdict(self.method)),  # type: ignore[call-overload]
+                settings=state_file.as_json(asdict(self.method)),
                 seed=self.seed,
                 slots=optimizer.slots,
                 metric=self._metric or UPPER_LOSS,
@@ -408,20 +405,15 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         metric, mode = self._metric or UPPER_LOSS, self._mode or "min"
         if metric == UPPER_LOSS and mode == "max":
             raise ConfigError("mode='max' with metric='upper_loss': the upper-level loss is minimised; use mode='min'")
-        if space == STARTS:
-            check_upper_variables(self.problem, constants)
-            self._points = [*self._points, *start_points()]
-        else:
-            check_problem(self.problem, space, constants)
+        check_search(self.problem, space, constants, self.method)
         check_points(self._points, space)
         if metric != UPPER_LOSS:
-            if not isinstance(self.method, Default):
-                raise ConfigError(f"this method searches 'upper_loss' only, not metric={metric!r}")
+            self.method = self.method.for_metric(metric)
             logger.warning(
                 "searching %r by its values alone: hypergradients are those of 'upper_loss', not of this metric", metric
             )
-            self.method = replace(self.method, hypergradients=False)
-        if space.dimension > MOST_MODELLED and not isinstance(self.method, HypergradientDescent):
+        most = self.method.most_hyperparameters
+        if most is not None and space.dimension > most:
             logger.warning(
                 "%d hyperparameters are many for a model of the value function; method='hypergradient' with "
                 "hypergradient_trainable follows gradients without one", space.dimension,
@@ -487,8 +479,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
                 f"{', '.join(map(str, self._optimizer.space.parameters))}"
             )
         self._metric, self._mode, self.seed = saved.metric, saved.mode, saved.seed
-        if isinstance(self.method, Default) and saved.metric != UPPER_LOSS:
-            self.method = replace(self.method, hypergradients=False)
+        if saved.metric != UPPER_LOSS:
+            self.method = self.method.for_metric(saved.metric)
         optimizer = BilevelOptimizer(space, self.method, saved.seed, self._slots or saved.slots)
         self._most_slots = max(self._most_slots, saved.slots)
         optimizer.state = saved.state
@@ -583,15 +575,15 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
     def _share(self) -> ray.ObjectRef:
         """What all steps need, in the object store."""
         if self._shared is None:
-            shared = SharedBySteps(
-                Shared(self.problem), self._ready().space, self._constants, self.method, self._filesystem
-            )
+            steps = self.method.upper_steps
+            assert steps is not None  # it has planned a step
+            shared = SharedBySteps(Shared(self.problem), self._ready().space, self._constants, steps, self._filesystem)
             self._shared = ray.put(shared)
         return self._shared
 
     def _prepare_steps(self) -> None:
         """Start a process for the first step beside the first trainings, where it takes no resources from them."""
-        steps = not isinstance(self.method, HypergradientDescent)
+        steps = self.method.upper_steps is not None
         if self._shared is None and steps and ray.is_initialized() and self._resources == NOTHING:
             self._steps.prepare(self._share())
 

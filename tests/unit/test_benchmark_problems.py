@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from raybilevel._lower.levels import check_problem
 from raybilevel._lower.training import refit, train
 from raybilevel.errors import ConfigError, DataError
 from raybilevel.problem import BilevelProblem
@@ -20,6 +19,7 @@ from raybilevel.problems.long_tail import LongTailed
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.problems.ridge import Ridge, solve
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
+from raybilevel.search import check_problem
 from raybilevel.space import Parameter, Space, sobol_points
 
 

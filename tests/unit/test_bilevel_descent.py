@@ -16,13 +16,12 @@ from raybilevel._command.experiment import check, with_method
 from raybilevel._config.experiment import ExperimentConfig, read_config
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError, ProblemError
 from raybilevel.hypergradient._descent import BilevelDescent, dump_checkpoint, load_checkpoint
-from raybilevel.hypergradient._variables import check_upper_variables
 from raybilevel.methods import make_method
-from raybilevel.methods._hypergradient import HypergradientDescent, start_points
+from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problem import Hyperparameters, LargeUpperLevel
 from raybilevel.search_state import SearchState
 from raybilevel.space import STARTS, Parameter, Space
-from tests.problems_for_tests import Network, Ridge, exact_optimizer
+from tests.problems_for_tests import Ridge, unit_box
 
 
 class Decays(nn.Module):
@@ -313,19 +312,6 @@ def test_a_training_that_diverges_is_an_error() -> None:
         BilevelDescent(problem, {"start": 0.0}, HypergradientDescent()).run_step()
 
 
-def test_problems_are_tried_before_a_descent() -> None:
-    check_upper_variables(ModuleRidge(), {})
-    with pytest.raises(ProblemError, match="no hyperparameter to search"):
-        check_upper_variables(Network(), {})
-
-    class Idle(ModuleRidge):
-        def decay(self, hyperparameters: Hyperparameters) -> Tensor:
-            return torch.ones(self.dimension, dtype=torch.double)
-
-    with pytest.raises(ProblemError, match="depends on"):
-        check_upper_variables(Idle(optimizer=exact_optimizer), {})
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -346,10 +332,11 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 
 def test_the_method_starts_at_the_centre_and_plans_nothing() -> None:
     method = HypergradientDescent()
-    design = method.start_design(3, 2, 0)
+    design = method.start_design(unit_box(3), 2, 0)
     assert design[0].tolist() == [0.5] * 3 and len({tuple(row) for row in design.tolist()}) == len(design)
-    assert method.plan(SearchState(), (), 2, 0) is None and method.exhausted(SearchState())
-    assert [point["start"] for point in start_points(3)] == [0.0, 1.0, 2.0]
+    assert method.upper_steps is None and method.exhausted(SearchState())
+    starts = [STARTS.to_config(unit) for unit in method.start_design(STARTS, 2, 0)]
+    assert [config["start"] for config in starts[:3]] == [0.0, 1.0, 2.0] and len(starts) == 512
 
 
 def test_the_method_is_chosen_by_the_upper_level(tmp_path: Path) -> None:

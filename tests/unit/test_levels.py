@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from raybilevel._lower.levels import Levels, as_tensors, check_problem, lower_gradient
+from raybilevel._lower.levels import Levels, as_tensors, lower_gradient
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.problem import BilevelProblem, Hyperparameters, Level
-from raybilevel.space import Parameter, Space
+from raybilevel.problem import Hyperparameters
 from tests.problems_for_tests import Network, Ridge, vector
 
 X = vector(0.1, 2.0, 0.5)
@@ -112,114 +110,10 @@ def test_floats_become_tensors_and_the_rest_stays():
     assert {name: tensors[name] for name in ("layers", "name", "on")} == {"layers": 3, "name": "x", "on": True}
 
 
-# check_problem: one broken problem for each error.
-
-
-class Broken(Ridge):
-    """A ridge in which single parts can be replaced."""
-
-    def __init__(self, **parts: Callable[..., Any]) -> None:
-        super().__init__()
-        self.parts = parts
-
-    def model(self) -> Any:
-        return self.parts["model"]() if "model" in self.parts else super().model()
-
-    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Any:
-        loss = super().lower_loss(model, hyperparameters, batch)
-        return self.parts["lower"](loss) if "lower" in self.parts else loss
-
-    def upper_loss(self, model: nn.Module, batch: Any) -> Any:
-        loss = super().upper_loss(model, batch)
-        return self.parts["upper"](loss) if "upper" in self.parts else loss
-
-    def batches(self, level: Level, generator: torch.Generator | None) -> Iterable[Any]:
-        return self.parts[f"{level}_batches"]() if f"{level}_batches" in self.parts else super().batches(level, None)
-
-
-def test_a_sound_problem_passes_and_leaves_the_random_numbers_alone():
-    before = torch.get_rng_state()
-    check_problem(Broken(), Ridge().space)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("level", ["lower", "upper"])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda loss: loss.expand(2), r"must return a tensor of shape \(\), got \(2,\)"),
-        (lambda loss: loss.item(), r"must return a tensor of shape \(\), got float"),
-        (lambda loss: loss.detach(), "does not depend on the model's parameters"),
-    ],
-)
-def test_a_loss_that_cannot_be_differentiated(level: str, change: Callable[[Tensor], Any], message: str):
-    with pytest.raises(ProblemError, match=f"{level}_loss {message}"):
-        check_problem(Broken(**{level: change}), Ridge().space)
-
-
-@pytest.mark.parametrize("level", ["lower", "upper"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite(level: str, value: float):
-    with pytest.raises(NotFiniteError, match=f"{level}_loss is {value}"):
-        check_problem(Broken(**{level: lambda loss: loss * value}), Ridge().space)
-
-
-@pytest.mark.parametrize("level", ["lower", "upper"])
-@pytest.mark.parametrize("batches", [list, lambda: ["text"]])
-def test_a_level_without_data(level: str, batches: Callable[[], Any]):
-    with pytest.raises(ProblemError, match=f"batches\\('{level}', None\\) yields no tensors"):
-        check_problem(Broken(**{f"{level}_batches": batches}), Ridge().space)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"), [(nn.ReLU, "no parameters to train"), (lambda: "model", "must return a torch.nn.Module")]
-)
-def test_a_model_that_cannot_be_trained(model: Callable[[], Any], message: str):
-    with pytest.raises(ProblemError, match=message):
-        check_problem(Broken(model=model), Ridge().space)
-
-
-def test_frozen_parameters_are_no_parameters_to_train():
-    with pytest.raises(ProblemError, match="no parameters to train"):
-        check_problem(Broken(model=lambda: Ridge().model().requires_grad_(False)), Ridge().space)
-
-
-@pytest.mark.parametrize("epochs", [0, -1, 2.5, None])
-def test_epochs_are_a_whole_number(epochs: Any):
-    problem = Ridge()
-    problem.epochs = epochs
-    with pytest.raises(ProblemError, match="epochs must be a whole number"):
-        check_problem(problem, problem.space)
-
-
-@pytest.mark.parametrize("use", [lambda value: 0.0, lambda value: value.item(), lambda value: value.detach()])
-def test_a_hyperparameter_that_the_lower_loss_does_not_follow_is_named(use: Callable[[Tensor], Any]):
-    class Deaf(Ridge):
-        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
-            return super().lower_loss(model, hyperparameters, batch) + use(hyperparameters["extra"])
-
-    space = Space((*Ridge().space.parameters, Parameter(("extra",), 0.0, 1.0)))
-    with pytest.raises(ProblemError, match=r"extra: Deaf\.lower_loss does not depend on it"):
-        check_problem(Deaf(), space)
-
-
-def test_constants_reach_the_loss():
-    class WithConstants(Ridge):
-        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
-            assert hyperparameters["kind"] == "a" and isinstance(hyperparameters["decay"]["shift"], Tensor)
-            return super().lower_loss(model, hyperparameters, batch)
-
-    check_problem(WithConstants(), Ridge().space, {"kind": "a", "decay": {"shift": 0.5}})
-
-
 def test_batches_that_are_all_empty_are_found_before_anything_is_divided():
-    class Empty(Broken):
+    class Empty(Ridge):
         def batch_size(self, batch: Any) -> int:
             return 0
 
     with pytest.raises(ProblemError, match="yields no examples"):
         Levels(Empty(), Ridge().model())
-
-
-def test_every_abstract_part_is_asked_for():
-    assert BilevelProblem.__abstractmethods__ == {"model", "lower_loss", "upper_loss", "batches"}

@@ -18,7 +18,7 @@ from raybilevel.methods._default import is_new, trusted_radius
 from raybilevel.search._local import observe
 from raybilevel.search_state import Origin, Proposal, SearchState, Status, StepRecord, Training
 from raybilevel.space import sobol_points
-from tests.problems_for_tests import Ridge, vector
+from tests.problems_for_tests import Ridge, unit_box, vector
 
 METHOD = Default()
 
@@ -97,7 +97,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]):
     ("dimension", "slots", "count"), [(1, 1, 3), (1, 5, 5), (2, 1, 3), (2, 5, 5), (2, 9, 9), (20, 1, 3)]
 )
 def test_the_start_design_fills_the_slots(dimension: int, slots: int, count: int):
-    design = METHOD.start_design(dimension, slots, 0)
+    design = METHOD.start_design(unit_box(dimension), slots, 0)
     assert design.shape == (count, dimension)
     assert design[:3].tolist() == [[u] * dimension for u in (0.5, 0.25, 0.75)]
     assert bool(((design >= 0) & (design <= 1)).all())
@@ -106,7 +106,7 @@ def test_the_start_design_fills_the_slots(dimension: int, slots: int, count: int
 
 
 def test_the_start_design_may_be_the_centre_alone():
-    assert Default(start_points=1).start_design(4, 1, 0).tolist() == [[0.5] * 4]
+    assert Default(start_points=1).start_design(unit_box(4), 1, 0).tolist() == [[0.5] * 4]
 
 
 # When it plans and what.
@@ -255,7 +255,7 @@ def test_the_incumbent_is_the_lowest_f():
 
 def trained_state(problem: Ridge, count: int) -> tuple[SearchState, Mapping[int, bytes]]:
     found, checkpoints = SearchState(), {}
-    for i, unit in enumerate(METHOD.start_design(problem.dimension, count, 0)):
+    for i, unit in enumerate(METHOD.start_design(problem.space, count, 0)):
         config = problem.space.to_config(unit)
         trained, checkpoints[i] = train(problem, config)
         seen = observe(problem.space, config, trained)

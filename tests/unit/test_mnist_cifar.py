@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from raybilevel._lower.levels import Levels, as_tensors, check_problem, lower_gradient
+from raybilevel._lower.levels import Levels, as_tensors, lower_gradient
 from raybilevel._lower.training import LowerLevelTraining, refit
 from raybilevel.errors import ConfigError, DataError
 from raybilevel.problem import BilevelProblem, move
@@ -20,6 +20,7 @@ from raybilevel.problems._classification import LayerDecay, Minibatch
 from raybilevel.problems._datasets import Images
 from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.mnist import Mnist, Mnist1K
+from raybilevel.search import check_problem
 from raybilevel.space import Parameter, Space, flatten, nest
 
 DATA = os.environ.get("RAYBILEVEL_TEST_DATA")

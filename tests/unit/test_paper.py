@@ -19,7 +19,7 @@ from raybilevel.methods import Paper
 from raybilevel.search import _local as local
 from raybilevel.search._optimizer import BilevelOptimizer
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
-from tests.problems_for_tests import Ridge, vector
+from tests.problems_for_tests import Ridge, unit_box, vector
 
 SEED = 3
 
@@ -156,15 +156,15 @@ def trained(index: int, upper: float, origin: str = "start", violation: float | 
 
 @pytest.mark.parametrize(("dimension", "count"), [(1, 5), (2, 25), (3, 25), (8, 25)])
 def test_the_start_design(dimension: int, count: int):
-    design = Paper().start_design(dimension, 7, 0)
+    design = Paper().start_design(unit_box(dimension), 7, 0)
     assert design.shape == (count, dimension)
     assert bool(((design >= 0) & (design <= 1)).all())
 
 
 def test_the_grid():
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert Paper().start_design(1, 1, 0).flatten().tolist() == ticks
-    assert sorted(Paper().start_design(2, 1, 0).tolist()) == [[a, b] for a in ticks for b in ticks]
+    assert Paper().start_design(unit_box(1), 1, 0).flatten().tolist() == ticks
+    assert sorted(Paper().start_design(unit_box(2), 1, 0).tolist()) == [[a, b] for a in ticks for b in ticks]
 
 
 def test_it_starts_at_the_lowest_f_of_the_design_and_needs_its_weights_once():

@@ -29,9 +29,7 @@ def drive(search: BilevelOptimizer, checkpoints: dict[int, bytes], trainings: in
     asked = []
     while len(search.state.trainings) < trainings:
         while (step := search.plan()) is not None:
-            result = search.method.run(
-                PROBLEM, search.space, {}, step, lambda index: load_checkpoint(checkpoints[index]), search.memory
-            )
+            result = search.run(PROBLEM, {}, step, lambda index: load_checkpoint(checkpoints[index]))
             search.tell_step(step.number, result)
         trial = f"trial_{len(search.state.trainings)}"
         config = search.ask(trial)
