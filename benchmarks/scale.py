@@ -58,7 +58,9 @@ def drive(observations: int, watch: Callable[[str, float], None] | None = None, 
     optimizer.state = answers.history(max(0, observations - 100))
     number = len(optimizer.state.trainings)
     optimizer.trials = {str(index): index for index in range(number)}
-    search._checkpoints = {index: f"/storage/experiment/trial_{index}/checkpoint_000000" for index in range(number)}
+    search._checkpoints.paths = {
+        index: f"/storage/experiment/trial_{index}/checkpoint_000000" for index in range(number)
+    }
     busy: list[str] = []
     sent = SentState(cloudpickle.dumps)
 

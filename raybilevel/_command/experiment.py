@@ -43,9 +43,10 @@ from raybilevel.search._checks import check_search
 from raybilevel.search_state import Training
 from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.tune._descent_trainable import HYPERPARAMETERS, hypergradient_trainable
+from raybilevel.tune._results import UPPER_LOSS
 from raybilevel.tune._scalars import SearchScalars
 from raybilevel.tune._scheduler import SECONDS_TO_START, PatientFIFO
-from raybilevel.tune._searcher import UPPER_LOSS, BilevelSearch
+from raybilevel.tune._searcher import BilevelSearch
 from raybilevel.tune._snapshot import ResumableGenerator, prepare_resume
 from raybilevel.tune._trainable import lower_level_trainable
 

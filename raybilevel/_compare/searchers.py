@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from ray.tune import uniform
 from ray.tune.search import Searcher
 
-from raybilevel._cluster.pace import StepTime
 from raybilevel.space import Space
 from raybilevel.tune._searcher import BilevelSearch
 
@@ -95,7 +94,7 @@ def coordinates(box: Space) -> list[str]:
 
 
 class BudgetedSearch(BilevelSearch):
-    """`BilevelSearch` that begins no training for which the budget has no room left, and tells how long steps took.
+    """`BilevelSearch` that begins no training for which the budget has no room left.
 
     room: whether there is; asked before each suggestion.
     """
@@ -103,11 +102,6 @@ class BudgetedSearch(BilevelSearch):
     def __init__(self, *arguments: Any, room: Callable[[], bool] = lambda: True, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.room = room
-
-    @property
-    def step_times(self) -> Sequence[StepTime]:
-        """Of its upper-level steps so far."""
-        return self._pace.steps
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if not self.room():

@@ -6,14 +6,16 @@ import copy
 import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from raybilevel.errors import ConfigError
+from raybilevel.errors import ConfigError, SpaceError, StateError
 from raybilevel.methods._base import LoadCheckpoint, Method, UpperResult, UpperStep
+from raybilevel.methods._registry import name_of
 from raybilevel.problem import BilevelProblem
+from raybilevel.search import _state_file as state_file
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 from raybilevel.space import Space, sobol_points
 
@@ -59,6 +61,39 @@ class BilevelOptimizer:
         design = method.start_design(space, slots, seed)
         self.queue = deque([*given, *(Proposal(tuple(unit.tolist()), "start") for unit in design)])
 
+    @classmethod
+    def from_saved(cls, saved: state_file.SavedOptimizer, method: Method, slots: int | None = None) -> BilevelOptimizer:
+        """The search as it was saved, with the upper-level steps that were under way to be planned again.
+
+        slots: where they are not to be those of the state.
+
+        Raises:
+            StateError: the state is of another method, or of other settings.
+        """
+        if saved.method != name_of(method):
+            raise StateError(f"the state is of method {saved.method!r}, this search is of {name_of(method)!r}")
+        state_file.check_settings(saved.settings, state_file.as_json(asdict(method)))
+        optimizer = cls(Space(saved.parameters), method, saved.seed, slots or saved.slots)
+        optimizer.state = saved.state
+        optimizer.trials = dict(saved.trials)
+        optimizer.queue = deque(saved.queue)
+        optimizer.memory = state_file.decode(saved.memory)
+        return optimizer
+
+    def saved(self) -> state_file.SavedOptimizer:
+        """What `from_saved` goes on from."""
+        return state_file.SavedOptimizer(
+            method=name_of(self.method),
+            settings=state_file.as_json(asdict(self.method)),
+            seed=self.seed,
+            slots=self.slots,
+            parameters=self.space.parameters,
+            state=self.state,
+            trials=dict(self.trials),
+            queue=tuple(self.queue),
+            memory=state_file.encode(self.memory),
+        )
+
     def ask(self, trial: str) -> dict[str, Any] | None:
         """The hyperparameters to train next, nested as the space is; None while there are none."""
         if trial in self.trials:
@@ -78,6 +113,10 @@ class BilevelOptimizer:
         self.trials[trial] = len(self.state.trainings)
         self.state = self.state.add(proposal)
         return config
+
+    def ask_if_free(self, trial: str) -> dict[str, Any] | None:
+        """The same, for a driver that does not count slots: None as well where there is none for one more trial."""
+        return None if self.full and trial not in self.trials else self.ask(trial)
 
     def config(self, trial: str) -> dict[str, Any]:
         """What a known trial was asked to train."""
@@ -185,10 +224,25 @@ class BilevelOptimizer:
             self.state = self.state.change(index, status="lost")
             self.queue.appendleft(self.state.trainings[index].proposal)
 
-    def adopt(self, trial: str, config: Mapping[str, Any]) -> None:
-        """Know of a trial that runs, or ran, without this search remembering that it asked for it."""
+    @property
+    def pending_trials(self) -> list[str]:
+        """Trials that are under way, as far as the search knows, in the order in which they were asked."""
+        pending = {training.index for training in self.state.pending}
+        return [trial for trial, index in self.trials.items() if index in pending]
+
+    def adopt(self, trial: str, config: Mapping[str, Any]) -> bool:
+        """Know of a trial that runs, or ran, without this search remembering that it asked for it.
+
+        Returns:
+            Whether it is known now; not if its config is no point of the space.
+        """
         if trial in self.trials:
-            return
+            return True
+        try:
+            if not self.space.contains(config):
+                return False
+        except SpaceError:
+            return False
         unit = self.space.encode(config)
         proposal = Proposal(tuple(unit.tolist()), "unknown")
         for waiting in self.queue:
@@ -199,6 +253,7 @@ class BilevelOptimizer:
                 break
         self.trials[trial] = len(self.state.trainings)
         self.state = self.state.add(proposal)
+        return True
 
     def forget(self, trials: Collection[str]) -> None:
         """Give up pending trials that nobody runs and nobody will report; their points are asked again, in order.

@@ -14,19 +14,20 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from raybilevel.errors import StateError
 from raybilevel.search_state import Proposal, SearchState
-from raybilevel.space import Parameter
+from raybilevel.space import Parameter, flatten
 
 FORMAT = 2
+CHECKED = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", ser_json_inf_nan="strings"))
-class SavedSearch:
-    """Everything a search needs to go on.
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKED)
+class SavedOptimizer:
+    """Everything a `BilevelOptimizer` needs to go on. Steps under way are left out: they are planned again.
 
-    parameters: of the space, to refuse a state that belongs to another one.
+    method, settings: its name and, as JSON, its settings, to refuse a state that belongs to another one.
+    parameters: of the space, likewise.
     trials:     trial id -> index of its training.
     queue:      proposals not asked yet.
-    checkpoints: index of a training -> where its weights lie.
     memory:     what the method's last step left for its next, in base64.
     """
 
@@ -34,15 +35,25 @@ class SavedSearch:
     settings: str
     seed: int
     slots: int
-    metric: str
-    mode: str
     parameters: tuple[Parameter, ...]
-    constants: str
     state: SearchState
     trials: dict[str, int]
     queue: tuple[Proposal, ...]
-    checkpoints: dict[int, str]
     memory: str | None = None
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKED)
+class SavedSearch(SavedOptimizer):
+    """The same, of a search on Ray.
+
+    constants:   around the space, as JSON.
+    checkpoints: index of a training -> where its weights lie.
+    """
+
+    metric: str
+    mode: str
+    constants: str
+    checkpoints: dict[int, str]
 
 
 ADAPTER: TypeAdapter[SavedSearch] = TypeAdapter(SavedSearch)
@@ -96,3 +107,21 @@ def decode(memory: str | None) -> bytes | None:
 
 def as_json(settings: Any) -> str:
     return json.dumps(settings, sort_keys=True, default=str)
+
+
+def check_settings(saved: str, own: str) -> None:
+    """Refuse to go on with other settings than those with which a search began; both as JSON.
+
+    Raises:
+        StateError: a setting differs; it is named, with both values.
+    """
+    theirs, ours = (
+        {".".join(path): value for path, value in flatten(json.loads(text)).items()} for text in (saved, own)
+    )
+    for name in sorted({*theirs, *ours}):
+        before, now = (repr(one[name]) if name in one else "not there" for one in (theirs, ours))
+        if before != now:
+            raise StateError(
+                f"the state is of a search with other settings: {name} is {before} in the state and {now} in this "
+                "search; go on with the same settings, or begin anew in another folder"
+            )

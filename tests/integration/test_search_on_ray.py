@@ -313,7 +313,7 @@ def test_the_last_of_too_many_failed_steps_is_no_fault_of_the_trial_that_ends_th
     found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
 
     def end(trial: str) -> None:
-        ray.wait(search._steps.results or [ray.put(None)], timeout=60)
+        ray.wait(search._session.steps.dispatch.results or [ray.put(None)], timeout=60)
         search.on_trial_complete(trial, {**found, "lower_level_finished": True})
 
     assert search.suggest("a") and search.suggest("b")
@@ -341,7 +341,7 @@ def test_a_step_that_cannot_begin_costs_no_slot(monkeypatch: pytest.MonkeyPatch)
     for trial in "abc":
         assert search.suggest(trial) is not None
         with monkeypatch.context() as patch:
-            patch.setattr(search._sent, "parts", full)
+            patch.setattr(search._session.steps.sent, "parts", full)
             search.on_trial_complete(trial, {**found, "lower_level_finished": True})
     assert [step.failed for step in search.state.steps] == [True]
     assert search.suggest("d") is not None

@@ -6,18 +6,23 @@ import copy
 import json
 import logging
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 import pytest
+import ray
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from raybilevel import BilevelSearch
 from raybilevel.errors import RaybilevelError, SpaceError
+from raybilevel.methods import Default
+from raybilevel.methods._trust_region import TrustRegionRule
 from raybilevel.search._state_file import read
-from raybilevel.tune import _searcher as searcher
+from raybilevel.tune import _lost_trials as lost_trials
+from raybilevel.tune._checkpoints import Checkpoints
 from tests.tiny_problems import Parabola
 
 SPACE: dict[str, Any] = {"x": {"a": tune.loguniform(1e-4, 1e2)}, "note": "constant", "deep": {"size": 3}}
@@ -194,8 +199,8 @@ def test_trials_that_nobody_runs_are_asked_again(tmp_path: Path, monkeypatch: py
     fresh = BilevelSearch(Parabola(), max_concurrent=1)
     fresh.restore(str(tmp_path / "state"))
     assert fresh.suggest("new") is None
-    monkeypatch.setattr(searcher, "SECONDS_BETWEEN_QUESTIONS", -1.0)  # as if Tune had waited a second before each
-    answers = [fresh.suggest("new") for _ in range(searcher.QUESTIONS_OF_IDLE_TUNE + 1)]
+    monkeypatch.setattr(lost_trials, "IDLE_POLL_PERIOD_S", -1.0)  # as if Tune had waited a second before each
+    answers = [fresh.suggest("new") for _ in range(lost_trials.IDLE_POLLS + 1)]
     assert not any(answers[:-1])
     assert answers[-1] is not None and lost is not None
     assert answers[-1]["x"] == lost["x"]
@@ -303,7 +308,7 @@ def test_the_last_good_state_is_used_and_no_observation_is_lost(
     text = newest.read_text()
     changed = {
         "truncated": text[:-20], "tampered": text.replace("pending", "failed"), "empty": "",
-        "of another version": text.replace('"format": 1', '"format": 7'),
+        "of another version": text.replace('"format": 2', '"format": 1'),
     }  # fmt: skip
     assert changed[damage] != text
     newest.write_text(changed[damage])
@@ -453,5 +458,50 @@ def test_checkpoints_are_found_where_a_restored_experiment_has_been_moved(tmp_pa
 
 def test_a_bucket_is_not_the_folder_in_which_an_experiment_was_before(tmp_path: Path) -> None:
     bucket = pyarrow.fs.S3FileSystem(anonymous=True, region="none")
-    assert not BilevelSearch(Parabola(), storage_filesystem=bucket)._is_there(str(tmp_path))
-    assert BilevelSearch(Parabola())._is_there(str(tmp_path))
+    assert not Checkpoints(bucket).is_there(str(tmp_path))
+    assert Checkpoints(None).is_there(str(tmp_path))
+
+
+def test_a_trial_s_end_starts_no_ray() -> None:
+    """Where the next thing to do is an upper-level step, which `ray.put` would start a Ray of its own for."""
+    search = ready(max_concurrent=1)
+    for trial in "abc":
+        assert search.suggest(trial) is not None
+        search.on_trial_complete(trial, result(1.0))
+    assert not ray.is_initialized()
+    assert search._ready().plan() is not None
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"method": Default(explore_every=3)}, "explore_every is 6 in the state and 3 in this search"),
+        ({"method": Default(region=TrustRegionRule(initial=0.1))}, r"region\.initial is 0\.2 in the state and 0\.1"),
+        ({"method": "paper"}, "of method 'default', this search is of 'paper'"),
+        ({"metric": "score", "mode": "max"}, "of metric 'upper_loss', mode 'min'; this search is of metric 'score'"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused_and_the_search_begins_anew(
+    other: dict[str, Any], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = ready()
+    search.suggest("a")
+    search.save(str(tmp_path / "state"))
+    fresh = BilevelSearch(Parabola(), **other)
+    with caplog.at_level(logging.ERROR):
+        fresh.restore(str(tmp_path / "state"))
+    assert re.search(words, caplog.text)
+    assert "begins anew" in caplog.text
+    assert fresh.state.trainings == ()
+
+
+def test_a_state_of_another_metric_is_taken_up_with_the_method_that_searches_it(tmp_path: Path) -> None:
+    search = BilevelSearch(Parabola(), space=SPACE, metric="score", mode="max", max_concurrent=1)
+    assert search.method == Default(hypergradients=False)
+    search.suggest("a")
+    search.save(str(tmp_path / "state"))
+    fresh = BilevelSearch(Parabola(), max_concurrent=1)
+    fresh.restore(str(tmp_path / "state"))
+    assert fresh.method == search.method and (fresh.metric, fresh.mode) == ("score", "max")
+    fresh.on_trial_complete("a", {**result(1.0), "score": 3.0})
+    assert [t.upper_loss for t in fresh.state.done] == [-3.0]

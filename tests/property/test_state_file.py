@@ -12,7 +12,7 @@ units = st.lists(numbers, min_size=1, max_size=3).map(tuple)
 maybe = st.none() | numbers
 counts = st.integers(0, 100)
 proposals = st.builds(
-    Proposal, units, st.sampled_from(["start", "given", "region", "global", "fill", "unknown"]), st.none() | counts,
+    Proposal, units, st.text(), st.none() | counts,
     maybe, maybe, maybe, maybe,
 )  # fmt: skip
 statuses = st.sampled_from(["pending", "done", "stopped", "failed", "lost"])

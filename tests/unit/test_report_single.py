@@ -23,9 +23,8 @@ def record_of(groups: int, cost: float = 9) -> dict[str, Any]:
     problem = Ridge(groups)
     optimizer = BilevelOptimizer(problem.space, make_method("default"), seed=0)
     search(problem, optimizer, cost)
-    parameters, trials = problem.space.parameters, optimizer.trials
     saved = state_file.SavedSearch(
-        "Default", "{}", 0, 1, "upper_loss", "min", parameters, "{}", optimizer.state, trials, (), {}
+        **vars(optimizer.saved()), metric="upper_loss", mode="min", constants="{}", checkpoints={}
     )
     names = {index: trial for trial, index in optimizer.trials.items()}
     return {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from raybilevel.search import _local as local
 from raybilevel.search import _state_file as state_file
 from raybilevel.search._optimizer import BilevelOptimizer
 from raybilevel.search._state_file import SavedSearch
-from raybilevel.space import Space
 from tests.problems_for_tests import Ridge
 
 PROBLEM = Ridge(dimension=2)
@@ -41,32 +38,12 @@ def drive(search: BilevelOptimizer, checkpoints: dict[int, bytes], trainings: in
 
 
 def save(search: BilevelOptimizer, path: Path) -> None:
-    saved = SavedSearch(
-        method=type(search.method).__name__,
-        settings=json.dumps(asdict(search.method)),
-        seed=search.seed,
-        slots=search.slots,
-        metric="upper_loss",
-        mode="min",
-        parameters=search.space.parameters,
-        constants="{}",
-        state=search.state,
-        trials=dict(search.trials),
-        queue=tuple(search.queue),
-        checkpoints={},
-        memory=state_file.encode(search.memory),
-    )
+    saved = SavedSearch(**vars(search.saved()), metric="upper_loss", mode="min", constants="{}", checkpoints={})
     state_file.write(path, saved)
 
 
 def restore(path: Path, method: Default | Paper) -> BilevelOptimizer:
-    saved = state_file.read(path)
-    search = BilevelOptimizer(Space(saved.parameters), method, saved.seed, saved.slots)
-    search.state, search.trials = saved.state, dict(saved.trials)
-    search.queue.clear()
-    search.queue.extend(saved.queue)
-    search.memory = state_file.decode(saved.memory)
-    return search
+    return BilevelOptimizer.from_saved(state_file.read(path), method)
 
 
 @pytest.mark.parametrize("name", METHODS)

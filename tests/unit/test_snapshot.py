@@ -161,7 +161,7 @@ def test_files_left_by_a_killed_driver_that_the_storage_lacks_are_not_read(tmp_p
     for restored in (search, again):
         restored.restore_from_dir(str(tmp_path))
         assert set(restored._ready().trials) == {"a"}
-    assert [record.trial for record in read_trials(tmp_path, search._made) or ()] == ["a"]
+    assert [record.trial for record in read_trials(tmp_path, search._session.began) or ()] == ["a"]
     assert [record.trial for record in read_trials(tmp_path) or ()] == ["a", "b"]
 
 

@@ -16,7 +16,7 @@ from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 from raybilevel.space import Parameter
 
 SEARCH = SavedSearch(
-    method="Default",
+    method="default",
     settings='{"decrease": 0.05}',
     seed=3,
     slots=2,
@@ -144,6 +144,26 @@ def test_a_signed_file_that_holds_no_search(path: Path, change: Callable[[dict[s
     rewrite(path, change)
     with pytest.raises(StateError, match="not a search state"):
         state_file.read(path)
+
+
+SETTINGS = {"decrease": 0.05, "region": {"poor": 0.25}, "rates": (0.1, 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"decrease": 0.1}, r"decrease is 0\.05 in the state and 0\.1 in this"),
+        ({"region": {"poor": 0.5}}, r"region\.poor is 0\.25 in the state and 0\.5 in this"),
+        ({"region": {}}, "region is not there in the state and {} in this"),
+        ({"rates": (0.1,)}, r"rates is \[0\.1, 0\.5\] in the state and \[0\.1\] in this"),
+        ({"on": True}, "on is not there in the state and True in this"),
+    ],
+)
+def test_settings_that_differ_are_named_with_both_values(change: dict[str, Any], words: str):
+    saved = state_file.as_json(SETTINGS)
+    state_file.check_settings(saved, saved)
+    with pytest.raises(StateError, match=words):
+        state_file.check_settings(saved, state_file.as_json({**SETTINGS, **change}))
 
 
 def test_settings_as_json_do_not_depend_on_their_order():

@@ -1,0 +1,66 @@
+"""What a trial reports, in the terms of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray.tune.utils.util import flatten_dict
+
+from raybilevel.errors import RaybilevelError
+from raybilevel.search import Observation
+from raybilevel.space import Space
+from raybilevel.tune._trainable import FINISHED, GRADIENT, PASSES
+
+UPPER_LOSS = "upper_loss"
+LOWER_LOSS = "lower_loss"
+
+
+class MissingMetricError(RaybilevelError):
+    """A trial reported a result without what the search needs.
+
+    all_of_it: the searched metric is missing as well.
+    """
+
+    def __init__(self, message: str, all_of_it: bool) -> None:
+        super().__init__(message)
+        self.all_of_it = all_of_it
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What Tune has a search optimise; the search itself minimises."""
+
+    metric: str = UPPER_LOSS
+    mode: str = "min"
+
+    @property
+    def sign(self) -> float:
+        return -1.0 if self.mode == "max" else 1.0
+
+    def observe(self, trial: str, result: Mapping[str, Any], space: Space, config: Mapping[str, Any]) -> Observation:
+        """A trial's last result, nested or flat.
+
+        config: the trial's, nested as the space is.
+
+        Raises:
+            MissingMetricError: the metric or the lower-level loss is missing.
+        """
+        flat = flatten_dict(dict(result))
+        for needed in (self.metric, LOWER_LOSS):
+            if needed not in flat:
+                raise MissingMetricError(
+                    f"trial {trial} reported no {needed!r}; is its trainable lower_level_trainable(problem)?",
+                    needed == self.metric,
+                )
+        upper, passes = self.sign * float(flat[self.metric]), float(flat.get(PASSES, 0.0))
+        if not flat.get(FINISHED, False):
+            return Observation(upper, passes=passes, complete=False)
+        gradient = {name: float(flat.get(f"{GRADIENT}/{name}", 0.0)) for name in space.names}
+        unit = space.to_unit_gradient(config, gradient)
+        return Observation(upper, float(flat[LOWER_LOSS]), tuple(unit.tolist()), passes)
+
+
+def ran_to_its_end(result: Mapping[str, Any]) -> bool:
+    return bool(flatten_dict(dict(result)).get(FINISHED, False))

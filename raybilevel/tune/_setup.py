@@ -1,0 +1,62 @@
+"""From a Tune `param_space` to what a search needs of it, checked before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raybilevel.errors import ConfigError
+from raybilevel.methods import Method
+from raybilevel.problem import BilevelProblem
+from raybilevel.search._checks import check_search
+from raybilevel.space import Space
+from raybilevel.tune._domains import split_param_space
+from raybilevel.tune._points import check_points
+from raybilevel.tune._results import UPPER_LOSS, Objective
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """constants: around the space. method: the one that searches the metric."""
+
+    space: Space
+    constants: dict[str, Any]
+    method: Method
+
+
+def set_up(
+    problem: BilevelProblem,
+    param_space: Mapping[str, Any],
+    objective: Objective,
+    method: Method,
+    points: Sequence[Mapping[str, Any]],
+) -> SetUp:
+    """Check everything that can be wrong with a search once its space is known.
+
+    Raises:
+        ConfigError: the method cannot search this metric, problem or space.
+        SpaceError: the space cannot be searched, or points are not in it.
+        ProblemError, NotFiniteError: see `check_search`.
+    """
+    space, constants = split_param_space(param_space)
+    if objective == Objective(UPPER_LOSS, "max"):
+        raise ConfigError("mode='max' with metric='upper_loss': the upper-level loss is minimised; use mode='min'")
+    check_search(problem, space, constants, method)
+    check_points(points, space)
+    if objective.metric != UPPER_LOSS:
+        method = method.for_metric(objective.metric)
+        logger.warning(
+            "searching %r by its values alone: hypergradients are those of 'upper_loss', not of this metric",
+            objective.metric,
+        )
+    most = method.most_hyperparameters
+    if most is not None and space.dimension > most:
+        logger.warning(
+            "%d hyperparameters are many for a model of the value function; method='hypergradient' with "
+            "hypergradient_trainable follows gradients without one", space.dimension,
+        )  # fmt: skip
+    return SetUp(space, constants, method)
