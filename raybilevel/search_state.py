@@ -59,7 +59,7 @@ class Training(PickledOnce):
     """One lower-level training, from its proposal on.
 
     status:   "stopped" is a training that a scheduler ended early: it has an F, but says nothing of v;
-              "lost" one that nobody runs any more, whose point was asked again.
+              "lost" one that nobody runs any more, whose configuration was resubmitted.
     finished: the order in which results came in, 0, 1, ...; -1 while pending.
     lower_loss, upper_loss: f and F at the trained weights; where another metric is searched, that one, with its sign
         turned where it is maximised, stands for F.

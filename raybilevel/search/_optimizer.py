@@ -218,7 +218,7 @@ class BilevelOptimizer:
         self.queue.append(Proposal(tuple(unit.tolist()), "fill"))
 
     def lose(self, trial: str) -> None:
-        """Give up a trial that nobody runs any more: its point is asked again; a late result still counts."""
+        """Give up a lost trial: its configuration is asked again. A late result still counts."""
         index = self.trials[trial]
         if self.state.trainings[index].status == "pending":
             self.state = self.state.change(index, status="lost")
@@ -256,7 +256,7 @@ class BilevelOptimizer:
         return True
 
     def forget(self, trials: Collection[str]) -> None:
-        """Give up pending trials that nobody runs and nobody will report; their points are asked again, in order.
+        """Give up pending trials that nobody will report; their configurations are asked again, in order.
 
         The newest trainings are taken back as if they had never been asked, so that the search repeats itself.
         """
