@@ -1,0 +1,49 @@
+"""A trial's report in the terms of the search."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from raybilevel.search import Observation
+from raybilevel.space import Parameter, Space
+from raybilevel.tune._results import MissingMetricError, Objective, ran_to_its_end
+
+SPACE = Space((Parameter(("x", "a"), 1e-2, 1.0, log=True), Parameter(("b",), 0.0, 4.0)))
+CONFIG = {"x": {"a": 0.1}, "b": 1.0, "note": "constant"}
+REPORT: dict[str, Any] = {
+    "upper_loss": 0.5, "lower_loss": 0.25, "lower_passes": 3.0, "lower_level_finished": True, "score": 0.9,
+    "lower_gradient": {"x": {"a": 2.0}, "b": 0.5},
+}  # fmt: skip
+FLAT = {**REPORT, "lower_gradient/x/a": 2.0, "lower_gradient/b": 0.5}
+del FLAT["lower_gradient"]
+
+
+@pytest.mark.parametrize("report", [REPORT, FLAT], ids=["nested", "flat"])
+def test_a_whole_training_with_its_gradient_in_the_unit_cube(report: dict[str, Any]) -> None:
+    found = Objective().observe("t", report, SPACE, CONFIG)
+    # df/du = df/dx dx/du: 0.1 log(100) for the first, 4 for the second
+    assert found.lower_gradient == pytest.approx((2.0 * 0.1 * math.log(100), 0.5 * 4), rel=1e-12)
+    assert (found.upper_loss, found.lower_loss, found.passes, found.complete) == (0.5, 0.25, 3.0, True)
+    assert ran_to_its_end(report)
+
+
+def test_a_maximised_metric_is_flipped_once() -> None:
+    assert Objective("score", "max").observe("t", REPORT, SPACE, CONFIG).upper_loss == -0.9
+    assert Objective("score", "min").observe("t", REPORT, SPACE, CONFIG).upper_loss == 0.9
+
+
+def test_of_a_training_that_was_stopped_f_and_its_cost_count() -> None:
+    report = {**REPORT, "lower_level_finished": False}
+    assert Objective().observe("t", report, SPACE, CONFIG) == Observation(0.5, passes=3.0, complete=False)
+    assert not ran_to_its_end(report) and not ran_to_its_end({})
+
+
+@pytest.mark.parametrize(("missing", "all_of_it"), [("upper_loss", True), ("lower_loss", False)])
+def test_what_is_missing_is_named(missing: str, all_of_it: bool) -> None:
+    report = {name: value for name, value in REPORT.items() if name != missing}
+    with pytest.raises(MissingMetricError, match=f"trial t reported no '{missing}'") as caught:
+        Objective().observe("t", report, SPACE, CONFIG)
+    assert caught.value.all_of_it == all_of_it
