@@ -199,7 +199,7 @@ def with_method(config: ExperimentConfig) -> ExperimentConfig:
     if config.search.method != "auto":
         return config
     space, _ = config.split_space()
-    search = config.search.model_copy(update={"method": name_for(space)})
+    search = config.search.model_copy(update={"method": name_for(0 if space.of_starts else space.dimension)})
     return config.model_copy(update={"search": search})
 
 

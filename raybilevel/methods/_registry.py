@@ -9,7 +9,6 @@ from raybilevel.methods._base import Method
 from raybilevel.methods._default import Default
 from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.methods._paper import Paper
-from raybilevel.space import Space
 
 METHODS: dict[str, type[Method]] = {
     "default": Default,
@@ -39,7 +38,7 @@ def name_of(method: Method) -> str:
     return next((name for name, known in METHODS.items() if known is kind), f"{kind.__module__}.{kind.__qualname__}")
 
 
-def name_for(space: Space) -> str:
-    """The method to search a space with, where none is named."""
+def name_for(hyperparameters: int) -> str:
+    """The method for so many hyperparameters, where none is named; 0 where the upper level is a module."""
     most = Default.most_hyperparameters
-    return "hypergradient" if space.of_starts or (most is not None and space.dimension > most) else "default"
+    return "hypergradient" if hyperparameters == 0 or (most is not None and hyperparameters > most) else "default"
