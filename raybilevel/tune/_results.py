@@ -18,14 +18,11 @@ LOWER_LOSS = "lower_loss"
 
 
 class MissingMetricError(RaybilevelError):
-    """A trial reported a result without what the search needs.
+    """A trial reported a result without a metric that the search needs."""
 
-    all_of_it: the searched metric is missing as well.
-    """
-
-    def __init__(self, message: str, all_of_it: bool) -> None:
-        super().__init__(message)
-        self.all_of_it = all_of_it
+    def __init__(self, trial: str, metric: str) -> None:
+        super().__init__(f"trial {trial} reported no {metric!r}; is its trainable lower_level_trainable(problem)?")
+        self.metric = metric
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,7 @@ class Objective:
         flat = flatten_dict(dict(result))
         for needed in (self.metric, LOWER_LOSS):
             if needed not in flat:
-                raise MissingMetricError(
-                    f"trial {trial} reported no {needed!r}; is its trainable lower_level_trainable(problem)?",
-                    needed == self.metric,
-                )
+                raise MissingMetricError(trial, needed)
         upper, passes = self.sign * float(flat[self.metric]), float(flat.get(PASSES, 0.0))
         if not flat.get(FINISHED, False):
             return Observation(upper, passes=passes, complete=False)

@@ -29,7 +29,7 @@ from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space
 from raybilevel.tune._checkpoints import Checkpoints
 from raybilevel.tune._points import check_points, reported_config, unflatten
-from raybilevel.tune._results import UPPER_LOSS, MissingMetricError, Objective, ran_to_its_end
+from raybilevel.tune._results import LOWER_LOSS, UPPER_LOSS, MissingMetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
 from raybilevel.tune._session import Session, job_of_ray
 from raybilevel.tune._setup import set_up
@@ -368,7 +368,7 @@ class BilevelSearch(ResumableSearcher):
                 observation = self._objective.observe(trial_id, result, optimizer.space, optimizer.config(trial_id))
         except MissingMetricError as error:
             logger.error("%s It counts as failed", error)
-            if not (error.all_of_it or optimizer.state.done):
+            if error.metric == LOWER_LOSS and not optimizer.state.done:
                 self._session.fatal = RaybilevelError(f"{error} A Repeater passes on means of the metric alone")
         optimizer.tell(trial_id, observation)
         index = optimizer.trials[trial_id]
