@@ -36,7 +36,7 @@ from raybilevel._lower.levels import check_problem
 from raybilevel._lower.training import refit
 from raybilevel._records.summary import as_text, summarise
 from raybilevel.errors import ConfigError, RaybilevelError, StorageError
-from raybilevel.hypergradient._variables import check_shards, check_upper_variables
+from raybilevel.hypergradient._checks import check_shards, check_upper_variables
 from raybilevel.methods import make_method
 from raybilevel.methods._base import Method
 from raybilevel.methods._hypergradient import MOST_MODELLED, HypergradientDescent

@@ -12,8 +12,8 @@ from ray import tune
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
 from raybilevel.errors import ProblemError
+from raybilevel.hypergradient._checks import check_shards
 from raybilevel.hypergradient._descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
-from raybilevel.hypergradient._variables import check_shards
 from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problem import BilevelProblem, LargeUpperLevel
 from raybilevel.space import STARTS, Space

@@ -29,7 +29,7 @@ from raybilevel._lower.levels import check_problem
 from raybilevel._tune_changes.idle_tune import go_on_while_idle, tune_is_idle
 from raybilevel._tune_changes.trial_failures import keep_to_the_trial
 from raybilevel.errors import ConfigError, RaybilevelError, SpaceError, StateError
-from raybilevel.hypergradient._variables import check_upper_variables
+from raybilevel.hypergradient._checks import check_upper_variables
 from raybilevel.methods import make_method
 from raybilevel.methods._base import Method, UpperResult
 from raybilevel.methods._default import Default
