@@ -65,7 +65,7 @@ def learned(problem: Architecture, config: ExperimentConfig, seed: int) -> dict[
     count = len(edges(problem.nodes))
     none, mixed = (problem.multiply_adds([few] * count) for few in ((), tuple(OPERATIONS)))
     random = none + (mixed - none) / len(OPERATIONS)  # the mean: an edge has each operation as often
-    chosen = descent.variables.hyperparameters(descent.best[1])["upper"]
+    chosen = descent.levels.hyperparameters(descent.best[1])["upper"]
     return {
         **found,
         "architecture": list(genotype(chosen)),

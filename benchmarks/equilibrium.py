@@ -27,10 +27,12 @@ from benchmarks.families import (
     write_json,
 )
 from raybilevel._config.experiment import read_config
+from raybilevel._lower.functions import BothLevels
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.variables import ModuleVariables
 from raybilevel.errors import ConfigError
-from raybilevel.hypergradient import AndersonAcceleration, BilevelFunctions, Equilibrium
+from raybilevel.hypergradient import AndersonAcceleration, Equilibrium
 from raybilevel.hypergradient._descent import BilevelDescent
-from raybilevel.hypergradient._variables import ModuleVariables, bilevel_functions
 from raybilevel.problem import LargeUpperLevel, leaves
 from raybilevel.problems import make_problem
 from raybilevel.report._charts import Chart, Series
@@ -83,20 +85,19 @@ class SavedBytes:
 
 
 def unrolled(
-    functions: BilevelFunctions, x: Tensor, y: Tensor, iterations: int, data: Sequence[Tensor]
+    functions: BothLevels, x: Tensor, y: Tensor, iterations: int, data: Sequence[Tensor]
 ) -> tuple[Tensor, int]:
     """The gradient of F(x, g(g(... y))) by differentiating through all of it, and the bytes saved."""
-    (upper,) = functions.upper_terms
     x = x.detach().requires_grad_(True)
     with SavedBytes(data) as saved:
         for _ in range(iterations):
             y = functions.mapped(x, y).flatten()
-        value = upper(x, y)
+        value = functions.loss_at("upper", x, y)
     return torch.autograd.grad(value, x)[0], saved.total
 
 
 def implicit(
-    functions: BilevelFunctions, x: Tensor, y: Tensor, iterations: int, data: Sequence[Tensor]
+    functions: BothLevels, x: Tensor, y: Tensor, iterations: int, data: Sequence[Tensor]
 ) -> tuple[Tensor, int]:
     """The same by the implicit function theorem, with as many iterations forward and at most as many back."""
     with torch.no_grad():
@@ -111,7 +112,7 @@ def gradients(problem: LargeUpperLevel, x: Tensor) -> list[Gradient]:
     """Of both ways, after several numbers of iterations."""
     module = problem.upper_variables()
     model = problem.model().to(problem.dtype)
-    functions = bilevel_functions(problem, model, ModuleVariables(module.to(problem.dtype), {}))
+    functions = Levels(problem, model, ModuleVariables(module.to(problem.dtype), {}))
     zero = torch.zeros(sum(part.numel() for part in model.parameters()), dtype=problem.dtype)
     rows = len(functions.mapped(x, zero))
     exact = AndersonAcceleration(1e-7, 500).solve(lambda z: functions.mapped(x, z.flatten()), zero.view(rows, -1))

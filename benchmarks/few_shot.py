@@ -85,7 +85,7 @@ def measured(config: ExperimentConfig, data: str | None, seed: int) -> dict[str,
     problem = make_problem(config.problem, {**config.options, "split_seed": seed}, data)
     assert isinstance(problem, FewShot)
     descent = BilevelDescent(problem, {"start": float(seed)}, descent_method(config))
-    start: Initialisation = descent.variables.hyperparameters(descent.x.detach().clone())["upper"]
+    start: Initialisation = descent.levels.hyperparameters(descent.x.detach().clone())["upper"]
     row = {
         "nearest example": nearest(problem.splits["test"]),
         "random": at_best_nearness(problem, start),

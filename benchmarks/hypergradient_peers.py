@@ -31,8 +31,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.families import arguments_parser, descent_method, table, wide_console, write_json
 from raybilevel._config.experiment import read_config
+from raybilevel._lower.functions import BothLevels
+from raybilevel._lower.variables import set_weights
 from raybilevel.hypergradient import (
-    BilevelFunctions,
     ConjugateGradients,
     Implicit,
     MinimalResidual,
@@ -41,10 +42,9 @@ from raybilevel.hypergradient import (
     solve_lower,
 )
 from raybilevel.hypergradient._descent import BilevelDescent
-from raybilevel.hypergradient._variables import set_weights
 from raybilevel.problems import make_problem
 
-HypergradientOf = Callable[[BilevelFunctions, Tensor, Tensor], Tensor]
+HypergradientOf = Callable[[BothLevels, Tensor, Tensor], Tensor]
 """dF/dx at x and y."""
 
 
@@ -100,18 +100,16 @@ def ours(products: int, rate: float) -> dict[str, HypergradientOf]:
 def torchopt_cg(products: int) -> HypergradientOf:
     import torchopt
 
-    def gradient(functions: BilevelFunctions, x: Tensor, y: Tensor) -> Tensor:
-        (upper,), (lower,) = functions.upper_terms, functions.lower_terms
-
+    def gradient(functions: BothLevels, x: Tensor, y: Tensor) -> Tensor:
         def stationary(weights: Tensor, x: Tensor) -> Tensor:
-            found: Tensor = torch.func.grad(lambda w: lower(x, w))(weights)
+            found: Tensor = torch.func.grad(lambda w: functions.loss_at("lower", x, w))(weights)
             return found
 
         solve = torchopt.linear_solve.solve_cg(maxiter=products, rtol=1e-12)
         solved = torchopt.diff.implicit.custom_root(stationary, argnums=1, solve=solve)(lambda weights, x: weights)
         x = x.detach().requires_grad_(True)
         weights = solved(y.detach().clone().requires_grad_(True), x)
-        return torch.autograd.grad(upper(x, weights), x)[0]
+        return torch.autograd.grad(functions.loss_at("upper", x, weights), x)[0]
 
     return gradient
 
@@ -119,15 +117,14 @@ def torchopt_cg(products: int) -> HypergradientOf:
 def higher_unrolled(products: int, rate: float) -> HypergradientOf:
     import higher
 
-    def gradient(functions: BilevelFunctions, x: Tensor, y: Tensor) -> Tensor:
-        (upper,), (lower,) = functions.upper_terms, functions.lower_terms
+    def gradient(functions: BothLevels, x: Tensor, y: Tensor) -> Tensor:
         x = x.detach().requires_grad_(True)
         model = Vector(y)
         sgd = torch.optim.SGD(model.parameters(), lr=rate)
         with higher.innerloop_ctx(model, sgd, copy_initial_weights=True) as (unrolled, optimizer):
             for _ in range(products):
-                optimizer.step(lower(x, unrolled.values))
-            return torch.autograd.grad(upper(x, unrolled.values), x)[0]
+                optimizer.step(functions.loss_at("lower", x, unrolled.values))
+            return torch.autograd.grad(functions.loss_at("upper", x, unrolled.values), x)[0]
 
     return gradient
 
@@ -135,14 +132,14 @@ def higher_unrolled(products: int, rate: float) -> HypergradientOf:
 def boat_lower(levels: dict[str, Any], upper_model: Any, lower_model: Any, params: Any = None) -> Tensor:
     """f as boat-torch calls it."""
     weights = lower_model.values if params is None else params[0]
-    found: Tensor = levels["functions"].lower_terms[0](upper_model.values, weights)
+    found: Tensor = levels["functions"].loss_at("lower", upper_model.values, weights)
     return found
 
 
 def boat_upper(levels: dict[str, Any], upper_model: Any, lower_model: Any, params: Any = None) -> Tensor:
     """F as boat-torch calls it."""
     weights = lower_model.values if params is None else params[0]
-    found: Tensor = levels["functions"].upper_terms[0](upper_model.values, weights)
+    found: Tensor = levels["functions"].loss_at("upper", upper_model.values, weights)
     return found
 
 
@@ -150,7 +147,7 @@ def boat_cg(products: int, rate: float, folder: Path) -> HypergradientOf:
     """One lower-level step, which its loop cannot go without, and then CG."""
     import boat_torch
 
-    def gradient(functions: BilevelFunctions, x: Tensor, y: Tensor) -> Tensor:
+    def gradient(functions: BothLevels, x: Tensor, y: Tensor) -> Tensor:
         upper, lower = Vector(x), Vector(y)
         config = {
             "fo_op": None, "gm_op": ["NGD"], "na_op": ["CG"], "device": "cpu", "lower_iters": 1,
@@ -181,17 +178,17 @@ def betty_neumann(products: int, rate: float) -> HypergradientOf:
     from betty.problems import ImplicitProblem
 
     class LowerLevel(ImplicitProblem):  # type: ignore[misc]
-        def training_step(self, batch: tuple[BilevelFunctions, Tensor]) -> Tensor:
+        def training_step(self, batch: tuple[BothLevels, Tensor]) -> Tensor:
             functions, x = batch
-            found: Tensor = functions.lower_terms[0](x, self.module.values)
+            found: Tensor = functions.loss_at("lower", x, self.module.values)
             return found
 
-    def gradient(functions: BilevelFunctions, x: Tensor, y: Tensor) -> Tensor:
+    def gradient(functions: BothLevels, x: Tensor, y: Tensor) -> Tensor:
         above, below = Vector(x), Vector(y)
         upper = ImplicitProblem("upper", Config(), above)
         lower = LowerLevel("lower", Config(type="neumann", neumann_iterations=products, neumann_alpha=rate), below)
         lower.cur_batch = functions, above.values
-        loss = functions.upper_terms[0](above.values, below.values)
+        loss = functions.loss_at("upper", above.values, below.values)
         upper.backward(loss, upper.trainable_parameters(), [[upper, lower, upper]])
         found = above.values.grad
         assert found is not None
@@ -215,7 +212,7 @@ def all_ways(products: int, rate: float, folder: Path) -> dict[str, Hypergradien
     return found
 
 
-def curvature(functions: BilevelFunctions, x: Tensor, y: Tensor) -> float:
+def curvature(functions: BothLevels, x: Tensor, y: Tensor) -> float:
     """The largest eigenvalue of d2f/dy2, by power iterations."""
     linear = functions.linearise(x, y)
     vector = torch.randn(len(y), generator=torch.Generator().manual_seed(0)).to(y)
@@ -239,11 +236,11 @@ def accuracy_after(descent: BilevelDescent, gradient: HypergradientOf, steps: in
     adam = torch.optim.Adam([x], lr=rate)
     y = torch.zeros(sum(part.numel() for part in descent.model.parameters()), dtype=x.dtype)
     for _ in range(steps):
-        y = solve_lower(descent.functions, x.detach(), y, 1e-3).y
-        x.grad = gradient(descent.functions, x.detach(), y)
+        y = solve_lower(descent.levels, x.detach(), y, 1e-3).y
+        x.grad = gradient(descent.levels, x.detach(), y)
         adam.step()
-    set_weights(descent.model, solve_lower(descent.functions, x.detach(), y, 1e-3).y)
-    found = descent.problem.evaluate(descent.model, descent.variables.hyperparameters(x.detach()))
+    set_weights(descent.model, solve_lower(descent.levels, x.detach(), y, 1e-3).y)
+    found = descent.problem.evaluate(descent.model, descent.levels.hyperparameters(x.detach()))
     return float(found["test_accuracy"])
 
 
@@ -258,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problem = make_problem(config.problem, config.options, given.data)
     problem.dtype = torch.float64
     descent = BilevelDescent(problem, {"start": 0.0}, method)
-    functions, x = descent.functions, descent.x.detach().clone()
+    functions, x = descent.levels, descent.x.detach().clone()
     y = torch.zeros(sum(part.numel() for part in descent.model.parameters()), dtype=x.dtype)
     y = solve_lower(functions, x, y, 1e-3).y
     truth = Implicit(MinimalResidual(1e-10, limit=5000))(functions, x, y).gradient

@@ -30,9 +30,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from raybilevel._linear.krylov import KrylovMemory
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.variables import ModuleVariables, set_weights, weights_of
 from raybilevel.hypergradient import LinearSystem, MinimalResidual, Selection, solve_lower
-from raybilevel.hypergradient._krylov import KrylovMemory
-from raybilevel.hypergradient._variables import ModuleVariables, bilevel_functions, set_weights, weights_of
 from raybilevel.problems.imaging import FieldsOfExperts
 from raybilevel.report._charts import Chart, Series
 from raybilevel.report._static import write_figures
@@ -146,7 +147,7 @@ def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run
         torch.manual_seed(0)
         model, module = problem.model().to(problem.dtype), problem.upper_variables().to(problem.dtype)
     variables = ModuleVariables(module, {})
-    functions = bilevel_functions(problem, model, variables)
+    functions = Levels(problem, model, variables)
     x = nn.Parameter(parameters_to_vector(module.parameters()).detach().clone())
     y, adam = weights_of(model), torch.optim.Adam([x], lr=experiment.rate)
     memory: KrylovMemory | None = None
@@ -185,7 +186,7 @@ def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run
         adam.step()
     y = solve_lower(functions, x.detach(), y, experiment.lower_tolerance).y
     set_weights(model, y)
-    metrics = problem.evaluate(model, variables.hyperparameters(x.detach()))
+    metrics = problem.evaluate(model, functions.hyperparameters(x.detach()))
     return Run(
         experiment.name, strategy, criterion, sum(per_step), products, jacobians, mean(errors),
         functions.upper(x.detach(), y).value, metrics["test_psnr"], seconds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,91 +11,36 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from benchmarks.objective import BudgetSpent, Objective
-from raybilevel._lower.levels import Levels, as_tensors
+from raybilevel._linear.krylov import ConjugateGradients, LinearSystem
+from raybilevel._lower.hypergradient import Hypergradient, implicit
+from raybilevel._lower.levels import Levels
 from raybilevel._lower.training import load_checkpoint
-from raybilevel.problem import Level
-from raybilevel.space import flatten, sobol_points
-
-Tensors = list[Tensor]
+from raybilevel._lower.variables import BoxVariables
+from raybilevel.space import sobol_points
 
 
-class ImplicitGradient:
-    """dF(x, y*(x))/dx = -(d2f/dx dy) q with (d2f/dy2) q = dF/dy, at one trained point.
+def implicit_gradient(
+    objective: Objective, unit: Tensor, checkpoint: bytes, tolerance: float, max_solve: float
+) -> Hypergradient:
+    """The hypergradient at one trained point, in the unit cube, by exact products and conjugate gradients.
 
-    q comes from conjugate gradients, ended at a relative residual of `tolerance`, after `max_solve` trainings' worth of
-    gradient evaluations, or where the curvature is not positive (the training stopped at no minimum). A product with
-    the Hessian counts as one gradient evaluation, in favour of this method.
+    The solve ends at a relative residual of `tolerance`, after `max_solve` trainings' worth of gradient evaluations, or
+    where the curvature is not positive (the training stopped at no minimum); if that is at once, along dF/dy. A product
+    with the Hessian counts as one gradient evaluation, in favour of this method.
     """
-
-    def __init__(self, objective: Objective, unit: Tensor, checkpoint: bytes, tolerance: float, max_solve: float):
-        problem = objective.problem
-        self.objective, self.unit, self.tolerance = objective, unit, tolerance
-        self.max_products = max(3, int(max_solve * objective.passes_per_training))
-        model = problem.model().to(problem.device, problem.dtype)
-        model.load_state_dict(load_checkpoint(checkpoint)["model"])
-        self.levels = Levels(problem, model)
-        self.weights = [w for w in model.parameters() if w.requires_grad]
-        config = objective.space.to_config(unit)
-        self.config: Mapping[str, Any] = config
-        tensors = as_tensors(config, problem, requires_grad=True)
-        self.hyperparameters = tensors
-        flat = flatten(tensors)
-        self.searched = [flat[p.path] for p in objective.space.parameters]
-
-    def gradient(self) -> tuple[Tensor, float, int]:
-        """The hypergradient in the unit cube, shape (d,), the solve's relative residual, and its products."""
-        right = list(self.levels.gradient("upper", {}, self.weights).gradient)
-        solution, residual, products = self.solve(right)
-        mixed = self.product(solution, self.searched)
-        self.objective.charge(self.levels.passes)
-        parameters = self.objective.space.parameters
-        slopes = [p.slope(self.objective.space.value(self.config, p)) for p in parameters]
-        entries = [-entry.item() * slope for entry, slope in zip(mixed, slopes, strict=True)]
-        return torch.tensor(entries, dtype=torch.double), residual, products
-
-    def solve(self, right: Tensors) -> tuple[Tensors, float, int]:
-        """Conjugate gradients (Hestenes & Stiefel 1952)."""
-        solution = [torch.zeros_like(r) for r in right]
-        residual = [r.clone() for r in right]
-        direction = [r.clone() for r in right]
-        start = squared = inner(residual, residual)
-        products = 0
-        while products < self.max_products and squared > self.tolerance**2 * start:
-            image = self.product(direction, self.weights)
-            products += 1
-            curvature = inner(direction, image)
-            if not curvature > 1e-12 * inner(direction, direction):
-                if products == 1:
-                    solution = right
-                break
-            length = squared / curvature
-            solution = [s + length * d for s, d in zip(solution, direction, strict=True)]
-            residual = [r - length * i for r, i in zip(residual, image, strict=True)]
-            previous, squared = squared, inner(residual, residual)
-            direction = [r + squared / previous * d for r, d in zip(residual, direction, strict=True)]
-        return solution, (squared / start) ** 0.5 if start else 0.0, products
-
-    def product(self, vector: Sequence[Tensor], wrt: Sequence[Tensor]) -> Tensors:
-        """d/d(wrt) <df/dy, vector> over all lower-level batches, in eval mode."""
-        level: Level = "lower"
-        problem, levels = self.levels.problem, self.levels
-        levels.model.eval()
-        sums, count = [torch.zeros_like(w) for w in wrt], 0
-        for raw in problem.batches(level, None):
-            batch, size = levels.on_device(raw), problem.batch_size(raw)
-            loss = levels.batch_loss(level, self.hyperparameters, batch)
-            first = torch.autograd.grad(loss, self.weights, create_graph=True, allow_unused=True)
-            along = sum(((g * v).sum() for g, v in zip(first, vector, strict=True) if g is not None), torch.zeros(()))
-            for entry, gradient in zip(sums, torch.autograd.grad(along, wrt, allow_unused=True), strict=True):
-                if gradient is not None:
-                    entry.add_(gradient, alpha=size)
-            levels.examples += size
-            count += size
-        return [entry / count for entry in sums]
-
-
-def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return sum((p.double() * q.double()).sum().item() for p, q in zip(a, b, strict=True))
+    problem, space = objective.problem, objective.space
+    model = problem.model().to(problem.device, problem.dtype)
+    model.load_state_dict(load_checkpoint(checkpoint)["model"])
+    levels = Levels(problem, model, BoxVariables(space, {}))
+    x, y = space.encode(space.to_config(unit)), levels.y
+    upper, products = levels.upper(x, y), levels.linearise(x, y)
+    solver = ConjugateGradients(tolerance, limit=max(3, int(max_solve * objective.passes_per_training)))
+    solved, _ = solver.solve(LinearSystem(products.hessian, upper.in_y, products.mixed), None)
+    if not solved.solution.any():
+        solved = replace(solved, solution=upper.in_y)
+    found = implicit(upper, products, solved)
+    objective.charge(levels.passes)
+    return found
 
 
 def lbfgsb_centre(objective: Objective, seed: int, tolerance: float = 1e-3, max_solve: float = 1.0) -> None:
@@ -121,14 +66,13 @@ def _lbfgsb(objective: Objective, seed: int, centre: bool, tolerance: float, max
                 return max((o.upper for o in objective.observed if o.upper is not None), default=1.0), 0 * point
             if objective.cost >= objective.budget:
                 raise BudgetSpent
-            implicit = ImplicitGradient(objective, unit, checkpoint, tolerance, max_solve)
-            gradient, residual, products = implicit.gradient()
+            found = implicit_gradient(objective, unit, checkpoint, tolerance, max_solve)
             objective.observed[-1].trace |= {
-                "hypergradient": gradient.tolist(),
-                "residual": residual,
-                "products": products,
+                "hypergradient": found.gradient.tolist(),
+                "residual": found.residual,
+                "products": found.iterations,
             }
-            return trained.upper_loss, gradient.numpy()
+            return trained.upper_loss, found.gradient.numpy()
 
         options = {"maxiter": 10_000, "maxfun": 100_000, "ftol": 1e-7, "gtol": 1e-6}
         minimize(both, start.numpy(), jac=True, method="L-BFGS-B", bounds=[(0.0, 1.0)] * dimension, options=options)

@@ -43,6 +43,8 @@ class BilevelProblem(ABC):
     nothing of a training in it.
 
     epochs: passes over the lower batches in one training.
+    evaluate_every: epochs between looks at F, f and `evaluate`, each of which takes a pass over the data without
+        gradients; a training reports, and may be stopped or saved, after these epochs and the last.
     device, dtype: where and in which precision a training runs; batches are moved and cast to them.
     optimistic: where many y minimise f, take the one with the lowest F, as the problem above says, and not the one that
         the training happens to reach. Each training then goes on from there, at up to twice the cost, and its weights
@@ -50,6 +52,7 @@ class BilevelProblem(ABC):
     """
 
     epochs: int = 50
+    evaluate_every: int = 1
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
     optimistic: bool = False

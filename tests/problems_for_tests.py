@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raybilevel._descents.upper_level import TrainedPoint
+from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.training import load_checkpoint, train
+from raybilevel._lower.variables import BoxVariables, ConfigVariables
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level, minibatches
 from raybilevel.space import Parameter, Space
 
@@ -236,7 +237,19 @@ def trained_point(problem: Any, unit: Tensor, seed: int = 0) -> TrainedPoint:
     _, checkpoint = train(problem, problem.space.to_config(unit), seed)
     model = problem.model().to(problem.dtype)
     model.load_state_dict(load_checkpoint(checkpoint)["model"])
-    return TrainedPoint(Levels(problem, model), problem.space, {}, unit)
+    return point_at(problem, model, unit)
+
+
+def point_at(problem: Any, model: nn.Module, unit: Tensor) -> TrainedPoint:
+    """Stand at a model's weights."""
+    return TrainedPoint(Levels(problem, model, BoxVariables(problem.space, {})), unit)
+
+
+def levels_at(problem: BilevelProblem, model: nn.Module, config: dict[str, Any]) -> tuple[Levels, Tensor, Tensor]:
+    """Both levels as functions of the floats of a config; these, and the model's weights."""
+    variables = ConfigVariables(config, problem)
+    levels = Levels(problem, model, variables)
+    return levels, variables.x, levels.y
 
 
 def vector(*coordinates: float) -> Tensor:

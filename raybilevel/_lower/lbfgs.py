@@ -1,55 +1,57 @@
-"""L-BFGS on lists of tensors, as the weights of a model are."""
+"""Torch's L-BFGS on a merit that gives its own gradient."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Tensors = list[Tensor]
-Merit = tuple[float, Tensors]
+from raybilevel._lower.linearisation import inner, norm
+
+Merit = Callable[[Tensor], tuple[float, Tensor]]
+"""A value and its gradient at a vector."""
 
 
-def minimise(merit: Callable[[Tensors], Merit], start: Tensors, max_evaluations: int, tolerance: float) -> Tensors:
-    """L-BFGS with strong Wolfe line search on a merit that gives its own gradient, until that is below `tolerance`."""
-    variables = [s.clone().requires_grad_(True) for s in start]
+class Minimum(NamedTuple):
+    """Where a minimisation ended, and after how many iterations."""
+
+    at: Tensor
+    iterations: int
+
+
+def minimise(
+    merit: Merit,
+    start: Tensor,
+    max_evaluations: int,
+    tolerance: float,
+    max_iterations: int | None = None,
+    history: int = 20,
+) -> Minimum:
+    """L-BFGS with strong Wolfe line search from a vector, until no entry of the gradient is above `tolerance`."""
+    variable = start.detach().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS(
-        variables,
-        max_iter=max_evaluations,
+        [variable],
+        max_iter=max_evaluations if max_iterations is None else max_iterations,
         max_eval=max_evaluations,
-        history_size=20,
+        history_size=history,
         tolerance_grad=tolerance,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> float:
-        value, gradient = merit([v.detach() for v in variables])
-        for variable, entry in zip(variables, gradient, strict=True):
-            variable.grad = entry.to(variable.dtype)
+        value, gradient = merit(variable.detach())
+        variable.grad = gradient.to(variable)
         return value
 
     optimizer.step(closure)
-    return [v.detach() for v in variables]
+    return Minimum(variable.detach(), int(optimizer.state[variable]["n_iter"]))
 
 
-def curvature(
-    merit: Callable[[Tensors], Merit], at: Tensors, gradient: Tensors, along: Tensors, difference: float
-) -> float:
+def curvature(merit: Merit, at: Tensor, gradient: Tensor, along: Tensor, difference: float) -> float:
     """<p, H p> / <p, p> of a merit with this gradient there, along a direction p, by a difference of gradients."""
     length = difference / norm(along)
-    _, moved = merit([a + length * p for a, p in zip(at, along, strict=True)])
-    change = [b - a for a, b in zip(gradient, moved, strict=True)]
-    return inner(change, along) / length / inner(along, along)
-
-
-def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Summed in double precision where the device has it."""
-    wide = torch.float32 if a[0].device.type == "mps" else torch.double
-    return torch.stack([(p.to(wide) * q.to(wide)).sum() for p, q in zip(a, b, strict=True)]).sum().item()
-
-
-def norm(a: Sequence[Tensor]) -> float:
-    return math.sqrt(inner(a, a))
+    _, moved = merit(at + length * along)
+    return inner(moved - gradient, along) / length / inner(along, along)

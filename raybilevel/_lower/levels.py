@@ -1,131 +1,127 @@
-"""F(y) and f(x, y) of one model over all batches, their gradients, and what those cost."""
+"""Both levels of a problem at one model, as functions of flat vectors; and whether a problem can be searched at all."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.problem import Batch, BilevelProblem, Level, move, upper_loss
-from raybilevel.space import flatten, nest
+from raybilevel._lower.functions import BothLevels, Part
+from raybilevel._lower.passes import Passes
+from raybilevel._lower.variables import UpperVariables, split, weights_of
+from raybilevel.errors import ProblemError
+from raybilevel.problem import Batch, BilevelProblem, Level, SupportsLowerMap, move, upper_loss
 
 
-@dataclass(frozen=True)
-class LevelValue:
-    """One level at (x, y): its value and its gradients.
+class Levels(BothLevels):
+    """A problem's levels over all its batches, with any x and y in place of the weights that a model has.
 
-    gradient: one tensor per entry of what was differentiated, zeros where the level does not depend on it.
+    All is taken in eval mode. The model's own weights and those of an upper-level module are neither read nor changed.
+    A level that comes as one batch stays on the device; of several each is fetched when it is its turn.
     """
 
-    value: float
-    gradient: tuple[Tensor, ...] = ()
-
-
-@dataclass
-class Levels:
-    """Both levels of a problem at one model, whose parameters are y.
-
-    `examples` counts every example whose gradient was taken, so that trainings, upper-level steps and linear
-    solves are charged in one currency: `passes`, gradient evaluations of f over all lower-level data.
-    """
-
-    problem: BilevelProblem
-    model: nn.Module
-    examples: int = 0
-    lower_examples: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.lower_examples = sum(self.problem.batch_size(batch) for batch in self.problem.batches("lower", None))
-        if self.lower_examples == 0:
-            raise ProblemError(f"{type(self.problem).__name__}.batches('lower', None) yields no examples")
+    def __init__(
+        self, problem: BilevelProblem, model: nn.Module, variables: UpperVariables, ledger: Passes | None = None
+    ) -> None:
+        self.problem, self.model, self.variables = problem, model, variables
+        self.ledger = ledger or Passes()
+        self.examples: dict[Level, int] = {}
+        self._held: dict[Level, tuple[Batch, int]] = {}
+        self._placed = _Placed(model, variables.module)
+        if variables.module is not None:  # during a training of the model, too
+            variables.module.eval()
 
     @property
-    def passes(self) -> float:
-        return self.examples / self.lower_examples
+    def y(self) -> Tensor:
+        """The model's own weights, shape (n,)."""
+        return weights_of(self.model)
 
-    def evaluation_passes(self) -> float:
-        """What one gradient of both levels costs, in gradient evaluations of f."""
-        upper = sum(self.problem.batch_size(batch) for batch in self.problem.batches("upper", None))
-        return 1 + upper / self.lower_examples
+    def hyperparameters(self, x: Tensor) -> dict[str, Any]:
+        """What the losses are given at x, on the problem's device; a module is set to x."""
+        if self.variables.module is not None:
+            with torch.no_grad():
+                nn.utils.vector_to_parameters(x, self.variables.module.parameters())
+        return self._given(x)
 
-    def on_device(self, batch: Batch) -> Batch:
-        return move(batch, self.problem.device, self.problem.dtype)
+    def _given(self, x: Tensor) -> dict[str, Any]:
+        given: dict[str, Any] = move(self.variables.given(x), self.problem.device, self.problem.dtype)
+        return given
 
-    def batch_loss(self, level: Level, hyperparameters: Mapping[str, Any], batch: Batch) -> Tensor:
-        """The user's loss on one batch that is on the device."""
+    def loss(self, level: Level, hyperparameters: Mapping[str, Any], batch: Batch) -> Tensor:
+        """The user's loss on one batch that is on the device, at the weights in the model."""
         if level == "upper":
             return upper_loss(self.problem, self.model, hyperparameters, batch)
         return self.problem.lower_loss(self.model, hyperparameters, batch)
 
-    def value(self, level: Level, hyperparameters: Mapping[str, Any]) -> float:
-        """A level's value, in eval mode, without gradients."""
-        with torch.no_grad():
-            return self._mean(level, hyperparameters, ()).value
+    def visit(self, level: Level, x: Tensor, y: Tensor, take: Callable[[Part], None]) -> float:
+        """As of every pair of levels; weights are examples.
 
-    def gradient(self, level: Level, hyperparameters: Mapping[str, Any], wrt: Sequence[Tensor]) -> LevelValue:
-        """A level's value and its gradient in `wrt`, in eval mode."""
-        return self._mean(level, hyperparameters, wrt)
+        Raises:
+            ProblemError: the level has no examples.
+        """
 
-    def _mean(self, level: Level, hyperparameters: Mapping[str, Any], wrt: Sequence[Tensor]) -> LevelValue:
-        self.model.eval()
-        total, count, sums = self._sums(level, hyperparameters, wrt)
+        def all_batches() -> int:
+            count = 0
+            for batch, size in self.batches(level):
+                take(Part(self.loss(level, self._given(x), batch), size, size))
+                count += size
+            return count
+
+        self._placed.eval()
+        count: int = self._at(x, y, all_batches)
         if count == 0:
             raise ProblemError(f"{type(self.problem).__name__}.batches({level!r}, None) yields no examples")
-        value = total / count
-        if not math.isfinite(value):
-            raise NotFiniteError(f"the {level}-level loss is {value}")
-        return LevelValue(value, tuple(entry / count for entry in sums))
+        self.examples[level] = count
+        if level == "lower":
+            self.ledger.whole = count
+        return count
 
-    def _sums(
-        self, level: Level, hyperparameters: Mapping[str, Any], wrt: Sequence[Tensor]
-    ) -> tuple[float, int, list[Tensor]]:
-        """The sum of a level's losses over its examples, their number, and the sum of the losses' gradients."""
-        total, count = 0.0, 0
-        sums = [torch.zeros_like(tensor) for tensor in wrt]
-        for raw in self.problem.batches(level, None):
-            batch, size = self.on_device(raw), self.problem.batch_size(raw)
-            loss = self.batch_loss(level, hyperparameters, batch)
-            if wrt:
-                gradients = torch.autograd.grad(loss, wrt, allow_unused=True)
-                for entry, gradient in zip(sums, gradients, strict=True):
-                    if gradient is not None:
-                        entry.add_(gradient, alpha=size)
-                self.examples += size
-            total += loss.item() * size
-            count += size
-        return total, count, sums
+    def is_single(self, level: Level) -> bool:
+        return level in self._held
+
+    def mapped(self, x: Tensor, y: Tensor) -> Tensor:
+        problem = self.problem
+        assert isinstance(problem, SupportsLowerMap)
+        batches = list(self.batches("lower"))
+        if len(batches) != 1:
+            raise ProblemError(f"{type(problem).__name__}: with a lower_map, the lower level must be one batch")
+        ((batch, size),) = batches
+        self.ledger.whole = size
+        self.ledger.charge(size / 2)
+        self._placed.eval()
+        found: Tensor = self._at(x, y, lambda: problem.lower_map(self.model, self._given(x), batch))
+        return found
+
+    def batches(self, level: Level) -> Iterator[tuple[Batch, int]]:
+        """One pass over a level's batches, on the device, with their sizes."""
+        if level in self._held:
+            yield self._held[level]
+            return
+        only: tuple[Batch, int] | None = None
+        for number, raw in enumerate(self.problem.batches(level, None)):
+            found = move(raw, self.problem.device, self.problem.dtype), self.problem.batch_size(raw)
+            only = found if number == 0 else None
+            yield found
+        if only is not None:
+            self._held[level] = only
+
+    def _at(self, x: Tensor, y: Tensor, work: Callable[[], Any]) -> Any:
+        """What is worked out while x and y are in place. Gradients belong in it: a checkpointed layer runs again when
+        it is differentiated."""
+        inner = {f"model.{name}": w for name, w in self.model.named_parameters() if w.requires_grad}
+        module = self.variables.module
+        outer = dict(module.named_parameters(prefix="upper")) if module is not None else {}
+        return torch.func.functional_call(self._placed, {**split(y, inner), **split(x, outer)}, (work,))
 
 
-def as_tensors(config: Mapping[str, Any], problem: BilevelProblem, requires_grad: bool = False) -> dict[str, Any]:
-    """A trial's config with its floats as 0-dimensional tensors on the problem's device; the rest as it is."""
-    return nest(
-        {
-            path: torch.tensor(value, dtype=problem.dtype, device=problem.device, requires_grad=requires_grad)
-            if isinstance(value, float)
-            else value
-            for path, value in flatten(config).items()
-        }
-    )
+class _Placed(nn.Module):
+    """The modules that x and y are put into, by `torch.func.functional_call`."""
 
+    def __init__(self, model: nn.Module, upper: nn.Module | None) -> None:
+        super().__init__()
+        self.model, self.upper = model, upper
 
-def lower_gradient(levels: Levels, config: Mapping[str, Any]) -> dict[str, Any]:
-    """df/dx at fixed weights, by Danskin's theorem dv/dx, nested as the config is, in the hyperparameters' own units.
-
-    Floats that f does not depend on have gradient 0.
-
-    Raises:
-        NotFiniteError: f or an entry is NaN or infinite.
-    """
-    hyperparameters = as_tensors(config, levels.problem, requires_grad=True)
-    searched = {path: value for path, value in flatten(hyperparameters).items() if isinstance(value, Tensor)}
-    gradient = levels.gradient("lower", hyperparameters, list(searched.values())).gradient
-    numbers = {path: entry.item() for path, entry in zip(searched, gradient, strict=True)}
-    for path, number in numbers.items():
-        if not math.isfinite(number):
-            raise NotFiniteError(f"the lower level's gradient in {'/'.join(path)} is {number}")
-    return nest(numbers)
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from raybilevel._lower.lbfgs import Merit, Tensors, curvature, inner, minimise, norm
+from raybilevel._lower.functions import finite
+from raybilevel._lower.lbfgs import curvature, minimise
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.linearisation import difference, inner, norm
+from raybilevel._lower.variables import set_weights
 from raybilevel.errors import NotFiniteError
 
 logger = logging.getLogger(__name__)
@@ -19,9 +21,7 @@ DECREASE = 0.05
 """The first multiplier would let a Cauchy step lower F by this share of |F|."""
 
 
-def select_minimiser(
-    levels: Levels, hyperparameters: Mapping[str, Any], max_passes: float, tolerance: float = 1e-2
-) -> bool:
+def select_minimiser(levels: Levels, x: Tensor, max_passes: float, tolerance: float = 1e-2) -> bool:
     """Move the trained weights y_i to where F is lowest among the minimisers of f:
 
         min_y F(y)   subject to   f~(y) <= f~(y_i),    f~(y) = f(x, y) - <df/dy(x, y_i), y - y_i>,
@@ -32,11 +32,11 @@ def select_minimiser(
     ends where it began.
 
     max_passes: gradient evaluations of f that this may cost.
-    Returns whether the weights were moved: they are left as they were if F ends no lower, or if the constraint does not
-        hold in the end, because f~ has lower values nearby, a loss is not finite, or `max_passes` are spent; that is
-        logged.
+    Returns whether the model's weights were moved: they are left as they were if F ends no lower, or if the constraint
+        does not hold in the end, because f~ has lower values nearby, a loss is not finite, or `max_passes` are spent;
+        that is logged.
     """
-    search = _Search(levels, hyperparameters, max_passes)
+    search = _Search(levels, x, max_passes)
     upper, slope = search.upper(search.start)
     if norm(slope) == 0:
         return False
@@ -44,10 +44,9 @@ def select_minimiser(
     try:
         bent = search.curvature(slope)
     except (NotFiniteError, _Spent):
-        search.place(search.start)
         return search.gave_up()
     multiplier = inner(slope, slope) / (max(bent, 1e-12) * DECREASE * size)
-    aim = tolerance * max(g.abs().max().item() for g in slope)
+    aim = tolerance * slope.abs().max().item()
     move = search.start
     while True:
         move, lower, ended = search.descend(multiplier, move, aim, 0.8)
@@ -56,14 +55,11 @@ def select_minimiser(
             break
         multiplier *= 10
     if not -tolerance * size <= violation <= tolerance * size:
-        search.place(search.start)
         return search.gave_up()
     polished, _, _ = search.descend(None, move, 0.0, 1.0)
-    search.place(polished)
-    found = levels.value("upper", {})
-    if found < upper:
+    if finite("upper", levels.value("upper", x, search.trained + polished)) < upper:
+        set_weights(levels.model, search.trained + polished)
         return True
-    search.place(search.start)
     return False if ended else search.gave_up()
 
 
@@ -74,45 +70,34 @@ class _Spent(Exception):  # noqa: N818  not an error: how a descent is ended
 class _Search:
     """F and f~ as functions of the displacement from the trained weights, within a number of passes."""
 
-    def __init__(self, levels: Levels, hyperparameters: Mapping[str, Any], max_passes: float) -> None:
-        self.levels, self.hyperparameters = levels, hyperparameters
+    def __init__(self, levels: Levels, x: Tensor, max_passes: float) -> None:
+        self.levels, self.x = levels, x
         self.begun, self.max_passes = levels.passes, max_passes
         self.limit = max_passes
-        self.weights = [w for w in levels.model.parameters() if w.requires_grad]
-        self.trained = [w.detach().clone() for w in self.weights]
-        self.start: Tensors = [torch.zeros_like(w) for w in self.trained]
-        self.difference = math.sqrt(torch.finfo(self.trained[0].dtype).eps) * (norm(self.trained) or 1.0)
-        here = levels.gradient("lower", hyperparameters, self.weights)
-        self.lowest, self.tilt = here.value, list(here.gradient)
+        self.trained = levels.y
+        self.start = torch.zeros_like(self.trained)
+        here = levels.lower(x, self.trained)
+        self.lowest, self.tilt = finite("lower", here.value), here.in_y
 
-    def place(self, move: Tensors) -> None:
-        with torch.no_grad():
-            for weight, start, step in zip(self.weights, self.trained, move, strict=True):
-                weight.copy_(start + step)
+    def upper(self, move: Tensor) -> tuple[float, Tensor]:
+        found = self.levels.upper(self.x, self.trained + move)
+        return finite("upper", found.value), found.in_y
 
-    def upper(self, move: Tensors) -> Merit:
-        self.place(move)
-        found = self.levels.gradient("upper", {}, self.weights)
-        return found.value, list(found.gradient)
-
-    def lower(self, move: Tensors) -> Merit:
+    def lower(self, move: Tensor) -> tuple[float, Tensor]:
         """f~ less f~ at the trained weights."""
         if self.levels.passes - self.begun >= self.limit:
             raise _Spent
-        self.place(move)
-        found = self.levels.gradient("lower", self.hyperparameters, self.weights)
-        value = found.value - self.lowest - inner(self.tilt, move)
-        return value, [g - t for g, t in zip(found.gradient, self.tilt, strict=True)]
+        found = self.levels.lower(self.x, self.trained + move)
+        return finite("lower", found.value) - self.lowest - inner(self.tilt, move), found.in_y - self.tilt
 
-    def curvature(self, slope: Tensors) -> float:
+    def curvature(self, slope: Tensor) -> float:
         """Of f~: along dF/dy it may have none, so the mean over all directions where that is larger."""
         chance = torch.Generator().manual_seed(0)
-        noise = [torch.randn(w.shape, generator=chance, dtype=torch.double).to(w) for w in self.trained]
-        return max(curvature(self.lower, self.start, self.start, along, self.difference) for along in (noise, slope))
+        noise = torch.randn(self.trained.shape, generator=chance, dtype=torch.double).to(self.trained)
+        apart = difference(self.trained)
+        return max(curvature(self.lower, self.start, self.start, along, apart) for along in (noise, slope))
 
-    def descend(
-        self, multiplier: float | None, start: Tensors, aim: float, share: float
-    ) -> tuple[Tensors, float, bool]:
+    def descend(self, multiplier: float | None, start: Tensor, aim: float, share: float) -> tuple[Tensor, float, bool]:
         """L-BFGS on F + m f~, or on f~ alone where m is None, in units of a Cauchy step and what it gains, so that all
         it sees is of order one. Where it was when it had to end, after a share of all passes or at a loss that is not
         finite, f~ there less f~ at the trained weights, and whether it ended by itself."""
@@ -121,37 +106,37 @@ class _Search:
         scale: tuple[float, float] | None = None
         value = 0.0
 
-        def merit(move: Tensors) -> Merit:
+        def merit(move: Tensor) -> tuple[float, Tensor]:
             nonlocal best
             lower, force = self.lower(move)
             total, gradient = lower, force
             if multiplier is not None:
                 upper, slope = self.upper(move)
-                total = upper + multiplier * lower
-                gradient = [a + multiplier * b for a, b in zip(slope, force, strict=True)]
+                total, gradient = upper + multiplier * lower, slope + multiplier * force
             if total < best[0]:
                 best = (total, move, lower)
             return total, gradient
 
-        def scaled(variables: Tensors) -> Merit:
+        def scaled(variables: Tensor) -> tuple[float, Tensor]:
             assert scale is not None
             step, gain = scale
-            found, gradient = merit([s + step * v for s, v in zip(start, variables, strict=True)])
-            return (found - value) / gain, [g * (step / gain) for g in gradient]
+            found, gradient = merit(start + step * variables)
+            return (found - value) / gain, gradient * (step / gain)
 
         ended = False
         try:
             value, gradient = merit(start)
             squared = inner(gradient, gradient)
-            if max(g.abs().max().item() for g in gradient) <= aim:
+            if gradient.abs().max().item() <= aim:
                 ended = True
             else:
-                bent = curvature(merit, start, gradient, gradient, self.difference)
+                apart = difference(self.trained)
+                bent = curvature(merit, start, gradient, gradient, apart)
                 if not bent > 0:
-                    bent = math.sqrt(squared) / self.difference
+                    bent = math.sqrt(squared) / apart
                 scale = (math.sqrt(squared) / bent, squared / bent)
                 tolerance = aim * scale[0] / scale[1]
-                minimise(scaled, [torch.zeros_like(s) for s in start], int(self.max_passes) + 1, tolerance)
+                minimise(scaled, torch.zeros_like(start), int(self.max_passes) + 1, tolerance)
                 ended = True
         except (_Spent, NotFiniteError):
             pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel._lower import checkpoint
-from raybilevel._lower.levels import Levels, as_tensors, lower_gradient
+from raybilevel._lower.functions import finite
+from raybilevel._lower.levels import Levels
 from raybilevel._lower.optimistic import select_minimiser
+from raybilevel._lower.passes import Passes
+from raybilevel._lower.variables import ConfigVariables
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.problem import BilevelProblem, evaluate
+from raybilevel.problem import Batch, BilevelProblem, evaluate, move
+from raybilevel.space import nest
 
 CHECKPOINT_FILE = "lower_level.pt"
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class TrainedLowerLevel:
 
     lower_loss, upper_loss: f and F at the trained weights.
     lower_gradient: df/dx there, by Danskin's theorem dv/dx; nested as the config, in its units.
-    passes:         gradient evaluations of f that the training cost.
+    passes:         gradient evaluations of f that the training cost, the one for `lower_gradient` included.
     metrics:        what the problem's `evaluate` returned.
     """
 
@@ -37,6 +41,45 @@ class TrainedLowerLevel:
     lower_gradient: Mapping[str, Any]
     passes: float
     metrics: Mapping[str, float]
+
+
+def train_epoch(
+    problem: BilevelProblem,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    loss: Callable[[Batch], Tensor],
+    ledger: Passes,
+    where: str,
+    number: Callable[[Tensor], float] = Tensor.item,
+) -> None:
+    """One step of the optimizer for each batch; every gradient that it asks for is charged.
+
+    batches: as the problem yields them; `loss` gets them on the device.
+    where:   in the search this is, for errors.
+    number:  a loss as the number that a line search compares.
+
+    Raises:
+        NotFiniteError: a loss is NaN or infinite; training on would waste the rest.
+    """
+    model.train()
+    count = 0
+    for raw in batches:
+        batch, size = move(raw, problem.device, problem.dtype), problem.batch_size(raw)
+
+        def closure(batch: Batch = batch, size: int = size) -> float:
+            optimizer.zero_grad()
+            found = loss(batch)
+            found.backward()
+            ledger.charge(size)
+            return number(found)
+
+        value = float(optimizer.step(closure))
+        if not math.isfinite(value):
+            raise NotFiniteError(f"the lower-level loss is {value} {where}")
+        count += size
+    if not ledger.whole:
+        ledger.whole = count
 
 
 class LowerLevelTraining:
@@ -48,18 +91,29 @@ class LowerLevelTraining:
 
     def __init__(self, problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0, refit: bool = False):
         self.problem, self.config, self.refit = problem, dict(config), refit
-        self.hyperparameters = as_tensors(config, problem)
+        self.variables = ConfigVariables(config, problem)
+        self.hyperparameters = self.variables.given(self.variables.x)
         self.epoch = 0
         self.generator = torch.Generator().manual_seed(seed)
         self._random_state: dict[str, Tensor] = {}
         with self._random(seed):
             self.model: nn.Module = problem.model().to(problem.device, problem.dtype)
             self.optimizer = problem.optimizer(self.model)
-        self.levels = Levels(problem, self.model)
+        self.levels = Levels(problem, self.model, self.variables)
 
     @property
     def finished(self) -> bool:
         return self.epoch >= self.problem.epochs
+
+    @property
+    def reports(self) -> bool:
+        """Whether the present epoch is one after which the losses are evaluated and told."""
+        return self.finished or self.epoch % self.problem.evaluate_every == 0
+
+    @property
+    def passes(self) -> float:
+        """What it cost so far, in gradient evaluations of f."""
+        return self.levels.passes
 
     def run_epoch(self) -> None:
         """One pass over the lower-level batches.
@@ -68,54 +122,70 @@ class LowerLevelTraining:
             NotFiniteError: the loss is NaN or infinite; training on would waste the rest.
         """
         with self._random():
-            self.model.train()
-            for raw in self._batches():
-                batch, size = self.levels.on_device(raw), self.problem.batch_size(raw)
-
-                def closure(batch: Any = batch, size: int = size) -> float:
-                    self.optimizer.zero_grad()
-                    loss = self.batch_loss(batch)
-                    loss.backward()
-                    self.levels.examples += size
-                    return self.number(loss)
-
-                loss = float(self.optimizer.step(closure))
-                if not math.isfinite(loss):
-                    raise NotFiniteError(f"the lower-level loss is {loss} in epoch {self.epoch + 1} at {self.config}")
+            train_epoch(
+                self.problem, self.model, self.optimizer, self._batches(), self.batch_loss, self.levels.ledger,
+                f"in epoch {self.epoch + 1} at {self.config}", self.number,
+            )  # fmt: skip
         self.epoch += 1
+
+    def run(self) -> None:
+        """All epochs that are left."""
+        while not self.finished:
+            self.run_epoch()
 
     def conclude(self) -> None:
         """After the last epoch: of an optimistic problem, choose among the minimisers of f."""
         if self.problem.optimistic:
-            select_minimiser(self.levels, self.hyperparameters, self.levels.passes)
+            select_minimiser(self.levels, self.variables.x, self.passes)
 
-    def batch_loss(self, batch: Any) -> Tensor:
+    def batch_loss(self, batch: Batch) -> Tensor:
         """f on a batch that is on the device, to be differentiated."""
-        return self.levels.batch_loss("lower", self.hyperparameters, batch)
+        return self.problem.lower_loss(self.model, self.hyperparameters, batch)
 
     def number(self, loss: Tensor) -> float:
         """The same as a number, which a line search compares."""
         return loss.item()
 
     def losses(self) -> dict[str, float]:
-        """f and F at the present weights, and the problem's own metrics."""
-        metrics = self._evaluate()
+        """f and F at the present weights, and the problem's own metrics.
+
+        Raises:
+            NotFiniteError: f or F is NaN or infinite.
+        """
+        metrics, x, y = self.metrics(), self.variables.x, self.levels.y
         return {
-            "lower_loss": self.levels.value("lower", self.hyperparameters),
-            "upper_loss": self.levels.value("upper", self.hyperparameters),
+            "lower_loss": finite("lower", self.levels.value("lower", x, y)),
+            "upper_loss": finite("upper", self.levels.value("upper", x, y)),
             **metrics,
         }
 
     def gradient(self) -> dict[str, Any]:
-        """df/dx at the present weights, nested as the config is."""
-        return lower_gradient(self.levels, self.config)
+        """df/dx at the present weights, by Danskin's theorem dv/dx; nested as the config is, in the hyperparameters'
+        own units. Floats that f does not depend on have gradient 0. It is charged as one pass.
+
+        Raises:
+            NotFiniteError: f or an entry is NaN or infinite.
+        """
+        found = self.levels.lower(self.variables.x, self.levels.y)
+        finite("lower", found.value)
+        numbers = dict(zip(self.variables.paths, found.in_x.tolist(), strict=True))
+        for path, number in numbers.items():
+            if not math.isfinite(number):
+                raise NotFiniteError(f"the lower level's gradient in {'/'.join(path)} is {number}")
+        return nest(numbers)
+
+    def metrics(self) -> dict[str, float]:
+        """What the problem's `evaluate` says of the present weights."""
+        self.model.eval()
+        with torch.no_grad():
+            return evaluate(self.problem, self.model, self.hyperparameters)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "format": CHECKPOINT_FORMAT,
             "epoch": self.epoch,
             "finished": self.finished,
-            "examples": self.levels.examples,
+            "charged": [self.levels.ledger.examples, self.levels.ledger.whole],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
@@ -127,9 +197,10 @@ class LowerLevelTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self._random_state = dict(state["random"])
-        self.epoch, self.levels.examples = state["epoch"], state["examples"]
+        self.epoch = state["epoch"]
+        self.levels.ledger.examples, self.levels.ledger.whole = state["charged"]
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self) -> Iterator[Batch]:
         if not self.refit:
             return iter(self.problem.batches("lower", self.generator))
         batches = self.problem.refit_batches(self.generator)
@@ -137,20 +208,10 @@ class LowerLevelTraining:
             raise ProblemError(f"{type(self.problem).__name__} has no refit_batches, so it cannot be refitted")
         return iter(batches)
 
-    def _evaluate(self) -> dict[str, float]:
-        self.model.eval()
-        with torch.no_grad():
-            return evaluate(self.problem, self.model, self.hyperparameters)
-
     @contextmanager
     def _random(self, seed: int | None = None) -> Iterator[None]:
         """Torch's global random numbers (initialisation, dropout) belong to this training inside the block."""
-        device = torch.device(self.problem.device)
-        accelerator = None if device.type == "cpu" else torch.get_device_module(device)
-        with torch.random.fork_rng(
-            devices=[] if accelerator is None else [accelerator.current_device()],
-            device_type="cuda" if accelerator is None else device.type,
-        ):
+        with forked_random(self.problem.device) as accelerator:
             if seed is not None:
                 torch.manual_seed(seed)
             else:
@@ -163,17 +224,26 @@ class LowerLevelTraining:
                 self._random_state["accelerator"] = accelerator.get_rng_state()
 
 
+@contextmanager
+def forked_random(device: str | torch.device) -> Iterator[Any]:
+    """Torch's global random numbers, those of the device included, are as before after the block. The accelerator's
+    module, e.g. `torch.cuda`; None on the CPU."""
+    device = torch.device(device)
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    with torch.random.fork_rng(
+        devices=[] if accelerator is None else [accelerator.current_device()],
+        device_type="cuda" if accelerator is None else device.type,
+    ):
+        yield accelerator
+
+
 def train(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> tuple[TrainedLowerLevel, bytes]:
     """A whole training in this process: what it observed, and its checkpoint."""
     training = LowerLevelTraining(problem, config, seed)
-    while not training.finished:
-        training.run_epoch()
+    training.run()
     training.conclude()
-    passes = training.levels.passes
-    losses = training.losses()
-    observed = TrainedLowerLevel(
-        losses.pop("lower_loss"), losses.pop("upper_loss"), training.gradient(), passes, losses
-    )
+    losses, gradient = training.losses(), training.gradient()
+    observed = TrainedLowerLevel(losses.pop("lower_loss"), losses.pop("upper_loss"), gradient, training.passes, losses)
     return observed, dump_checkpoint(training)
 
 
@@ -182,9 +252,8 @@ def refit(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> 
     if problem.refit_batches(None) is None:
         return None
     training = LowerLevelTraining(problem, config, seed, refit=True)
-    while not training.finished:
-        training.run_epoch()
-    return training._evaluate()
+    training.run()
+    return training.metrics()
 
 
 def dump_checkpoint(training: LowerLevelTraining) -> bytes:

@@ -1,18 +1,6 @@
 """Hypergradients of upper levels too large to model: implicit, unrolled, by a penalty."""
 
-from raybilevel.hypergradient._descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
-from raybilevel.hypergradient._estimators import (
-    DynamicBarrier,
-    Equilibrium,
-    Estimator,
-    FirstOrder,
-    Hypergradient,
-    Implicit,
-    Unrolled,
-)
-from raybilevel.hypergradient._fixed_point import AndersonAcceleration, FixedPoint
-from raybilevel.hypergradient._functions import BilevelFunctions, Linearisation
-from raybilevel.hypergradient._krylov import (
+from raybilevel._linear.krylov import (
     ConjugateGradients,
     LinearSolution,
     LinearSolver,
@@ -20,8 +8,21 @@ from raybilevel.hypergradient._krylov import (
     MinimalResidual,
     NeumannSeries,
 )
+from raybilevel._linear.recycling import RecycleSpace, Selection
+from raybilevel._lower.functions import BilevelFunctions
+from raybilevel._lower.hypergradient import Hypergradient
+from raybilevel._lower.linearisation import Linearisation
+from raybilevel.hypergradient._descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
+from raybilevel.hypergradient._estimators import (
+    DynamicBarrier,
+    Equilibrium,
+    Estimator,
+    FirstOrder,
+    Implicit,
+    Unrolled,
+)
+from raybilevel.hypergradient._fixed_point import AndersonAcceleration, FixedPoint
 from raybilevel.hypergradient._lower import LowerSolution, solve_lower
-from raybilevel.hypergradient._recycling import RecycleSpace, Selection
 from raybilevel.hypergradient._settings import DescentSettings
 
 __all__ = [

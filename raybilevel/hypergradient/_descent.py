@@ -13,29 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from raybilevel._linear.krylov import KrylovMemory
+from raybilevel._linear.recycling import ErrorEstimator, RecycleSpace
 from raybilevel._lower import checkpoint
+from raybilevel._lower.hypergradient import Hypergradient
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.training import forked_random, train_epoch
+from raybilevel._lower.variables import BoxVariables, ModuleVariables, UpperVariables, set_weights, weights_of
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.hypergradient._estimators import Hypergradient
 from raybilevel.hypergradient._fixed_point import AndersonAcceleration
-from raybilevel.hypergradient._krylov import KrylovMemory
 from raybilevel.hypergradient._lower import solve_lower
-from raybilevel.hypergradient._recycling import ErrorEstimator, RecycleSpace
 from raybilevel.hypergradient._settings import DescentSettings
-from raybilevel.hypergradient._variables import (
-    BoxVariables,
-    ModuleVariables,
-    UpperVariables,
-    bilevel_functions,
-    set_weights,
-    weights_of,
-)
-from raybilevel.problem import BilevelProblem, LargeUpperLevel, SupportsShards, evaluate, move
+from raybilevel.problem import BilevelProblem, LargeUpperLevel, SupportsLowerMap, SupportsShards, evaluate, move
 from raybilevel.space import Space, flatten, nest
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "bilevel.pt"
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 FAILED = 0.5
 """A linear solve that leaves more of its right side than this has failed."""
 
@@ -72,8 +67,8 @@ class BilevelDescent:
             self.variables, x = self._start()
         self.x = nn.Parameter(x)
         self.adam = torch.optim.Adam([self.x], lr=settings.rate)
-        self.functions = bilevel_functions(problem, self.model, self.variables)
-        if settings.lower == "fixed_point" and self.functions.lower_map is None:
+        self.levels = Levels(problem, self.model, self.variables)
+        if settings.lower == "fixed_point" and not isinstance(problem, SupportsLowerMap):
             raise ProblemError(f"{type(problem).__name__} has no lower_map(), which lower='fixed_point' needs")
         with self._random():
             self.optimizer = problem.optimizer(self.model)
@@ -82,7 +77,7 @@ class BilevelDescent:
         self.iterations = self.products = 0
         self.best: tuple[float, Tensor] = (math.inf, x.clone())
         self.last: dict[str, float] = {}
-        self.training_passes = 0.0
+        self.earlier = 0.0
         self.warned = False
         self.lower_residual: float | None = None
 
@@ -105,8 +100,8 @@ class BilevelDescent:
     @property
     def passes(self) -> float:
         """What was spent, in gradients of f over all lower data."""
-        passes = self.functions.passes + self.training_passes
-        return passes if self.problem is self.whole else passes / self.settings.shards
+        passes = self.levels.passes
+        return self.earlier + (passes if self.problem is self.whole else passes / self.settings.shards)
 
     def run_step(self) -> dict[str, float]:
         """Solve or train the lower level, estimate the hypergradient there, and step in x; what was seen on the way.
@@ -117,8 +112,8 @@ class BilevelDescent:
         settings, x = self.settings, self.x.detach().clone()
         y = self._train(self.model, self.optimizer, x, settings.lower_epochs if self.step else self.problem.epochs)
         target = settings.accuracy * self.last.get("hypergradient_norm", 0.0)
-        found = self.estimator(self.functions, x, y, self.memory, target)
-        upper = self.functions.upper(x, y).value  # a penalty estimator's own weights have seen validation data
+        found = self.estimator(self.levels, x, y, self.memory, target)
+        upper = self.levels.value("upper", x, y)  # a penalty estimator's own weights have seen validation data
         if not math.isfinite(upper):
             raise NotFiniteError(f"the upper-level loss is {upper} in step {self.step + 1}")
         selection = self._selection(x)
@@ -139,7 +134,7 @@ class BilevelDescent:
         self.last = {"upper_loss": upper, "hypergradient_norm": found.gradient.norm().item()}
         if selection is not None:
             self.last["selection_loss"] = selection
-        lower = self.functions.lower(x, y)
+        lower = self.levels.lower(x, y)
         residuals = {"solver_residual": found.residual, "lower_residual": self.lower_residual}
         return {
             **self.last,
@@ -176,11 +171,11 @@ class BilevelDescent:
         y = self._train(model, optimizer, x, self.problem.epochs)
         self.model.load_state_dict(model.state_dict())
         self.x.data = x.clone()
-        upper, lower = self.functions.upper(x, y), self.functions.lower(x, y)
-        if not (math.isfinite(upper.value) and math.isfinite(lower.value)):
-            raise NotFiniteError(f"after training anew the losses are {upper.value} and {lower.value}")
+        upper, lower = self.levels.value("upper", x, y), self.levels.lower(x, y)
+        if not (math.isfinite(upper) and math.isfinite(lower.value)):
+            raise NotFiniteError(f"after training anew the losses are {upper} and {lower.value}")
         norm = lower.in_y.norm().item()
-        found: dict[str, Any] = {"upper_loss": upper.value, "lower_loss": lower.value, "lower_gradient_norm": norm}
+        found: dict[str, Any] = {"upper_loss": upper, "lower_loss": lower.value, "lower_gradient_norm": norm}
         found |= self.metrics()
         if self.space is not None:
             found["hyperparameters"] = self.space.to_config(x.detach().cpu().double())
@@ -190,10 +185,10 @@ class BilevelDescent:
         """For a descent that saw a part of them."""
         if self.problem is self.whole:
             return
-        self.training_passes, self.problem = self.passes, self.whole
+        self.earlier, self.problem = self.passes, self.whole
         with self._random(self.seed):
             self.model = self.problem.model().to(self.problem.device, self.problem.dtype)
-        self.functions = bilevel_functions(self.problem, self.model, self.variables)
+        self.levels = Levels(self.problem, self.model, self.variables)
 
     def _selection(self, x: Tensor) -> float | None:
         """The problem's selection loss at x and the weights in the model."""
@@ -201,7 +196,7 @@ class BilevelDescent:
             return None
         self.model.eval()
         with torch.no_grad():
-            found = self.problem.selection_loss(self.model, self.variables.hyperparameters(x))
+            found = self.problem.selection_loss(self.model, self.levels.hyperparameters(x))
         if found is not None and not math.isfinite(found):
             raise NotFiniteError(f"the selection loss is {found} in step {self.step + 1}")
         return found
@@ -210,45 +205,33 @@ class BilevelDescent:
         """What the problem's `evaluate` says of the present x and y."""
         self.model.eval()
         with torch.no_grad():
-            given = self.variables.hyperparameters(self.x.detach())
+            given = self.levels.hyperparameters(self.x.detach())
             return evaluate(self.problem, self.model, given)
 
     def _train(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, epochs: int) -> Tensor:
         """Minimise f(x, .) from the model's weights; they are left in the model and returned flat."""
         if self.settings.lower == "tolerance":
-            y = solve_lower(self.functions, x, weights_of(model), self.settings.lower_tolerance).y
+            y = solve_lower(self.levels, x, weights_of(model), self.settings.lower_tolerance).y
             set_weights(model, y)
             return y
         if self.settings.lower == "fixed_point":
             y = self._fixed_point(x, weights_of(model))
             set_weights(model, y)
             return y
-        problem, size = self.problem, 0
-        given = self.variables.hyperparameters(x)
+        problem, given = self.problem, self.levels.hyperparameters(x)
         with self._random():
-            model.train()
             for _ in range(epochs):
-                size = 0
-                for raw in problem.batches("lower", self.generator):
-                    batch = move(raw, problem.device, problem.dtype)
-
-                    def closure(batch: Any = batch) -> float:
-                        optimizer.zero_grad()
-                        loss = problem.lower_loss(model, given, batch)
-                        loss.backward(inputs=[w for w in model.parameters() if w.requires_grad])
-                        return loss.item()
-
-                    if not math.isfinite(float(optimizer.step(closure))):
-                        raise NotFiniteError(f"the lower-level loss is not finite in step {self.step + 1}")
-                    size += problem.batch_size(raw)
-            model.eval()
-        self.training_passes += epochs
+                train_epoch(
+                    problem, model, optimizer, problem.batches("lower", self.generator),
+                    lambda batch: problem.lower_loss(model, given, batch), self.levels.ledger,
+                    f"in step {self.step + 1}",
+                )  # fmt: skip
         return weights_of(model)
 
     def _fixed_point(self, x: Tensor, y: Tensor) -> Tensor:
-        rows = len(self.functions.mapped(x, y))
+        rows = len(self.levels.mapped(x, y))
         found = AndersonAcceleration(self.settings.lower_tolerance).solve(
-            lambda z: self.functions.mapped(x, z.flatten()), y.view(rows, -1)
+            lambda z: self.levels.mapped(x, z.flatten()), y.view(rows, -1)
         )
         self.lower_residual = found.residual
         return found.y.flatten()
@@ -256,9 +239,7 @@ class BilevelDescent:
     @contextmanager
     def _random(self, seed: int | None = None) -> Iterator[None]:
         """Torch's global random numbers belong to this descent inside the block."""
-        device = torch.device(self.problem.device)
-        devices = [] if device.type == "cpu" else [torch.get_device_module(device).current_device()]
-        with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
+        with forked_random(self.problem.device):
             torch.manual_seed(seed if seed is not None else int(torch.randint(2**31, (), generator=self.generator)))
             yield
 
@@ -286,14 +267,15 @@ class BilevelDescent:
             "best": list(self.best),
             "last": dict(self.last),
             "memory": memory,
-            "counts": [self.iterations, self.products, self.functions.passes, self.training_passes],
+            "counts": [self.iterations, self.products, self.earlier],
+            "charged": [self.levels.ledger.examples, self.levels.ledger.whole],
         }
 
     def _module_state(self) -> dict[str, Tensor] | None:
         """The upper-level module's parameters at x, by name."""
-        if not isinstance(self.variables, ModuleVariables):
+        if self.variables.module is None:
             return None
-        self.variables.hyperparameters(self.x.detach())
+        self.levels.hyperparameters(self.x.detach())
         return dict(self.variables.module.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -307,10 +289,11 @@ class BilevelDescent:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.best = (state["best"][0], state["best"][1].to(**place))
-        self.iterations, self.products, self.functions.passes, self.training_passes = state["counts"]
+        self.iterations, self.products, self.earlier = state["counts"]
+        self.levels.ledger.examples, self.levels.ledger.whole = state["charged"]
         memory = move(state["memory"], self.problem.device, self.problem.dtype)
         if isinstance(memory, dict):
-            known = memory.get("estimator")  # the first checkpoints had none
+            known = memory["estimator"]
             estimator = ErrorEstimator(**known) if known is not None else None
             space = RecycleSpace(memory["vectors"], estimator) if memory["vectors"] is not None else None
             memory = KrylovMemory(memory["solution"], space)

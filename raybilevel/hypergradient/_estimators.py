@@ -8,39 +8,18 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from raybilevel.errors import ConfigError, NotFiniteError
+from raybilevel._linear.krylov import KrylovMemory, LinearSolver, LinearSystem, MinimalResidual
+from raybilevel._lower.functions import BothLevels
+from raybilevel._lower.hypergradient import Hypergradient, checked, implicit
+from raybilevel.errors import ConfigError
 from raybilevel.hypergradient._fixed_point import AndersonAcceleration
-from raybilevel.hypergradient._functions import BilevelFunctions
-from raybilevel.hypergradient._krylov import KrylovMemory, LinearSolver, LinearSystem, MinimalResidual
-
-
-@dataclass(frozen=True)
-class Hypergradient:
-    """An estimate of dF(x, y*(x))/dx.
-
-    gradient:   shape (p,).
-    upper:      F at the (x, y) it was taken at.
-    error:      estimate of the error's norm; None where the estimator has none.
-    iterations: of the linear solver, or steps in y.
-    products:   with second derivatives.
-    residual:   of the linear solve, relative to its right side; None where there is none.
-    memory:     what the next estimate, at a point nearby, may start from.
-    """
-
-    gradient: Tensor
-    upper: float
-    error: float | None = None
-    iterations: int = 0
-    products: int = 0
-    memory: Any = None
-    residual: float | None = None
 
 
 class Estimator(Protocol):
     """A frozen dataclass of settings."""
 
     def __call__(
-        self, functions: BilevelFunctions, x: Tensor, y: Tensor, memory: Any = None, target: float = 0.0
+        self, functions: BothLevels, x: Tensor, y: Tensor, memory: Any = None, target: float = 0.0
     ) -> Hypergradient:
         """The hypergradient at x, from weights y that minimise f(x, .) about.
 
@@ -56,16 +35,11 @@ class Implicit:
     solver: LinearSolver = field(default_factory=MinimalResidual)
 
     def __call__(
-        self, functions: BilevelFunctions, x: Tensor, y: Tensor, memory: KrylovMemory | None = None, target: float = 0.0
+        self, functions: BothLevels, x: Tensor, y: Tensor, memory: KrylovMemory | None = None, target: float = 0.0
     ) -> Hypergradient:
-        upper = functions.upper(x, y)
-        linear = functions.linearise(x, y)
-        system = LinearSystem(linear.hessian, upper.in_y, linear.mixed, target)
-        found, kept = self.solver.solve(system, memory)
-        gradient, products = upper.in_x - linear.mixed(found.solution), found.products + found.jacobians + 1
-        return checked(
-            Hypergradient(gradient, upper.value, found.error, found.iterations, products, kept, found.residual)
-        )
+        upper, products = functions.upper(x, y), functions.linearise(x, y)
+        system = LinearSystem(products.hessian, upper.in_y, products.mixed, target)
+        return implicit(upper, products, *self.solver.solve(system, memory))
 
 
 @dataclass(frozen=True)
@@ -89,7 +63,7 @@ class Equilibrium:
         return AndersonAcceleration(self.tolerance, self.limit, self.history)
 
     def __call__(
-        self, functions: BilevelFunctions, x: Tensor, y: Tensor, memory: Tensor | None = None, target: float = 0.0
+        self, functions: BothLevels, x: Tensor, y: Tensor, memory: Tensor | None = None, target: float = 0.0
     ) -> Hypergradient:
         upper = functions.upper(x, y)
         x, y = x.detach().requires_grad_(True), y.detach().requires_grad_(True)
@@ -98,7 +72,7 @@ class Equilibrium:
         right = upper.in_y.view_as(image)
 
         def step(u: Tensor) -> Tensor:
-            functions.passes += 0.5
+            functions.ledger.charge(0.5 * functions.ledger.whole)
             (part,) = torch.autograd.grad(image, y, u, retain_graph=True, allow_unused=True, materialize_grads=True)
             return part.view_as(image) + right
 
@@ -137,11 +111,11 @@ class Unrolled:
             raise ConfigError(f"mode must be 'reverse' or 'forward', got {self.mode!r}")
 
     def __call__(
-        self, functions: BilevelFunctions, x: Tensor, y: Tensor, memory: Any = None, target: float = 0.0
+        self, functions: BothLevels, x: Tensor, y: Tensor, memory: Any = None, target: float = 0.0
     ) -> Hypergradient:
         return checked(self._forward(functions, x, y) if self.mode == "forward" else self._reverse(functions, x, y))
 
-    def _reverse(self, functions: BilevelFunctions, x: Tensor, y: Tensor) -> Hypergradient:
+    def _reverse(self, functions: BothLevels, x: Tensor, y: Tensor) -> Hypergradient:
         kept = self.steps if self.truncate is None else min(self.truncate, self.steps)
         iterates, velocity = [], torch.zeros_like(y)
         for step in range(self.steps):
@@ -159,7 +133,7 @@ class Unrolled:
             in_velocity = self.momentum * in_velocity
         return Hypergradient(gradient, upper.value, iterations=self.steps, products=2 * kept)
 
-    def _forward(self, functions: BilevelFunctions, x: Tensor, y: Tensor) -> Hypergradient:
+    def _forward(self, functions: BothLevels, x: Tensor, y: Tensor) -> Hypergradient:
         velocity = torch.zeros_like(y)
         dy, dv = y.new_zeros(len(y), len(x)), y.new_zeros(len(y), len(x))
         unit = torch.eye(len(x), dtype=x.dtype, device=x.device)
@@ -201,7 +175,7 @@ class FirstOrder:
 
     def __call__(
         self,
-        functions: BilevelFunctions,
+        functions: BothLevels,
         x: Tensor,
         y: Tensor,
         memory: tuple[Tensor, Tensor, float] | None = None,
@@ -242,7 +216,7 @@ class DynamicBarrier:
             raise ConfigError("BOME needs steps and inner_steps of at least 1, and a positive barrier and rates")
 
     def __call__(
-        self, functions: BilevelFunctions, x: Tensor, y: Tensor, memory: Tensor | None = None, target: float = 0.0
+        self, functions: BothLevels, x: Tensor, y: Tensor, memory: Tensor | None = None, target: float = 0.0
     ) -> Hypergradient:
         y = memory if memory is not None else y
         for _ in range(self.steps):
@@ -257,14 +231,3 @@ class DynamicBarrier:
             gradient = upper.in_x + multiplier * q_x
             y = y - self.rate * (upper.in_y + multiplier * q_y) / max(1.0, multiplier)
         return checked(Hypergradient(gradient, upper.value, iterations=self.steps, memory=y))
-
-
-def checked(found: Hypergradient) -> Hypergradient:
-    """The estimate, if it is finite.
-
-    Raises:
-        NotFiniteError: it is not; the rate of a series or of an unrolled descent may be too large.
-    """
-    if not bool(found.gradient.isfinite().all()):
-        raise NotFiniteError("the hypergradient is NaN or infinite; is a learning rate too large?")
-    return found

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from raybilevel._lower.functions import BothLevels
+from raybilevel._lower.lbfgs import minimise
 from raybilevel.errors import NotFiniteError
-from raybilevel.hypergradient._functions import BilevelFunctions
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LowerSolution:
 
 
 def solve_lower(
-    functions: BilevelFunctions, x: Tensor, y: Tensor, tolerance: float, limit: int = 1000, history: int = 20
+    functions: BothLevels, x: Tensor, y: Tensor, tolerance: float, limit: int = 1000, history: int = 20
 ) -> LowerSolution:
     """Minimise f(x, .) from y until |df/dy| <= tolerance, by torch's L-BFGS with its Wolfe line search, or for `limit`
     iterations; the solution has the norm that was reached.
@@ -31,26 +31,14 @@ def solve_lower(
     Raises:
         NotFiniteError: f is NaN or infinite on the way.
     """
-    point = y.detach().clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [point],
-        max_iter=limit,
-        max_eval=2 * limit,
-        history_size=history,
-        # torch compares the largest entry; divided by sqrt(n), it bounds the norm too early at most by that factor
-        tolerance_grad=tolerance / math.sqrt(len(y)),
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
 
-    def closure() -> Tensor:
-        lower = functions.lower(x, point)
-        point.grad = lower.in_y
-        return torch.tensor(lower.value, dtype=y.dtype)
+    def lower(point: Tensor) -> tuple[float, Tensor]:
+        found = functions.lower(x, point)
+        return found.value, found.in_y
 
-    optimizer.step(closure)
-    iterations = int(optimizer.state[point]["n_iter"])
-    here = functions.lower(x, point.detach())
+    # torch compares the largest entry; divided by sqrt(n), it bounds the norm too early at most by that factor
+    found = minimise(lower, y, 2 * limit, tolerance / math.sqrt(len(y)), limit, history)
+    here = functions.lower(x, found.at)
     if not math.isfinite(here.value):
-        raise NotFiniteError(f"the lower-level loss is {here.value} after {iterations} L-BFGS iterations")
-    return LowerSolution(point.detach(), here.value, here.in_y.norm().item(), iterations)
+        raise NotFiniteError(f"the lower-level loss is {here.value} after {found.iterations} L-BFGS iterations")
+    return LowerSolution(found.at, here.value, here.in_y.norm().item(), found.iterations)

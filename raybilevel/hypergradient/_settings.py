@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raybilevel._linear.krylov import ConjugateGradients, LinearSolver, MinimalResidual, NeumannSeries
+from raybilevel._linear.recycling import Selection
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.hypergradient._estimators import (
     DynamicBarrier,
@@ -15,8 +17,6 @@ from raybilevel.hypergradient._estimators import (
     Implicit,
     Unrolled,
 )
-from raybilevel.hypergradient._krylov import ConjugateGradients, LinearSolver, MinimalResidual, NeumannSeries
-from raybilevel.hypergradient._recycling import Selection
 from raybilevel.problem import BilevelProblem, SupportsShards
 from raybilevel.space import Space
 

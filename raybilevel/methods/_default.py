@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raybilevel._descents.upper_level import Hypergradient, TrainedPoint, descend, hypergradient, joint_descent
+from raybilevel._descents.fixed_x import LagrangianPoint, descend, lagrangian_point
+from raybilevel._descents.joint import joint_descent
+from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.variables import BoxVariables
 from raybilevel._models.acquisition import (
     UpperModel,
     expected_improvement,
@@ -210,10 +213,10 @@ class Default(Method):
                 continue
             model = problem.model().to(problem.device, problem.dtype)
             model.load_state_dict(checkpoint["model"])
-            levels = Levels(problem, model)
+            levels = Levels(problem, model, BoxVariables(space, constants))
             try:
-                here = TrainedPoint(levels, space, constants, torch.tensor(training.unit, dtype=torch.double))
-                estimate_at = hypergradient if self.linear_solve else descend
+                here = TrainedPoint(levels, torch.tensor(training.unit, dtype=torch.double))
+                estimate_at = lagrangian_point if self.linear_solve else descend
                 estimate = estimate_at(here, self.decrease, self.upper_share * state.passes_per_training, first)
             except NotFiniteError as error:
                 logger.warning("no hypergradient at training %d: %s", index, error)
@@ -239,7 +242,7 @@ class Default(Method):
                 budget = self.joint_share * state.passes_per_training
                 joint = joint_descent(point, descent, value_function, radius, budget)
                 passes += point.levels.passes - before
-                starts.append(joint.unit)
+                starts.append(joint.x)
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
         unit = snap(self._propose(step, model_of_upper, centre, starts), space)
         if not is_new(unit, step):
@@ -298,7 +301,7 @@ def is_new(unit: Tensor, step: UpperStep) -> bool:
     return all(distance(point, other) > SAME for other in known)
 
 
-def trusted_radius(value_function: ValueFunction, centre: Tensor, descent: Hypergradient, radius: float) -> float:
+def trusted_radius(value_function: ValueFunction, centre: Tensor, descent: LagrangianPoint, radius: float) -> float:
     """The largest step along the steepest descent at which v_hat's standard deviation is within the slack.
 
     An error of v_hat enters the Lagrangian multiplied by the multiplier, so the descent in (x, y) is let only where

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from raybilevel._descents.augmented_lagrangian import Equality, MultiplierState
+from raybilevel._lower.functions import finite
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.variables import BoxVariables, trainable
 from raybilevel._models.value_function import ValueFunction, fit_value_function
 from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.methods._base import LoadCheckpoint, Method, StepMethod, UpperResult, UpperStep
-from raybilevel.problem import Batch, BilevelProblem, Level
+from raybilevel.problem import Batch, BilevelProblem, Level, move
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
-from raybilevel.space import Space, flatten, nest, sobol_points
+from raybilevel.space import Space, sobol_points
 
 SOBOL_POINTS = 25
 """Start design for more than two hyperparameters, for which the paper gives none."""
@@ -103,7 +105,8 @@ class Paper(Method):
         memory: bytes | None = None,
     ) -> UpperResult:
         model = problem.model().to(problem.device, problem.dtype)
-        descent = PaperDescent(self, Levels(problem, model), space, constants, step.seed)
+        levels = Levels(problem, model, BoxVariables(space, constants))
+        descent = PaperDescent(self, levels, space, step.seed)
         if memory is None:
             model.load_state_dict(load(step.centre)["model"])
             descent.place(torch.tensor(step.state.trainings[step.centre].unit, dtype=torch.double))
@@ -147,10 +150,10 @@ class Paper(Method):
 class PaperDescent:
     """Mini-batch momentum steps in (x, y); `x` holds the search coordinates: logarithms for a logarithmic scale."""
 
-    def __init__(self, method: Paper, levels: Levels, space: Space, constants: Mapping[str, Any], seed: int) -> None:
-        self.method, self.levels, self.space, self.constants = method, levels, space, flatten(constants)
+    def __init__(self, method: Paper, levels: Levels, space: Space, seed: int) -> None:
+        self.method, self.levels = method, levels
         self.width = torch.tensor([p.width for p in space.parameters], dtype=torch.double)
-        self.weights = [w for w in levels.model.parameters() if w.requires_grad]
+        self.weights = trainable(levels.model)
         self.generator = torch.Generator().manual_seed(seed)
         self.x = torch.zeros(space.dimension, dtype=torch.double, requires_grad=True)
 
@@ -163,21 +166,14 @@ class PaperDescent:
         with torch.no_grad():
             self.x.copy_(unit * self.width)
 
-    def hyperparameters(self, unit: Tensor) -> dict[str, Any]:
-        problem = self.levels.problem
-        searched = {
-            path: value.to(problem.device, problem.dtype) for path, value in flatten(self.space.decode(unit)).items()
-        }
-        return nest({**self.constants, **searched})
-
     def constraint(self, value_function: ValueFunction) -> float:
         """c = f - v_hat over all lower-level data."""
-        lower = self.levels.value("lower", self.hyperparameters(self.unit))
+        lower = finite("lower", self.levels.value("lower", self.unit, self.levels.y))
         return lower - value_function.mean(self.unit).item()
 
     def lagrangian(self, state: MultiplierState, value_function: ValueFunction) -> float:
         """L over all data."""
-        upper = self.levels.value("upper", {})
+        upper = finite("upper", self.levels.value("upper", self.unit, self.levels.y))
         return Equality(self.method.growth).merit(state, upper, self.constraint(value_function))
 
     def tune(self, state: MultiplierState, value_function: ValueFunction) -> tuple[float, float]:
@@ -201,14 +197,15 @@ class PaperDescent:
     def descend(self, state: MultiplierState, value_function: ValueFunction, rate: float, momentum: float) -> None:
         optimizer = torch.optim.SGD([self.x, *self.weights], lr=rate, momentum=momentum)
         upper_batches, lower_batches = self._forever("upper"), self._forever("lower")
-        sizes = self.levels.problem.batch_size
+        problem, loss = self.levels.problem, self.levels.loss
         self.levels.model.eval()
         for _ in range(self.method.steps):
             above, below = next(upper_batches), next(lower_batches)
             optimizer.zero_grad()
             unit = self.x / self.width
-            upper = self.levels.batch_loss("upper", {}, self.levels.on_device(above))
-            lower = self.levels.batch_loss("lower", self.hyperparameters(unit), self.levels.on_device(below))
+            given = self.levels.hyperparameters(unit)
+            upper = loss("upper", given, move(above, problem.device, problem.dtype))
+            lower = loss("lower", given, move(below, problem.device, problem.dtype))
             constraint = lower.to("cpu", torch.double) - value_function.mean(unit)
             merit = upper.to("cpu", torch.double) + (
                 state.penalty / 2 * constraint.square() + state.multiplier * constraint
@@ -216,12 +213,12 @@ class PaperDescent:
             if not torch.isfinite(merit):
                 raise NotFiniteError(f"the augmented Lagrangian is {merit.item()} at learning rate {rate}")
             merit.backward()
+            self.levels.ledger.charge(problem.batch_size(above) + problem.batch_size(below))
             for tensor in (self.x, *self.weights):
                 torch.nn.utils.clip_grad_norm_(tensor, self.method.clip)
             optimizer.step()
             with torch.no_grad():
                 self.x.clamp_(torch.zeros_like(self.width), self.width)
-            self.levels.examples += sizes(above) + sizes(below)
 
     def _forever(self, level: Level) -> Iterator[Batch]:
         while True:

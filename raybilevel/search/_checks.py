@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.variables import ModuleVariables
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.hypergradient._variables import ModuleVariables, bilevel_functions, weights_of
 from raybilevel.methods._base import Method
 from raybilevel.problem import BilevelProblem, LargeUpperLevel, leaves, move, upper_loss
 from raybilevel.space import Space, flatten, nest
@@ -107,16 +109,17 @@ def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, module = problem.model().to(problem.dtype), problem.upper_variables().to(problem.dtype)
-    problem = copy.copy(problem)
+    whole, problem = problem, copy.copy(problem)
     problem.device = "cpu"  # the driver may have no accelerator
-    functions = bilevel_functions(problem, model, ModuleVariables(module, constants))
-    x, y = parameters_to_vector(module.parameters()).detach(), weights_of(model)
-    functions.lower_terms, functions.upper_terms = functions.lower_terms[:1], functions.upper_terms[:1]
+    problem.batches = lambda level, generator: itertools.islice(whole.batches(level, generator), 1)  # type: ignore[method-assign]
+    functions = Levels(problem, model, ModuleVariables(module, constants))
+    x, y = parameters_to_vector(module.parameters()).detach(), functions.y
     lower, upper = functions.lower(x, y), functions.upper(x, y)
     for level, found in (("lower", lower), ("upper", upper)):
         if not math.isfinite(found.value):
             raise NotFiniteError(f"{name}.{level}_loss is {found.value} at the start; check data and model")
-    if not functions.linearise(x, y).mixed(torch.ones_like(y)).any() and not lower.in_x.any() and not upper.in_x.any():
+    mixed = functions.linearise(x, y).mixed(torch.ones_like(y))
+    if not any(entry.any() for entry in (mixed, lower.in_x, upper.in_x)):
         raise ProblemError(
             f"{name}: neither loss depends on upper_variables(); use hyperparameters['upper'] in lower_loss"
         )

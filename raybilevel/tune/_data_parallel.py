@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
+from raybilevel._lower.functions import LevelGradient
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.training import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
 from raybilevel.errors import ProblemError
 from raybilevel.problem import Batch, BilevelProblem, Level, leaves
-from raybilevel.tune._trainable import FINISHED, a_fifth, check_arguments, check_not_optimistic, report, send
+from raybilevel.tune._trainable import (
+    FINISHED,
+    a_fifth,
+    check_arguments,
+    check_not_optimistic,
+    checkpoint_due,
+    report,
+    send,
+)
 
 RUN = "data_parallel"
 
@@ -104,11 +113,15 @@ def worker(given: Mapping[str, Any]) -> None:
     if begun is not None:
         with begun.as_directory() as folder:
             training.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
+    saved = training.epoch
     while not training.finished:
         with time_limit(given["epoch_time_limit"]):  # the others of the group wait for a process that hangs
             training.run_epoch()
+            if not training.reports:
+                continue
             metrics = report(training)
-        due = training.finished or training.epoch % given["checkpoint_every"] == 0
+        due = checkpoint_due(training, saved, given["checkpoint_every"])
+        saved = training.epoch if due else saved
         with tempfile.TemporaryDirectory() as folder:
             if due and rank == 0:
                 (Path(folder) / CHECKPOINT_FILE).write_bytes(dump_checkpoint(training))
@@ -129,7 +142,7 @@ class DataParallelTraining(LowerLevelTraining):
         own = copy.copy(problem)
         own.batches = self.shares.batches  # type: ignore[method-assign]
         super().__init__(own, config, seed)
-        self.levels = SummedLevels(own, self.model)
+        self.levels = SummedLevels(own, self.model, self.variables)
         self.parallel = DistributedDataParallel(LowerLoss(problem, self.model))
 
     def run_epoch(self) -> None:
@@ -149,8 +162,8 @@ class DataParallelTraining(LowerLevelTraining):
         distributed.all_reduce(total)
         return total.item() / self.workers
 
-    def _evaluate(self) -> dict[str, float]:
-        return super()._evaluate() if self.rank == 0 else {}
+    def metrics(self) -> dict[str, float]:
+        return super().metrics() if self.rank == 0 else {}
 
 
 class LowerLoss(nn.Module):
@@ -167,15 +180,12 @@ class LowerLoss(nn.Module):
 class SummedLevels(Levels):
     """Levels of which every process has summed a share."""
 
-    def _sums(
-        self, level: Level, hyperparameters: Mapping[str, Any], wrt: Sequence[Tensor]
-    ) -> tuple[float, int, list[Tensor]]:
-        total, count, sums = super()._sums(level, hyperparameters, wrt)
-        numbers = torch.tensor([total, count], dtype=torch.double, device=self.problem.device)
+    def mean(self, total: float, weights: float, *sums: Tensor) -> LevelGradient:
+        numbers = torch.tensor([total, weights], dtype=torch.double, device=self.problem.device)
         distributed.all_reduce(numbers)
         for entry in sums:
             distributed.all_reduce(entry)
-        return numbers[0].item(), int(numbers[1].item()), sums
+        return super().mean(numbers[0].item(), numbers[1].item(), *sums)
 
 
 class Shares:

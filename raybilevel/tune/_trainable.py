@@ -32,9 +32,9 @@ def lower_level_trainable(
 ) -> Callable[[dict[str, Any]], None]:
     """A trainable for `tune.run` and `tune.Tuner`: one lower-level training at the trial's config.
 
-    It reports every epoch `lower_loss` (f), `upper_loss` (F at the weights so far) and what the problem's `evaluate`
-    returns; at the end also `lower_gradient` (df/dx, nested as the config is), `lower_level_finished=True` and a
-    checkpoint. A restarted trial goes on from its last checkpoint.
+    It reports every `problem.evaluate_every` epochs `lower_loss` (f), `upper_loss` (F at the weights so far) and what
+    the problem's `evaluate` returns; at the end also `lower_gradient` (df/dx, nested as the config is),
+    `lower_level_finished=True` and a checkpoint. A restarted trial goes on from its last checkpoint.
 
     seed:             of the initial weights and the order of batches; the same for every trial.
     checkpoint_every: epochs between checkpoints; None for five in a training.
@@ -94,6 +94,7 @@ def lower_level(
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             training.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
+    saved = training.epoch
     while not training.finished:
         last = training.epoch + 1 == problem.value.epochs
         # The last epoch of an optimistic problem takes up to as many passes more as there were epochs.
@@ -102,8 +103,11 @@ def lower_level(
             training.run_epoch()
             if training.finished:
                 training.conclude()
+            if not training.reports:
+                continue
             metrics = report(training)
-        due = training.finished or training.epoch % checkpoint_every == 0
+        due = checkpoint_due(training, saved, checkpoint_every)
+        saved = training.epoch if due else saved
         send(metrics, CHECKPOINT_FILE, dump_checkpoint(training) if due else None)
 
 
@@ -120,18 +124,17 @@ def send(metrics: dict[str, Any], name: str, checkpoint: bytes | None) -> None:
         tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
+def checkpoint_due(training: LowerLevelTraining, saved: int, every: int) -> bool:
+    """Whether the present epoch is the last, or the first to be reported in `every` since the one that was saved."""
+    return training.finished or training.epoch // every > saved // every
+
+
 def report(training: LowerLevelTraining) -> dict[str, Any]:
     """The metrics of one epoch; the gradient only where it means something, at the end of the training."""
-    passes = training.levels.passes
-    metrics: dict[str, Any] = {
-        **training.losses(),
-        "epoch": training.epoch,
-        PASSES: passes,
-        FINISHED: training.finished,
-    }
+    metrics: dict[str, Any] = {**training.losses(), "epoch": training.epoch, FINISHED: training.finished}
     if training.finished:
         metrics[GRADIENT] = training.gradient()
-    return metrics
+    return {**metrics, PASSES: training.passes}
 
 
 def checkpoint_path(result: Mapping[str, Any]) -> str | None:

@@ -12,10 +12,11 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from raybilevel._config.experiment import read_config
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.variables import ModuleVariables, weights_of
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import Unrolled
 from raybilevel.hypergradient._descent import BilevelDescent
-from raybilevel.hypergradient._variables import ModuleVariables, bilevel_functions, weights_of
 from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problems.architecture import (
     OPERATIONS,
@@ -92,7 +93,7 @@ def test_hypergradient_of_one_step_against_central_differences() -> None:
     problem.dtype = torch.double
     torch.manual_seed(0)
     module = problem.upper_variables().double()
-    functions = bilevel_functions(problem, problem.model().double(), ModuleVariables(module, {}))
+    functions = Levels(problem, problem.model().double(), ModuleVariables(module, {}))
     x, y = parameters_to_vector(module.parameters()).detach(), weights_of(problem.model().double())
 
     def after_one_step(x: torch.Tensor) -> float:
@@ -141,7 +142,7 @@ def test_a_descent_reports_the_architecture_trained_anew() -> None:
     while not descent.finished:
         descent.run_step()
     found = descent.conclude()
-    chosen = genotype(descent.variables.hyperparameters(descent.best[1])["upper"])
+    chosen = genotype(descent.levels.hyperparameters(descent.best[1])["upper"])
     again = problem.trained(chosen)
     assert {name: found[name] for name in again} == again
     assert found["convolutions"] == sum("convolution" in name for name in chosen)

@@ -100,7 +100,6 @@ def test_a_descent_finds_the_optimum_of_the_box(settings: dict[str, Any]) -> Non
     assert found["upper_loss"] - best <= 0.02 * (start - best)
     x = torch.tensor([found["hyperparameters"]["decay"][str(j)] for j in range(3)], dtype=torch.double)
     assert found["upper_loss"] == pytest.approx(problem.F(problem.solution(x)).item(), rel=1e-6)
-    assert descent.passes > 80
 
 
 def test_steps_of_a_box_are_applied_before_the_result_is_judged() -> None:
@@ -248,17 +247,6 @@ def test_what_an_estimator_keeps_goes_to_the_problems_device(estimator: Any) -> 
     }
 
 
-def test_a_checkpoint_without_an_error_estimator_is_read() -> None:
-    selection = {"strategy": "ritz_generalized_singular"}
-    method = HypergradientDescent(solver_settings={"criterion": "error", "selection": selection})
-    descent = BilevelDescent(ModuleRidge(), {"start": 0.0}, method)
-    descent.run_step()
-    state = load_checkpoint(dump_checkpoint(descent))
-    del state["memory"]["estimator"]
-    descent.load_state_dict(state)
-    assert descent.memory.space.estimator is None and descent.run_step()["solver_residual"] < 1e-6
-
-
 def test_shards_are_parts_of_the_data_and_all_of_it_judges() -> None:
     problem = ShardedRidge(rows=24)
     method = HypergradientDescent(steps=30, rate=0.3, lower="tolerance", lower_tolerance=1e-8, shards=2)
@@ -270,7 +258,7 @@ def test_shards_are_parts_of_the_data_and_all_of_it_judges() -> None:
         while not descent.finished:
             x = descent.x.detach().clone()
             assert descent.run_step()["upper_loss"] == pytest.approx(part.F(part.solution(x.exp())).item(), rel=1e-6)
-        spent = descent.functions.passes + descent.training_passes
+        spent = descent.levels.passes
         assert descent.passes == spent / 2  # in passes over all data
         best = descent.best[1]
         found = descent.conclude()

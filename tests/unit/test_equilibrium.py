@@ -73,7 +73,7 @@ def test_hypergradients_of_an_equilibrium_agree() -> None:
     |z - g(z)|^2 / 2, whose minimum is the same point."""
     descent = BilevelDescent(small(), {"start": 0.0}, METHOD)
     descent.run_step()
-    x, functions = descent.x.detach().clone(), descent.functions
+    x, functions = descent.x.detach().clone(), descent.levels
 
     def solved(x: Tensor) -> Tensor:
         step = lambda z: functions.mapped(x, z.flatten())  # noqa: E731

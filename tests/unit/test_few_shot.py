@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.few_shot import joint, nearest
+from raybilevel._lower.variables import weights_of
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import LinearSystem, MinimalResidual, solve_lower
 from raybilevel.hypergradient._descent import BilevelDescent
-from raybilevel.hypergradient._variables import weights_of
 from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problems.few_shot import TURNS, FewShot, Initialisation
 
@@ -65,7 +65,7 @@ def test_hypergradient_of_an_initialisation_against_central_differences() -> Non
     problem.dtype = torch.float64
     method = HypergradientDescent(lower="tolerance", lower_tolerance=1e-9, solver_settings={"tolerance": 1e-10})
     descent = BilevelDescent(problem, {"start": 0.0}, method)
-    x, functions = descent.x.detach().clone(), descent.functions
+    x, functions = descent.x.detach().clone(), descent.levels
     x = x + 0.01 * torch.randn(len(x), generator=torch.Generator().manual_seed(0), dtype=x.dtype)
 
     def solved(x: Tensor, y: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def test_a_learned_initialisation_helps_with_new_digits() -> None:
         steps=30, rate=0.01, lower="tolerance", lower_tolerance=1e-3, solver_settings={"tolerance": 0.03, "limit": 20}
     )
     descent = BilevelDescent(problem, {"start": 0.0}, method)
-    start = descent.variables.hyperparameters(descent.x.detach().clone())["upper"]
+    start = descent.levels.hyperparameters(descent.x.detach().clone())["upper"]
     before = problem.accuracies(start, "test", problem.nearness).mean().item()
     assert before > 0.4 and nearest(problem.splits["test"]) > 0.4  # chance is 0.2
     while not descent.finished:

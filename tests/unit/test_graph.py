@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.functional import one_hot
 from torch.nn.utils import parameters_to_vector
 
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.variables import ModuleVariables
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import Implicit, LinearSystem, MinimalResidual, solve_lower
 from raybilevel.hypergradient._descent import BilevelDescent
-from raybilevel.hypergradient._variables import ModuleVariables, bilevel_functions
 from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problems import _datasets as datasets
 from raybilevel.problems._datasets import Graph
@@ -101,7 +102,7 @@ def test_hypergradient_of_edges_against_central_differences() -> None:
     problem.dtype = torch.float64
     torch.manual_seed(0)
     module = problem.upper_variables().double()
-    functions = bilevel_functions(problem, problem.model().double(), ModuleVariables(module, {}))
+    functions = Levels(problem, problem.model().double(), ModuleVariables(module, {}))
     x = parameters_to_vector(module.parameters()).detach()
     model = problem.model().double()
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.variables import BoxVariables, ModuleVariables, weights_of
 from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.hypergradient import (
     BilevelFunctions,
@@ -22,7 +24,6 @@ from raybilevel.hypergradient import (
     Unrolled,
     solve_lower,
 )
-from raybilevel.hypergradient._variables import BoxVariables, ModuleVariables, bilevel_functions, weights_of
 from raybilevel.problem import LargeUpperLevel
 from tests.problems_for_tests import Logistic
 
@@ -206,7 +207,7 @@ def test_functions_of_a_problem_on_its_box() -> None:
     problem = Logistic(dimension=3)
     model = problem.model().to(problem.dtype)
     unit, y = torch.tensor([0.3, 0.5, 0.8], dtype=torch.double), torch.tensor([0.2, -0.1, 0.4], dtype=torch.double)
-    functions = bilevel_functions(problem, model, BoxVariables(problem.space, {}))
+    functions = Levels(problem, model, BoxVariables(problem.space, {}))
     before = weights_of(model)
     lower, upper = functions.lower(unit, y), functions.upper(unit, y)
     expected = torch.func.grad(lambda u, y: problem.f(problem.values(u), y), (0, 1))(unit, y)
@@ -228,7 +229,7 @@ def test_functions_of_a_problem_with_an_upper_module() -> None:
     problem = Weighted(dimension=3)
     x, y = torch.tensor([-1.0, 0.1, 0.5], dtype=torch.double), torch.tensor([0.2, -0.1, 0.4], dtype=torch.double)
     module = problem.upper_variables().to(problem.dtype)
-    functions = bilevel_functions(problem, problem.model().to(problem.dtype), ModuleVariables(module, {}))
+    functions = Levels(problem, problem.model().to(problem.dtype), ModuleVariables(module, {}))
     expected = torch.func.grad(lambda x, y: problem.f(x.exp(), y), (0, 1))(x, y)
     lower = functions.lower(x, y)
     torch.testing.assert_close((lower.in_x, lower.in_y), expected)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.variables import ModuleVariables, weights_of
 from raybilevel.errors import ConfigError, DataError
 from raybilevel.hypergradient import Implicit, LinearSystem, MinimalResidual, Selection, solve_lower
 from raybilevel.hypergradient._descent import BilevelDescent
-from raybilevel.hypergradient._variables import ModuleVariables, bilevel_functions, weights_of
 from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problems import _datasets as datasets
 from raybilevel.problems.imaging import FieldsOfExperts, RegularisationParameters, psnr
@@ -53,7 +54,7 @@ def test_hypergradient_of_filters_against_central_differences() -> None:
     problem = inpainting(filters=2, filter_size=3)
     torch.manual_seed(0)
     module = problem.upper_variables().to(problem.dtype)
-    functions = bilevel_functions(problem, problem.model().to(problem.dtype), ModuleVariables(module, {}))
+    functions = Levels(problem, problem.model().to(problem.dtype), ModuleVariables(module, {}))
     x = parameters_to_vector(module.parameters()).detach()
 
     def solved(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -132,8 +133,8 @@ def test_regularisation_parameters_by_a_descent_are_those_of_a_grid() -> None:
     steps = torch.linspace(0, 1, 9, dtype=torch.double)
     values = []
     for point in torch.cartesian_prod(steps, steps):
-        y = solve_lower(descent.functions, point, y, 1e-4).y
-        values.append(descent.functions.upper(point, y).value)
+        y = solve_lower(descent.levels, point, y, 1e-4).y
+        values.append(descent.levels.upper(point, y).value)
     assert found["upper_loss"] <= min(values) * 1.005
 
 

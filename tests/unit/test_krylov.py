@@ -11,10 +11,10 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from raybilevel._linear.krylov import KrylovMemory
+from raybilevel._linear.recycling import RecycleSpace, deflation
 from raybilevel.errors import NotFiniteError
 from raybilevel.hypergradient import ConjugateGradients, LinearSystem, MinimalResidual, NeumannSeries, Selection
-from raybilevel.hypergradient._krylov import KrylovMemory
-from raybilevel.hypergradient._recycling import RecycleSpace, deflation
 
 N = 60
 

@@ -6,59 +6,73 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from raybilevel._lower.levels import Levels, as_tensors, lower_gradient
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.training import LowerLevelTraining
+from raybilevel._lower.variables import ConfigVariables
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.problem import Hyperparameters
-from tests.problems_for_tests import Network, Ridge, vector
+from raybilevel.problem import BilevelProblem, Hyperparameters
+from tests.problems_for_tests import Network, Ridge, levels_at, vector
 
 X = vector(0.1, 2.0, 0.5)
 ROUNDING = 1e-13  # sums of at most 30 terms of order one
 
 
-def levels_of(problem: Ridge) -> tuple[Levels, Tensor]:
-    """The problem at some weights, and these."""
+def levels_of(problem: Ridge) -> tuple[Levels, Tensor, Tensor]:
+    """The problem's levels, its decays x, and some weights y."""
     model = problem.model().to(problem.dtype)
-    weights = model.get_parameter("weight")
     with torch.no_grad():
-        weights.copy_(vector(0.3, -1.0, 2.0))
-    return Levels(problem, model), weights
+        model.get_parameter("weight").copy_(vector(0.3, -1.0, 2.0))
+    return levels_at(problem, model, problem.config(X))
+
+
+def danskin(problem: Ridge, config: dict[str, Any]) -> dict[str, Any]:
+    """df/dx at the same weights."""
+    training = LowerLevelTraining(problem, config)
+    with torch.no_grad():
+        training.model.get_parameter("weight").copy_(vector(0.3, -1.0, 2.0))
+    return training.gradient()
 
 
 @pytest.mark.parametrize("batch", [None, 5, 7])  # 12 rows below and 30 above: no size divides both
 def test_means_are_weighted_by_the_size_of_the_batch(batch: int | None):
     problem = Ridge(batch=batch)
-    levels, weights = levels_of(problem)
-    y = weights.detach()[0]
-    hyperparameters = as_tensors(problem.config(X), problem)
-    assert levels.value("lower", hyperparameters) == pytest.approx(problem.f(X, y).item(), rel=ROUNDING)
-    assert levels.value("upper", {}) == pytest.approx(problem.F(y).item(), rel=ROUNDING)
+    levels, x, y = levels_of(problem)
+    assert levels.value("lower", x, y) == pytest.approx(problem.f(X, y).item(), rel=ROUNDING)
+    assert levels.value("upper", x, y) == pytest.approx(problem.F(y).item(), rel=ROUNDING)
+    assert levels.loss_at("lower", x, y).item() == pytest.approx(problem.f(X, y).item(), rel=ROUNDING)
 
 
 @pytest.mark.parametrize("batch", [None, 5])
 def test_gradients_against_the_dense_formulas(batch: int | None):
     problem = Ridge(batch=batch)
-    levels, weights = levels_of(problem)
-    y = weights.detach()[0]
-    above = levels.gradient("upper", {}, [weights])
-    below = levels.gradient("lower", as_tensors(problem.config(X), problem), [weights])
+    levels, x, y = levels_of(problem)
+    above, below = levels.upper(x, y), levels.lower(x, y)
     inputs, targets = problem.upper
     assert above.value == pytest.approx(problem.F(y).item(), rel=ROUNDING)
-    assert above.gradient[0][0].tolist() == pytest.approx((inputs.T @ (inputs @ y - targets) / 30).tolist(), rel=1e-12)
+    assert above.in_y.tolist() == pytest.approx((inputs.T @ (inputs @ y - targets) / 30).tolist(), rel=1e-12)
     inner = problem.hessian(X) @ (y - problem.solution(X))
-    assert below.gradient[0][0].tolist() == pytest.approx(inner.tolist(), rel=1e-12)
-
-
-def test_a_level_that_does_not_depend_on_something_has_gradient_zero_in_it():
-    levels, weights = levels_of(Ridge())
-    other = torch.ones(2, dtype=torch.double, requires_grad=True)
-    assert levels.gradient("upper", {}, [weights, other]).gradient[1].tolist() == [0.0, 0.0]
-
-
-def test_the_gradient_in_x_is_half_the_square_of_the_weights():
+    assert below.in_y.tolist() == pytest.approx(inner.tolist(), rel=1e-12)
     # f has the term x_j y_j^2 / 2
+    assert below.in_x.tolist() == pytest.approx([0.3**2 / 2, 0.5, 2.0], rel=ROUNDING)
+
+
+def test_other_weights_than_the_models_are_as_good_and_leave_it_alone():
     problem = Ridge(batch=5)
-    gradient = lower_gradient(levels_of(problem)[0], {**problem.config(X), "layers": 3, "name": "a", "unused": 1.0})
+    levels, x, y = levels_of(problem)
+    assert levels.value("lower", x, y + 1) == pytest.approx(problem.f(X, y + 1).item(), rel=ROUNDING)
+    assert torch.equal(levels.y, y)
+
+
+def test_a_level_that_does_not_depend_on_x_has_gradient_zero_in_it():
+    levels, x, y = levels_of(Ridge())
+    assert levels.upper(x, y).in_x.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_every_float_of_the_config_has_an_entry_in_the_gradient():
+    problem = Ridge(batch=5)
+    gradient = danskin(problem, {**problem.config(X), "layers": 3, "name": "a", "unused": 1.0})
     assert list(gradient["decay"].values()) == pytest.approx([0.3**2 / 2, 0.5, 2.0], rel=ROUNDING)
     assert gradient["unused"] == 0.0
     assert set(gradient) == {"decay", "unused"}
@@ -71,18 +85,17 @@ def test_a_gradient_that_is_not_finite_is_named():
 
     problem = Root()
     with pytest.raises(NotFiniteError, match="root is inf"):
-        lower_gradient(levels_of(problem)[0], {**problem.config(X), "root": 0.0})
+        danskin(problem, {**problem.config(X), "root": 0.0})
 
 
-def test_gradients_are_charged_and_values_are_not():
-    problem = Ridge(batch=5)
-    levels, weights = levels_of(problem)
-    hyperparameters = as_tensors(problem.config(X), problem)
-    levels.value("lower", hyperparameters)
+@pytest.mark.parametrize("batch", [None, 5])
+def test_gradients_are_charged_and_values_are_not(batch: int | None):
+    levels, x, y = levels_of(Ridge(batch=batch))
+    levels.value("lower", x, y)
     assert levels.passes == 0
-    levels.gradient("lower", hyperparameters, [weights])
+    levels.lower(x, y)
     assert levels.passes == 1
-    levels.gradient("upper", {}, [weights])
+    levels.upper(x, y)
     assert levels.passes == 1 + 30 / 12
 
 
@@ -90,24 +103,49 @@ def test_levels_are_taken_in_eval_mode():
     problem = Network()
     model = problem.model()
     model.train()
-    levels = Levels(problem, model)
-    assert levels.value("upper", {}) == levels.value("upper", {})  # dropout would differ
+    levels, x, y = levels_at(problem, model, {"decay": 0.1})
+    assert levels.value("upper", x, y) == levels.value("upper", x, y)  # dropout would differ
     assert not model.training
 
 
-def test_a_level_that_is_not_finite_is_an_error():
-    levels, weights = levels_of(Ridge())
-    with torch.no_grad():
-        weights.fill_(math.inf)
-    with pytest.raises(NotFiniteError, match="upper-level loss is"):
-        levels.value("upper", {})
+class Checkpointed(Network):
+    """Activations are not kept, but made again when the loss is differentiated."""
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        plain = super().lower_loss
+        return checkpoint(lambda *given: plain(model, hyperparameters, given), *batch, use_reentrant=False)
+
+
+def test_what_is_computed_again_is_computed_at_the_same_weights():
+    found = []
+    for problem in (Network(), Checkpointed()):
+        torch.manual_seed(0)
+        levels, x, y = levels_at(problem, problem.model(), {"decay": 0.1})
+        found.append(levels.lower(x, y + 0.5).in_y)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("level", ["lower", "upper"])
+def test_a_loss_that_is_not_finite_is_an_error(level: str):
+    class Infinite(Ridge):
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            return super().lower_loss(model, hyperparameters, batch) * (math.inf if level == "lower" else 1)
+
+        def upper_loss(self, model: nn.Module, batch: Any) -> Tensor:
+            return super().upper_loss(model, batch) * math.inf
+
+    problem = Infinite()
+    training = LowerLevelTraining(problem, problem.config(X))
+    with pytest.raises(NotFiniteError, match=f"{level}-level loss is inf"):
+        training.losses()
 
 
 def test_floats_become_tensors_and_the_rest_stays():
     problem = Ridge(dtype=torch.float32)
-    tensors = as_tensors({"a": {"b": 0.5}, "layers": 3, "name": "x", "on": True}, problem, requires_grad=True)
-    assert tensors["a"]["b"].dtype == torch.float32 and tensors["a"]["b"].requires_grad
-    assert {name: tensors[name] for name in ("layers", "name", "on")} == {"layers": 3, "name": "x", "on": True}
+    variables = ConfigVariables({"a": {"b": 0.5}, "layers": 3, "name": "x", "on": True}, problem)
+    given = variables.given(variables.x)
+    assert variables.x.dtype == given["a"]["b"].dtype == torch.float32 and given["a"]["b"].shape == ()
+    assert {name: given[name] for name in ("layers", "name", "on")} == {"layers": 3, "name": "x", "on": True}
 
 
 def test_batches_that_are_all_empty_are_found_before_anything_is_divided():
@@ -115,5 +153,10 @@ def test_batches_that_are_all_empty_are_found_before_anything_is_divided():
         def batch_size(self, batch: Any) -> int:
             return 0
 
+    problem = Empty()
     with pytest.raises(ProblemError, match="yields no examples"):
-        Levels(Empty(), Ridge().model())
+        LowerLevelTraining(problem, problem.config(X)).losses()
+
+
+def test_every_abstract_part_is_asked_for():
+    assert BilevelProblem.__abstractmethods__ == {"model", "lower_loss", "upper_loss", "batches"}

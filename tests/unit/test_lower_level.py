@@ -5,7 +5,7 @@ import io
 import math
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raybilevel._lower import training as lower_level
 from raybilevel._lower.training import LowerLevelTraining, dump_checkpoint, load_checkpoint, refit, train
 from raybilevel.errors import CheckpointError, NotFiniteError, ProblemError
-from raybilevel.problem import BilevelProblem, Hyperparameters
+from raybilevel.problem import BilevelProblem, Hyperparameters, Level
 from tests.problems_for_tests import Network, Ridge, vector
 
 X = vector(0.1, 2.0, 0.5)
@@ -74,9 +74,30 @@ def test_metrics_are_the_problems_own():
     assert type(trained.metrics["first_weight"]) is float
 
 
-def test_passes_count_the_gradients_of_the_training_alone():
+def test_passes_count_the_gradients_of_the_epochs_and_the_one_at_the_end():
     problem = Ridge(batch=5, epochs=7, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
-    assert train(problem, problem.config(X))[0].passes == 7
+    assert train(problem, problem.config(X))[0].passes == 8
+
+
+def test_no_pass_is_made_to_count_examples_and_none_for_losses_that_are_not_asked_for():
+    class Counted(Ridge):
+        def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Any]:
+            passes.append((level, generator is not None))
+            return super().batches(level, generator)
+
+    passes: list[tuple[str, bool]] = []
+    problem = Counted(batch=5, epochs=5, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    problem.evaluate_every = 2
+    training, told = LowerLevelTraining(problem, problem.config(X)), []
+    while not training.finished:
+        training.run_epoch()
+        assert training.passes == training.epoch
+        if training.reports:
+            told.append(training.epoch)
+            training.losses()
+    assert told == [2, 4, 5]
+    assert passes.count(("lower", True)) == 5 and passes.count(("upper", True)) == 0
+    assert passes.count(("lower", False)) == passes.count(("upper", False)) == 3
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.double, 1e-11)])
@@ -110,7 +131,8 @@ def test_every_public_function_of_the_module_is_known():
     """A new way into a training must be looked at here: could it start from weights that have seen validation data?"""
     own = {n for n, v in vars(lower_level).items() if getattr(v, "__module__", "") == lower_level.__name__}
     assert own == {
-        "TrainedLowerLevel", "LowerLevelTraining", "train", "refit", "dump_checkpoint", "load_checkpoint",
+        "TrainedLowerLevel", "LowerLevelTraining", "train_epoch", "train", "refit", "forked_random", "dump_checkpoint",
+        "load_checkpoint",
     }  # fmt: skip
 
 
@@ -175,7 +197,7 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(kind: str, stop: in
     resumed.load_state_dict(load_checkpoint(dump_checkpoint(stopped)))
     assert (resumed.epoch, resumed.finished) == (stop, stop == 4)
     assert same(run(resumed), expected)
-    assert resumed.levels.passes == uninterrupted.levels.passes
+    assert resumed.passes == uninterrupted.passes
     assert resumed.losses() == uninterrupted.losses()
 
 
@@ -207,7 +229,7 @@ class Malicious:
 
 @pytest.mark.parametrize("kind", ["torch", "pickle"])
 def test_a_checkpoint_never_executes_code(tmp_path: Path, kind: str):
-    state, harm = {"format": 1, "model": Malicious(tmp_path / "harm")}, tmp_path / "harm"
+    state, harm = {"format": 2, "model": Malicious(tmp_path / "harm")}, tmp_path / "harm"
     buffer = io.BytesIO()
     if kind == "torch":
         torch.save(state, buffer)
@@ -233,11 +255,11 @@ def test_a_missing_checkpoint_is_an_error(tmp_path: Path):
         load_checkpoint(tmp_path / "none.pt")
 
 
-@pytest.mark.parametrize(("state", "found"), [({"format": 2}, "2"), ({"model": {}}, "None"), ([1], "list")])
+@pytest.mark.parametrize(("state", "found"), [({"format": 1}, "1"), ({"model": {}}, "None"), ([1], "list")])
 def test_another_format_is_an_error(state: Any, found: str):
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with pytest.raises(CheckpointError, match=f"has format {found}; this version reads 1"):
+    with pytest.raises(CheckpointError, match=f"has format {found}; this version reads 2"):
         load_checkpoint(buffer.getvalue())
 
 

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raybilevel._descents.upper_level import Hypergradient
+from raybilevel._descents.fixed_x import LagrangianPoint
+from raybilevel._descents.joint import JointDescent
+from raybilevel._lower.hypergradient import Hypergradient
 from raybilevel._lower.training import load_checkpoint, train
 from raybilevel.errors import ConfigError
 from raybilevel.methods import METHODS, Default, Paper, make_method
+from raybilevel.methods import _default as default
 from raybilevel.methods._base import UpperResult, UpperStep
 from raybilevel.methods._default import is_new, trusted_radius
 from raybilevel.search._local import observe
@@ -310,14 +313,25 @@ def test_a_step_goes_on_without_a_checkpoint_that_cannot_be_read():
     assert list(result.unreadable) == [damaged] and "checkpoint" in result.unreadable[damaged]
 
 
-def test_a_joint_descent_is_taken_and_charged():
+def test_a_joint_descent_is_taken_and_charged(monkeypatch: pytest.MonkeyPatch):
+    taken: list[tuple[JointDescent, float]] = []
+
+    def joint_descent(point: Any, *given: Any) -> JointDescent:
+        before = point.levels.passes
+        descent = plain(point, *given)
+        taken.append((descent, point.levels.passes - before))
+        return descent
+
+    plain = default.joint_descent
+    monkeypatch.setattr(default, "joint_descent", joint_descent)
     problem = Ridge(dimension=2)
     found, checkpoints = trained_state(problem, 6)
     step = plan(found)
     assert step is not None
     alone, joint = (run(m, step, problem, checkpoints).record for m in (replace(JOINT, joint_share=0.0), JOINT))
-    assert joint.passes > alone.passes
-    assert joint.violation is not None and joint.violation >= 0
+    ((descent, passes),) = taken
+    assert passes > 2 and joint.passes == pytest.approx(alone.passes + passes, rel=1e-12)
+    assert (joint.multiplier, joint.violation) == (descent.multipliers.multiplier, descent.multipliers.violation)
 
 
 def test_a_step_is_a_pure_function():
@@ -411,7 +425,7 @@ class Cone:
 )
 def test_the_trusted_radius_halves_until_the_value_is_known(slack: float, expected: float):
     # the steepest coordinate goes the whole way: 0.2, 0.1, 0.05, ... from the centre
-    descent = Hypergradient(vector(-4.0, 1.0), 1.0, 0.05, slack, [], 1.0)
+    descent = LagrangianPoint(Hypergradient(vector(-4.0, 1.0), 1.0), 1.0, 0.05, slack, vector(), 1.0)
     found = trusted_radius(Cone(), vector(0.5, 0.5), descent, 0.2)
     assert found == pytest.approx(expected)
 

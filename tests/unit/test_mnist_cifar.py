@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from raybilevel._lower.levels import Levels, as_tensors, lower_gradient
 from raybilevel._lower.training import LowerLevelTraining, refit
 from raybilevel.errors import ConfigError, DataError
 from raybilevel.problem import BilevelProblem, move
@@ -21,7 +20,8 @@ from raybilevel.problems._datasets import Images
 from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.mnist import Mnist, Mnist1K
 from raybilevel.search import check_problem
-from raybilevel.space import Parameter, Space, flatten, nest
+from raybilevel.space import Parameter, Space, flatten
+from tests.problems_for_tests import levels_at
 
 DATA = os.environ.get("RAYBILEVEL_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="RAYBILEVEL_TEST_DATA does not name a folder with the data sets")
@@ -109,13 +109,12 @@ def test_one_epoch_lowers_the_loss_and_a_refit_works(make: Any, config: dict[str
 def test_the_gradient_in_the_hyperparameters_agrees_with_differences(make: Any, config: Any, scale: str) -> None:
     problem = make()
     problem.dtype, problem.penalty_scale = torch.double, scale
-    levels, h = Levels(problem, seeded_model(problem)), 0.01
-    gradient = flatten(lower_gradient(levels, config))
-    for path, value in flatten(config).items():
-        ends = [nest({**flatten(config), path: value + sign * h}) for sign in (1, -1)]
-        up, down = (levels.value("lower", as_tensors(end, problem)) for end in ends)
+    levels, x, y = levels_at(problem, seeded_model(problem), config)
+    gradient = levels.lower(x, y).in_x
+    for entry, step in zip(gradient, 0.01 * torch.eye(len(x), dtype=torch.double), strict=True):
+        up, down = (levels.value("lower", end, y) for end in (x + step, x - step))
         # f is linear in the weight decays, so that differences are exact up to rounding: 1e-16 / h against 1e-3
-        assert gradient[path] == pytest.approx((up - down) / (2 * h), rel=1e-9)
+        assert entry.item() == pytest.approx((up - down) / 0.02, rel=1e-9)
 
 
 @ALL
@@ -128,7 +127,8 @@ def test_the_lower_level_is_the_published_function(make: Any, config: dict[str, 
     penalty = sum(decay * norms[name] for name, decay in config["weight_decay"].items())
     with torch.no_grad():
         expected = cross_entropy(model(x), y).item() + penalty / (4 * len(x))
-    assert Levels(problem, model).value("lower", config) == pytest.approx(expected, rel=1e-12)
+    levels, decays, y_ = levels_at(problem, model, config)
+    assert levels.value("lower", decays, y_) == pytest.approx(expected, rel=1e-12)
 
 
 def test_in_the_scale_of_the_code_the_penalty_is_divided_by_the_batch() -> None:
@@ -158,13 +158,13 @@ def test_one_weight_decay_for_all_layers_is_equal_ones_per_layer() -> None:
     one, each = mnist(share="all"), mnist()
     model = seeded_model(one)
     equal = {"weight_decay": {"fc1": 0.3, "fc2": 0.3}}
-    assert Levels(one, model).value("lower", {"weight_decay": 0.3}) == pytest.approx(
-        Levels(each, model).value("lower", equal),
-        rel=1e-6,  # float32
-    )
-    gradient = lower_gradient(Levels(one, model), {"weight_decay": 0.3})["weight_decay"]
-    layers = lower_gradient(Levels(each, model), equal)["weight_decay"]
-    assert gradient == pytest.approx(layers["fc1"] + layers["fc2"], rel=1e-6)
+    found = []
+    for problem, config in ((one, {"weight_decay": 0.3}), (each, equal)):
+        levels, x, y = levels_at(problem, model, config)
+        found.append(levels.lower(x, y))
+    # float32
+    assert found[0].value == pytest.approx(found[1].value, rel=1e-6)
+    assert found[0].in_x.sum().item() == pytest.approx(found[1].in_x.sum().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 
+from raybilevel._lower.variables import weights_of
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import solve_lower
 from raybilevel.hypergradient._descent import BilevelDescent
-from raybilevel.hypergradient._variables import weights_of
 from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problems.treatment import Distances, TreatmentEffects, energy_distances, estimators, regressed
 
@@ -50,9 +50,9 @@ def test_the_lower_level_has_the_closed_form() -> None:
     problem = TreatmentEffects(units=200)
     descent = BilevelDescent(problem, {"start": 0.0}, METHOD)
     descent.run_step()
-    y = solve_lower(descent.functions, descent.x.detach(), weights_of(descent.model), 1e-10).y
+    y = solve_lower(descent.levels, descent.x.detach(), weights_of(descent.model), 1e-10).y
     (batch,) = problem.batches("lower", None)
-    upper = descent.variables.hyperparameters(descent.x.detach())["upper"]
+    upper = descent.levels.hyperparameters(descent.x.detach())["upper"]
     weights = upper(batch.units.covariates, batch.units.treated).detach()
     x = torch.cat([batch.units.covariates, torch.ones(100, 1, dtype=torch.double)], 1)
     torch.testing.assert_close(y.view(2, 5) @ x.T, regressed(batch.units, weights, problem.decay), rtol=1e-6, atol=1e-8)

@@ -8,18 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raybilevel._descents.upper_level import (
-    Hypergradient,
-    TrainedPoint,
-    descend,
-    hypergradient,
-    joint_descent,
-    limit_direction,
-)
-from raybilevel._lower.lbfgs import inner
+from raybilevel._descents.fixed_x import LagrangianPoint, descend, lagrangian_point, limit
+from raybilevel._descents.joint import joint_descent
+from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.linearisation import inner
+from raybilevel._lower.variables import BoxVariables
 from raybilevel.problem import Hyperparameters
-from tests.problems_for_tests import Formula, Logistic, Network, Ridge, trained_point, vector
+from tests.problems_for_tests import Formula, Logistic, Network, Ridge, point_at, trained_point, vector
 
 UNIT = vector(0.4, 0.6, 0.5)
 LINE_SEARCH = 25  # evaluations that one line search of torch's L-BFGS may take
@@ -32,10 +28,6 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def unfinished(kind: type[Ridge] = Logistic) -> TrainedPoint:
     """A point three steps into its training."""
     return trained_point(kind(rows=20, batch=8, epochs=1, optimizer=sgd), UNIT)
-
-
-def zeros(point: TrainedPoint) -> list[Tensor]:
-    return [torch.zeros_like(weight) for weight in point.trained]
 
 
 def implicit(problem: Ridge, y: Tensor, unit: Tensor) -> Tensor:
@@ -54,30 +46,30 @@ def implicit(problem: Ridge, y: Tensor, unit: Tensor) -> Tensor:
 def test_the_tilted_gradient_is_exactly_zero_at_an_unfinished_training():
     point = unfinished()
     assert inner(point.tilt, point.tilt) > 1e-4  # the training is far from its end
-    here = point.evaluate(UNIT, zeros(point))
-    assert all(bool((gradient == 0).all()) for gradient in here.lower_gradient)
-    assert here.lower == point.here.lower
+    here = point.evaluate(UNIT, point.still)
+    assert not here.lower.in_y.any() and not point.here.lower.in_y.any()
+    assert here.lower.value == point.here.lower.value
 
 
 def test_the_tilt_is_a_linear_function_of_the_displacement():
     point = unfinished()
-    move = [torch.full_like(weight, 0.1) for weight in point.trained]
-    problem, y = Logistic(rows=20), point.trained[0][0]
+    move = torch.full_like(point.y, 0.1)
+    problem, y = Logistic(rows=20), point.y
     x = problem.values(UNIT)
     expected = problem.f(x, y + 0.1) - 0.1 * torch.autograd.functional.jacobian(lambda y: problem.f(x, y), y).sum()
-    assert point.evaluate(UNIT, move).lower == pytest.approx(expected.item(), rel=1e-13)
+    assert point.evaluate(UNIT, move).lower.value == pytest.approx(expected.item(), rel=1e-13)
 
 
 def test_an_evaluation_against_the_formulas():
     point, other = unfinished(), vector(0.2, 0.9, 0.3)
-    move = [torch.full_like(weight, -0.2) for weight in point.trained]
+    move = torch.full_like(point.y, -0.2)
     found = point.evaluate(other, move)
-    problem, y = Logistic(rows=20), point.trained[0][0] - 0.2
-    assert found.upper == pytest.approx(problem.F(y).item(), rel=1e-13)
-    in_y = torch.autograd.functional.jacobian(lambda y: problem.f(problem.values(other), y), y) - point.tilt[0][0]
+    problem, y = Logistic(rows=20), point.y - 0.2
+    assert found.upper.value == pytest.approx(problem.F(y).item(), rel=1e-13)
+    in_y = torch.autograd.functional.jacobian(lambda y: problem.f(problem.values(other), y), y) - point.tilt
     in_x = torch.autograd.functional.jacobian(lambda unit: problem.f(problem.values(unit), y), other)
-    assert found.lower_gradient[0][0].tolist() == pytest.approx(in_y.tolist(), abs=1e-14)
-    assert found.unit_gradient.tolist() == pytest.approx(in_x.tolist(), rel=1e-12)
+    assert found.lower.in_y.tolist() == pytest.approx(in_y.tolist(), abs=1e-14)
+    assert found.lower.in_x.tolist() == pytest.approx(in_x.tolist(), rel=1e-12)
 
 
 def test_constants_reach_both_levels():
@@ -86,8 +78,9 @@ def test_constants_reach_both_levels():
             return super().lower_loss(model, hyperparameters, batch) + hyperparameters["decay"]["shift"]
 
     problem = Shifted()
-    levels = Levels(problem, problem.model().double())
-    values = [TrainedPoint(levels, problem.space, {"decay": {"shift": s}}, UNIT).here.lower for s in (0.0, 2.5)]
+    model = problem.model().double()
+    variables = [BoxVariables(problem.space, {"decay": {"shift": shift}}) for shift in (0.0, 2.5)]
+    values = [TrainedPoint(Levels(problem, model, v), UNIT).here.lower.value for v in variables]
     assert values[1] - values[0] == pytest.approx(2.5, rel=1e-12)
 
 
@@ -95,7 +88,7 @@ def test_what_an_evaluation_costs():
     point = unfinished()
     assert point.evaluation_passes == 1 + 30 / 20
     before = point.levels.passes
-    point.evaluate(UNIT, zeros(point))
+    point.evaluate(UNIT, point.still)
     assert point.levels.passes - before == point.evaluation_passes
 
 
@@ -110,8 +103,9 @@ def test_float32_and_frozen_parameters():
         def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
             return super().lower_loss(model, {"decay": hyperparameters["decay"]["0"]}, batch)
 
-    point = TrainedPoint(Levels(Nested(), model), Logistic(dimension=1).space, {}, vector(0.5))
-    found = hypergradient(point, 0.05, 60)
+    variables = BoxVariables(Logistic(dimension=1).space, {})
+    point = TrainedPoint(Levels(Nested(), model, variables), vector(0.5))
+    found = lagrangian_point(point, 0.05, 60)
     assert math.isfinite(found.gradient.item()) and found.gradient.dtype == torch.double
     assert torch.equal(model[0].weight, frozen)
 
@@ -123,7 +117,7 @@ def test_float32_and_frozen_parameters():
 def test_the_error_of_a_descent_falls_like_one_over_the_multiplier(kind: type[Ridge]):
     problem = kind(rows=20)
     point = trained_point(problem, UNIT)
-    exact = implicit(problem, point.trained[0][0], UNIT)
+    exact = implicit(problem, point.y, UNIT)
     errors, multipliers = [], []
     for decrease in (0.1, 0.03, 0.01, 0.003):
         found = descend(point, decrease, max_passes=1000, tolerance=1e-7)
@@ -136,39 +130,39 @@ def test_the_error_of_a_descent_falls_like_one_over_the_multiplier(kind: type[Ri
 
 def test_the_hypergradient_is_that_of_the_reduced_problem():
     problem = Ridge(rows=20)
-    found = hypergradient(trained_point(problem, UNIT), 0.05, max_passes=1000, tolerance=1e-7)
+    found = lagrangian_point(trained_point(problem, UNIT), 0.05, max_passes=1000, tolerance=1e-7)
     reduced = torch.autograd.functional.jacobian(problem.reduced, UNIT)
     assert found.gradient.tolist() == pytest.approx(reduced.tolist(), abs=1e-6 * reduced.norm().item())
 
 
 def test_an_unfinished_training_has_the_hypergradient_of_the_tilted_problem():
     problem, point = Logistic(rows=20), unfinished()
-    exact = implicit(problem, point.trained[0][0], UNIT)  # a linear term has no second derivative
-    for estimate in (hypergradient, descend):
+    exact = implicit(problem, point.y, UNIT)  # a linear term has no second derivative
+    for estimate in (lagrangian_point, descend):
         found = estimate(point, 1e-3, max_passes=1000, tolerance=1e-7)
         assert (found.gradient - exact).norm() < 1e-2 * exact.norm()
 
 
-def test_few_passes_at_the_settings_of_the_search_give_the_hypergradient():
+def test_few_passes_at_the_settings_of_the_search_give_the_lagrangian_point():
     problem = Logistic(rows=20)
     point = trained_point(problem, UNIT)
     before = point.levels.passes
-    found = hypergradient(point, 0.05, max_passes=30)
-    exact = implicit(problem, point.trained[0][0], UNIT)
+    found = lagrangian_point(point, 0.05, max_passes=30)
+    exact = implicit(problem, point.y, UNIT)
     assert (found.gradient - exact).norm() < 0.05 * exact.norm()
     assert point.levels.passes - before <= 10
 
 
 def test_the_augmented_lagrangian_point_of_the_linear_system_is_that_of_the_descent():
     point = trained_point(Logistic(rows=20), UNIT)
-    limit = hypergradient(point, 1e-3, 1000, tolerance=1e-6)
+    limit = lagrangian_point(point, 1e-3, 1000, tolerance=1e-6)
     descent = descend(point, 1e-3, 1000, tolerance=1e-6)
-    at_its_decrease = hypergradient(point, descent.decrease, 1000, tolerance=1e-6)
+    at_its_decrease = lagrangian_point(point, descent.decrease, 1000, tolerance=1e-6)
     assert limit.first is None
     assert descent.first is not None
     assert at_its_decrease.multiplier == pytest.approx(descent.multiplier, rel=2e-3)
     assert at_its_decrease.slack == pytest.approx(descent.slack, rel=5e-3)
-    moved = [a - b for a, b in zip(at_its_decrease.displacement, descent.displacement, strict=True)]
+    moved = at_its_decrease.displacement - descent.displacement
     assert inner(moved, moved) < 1e-4 * inner(descent.displacement, descent.displacement)
 
 
@@ -176,7 +170,7 @@ def test_flat_directions_of_f_are_left_alone():
     # f pins y_0 to x and nothing pins y_1, so a training answers to x in y_0 only: dF/dx = y_0 - 3
     problem = Formula(1, 2, lambda x, y: (y[0] - x[0]).square(), lambda y: (y[0] - 3) ** 2 / 2 + (y[1] - 5) ** 2)
     point = trained_point(problem, vector(0.25))
-    found = hypergradient(point, 0.05, 100)
+    found = lagrangian_point(point, 0.05, 100)
     assert found.gradient.item() == pytest.approx(0.25 - 3, rel=1e-6)
 
 
@@ -187,9 +181,9 @@ def test_a_lower_level_that_is_not_convex_is_descended():
     model = problem.model().double()
     with torch.no_grad():
         model.get_parameter("weight").copy_(torch.tensor([[0.4, 0.1]]))  # near the maximum of f in y_1
-    point = TrainedPoint(Levels(problem, model), problem.space, {}, vector(0.4))
-    assert limit_direction(point, 100, 0.01) is None
-    found = hypergradient(point, 0.05, 100)
+    point = point_at(problem, model, vector(0.4))
+    assert limit(point, 0.05, 100, 0.01) is None
+    found = lagrangian_point(point, 0.05, 100)
     assert found.first is not None
     assert math.isfinite(found.gradient.item())
 
@@ -198,7 +192,7 @@ def test_a_lower_level_that_is_not_convex_is_descended():
 def test_a_linear_system_keeps_to_its_passes(max_passes: float):
     point = trained_point(Logistic(rows=20, dimension=6), torch.full((6,), 0.4).double())
     before = point.levels.passes
-    assert hypergradient(point, 0.05, max_passes, tolerance=1e-12).first is None
+    assert lagrangian_point(point, 0.05, max_passes, tolerance=1e-12).first is None
     assert point.levels.passes - before <= max_passes
 
 
@@ -208,15 +202,17 @@ def test_where_a_descent_ends(decrease: float, first: float):
     problem = Logistic(rows=20)
     point = trained_point(problem, UNIT)
     found = descend(point, decrease, max_passes=1000, first=first, tolerance=1e-6)
-    y = point.trained[0][0] + found.displacement[0][0]
+    y = point.y + found.displacement
     assert 0 < found.decrease <= 1.5 * decrease
-    assert found.decrease == pytest.approx((point.here.upper - problem.F(y).item()) / point.here.upper, rel=1e-12)
-    rise = problem.f(problem.values(UNIT), y).item() - point.here.lower
+    assert found.decrease == pytest.approx(
+        (point.here.upper.value - problem.F(y).item()) / point.here.upper.value, rel=1e-12
+    )
+    rise = problem.f(problem.values(UNIT), y).item() - point.here.lower.value
     assert found.slack == pytest.approx(rise, abs=1e-9)  # the training ends at a gradient of 1e-10: no tilt
     gradient = torch.autograd.functional.jacobian(
         lambda y: problem.F(y) + found.multiplier * problem.f(problem.values(UNIT), y), y
     )
-    assert gradient.abs().max() < 1e-5 * point.here.upper_gradient[0].abs().max()  # y_m minimises F + m f
+    assert gradient.abs().max() < 1e-5 * point.here.upper.in_y.abs().max()  # y_m minimises F + m f
 
 
 def test_the_multiplier_is_told_relative_to_its_cauchy_estimate():
@@ -248,18 +244,18 @@ class Scaled(Logistic):
         return nn.functional.softplus(-batch[1].sign() * (batch[0] @ y)).mean()
 
 
-Estimate = Callable[..., Hypergradient]
+Estimate = Callable[..., LagrangianPoint]
 
 
 def in_units(
     estimate: Estimate, units: tuple[float, float, float], max_passes: float, tolerance: float
-) -> tuple[Hypergradient, float]:
+) -> tuple[LagrangianPoint, float]:
     """The hypergradient in these units and what it cost; its multiplier begins too small."""
-    problem, y = Scaled(*units), trained_point(Logistic(rows=20), UNIT).trained[0]
+    problem, y = Scaled(*units), trained_point(Logistic(rows=20), UNIT).y
     model = problem.model().double()
     with torch.no_grad():
         model.get_parameter("weight").copy_(y / units[2])
-    point = TrainedPoint(Levels(problem, model), problem.space, {}, UNIT)
+    point = point_at(problem, model, UNIT)
     before = point.levels.passes
     found = estimate(point, 0.05, max_passes, 0.1, tolerance)
     return found, point.levels.passes - before
@@ -268,7 +264,7 @@ def in_units(
 @pytest.mark.parametrize(
     "units", [(1000, 1, 1), (1, 7, 1), (1, 1, 3), (1000, 7, 3), (1e-6, 1e6, 1), (1, 1, 1e3), (1, 1, 1e-3)]
 )
-@pytest.mark.parametrize("estimate", [hypergradient, descend])
+@pytest.mark.parametrize("estimate", [lagrangian_point, descend])
 def test_units_do_not_matter(estimate: Estimate, units: tuple[float, float, float]):
     (plain, _), (scaled, _) = (in_units(estimate, u, 200, 1e-6) for u in ((1, 1, 1), units))
     agreement = 1e-5  # both descents go down to 1e-6 of their first gradient, on ways that rounding parts
@@ -280,7 +276,7 @@ def test_units_do_not_matter(estimate: Estimate, units: tuple[float, float, floa
 
 @pytest.mark.parametrize("power", [-14, 14])
 @pytest.mark.parametrize("level", ["upper", "lower", "weights"])
-@pytest.mark.parametrize("estimate", [hypergradient, descend])
+@pytest.mark.parametrize("estimate", [lagrangian_point, descend])
 def test_units_do_not_change_the_way(estimate: Estimate, level: str, power: int):
     # a power of two scales without rounding: step by step the same descent, even where it is cut short
     units = tuple(2.0**power if name == level else 1.0 for name in ("upper", "lower", "weights"))
@@ -299,7 +295,7 @@ def constant(kind: type[Ridge]) -> type[Ridge]:
     return Constant
 
 
-@pytest.mark.parametrize("estimate", [hypergradient, descend])
+@pytest.mark.parametrize("estimate", [lagrangian_point, descend])
 def test_nothing_moves_if_the_upper_level_is_constant(estimate: Estimate):
     point = unfinished(constant(Logistic))
     found = estimate(point, 0.05, 100)
@@ -352,23 +348,22 @@ def exact_optimum() -> Tensor:
 
 def test_a_joint_descent_reaches_the_known_constrained_optimum():
     point = trained_point(PROJECTION, vector(0.5, 0.5))
-    start = hypergradient(point, 0.05, 100)
+    start = lagrangian_point(point, 0.05, 100)
     found = joint_descent(point, start, ExactValue(), 0.4, 1000, rounds=6)
     best, d = exact_optimum(), math.sqrt(start.slack)
     # L-BFGS stops at a gradient of 1e-2 of its start, some 1e-2^2 of what there was to gain
-    assert found.unit.tolist() == pytest.approx(best.tolist(), abs=1e-3)
+    assert found.x.tolist() == pytest.approx(best.tolist(), abs=1e-3)
     r = (TARGET - SLOPES @ best).norm().item()
     assert found.multipliers.multiplier == pytest.approx((r - d) / (2 * d), rel=0.05)
     assert found.multipliers.violation < 1e-2 * start.slack
-    y = torch.cat([weight.detach().flatten() for weight in point.weights])
-    assert (y - SLOPES @ found.unit).norm().item() == pytest.approx(d, rel=0.05)
+    assert (found.y - SLOPES @ found.x).norm().item() == pytest.approx(d, rel=0.05)
 
 
 def test_a_joint_descent_stays_within_its_radius():
     centre = vector(0.3, 0.7)
     point = trained_point(PROJECTION, centre)
-    start = hypergradient(point, 0.05, 100)
-    found = joint_descent(point, start, ExactValue(), 0.4, 1000, rounds=6).unit
+    start = lagrangian_point(point, 0.05, 100)
+    found = joint_descent(point, start, ExactValue(), 0.4, 1000, rounds=6).x
     assert (found - centre).abs().max() <= 0.4 + 1e-12
     # the best of the box has x_0 on its edge; there d/dx_1 |t - S x|^2 = 0
     edge = 0.7
@@ -378,15 +373,15 @@ def test_a_joint_descent_stays_within_its_radius():
 
 def test_a_joint_descent_stays_in_the_unit_cube():
     point = trained_point(PROJECTION, vector(0.95, 0.05))
-    start = hypergradient(point, 0.05, 100)
-    found = joint_descent(point, start, ExactValue(), 0.5, 200).unit
+    start = lagrangian_point(point, 0.05, 100)
+    found = joint_descent(point, start, ExactValue(), 0.5, 200).x
     assert bool(((found >= 0) & (found <= 1)).all())
 
 
 @pytest.mark.parametrize("max_passes", [1.0, 10.0, 100.0])
 def test_a_joint_descent_keeps_to_its_passes_but_for_a_line_search(max_passes: float):
     point = trained_point(PROJECTION, vector(0.5, 0.5))
-    start = hypergradient(point, 0.05, 100)
+    start = lagrangian_point(point, 0.05, 100)
     before = point.levels.passes
     joint_descent(point, start, ExactValue(), 0.4, max_passes)
     # beside the line search: an update after each of two rounds, and the last look
@@ -396,8 +391,5 @@ def test_a_joint_descent_keeps_to_its_passes_but_for_a_line_search(max_passes: f
 def test_a_joint_descent_does_not_move_if_the_upper_level_is_constant():
     problem = Formula(2, 3, PROJECTION.f, lambda y: 3.0 + 0 * y.sum())
     point = trained_point(problem, vector(0.5, 0.5))
-    found = joint_descent(point, hypergradient(point, 0.05, 100), ExactValue(), 0.4, 100)
-    assert found.unit.tolist() == pytest.approx([0.5, 0.5], abs=1e-12)
-
-
-# The optimiser underneath.
+    found = joint_descent(point, lagrangian_point(point, 0.05, 100), ExactValue(), 0.4, 100)
+    assert found.x.tolist() == pytest.approx([0.5, 0.5], abs=1e-12)

@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from raybilevel._linear.recycling import RecycleSpace, Selection, deflation
 from raybilevel.errors import ConfigError, NotFiniteError
-from raybilevel.hypergradient._recycling import RecycleSpace, Selection, deflation
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -44,6 +44,7 @@ class LinearSolution:
     products:   with H, those of a warm start and of a recycled space included.
     jacobians:  products with J, which the choice of a recycled space may need.
     error:      estimate of |J (q - H^-1 b)|; None where there is none.
+    negative:   whether it ended at a negative curvature, which shows that H is not positive semidefinite.
     """
 
     solution: Tensor
@@ -52,6 +53,7 @@ class LinearSolution:
     products: int
     jacobians: int = 0
     error: float | None = None
+    negative: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,13 @@ class ConjugateGradients:
             return _zero(right, memory)
         solution, residual, products = _start(system, memory if self.warm_start else None)
         goal = self.tolerance * right.norm().item()
-        direction, squared, iterations = residual.clone(), residual.dot(residual).item(), 0
+        direction, squared, iterations, negative = residual.clone(), residual.dot(residual).item(), 0, False
         while iterations < self.limit and math.sqrt(squared) > goal:
             image = system.hessian(direction)
             iterations += 1
             curvature = direction.dot(image).item()
             if not curvature > 0:
+                negative = curvature < 0
                 break
             length = squared / curvature
             solution = solution + length * direction
@@ -99,7 +102,8 @@ class ConjugateGradients:
             previous, squared = squared, residual.dot(residual).item()
             direction = residual + squared / previous * direction
         relative = math.sqrt(squared) / right.norm().item()
-        return LinearSolution(solution, relative, iterations, products + iterations), KrylovMemory(solution)
+        found = LinearSolution(solution, relative, iterations, products + iterations, negative=negative)
+        return found, KrylovMemory(solution)
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,10 @@ class MinimalResidual:
         where there is a target and an estimate; otherwise at the residual.
     limit:      or after this many iterations.
     selection:  what to keep of one system for the next; None for nothing.
+    flat:       or where the curvature along the residual, <r, H r> / |r|^2, is no more than this share of the largest
+        seen: there H is flat, and the iterate a least-squares solution, or not convex, and the iterate a descent
+        direction of <q, H q> / 2 - <b, q>. It is known from the recurrence (Liu & Roosta 2022, SIAM J. Optim. 32(4)).
+        None for no such end.
     """
 
     tolerance: float = 1e-6
@@ -191,6 +199,7 @@ class MinimalResidual:
     limit: int = 1000
     warm_start: bool = True
     selection: Selection | None = None
+    flat: float | None = None
 
     def __post_init__(self) -> None:
         if self.criterion not in ("residual", "error"):
@@ -228,6 +237,7 @@ class MinimalResidual:
         t1 = t2 = t_sum = right.new_zeros(c.shape[1])
         cosine, sine, delta, epsilon = -1.0, 0.0, 0.0, 0.0
         best, size, singular, lost = _Iterate(math.inf, solution, t_sum, residual, phi), 0.0, False, False
+        steepest, negative = 0.0, False
         basis: list[Tensor] = []
         images: list[Tensor] = []
         iterations = 0
@@ -248,9 +258,17 @@ class MinimalResidual:
             epsilon_next, delta = sine * beta, -cosine * beta
             gamma2 = math.hypot(gamma, beta)
             size, projected = max(size, math.hypot(alpha, beta)), phi * math.hypot(gamma, delta)
+            if self.flat is not None:
+                curvature = -cosine * gamma
+                steepest = max(steepest, abs(curvature))
+                if curvature <= self.flat * steepest:
+                    negative = curvature < -self.flat * steepest
+                    break
             if projected <= best.projected:
                 best = _Iterate(projected, solution, t_sum, residual, phi)
-            singular = best.projected <= 3 * math.sqrt(torch.finfo(right.dtype).eps) * size * best.norm
+            # Where a flat H ends the solve, no other sign of it is needed.
+            smallest = 0.0 if self.flat is not None else 3 * math.sqrt(torch.finfo(right.dtype).eps) * size
+            singular = best.projected <= smallest * best.norm
             lost = singular and projected > 100 * best.projected
             if lost or gamma2 == 0:
                 break
@@ -278,7 +296,7 @@ class MinimalResidual:
             chosen, jacobians = self.selection.select(w, hw, system.jacobian, space.estimator if space else None)
             kept = chosen or space
         return (
-            LinearSolution(solution, phi / scale, iterations, products + iterations, jacobians, estimate),
+            LinearSolution(solution, phi / scale, iterations, products + iterations, jacobians, estimate, negative),
             KrylovMemory(solution, kept),
         )
 

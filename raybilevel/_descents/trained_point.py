@@ -1,0 +1,82 @@
+"""Both levels around one trained point, f tilted so that the training ended at a stationary point of it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raybilevel._lower.functions import LevelGradient, finite
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.linearisation import Differences, difference, inner
+
+
+class Evaluation(NamedTuple):
+    """F and tilted f (see `TrainedPoint`) at (x, y), with their gradients."""
+
+    upper: LevelGradient
+    lower: LevelGradient
+
+
+class TrainedPoint:
+    """Both levels around one trained point (x_i, y_i), as functions of x and of the displacement y - y_i.
+
+    A training need not have reached a stationary point (SGD, few epochs). So f is tilted by its gradient there,
+
+        f(x, y) - <df/dy(x_i, y_i), y - y_i>,
+
+    which y_i minimises to first order: a descent then answers to the change of x and to F, and does not go on with
+    the unfinished training.
+
+    x: x_i, shape (d,), in the unit cube; y: y_i, shape (n,), the weights in the model of `levels`.
+    """
+
+    def __init__(self, levels: Levels, x: Tensor) -> None:
+        self.levels, self.x, self.y = levels, x, levels.y
+        lower = levels.lower(x, self.y)
+        finite("lower", lower.value)
+        self.tilt = lower.in_y
+        self.here = Evaluation(self._upper(x, self.y), lower._replace(in_y=torch.zeros_like(self.y)))
+
+    @property
+    def still(self) -> Tensor:
+        """No displacement."""
+        return torch.zeros_like(self.y)
+
+    def evaluate(self, x: Tensor, displacement: Tensor) -> Evaluation:
+        """Both levels at x and the displacement.
+
+        Raises:
+            NotFiniteError: F or f is NaN or infinite.
+        """
+        lower = self.lower(x, displacement)
+        return Evaluation(self._upper(x, self.y + displacement), lower)
+
+    def lower(self, x: Tensor, displacement: Tensor) -> LevelGradient:
+        """Tilted f."""
+        found = self.levels.lower(x, self.y + displacement)
+        value = finite("lower", found.value) - inner(self.tilt, displacement)
+        return LevelGradient(value, found.in_x, found.in_y - self.tilt)
+
+    def _upper(self, x: Tensor, y: Tensor) -> LevelGradient:
+        found = self.levels.upper(x, y)
+        finite("upper", found.value)
+        return found
+
+    @property
+    def products(self) -> Differences:
+        """Products with the second derivatives of f here; the tilt has none."""
+        return Differences(self.levels, self.x, self.y, self.tilt)
+
+    @cached_property
+    def difference(self) -> float:
+        """How far apart in y two points are whose gradients are subtracted."""
+        return difference(self.y)
+
+    @cached_property
+    def evaluation_passes(self) -> float:
+        """What one evaluation costs, in gradient evaluations of f."""
+        sizes = self.levels.examples
+        return 1 + sizes["upper"] / sizes["lower"]
