@@ -16,7 +16,7 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from raybilevel import BilevelSearch
 from raybilevel.errors import RaybilevelError, SpaceError
-from raybilevel.search._state_file import read
+from raybilevel.search._state_file import FORMAT, read
 from raybilevel.tune import _searcher as searcher
 from tests.tiny_problems import Parabola
 
@@ -303,7 +303,7 @@ def test_the_last_good_state_is_used_and_no_observation_is_lost(
     text = newest.read_text()
     changed = {
         "truncated": text[:-20], "tampered": text.replace("pending", "failed"), "empty": "",
-        "of another version": text.replace('"format": 1', '"format": 7'),
+        "of another version": text.replace(f'"format": {FORMAT}', '"format": 7'),
     }  # fmt: skip
     assert changed[damage] != text
     newest.write_text(changed[damage])
