@@ -35,6 +35,8 @@ from raybilevel._config.experiment import Domain as ConfigDomain
 from raybilevel._lower.levels import check_problem
 from raybilevel._lower.training import refit
 from raybilevel._records.summary import as_text, summarise
+from raybilevel._tune_changes.applied import tune_changes
+from raybilevel._tune_changes.signal_handlers import restored_signal_handlers
 from raybilevel.errors import ConfigError, RaybilevelError, StorageError
 from raybilevel.hypergradient._variables import check_shards, check_upper_variables
 from raybilevel.methods import make_method
@@ -46,7 +48,7 @@ from raybilevel.search_state import Training
 from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.tune._descent_trainable import HYPERPARAMETERS, hypergradient_trainable
 from raybilevel.tune._scalars import SearchScalars
-from raybilevel.tune._scheduler import SECONDS_TO_START, PatientFIFO
+from raybilevel.tune._scheduler import WORKER_START_S, PatientFIFO
 from raybilevel.tune._searcher import UPPER_LOSS, BilevelSearch
 from raybilevel.tune._snapshot import ResumableGenerator, prepare_resume
 from raybilevel.tune._trainable import lower_level_trainable
@@ -130,7 +132,7 @@ def run(
         view = make_view(title, config.search.trainings, console)
         try:
             slots = config.search.max_concurrent or most_slots(config.search.trainings)
-            with waiting_trials(slots), own_signals():
+            with waiting_trials(slots), restored_signal_handlers(), tune_changes():
                 analysis = tune_run(config, problem, searcher, place, resume, view)
         finally:
             searcher.cancel_steps()
@@ -177,7 +179,7 @@ def tune_run(
         storage_filesystem=place.filesystem,
         config=param_space(config),
         search_alg=ResumableGenerator(searcher),
-        scheduler=PatientFIFO(keep=SECONDS_TO_START),
+        scheduler=PatientFIFO(idle_timeout_s=WORKER_START_S),
         metric=UPPER_LOSS,
         mode="min",
         num_samples=config.search.trainings,
@@ -428,20 +430,6 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[bool]:
             yield address is None
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def own_signals() -> Iterator[None]:
-    """Tune (2.60) leaves its handlers behind when a run ends by itself; a Ctrl-C after that would do nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

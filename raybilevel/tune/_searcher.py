@@ -26,8 +26,7 @@ from raybilevel._cluster.step_call import SharedBySteps, StepCall
 from raybilevel._cluster.step_dispatch import NOTHING, StepDispatch
 from raybilevel._cluster.storage import Storage
 from raybilevel._lower.levels import check_problem
-from raybilevel._tune_changes.idle_tune import go_on_while_idle, tune_is_idle
-from raybilevel._tune_changes.trial_failures import keep_to_the_trial
+from raybilevel._tune_changes.run import tune_run
 from raybilevel.errors import ConfigError, RaybilevelError, SpaceError, StateError
 from raybilevel.hypergradient._variables import check_upper_variables
 from raybilevel.methods import make_method
@@ -143,8 +142,6 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
 
     def _begin_session(self) -> None:
         """What belongs to one run on one Ray."""
-        keep_to_the_trial()
-        go_on_while_idle()
         self._steps = StepDispatch()
         self._shared: ray.ObjectRef | None = None
         self._sent = SentState(ray.put)
@@ -196,9 +193,8 @@ class BilevelSearch(Searcher):  # type: ignore[misc]
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        idle = tune_is_idle()
-        if idle is None:  # Tune asks once a second then, else ten times
-            idle = time.monotonic() - self._answered > SECONDS_BETWEEN_QUESTIONS
+        run = tune_run()  # which changes Tune until the run's end
+        idle = run.idle if run is not None else time.monotonic() - self._answered > SECONDS_BETWEEN_QUESTIONS
         self._questions = self._questions + 1 if idle else 0
         answer = self._suggest(trial_id)
         self._answered = time.monotonic()
