@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,10 +29,14 @@ from raybilevel._tune_changes.actor_errors import ACTOR_ERRORS
 from raybilevel._tune_changes.applied import CHANGES, tune_changes
 from raybilevel._tune_changes.change import MethodChange
 from raybilevel._tune_changes.default_result import DEFAULT_RESULT
+from raybilevel._tune_changes.idle_actors import IDLE_ACTORS
 from raybilevel._tune_changes.run import TuneRun, tune_run
 from raybilevel._tune_changes.run_end import RUN_END, at_end
 from raybilevel._tune_changes.signal_handlers import restored_signal_handlers
 from raybilevel._tune_changes.trial_queue import TRIAL_QUEUE
+
+ROOT = Path(__file__).parents[2]
+
 
 class Controller(TuneController):  # type: ignore[misc]
     """Tune's controller without anything to control; its search never has a trial."""
@@ -294,3 +300,14 @@ def test_signal_handlers_are_restored() -> None:
     with ThreadPoolExecutor(1) as thread:  # where no handler may be set
         thread.submit(restored_signal_handlers().__enter__).result()
     assert threading.current_thread() is threading.main_thread()
+
+
+def test_documents_state_the_tested_versions() -> None:
+    (versions,) = {change.versions for change in (*CHANGES, IDLE_ACTORS)}
+    (default,) = re.findall(r"^VERSIONS \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert tuple(default.split()) == versions
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"| {version} |" in readme for version in versions)
+    assert f"ray=={versions[-1]}\n" in (ROOT / "constraints.txt").read_text()
+    for change in CHANGES:
+        assert change.sources[-1].startswith(f"https://github.com/ray-project/ray/blob/ray-{versions[-1]}/python/ray/")
