@@ -1,4 +1,4 @@
-"""What one change of Ray Tune says of itself, and how it replaces a method."""
+"""A change of Ray Tune as a value, and how it replaces a method."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class TuneChange:
 
     name:      in logs.
     module, owner, attribute: the upstream code that it replaces.
-    versions:  of Ray, in whose source that code was read, and with which the change is tested (`make test-ray`).
+    versions:  of Ray, oldest first, in whose source that code was read, and with which the change is tested (`make
+        test-ray`).
     without:   what Tune does without it.
     """
 
@@ -37,18 +38,18 @@ class TuneChange:
         return f"{self.module}.{self.owner}.{self.attribute}"
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """The upstream code on GitHub, one link a version."""
+    def source(self) -> str:
+        """The upstream code of the newest version, on GitHub."""
         path = self.module.replace(".", "/")
-        return tuple(f"https://github.com/ray-project/ray/blob/ray-{v}/python/{path}.py" for v in self.versions)
+        return f"https://github.com/ray-project/ray/blob/ray-{self.versions[-1]}/python/{path}.py"
 
     def log_applied(self) -> None:
         logger.debug("changed Ray Tune: %s (%s)", self.name, self.target)
 
     def warn_of_missing(self) -> None:
         logger.warning(
-            "cannot change Ray Tune: %s. Ray %s has no %s as it was in the tested versions, %s. Without the change %s",
-            self.name, ray.__version__, self.target, ", ".join(self.versions), self.without,
+            "cannot change Ray Tune: %s. Ray %s has no %s as in the tested versions, %s (%s). Without the change %s",
+            self.name, ray.__version__, self.target, ", ".join(self.versions), self.source, self.without,
         )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def none_of_a_dead_actor(get: Any) -> Any:
 
 
 def settle(controller: Any) -> None:
-    """Have failed trials find out that there is no result; Tune's `ResultGrid` asks them again after the run."""
+    """Ask failed trials for their result while the change holds. Tune's `ResultGrid` asks again after the run."""
     for trial in controller.get_trials():
         if trial.status == trial.ERROR:
             _ = trial.last_result

@@ -1,8 +1,13 @@
-"""The Tune run that asks a searcher, with which Tune is changed from its first question to its end.
+"""Tune is changed while a run asks a searcher of ours: from its first question to the run's end.
 
-Tune hands its controller to schedulers and callbacks, but not to searchers, and tells them of no end. So the controller
-is looked for among the callers of the searcher: a searcher that something else calls changes nothing. The run ends
-with the controller's `cleanup`; where that is never reached, as after a second Ctrl-C, with the controller itself.
+Tune hands its controller to schedulers and callbacks, but not to searchers, and does not tell them of a run's end. So
+the controller is looked for among the callers of `suggest`. A searcher that something else calls changes nothing. The
+run ends with the controller's `cleanup`. If that is never reached, as after a second Ctrl-C, it ends when the
+controller is garbage.
+
+It cannot begin earlier. `set_search_properties` comes before there is a controller, and a failure in between would go
+unnoticed. So Tune's first question runs in upstream's code. `raybilevel run` knows when its run begins and ends, and
+wraps it in `tune_changes`.
 """
 
 from __future__ import annotations
@@ -64,7 +69,7 @@ def _calling_controller() -> Any:
 
 @cache
 def _controller_class() -> type | None:
-    """`TuneController`; None where it has no end that could be heard of, so that Tune must not be changed."""
+    """`TuneController`; None if its end cannot be heard of. Then Tune must not be changed."""
     found = RUN_END.upstream()
     if found is None:
         RUN_END.warn_of_missing()
