@@ -55,7 +55,8 @@ def main(pythons: list[str]) -> int:
         rows.append((version, passed, last, time.monotonic() - began))
     print("\n| Ray | result | tests | seconds |\n| --- | --- | --- | --- |")
     for version, passed, last, seconds in rows:
-        print(f"| {version} | {'passed' if passed else 'FAILED'} | {last.strip('= ')} | {seconds:.0f} |")
+        counts = last.strip("= ").partition(" in ")[0]
+        print(f"| {version} | {'passed' if passed else 'FAILED'} | {counts} | {seconds:.0f} |")
     return 0 if all(passed for _, passed, _, _ in rows) else 1
 
 
