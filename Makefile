@@ -12,6 +12,8 @@ COMPARE ?= configs/compare/quick.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Of Ray, for `make test-ray`.
+VERSIONS ?= 2.50.1 2.55.1 2.60.0
 # Servers of object stores. The dependencies of moto and of Ray exclude each other.
 STORES := $(VENV)/stores
 # What Ray needs to take jobs. It is not in $(VENV), where every local Ray would start more processes with it.
@@ -21,7 +23,7 @@ PEERS := $(VENV)/peers
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster compare check format clean bench-algorithm bench-scale bench-recycling \
+.PHONY: setup run test test-all test-cluster test-ray compare check format clean bench-algorithm bench-scale bench-recycling \
 	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers
 
 setup: $(STAMP)
@@ -55,6 +57,19 @@ test-cluster: $(STAMP)
 	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints.txt "ray[default]"
 	RAYBILEVEL_TEST_STORES=$(CURDIR)/$(STORES)/bin RAYBILEVEL_TEST_HOSTS=$(CURDIR)/$(HOSTS)/bin/python \
 		$(BIN)/python -m pytest tests/cluster --override-ini timeout=7200 $(ARGS)
+
+# What depends on Ray's inner code, with each of VERSIONS, in environments that see the project's other packages. Ends
+# with a table of the results.
+test-ray: $(STAMP) $(VERSIONS:%=$(VENV)/ray-%/.installed)
+	$(BIN)/python -m tests.ray_versions $(VERSIONS:%=$(VENV)/ray-%/bin/python)
+
+# Without dependencies, and before the project's packages are seen: pip would find the other Ray there.
+$(VENV)/ray-%/.installed: $(STAMP)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps "ray==$*"
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+	touch $@
 
 # raybilevel against black-box searchers and implicit gradients: records, table and figures in OUT. It can be resumed.
 bench-algorithm: $(STAMP)

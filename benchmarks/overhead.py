@@ -26,7 +26,7 @@ from raybilevel.methods._base import LoadCheckpoint, UpperResult, UpperStep
 from raybilevel.methods._default import Default
 from raybilevel.problem import BilevelProblem
 from raybilevel.space import Space
-from raybilevel.tune._scheduler import SECONDS_TO_START, PatientFIFO
+from raybilevel.tune._scheduler import WORKER_START_S, PatientFIFO
 from raybilevel.tune._searcher import BilevelSearch
 
 SLOTS_OF_A_NODE = 64
@@ -173,7 +173,7 @@ def driven(name: str, trials: int, count: int, seconds: float) -> Driven:
         trainable = tune.with_resources(sleeping(seconds, count, Path(processes)), {"cpu": 1})
         analysis = tune.run(
             trainable, config=space(), search_alg=search, num_samples=trials, reuse_actors=True, storage_path=folder,
-            verbose=0, **({"scheduler": PatientFIFO(keep=SECONDS_TO_START)} if ours else aim),
+            verbose=0, **({"scheduler": PatientFIFO(idle_timeout_s=WORKER_START_S)} if ours else aim),
         )  # fmt: skip
         used = time.process_time() - used
         started = len(os.listdir(processes))

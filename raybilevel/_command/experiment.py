@@ -34,6 +34,8 @@ from raybilevel._config.experiment import BundlesConfig, ExperimentConfig, entri
 from raybilevel._config.experiment import Domain as ConfigDomain
 from raybilevel._lower.training import refit
 from raybilevel._records.summary import as_text, summarise
+from raybilevel._tune_changes.applied import tune_changes
+from raybilevel._tune_changes.signal_handlers import restored_signal_handlers
 from raybilevel.errors import ConfigError, RaybilevelError, StorageError
 from raybilevel.methods import make_method
 from raybilevel.methods._registry import name_for
@@ -45,7 +47,7 @@ from raybilevel.space import STARTS, Space, flatten, nest
 from raybilevel.tune._descent_trainable import HYPERPARAMETERS, hypergradient_trainable
 from raybilevel.tune._results import UPPER_LOSS
 from raybilevel.tune._scalars import SearchScalars
-from raybilevel.tune._scheduler import SECONDS_TO_START, PatientFIFO
+from raybilevel.tune._scheduler import WORKER_START_S, PatientFIFO
 from raybilevel.tune._searcher import BilevelSearch
 from raybilevel.tune._snapshot import ResumableGenerator, prepare_resume
 from raybilevel.tune._trainable import lower_level_trainable
@@ -129,7 +131,7 @@ def run(
         view = make_view(title, config.search.trainings, console)
         try:
             slots = config.search.max_concurrent or most_slots(config.search.trainings)
-            with waiting_trials(slots), own_signals():
+            with waiting_trials(slots), restored_signal_handlers(), tune_changes():
                 analysis = tune_run(config, problem, searcher, place, resume, view)
         finally:
             searcher.cancel_steps()
@@ -178,7 +180,7 @@ def tune_run(
         storage_filesystem=place.filesystem,
         config=param_space(config),
         search_alg=ResumableGenerator(searcher),
-        scheduler=PatientFIFO(keep=SECONDS_TO_START),
+        scheduler=PatientFIFO(idle_timeout_s=WORKER_START_S),
         metric=UPPER_LOSS,
         mode="min",
         num_samples=config.search.trainings,
@@ -419,20 +421,6 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[bool]:
             yield address is None
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def own_signals() -> Iterator[None]:
-    """Tune (2.60) leaves its handlers behind when a run ends by itself; a Ctrl-C after that would do nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Changes to Ray Tune, one a module."""
+"""Changes of Ray Tune, one a module; `applied` says which, and when they are in force."""

@@ -18,8 +18,7 @@ from raybilevel._cluster.pace import StepTime
 from raybilevel._cluster.resources import bundles_of, step_options
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps
-from raybilevel._tune_changes.idle_tune import go_on_while_idle, tune_is_idle
-from raybilevel._tune_changes.trial_failures import keep_to_the_trial
+from raybilevel._tune_changes.run import tune_run
 from raybilevel.errors import ConfigError, RaybilevelError, SpaceError
 from raybilevel.methods import Method, make_method
 from raybilevel.problem import BilevelProblem
@@ -117,8 +116,6 @@ class BilevelSearch(ResumableSearcher):
 
     def _begin_session(self) -> None:
         """What belongs to one run on one Ray."""
-        keep_to_the_trial()
-        go_on_while_idle()
         self._session = Session(StepRunner(self._shared_by_steps, self._step_options, self._step_time_limit))
 
     # The contract with Tune.
@@ -146,7 +143,8 @@ class BilevelSearch(ResumableSearcher):
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        self._session.lost.asked(tune_is_idle())
+        run = tune_run()  # which changes Tune until the run's end
+        self._session.lost.asked(run.idle if run is not None else None)
         answer = self._suggest(trial_id)
         self._session.lost.answered(answer is not None)
         return answer

@@ -33,7 +33,7 @@ from raybilevel.methods._base import UpperResult, UpperStep
 from raybilevel.methods._default import Default
 from raybilevel.problems.synthetic import ManyMinimisers
 from raybilevel.search_state import Proposal, StepRecord
-from raybilevel.tune._scheduler import SECONDS_TO_START, PatientFIFO
+from raybilevel.tune._scheduler import WORKER_START_S, PatientFIFO
 from raybilevel.tune._snapshot import prepare_resume
 from tests.processes import ends
 from tests.tiny_problems import Parabola, Unlucky
@@ -624,8 +624,8 @@ class Pairs(Searcher):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(("keep", "processes"), [(SECONDS_TO_START, 2), (0.0, 4)])
-def test_processes_outlive_a_search_that_thinks(keep: float, processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("idle_timeout_s", "processes"), [(WORKER_START_S, 2), (0.0, 4)])
+def test_processes_outlive_a_search_that_thinks(idle_timeout_s: float, processes: int, tmp_path: Path) -> None:
     beside = tmp_path / "beside"
     beside.mkdir()
 
@@ -637,7 +637,7 @@ def test_processes_outlive_a_search_that_thinks(keep: float, processes: int, tmp
 
     with waiting_trials(2):
         results = tune.run(
-            with_the_other, search_alg=Pairs(), num_samples=6, scheduler=PatientFIFO(keep=keep), reuse_actors=True,
+            with_the_other, search_alg=Pairs(), num_samples=6, scheduler=PatientFIFO(idle_timeout_s), reuse_actors=True,
             storage_path=str(tmp_path), verbose=0,
         )  # fmt: skip
     assert len({trial.last_result["pid"] for trial in results.trials}) == processes

@@ -20,7 +20,7 @@ from raybilevel import BilevelSearch
 from raybilevel.errors import RaybilevelError, SpaceError
 from raybilevel.methods import Default
 from raybilevel.methods._trust_region import TrustRegionRule
-from raybilevel.search._state_file import read
+from raybilevel.search._state_file import FORMAT, read
 from raybilevel.tune import _lost_trials as lost_trials
 from raybilevel.tune._checkpoints import Checkpoints
 from tests.tiny_problems import Parabola
@@ -308,7 +308,7 @@ def test_the_last_good_state_is_used_and_no_observation_is_lost(
     text = newest.read_text()
     changed = {
         "truncated": text[:-20], "tampered": text.replace("pending", "failed"), "empty": "",
-        "of another version": text.replace('"format": 2', '"format": 1'),
+        "of another version": text.replace(f'"format": {FORMAT}', '"format": 7'),
     }  # fmt: skip
     assert changed[damage] != text
     newest.write_text(changed[damage])

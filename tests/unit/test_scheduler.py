@@ -7,7 +7,7 @@ import pickle
 import pytest
 from ray.tune.experiment import Trial
 
-from raybilevel.tune._scheduler import SECONDS_TO_START, PatientFIFO
+from raybilevel.tune._scheduler import WORKER_START_S, PatientFIFO
 from tests.clock import Clock
 
 
@@ -59,7 +59,7 @@ def test_trials_that_wait_for_room_come_first_in_their_order(trials: Trials) -> 
     clock.now += 1
     trials.add()
     scheduler.choose_trial_to_run(trials)
-    clock.now += SECONDS_TO_START - 1
+    clock.now += WORKER_START_S - 1
     assert scheduler.choose_trial_to_run(trials) is None
     clock.now += 0.5
     assert scheduler.choose_trial_to_run(trials) is first

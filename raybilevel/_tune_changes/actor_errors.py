@@ -1,0 +1,36 @@
+"""An error of Ray ends the trial that it came from, not Tune's whole run."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from raybilevel._tune_changes.change import MethodChange
+
+
+def as_a_dead_actor(failed: Any) -> Any:
+    """`_actor_task_failed` that takes any error of Ray, where upstream's knows two."""
+
+    @wraps(failed)
+    def failed_by_any_error(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
+            exception = RayActorError(error_msg=f"{type(exception).__name__}: {exception}")
+        failed(self, tracked_actor_task, exception)
+
+    return failed_by_any_error
+
+
+# Upstream knows the errors of a dead actor and of an exception in it. At others, such as the `OutOfMemoryError` of an
+# actor that Ray killed since its node ran out of memory, it raises "RuntimeError: Caught unexpected exception".
+ACTOR_ERRORS = MethodChange(
+    name="errors of Ray that end one trial",
+    module="ray.air.execution._internal.actor_manager",
+    owner="RayActorManager",
+    attribute="_actor_task_failed",
+    parameters=("self", "tracked_actor_task", "exception"),
+    versions=("2.50.1", "2.55.1", "2.60.0"),
+    replacement=as_a_dead_actor,
+    without="a trial that Ray kills for its memory ends the whole run",
+)

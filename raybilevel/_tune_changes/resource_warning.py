@@ -1,0 +1,24 @@
+"""Tune's warning of too few resources, for trials that wait for some."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from weakref import ref
+
+logger = logging.getLogger("ray.tune.execution.insufficient_resources_manager")
+
+
+class OnlyWithPendingTrials(logging.Filter):
+    """Drops the warning while the run has no pending trial.
+
+    Tune warns when no trial has been running for a minute. Without a pending one the search is what takes that time.
+    """
+
+    def __init__(self, controller: Any) -> None:
+        super().__init__()
+        self._controller = ref(controller)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        controller = self._controller()
+        return controller is None or any(trial.status == trial.PENDING for trial in controller.get_live_trials())

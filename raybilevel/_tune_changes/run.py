@@ -1,0 +1,77 @@
+"""Tune is changed while a run asks a searcher of ours: from its first question to the run's end.
+
+Tune hands its controller to schedulers and callbacks, but not to searchers, and does not tell them of a run's end. So
+the controller is looked for among the callers of `suggest`. A searcher that something else calls changes nothing. The
+run ends with the controller's `cleanup`. If that is never reached, as after a second Ctrl-C, it ends when the
+controller is garbage.
+
+It cannot begin earlier. `set_search_properties` comes before there is a controller, and a failure in between would go
+unnoticed. So Tune's first question runs in upstream's code. `raybilevel run` knows when its run begins and ends, and
+wraps it in `tune_changes`.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary, finalize, ref
+
+from raybilevel._tune_changes import resource_warning
+from raybilevel._tune_changes.applied import tune_changes
+from raybilevel._tune_changes.run_end import RUN_END, at_end
+
+
+class TuneRun:
+    """A run whose searcher has been asked. Made by `tune_run`."""
+
+    def __init__(self, controller: Any) -> None:
+        self._controller = ref(controller)
+        changed = ExitStack()
+        changed.enter_context(tune_changes())
+        only_with_pending = resource_warning.OnlyWithPendingTrials(controller)
+        resource_warning.logger.addFilter(only_with_pending)
+        changed.callback(resource_warning.logger.removeFilter, only_with_pending)
+        end = finalize(controller, changed.close)
+        end.atexit = False
+        at_end[controller] = end
+
+    @property
+    def idle(self) -> bool:
+        """Whether no trial is pending, running or paused. Tune then asks once a second, else ten times."""
+        controller = self._controller()
+        return controller is None or all(trial.is_finished() for trial in controller.get_live_trials())
+
+
+_runs: WeakKeyDictionary[Any, TuneRun] = WeakKeyDictionary()
+
+
+def tune_run() -> TuneRun | None:
+    """For a searcher: the run that asks it, with Tune changed until its end; None where no Tune run does."""
+    controller = _calling_controller()
+    if controller is None:
+        return None
+    if controller not in _runs:
+        _runs[controller] = TuneRun(controller)
+    return _runs[controller]
+
+
+def _calling_controller() -> Any:
+    kind, frame = _controller_class(), sys._getframe(1)
+    while kind is not None and frame.f_back is not None:
+        frame = frame.f_back
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, kind):
+            return owner
+    return None
+
+
+@cache
+def _controller_class() -> type | None:
+    """`TuneController`; None if its end cannot be heard of. Then Tune must not be changed."""
+    found = RUN_END.upstream()
+    if found is None:
+        RUN_END.warn_of_missing()
+        return None
+    return found[0]
