@@ -33,7 +33,7 @@ from raybilevel.problems.mnist import Mnist1K
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
-from raybilevel.space import Parameter, Space
+from raybilevel.space import Space
 
 FORMAT = 1
 PACKAGES = ("torch", "botorch", "gpytorch", "scipy", "optuna", "cmaes")
@@ -249,22 +249,15 @@ def _cached_problem(key: str, data: str | None) -> BilevelProblem:
     return make_problem(ProblemEntry.model_validate_json(key), data)
 
 
-def space_of(problem: BilevelProblem) -> Space:
-    """The box of a problem: its own, or for the older ones log10 decay in [-6, 1], log decay in [-10, 5]."""
-    own = getattr(problem, "space", None)
-    if isinstance(own, Space):
-        return own
-    if isinstance(problem, DigitsLogistic):
-        return Space(tuple(Parameter(("weight_decay", f"g{g}"), 1e-6, 10.0, log=True) for g in range(problem.groups)))
-    assert isinstance(problem, Mnist1K)
-    layers = [f"fc{i + 1}" for i in range(len(problem.hidden) + 1)]
-    kinds = ("weight_decay", "bias_decay") if isinstance(problem, Mnist1KKinds) else ("weight_decay",)
-    paths = [(kind, layer) for kind in kinds for layer in layers] if problem.share == "layer" else [("weight_decay",)]
-    return Space(tuple(Parameter(path, math.exp(-10), math.exp(5), log=True) for path in paths))
+def box_of(problem: BilevelProblem) -> Space:
+    """Raises ConfigError, where a problem has no box of its own."""
+    if problem.space is None:
+        raise ConfigError(f"{type(problem).__name__} has no `space` of its own, which a problem of the benchmark needs")
+    return problem.space
 
 
 def dimension_of(entry: ProblemEntry) -> int:
-    return space_of(make_problem(entry, ".")).dimension
+    return box_of(make_problem(entry, ".")).dimension
 
 
 def execute(run: Run) -> dict[str, Any]:
@@ -274,7 +267,7 @@ def execute(run: Run) -> dict[str, Any]:
     problem = _cached_problem(
         ProblemEntry(problem=run.problem.problem, options=run.problem.options).model_dump_json(), run.data
     )
-    space = space_of(problem)
+    space = box_of(problem)
     objective = Objective(problem, space, run.seed, run.budget * run.method.slots)
     steps: list[dict[str, Any]] = []
     error, exhausted = None, False

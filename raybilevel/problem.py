@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from raybilevel.space import Space
+
 __all__ = [
     "Batch",
     "BilevelProblem",
@@ -53,6 +55,11 @@ class BilevelProblem(ABC):
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
     optimistic: bool = False
+
+    @property
+    def space(self) -> Space | None:
+        """The problem's own box of hyperparameters, which comparisons search; None: the search space is the user's."""
+        return None
 
     @abstractmethod
     def model(self) -> nn.Module:

@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from benchmarks.suite import space_of
 from raybilevel._compare.methods import check_settings, parse
 from raybilevel._config.experiment import (
     Checked,
@@ -197,7 +196,10 @@ def experiment_of(name: str, entry: ProblemEntry, resources: ResourcesConfig) ->
         space = entry.space
         if space is None:
             # A problem that reads files asks for their folder; its box does not depend on them.
-            space = as_config(space_of(make_problem(entry.problem, entry.options, ".")))
+            box = make_problem(entry.problem, entry.options, ".").space
+            if box is None:
+                raise ConfigError(f"{entry.problem} has no box of its own; give its `space`")
+            space = as_config(box)
         experiment = ExperimentConfig(
             problem=entry.problem,
             options=entry.options,
@@ -206,8 +208,6 @@ def experiment_of(name: str, entry: ProblemEntry, resources: ResourcesConfig) ->
             resources=resources,
         )
         experiment.split_space()
-    except AssertionError as error:
-        raise ConfigError(f"problem {name!r}: {entry.problem} has no box of its own; give its `space`") from error
     except RaybilevelError as error:
         raise type(error)(f"problem {name!r}: {error}") from error
     return experiment

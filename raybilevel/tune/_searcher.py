@@ -38,7 +38,7 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.search import _state_file as state_file
 from raybilevel.search._optimizer import BilevelOptimizer, Observation
 from raybilevel.search_state import SearchState, Training
-from raybilevel.space import STARTS, Space, flatten, nest
+from raybilevel.space import STARTS, Space, check_points, flatten, nest
 from raybilevel.tune import _snapshot as snapshot
 from raybilevel.tune._domains import split_param_space
 from raybilevel.tune._trainable import FINISHED, GRADIENT, PASSES, TRIAL_PATH, checkpoint_path
@@ -741,23 +741,6 @@ def job_of_ray() -> str | None:
         return None
     job: str = ray.get_runtime_context().get_job_id()
     return job
-
-
-def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = "points_to_evaluate") -> None:
-    """Points name every hyperparameter of the space, nested as it is, within its bounds."""
-    for number, point in enumerate(points):
-        names = {"/".join(path) for path in flatten(point)}
-        unknown = names - set(space.names)
-        if unknown:
-            raise SpaceError(
-                f"{name}[{number}]: {', '.join(sorted(unknown))} not in the space, which has {', '.join(space.names)}"
-            )
-        for parameter in space.parameters:
-            value = space.value(point, parameter)
-            if not parameter.low <= value <= parameter.high:
-                raise SpaceError(
-                    f"{name}[{number}]: {parameter.name} = {value} is outside [{parameter.low}, {parameter.high}]"
-                )
 
 
 def reported_config(result: Mapping[str, Any] | None) -> dict[str, Any]:
