@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from benchmarks import peers, reference
 from benchmarks.objective import BudgetSpent, Objective
 from benchmarks.ours import bilevel, configured
-from raybilevel._config.experiment import in_words, read_mapping
+from raybilevel._config.files import read_mapping, validated
 from raybilevel._lower.training import refit
 from raybilevel._version import __version__
 from raybilevel.errors import ConfigError, RaybilevelError
@@ -187,10 +187,7 @@ def read_suite(path: str | Path) -> Suite:
     Raises:
         ConfigError: it cannot be read, or a key is wrong; the key is named.
     """
-    try:
-        return Suite.model_validate(read_mapping(path))
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {in_words(error)}") from error
+    return validated(Suite, read_mapping(path), path)
 
 
 @dataclass(frozen=True)

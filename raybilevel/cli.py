@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from raybilevel._version import __version__
 from raybilevel.errors import ConfigError, DataError, ProblemError, RaybilevelError, SpaceError, StorageError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -33,8 +34,18 @@ Set = Annotated[
 ]
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"raybilevel {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Bilevel hyperparameter optimization on Ray clusters."""
 
 
@@ -89,17 +100,25 @@ def run(
 
 
 @app.command()
-def check(config: Config, data: Data = None, settings: Set = None) -> None:
+def check(
+    config: Config,
+    data: Data = None,
+    settings: Set = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="As for run: a Ray cluster, of which this machine does not know what it has.", metavar="TEXT"
+        ),
+    ] = None,
+) -> None:
     """Validate a config file, its problem and its data without training anything."""
-    from raybilevel._command import experiment
     from raybilevel._config.experiment import read_config
+    from raybilevel._config.plan import resolve, this_machine
 
-    checked = read_config(config, settings or ())
-    experiment.check(checked, as_text(data))
-    space, _ = checked.split_space()
+    plan = resolve(read_config(config, settings or ()), as_text(data), this_machine() if address is None else None)
     typer.echo(
-        f"{config}: all right: problem {checked.problem}, {space.dimension} hyperparameters "
-        f"({', '.join(space.names)}), method {checked.search.method}, {checked.search.trainings} trainings"
+        f"{config}: all right: problem {plan.config.problem}, {plan.upper_level}, method {plan.config.search.method}, "
+        f"{plan.trainings} trainings"
     )
 
 
@@ -230,7 +249,8 @@ def main() -> None:
 
 
 def fail(error: Exception, status: int) -> None:
-    typer.echo(f"raybilevel: {error}", err=True)
+    for line in str(error).splitlines():
+        typer.echo(f"raybilevel: {line}", err=True)
     sys.exit(status)
 
 

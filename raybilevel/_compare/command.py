@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from raybilevel._compare.config import CompareConfig, Run, read_comparison
-from raybilevel._config.experiment import ExperimentConfig
+from raybilevel._config.plan import Plan
 from raybilevel._records import store as records
 from raybilevel.errors import ConfigError
 
@@ -77,11 +77,13 @@ def run_all(
     Raises:
         ConfigError: the cluster has several nodes, and no storage is given; or this machine alone has not what a run
             asks for.
+        ProblemError, SpaceError, DataError: a problem is wrong; it is named, and nothing was run.
         StorageError: the storage cannot be written, or nodes of the cluster do not see it.
     """
     from raybilevel._cluster.resources import nodes_alive
     from raybilevel._cluster.storage import check_access, locate
-    from raybilevel._command.experiment import check_room, cluster
+    from raybilevel._command.cluster import cluster
+    from raybilevel._command.resources import check_room
     from raybilevel._compare.execute import execute
 
     def say(line: str) -> None:
@@ -91,14 +93,15 @@ def run_all(
     say(f"{len(runs)} runs, {len(runs) - len(missing)} of them have a record")
     if not missing:
         return 0, False
+    plans: dict[str, Plan] = {}
+    for run in missing:
+        if run.problem_name not in plans:
+            plans[run.problem_name] = run.plan()
     bad, began = 0, time.monotonic()
     place = None if storage is None else locate(storage)
     with cluster(address, cpus) as alone:
-        checked: list[ExperimentConfig] = []
-        for run in missing:
-            if run.experiment not in checked:
-                check_room(run.experiment, alone)
-                checked.append(run.experiment)
+        for plan in plans.values():
+            check_room(plan.training, plan.step, alone)
         if place is not None:
             check_access(place)
         elif len(nodes_alive()) > 1:
@@ -110,7 +113,8 @@ def run_all(
             head = f"[{number}/{len(missing)}] {run.problem_name} {run.method_name} seed {run.seed}"
             try:
                 with Progress(console, head, run) as progress:
-                    record = execute(run, progress.update, functools.partial(records.keep, out / run.path), place)
+                    keep = functools.partial(records.keep, out / run.path)
+                    record = execute(run, plans[run.problem_name], progress.update, keep, place)
             except KeyboardInterrupt:  # at once: this run leaves no record but what it has kept, and is made anew
                 return bad + len(missing) - number + 1, True
             records.write(out / run.path, record)

@@ -12,7 +12,6 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,11 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from benchmarks.suite import FORMAT, core_digest, incumbent_at
 from raybilevel._cluster.environment import environment
-from raybilevel._cluster.resources import bundles_of, most_slots, step_options, task_options, trainings_that_fit
+from raybilevel._cluster.resources import most_slots, task_options, trainings_that_fit
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.storage import Storage
-from raybilevel._command.experiment import (
-    first_bundle,
-    param_space,
-    refit_task,
-    reuses_processes,
-    trial_resources,
-    with_room_for_steps,
-)
+from raybilevel._command.refit import refit_options, refit_task
+from raybilevel._command.resources import asked_for, for_tune, reuses_processes, with_room_for_steps
 from raybilevel._compare.config import Run
 from raybilevel._compare.ledger import BudgetStopper, Ledger
 from raybilevel._compare.methods import (
@@ -51,13 +44,12 @@ from raybilevel._compare.methods import (
     probe,
 )
 from raybilevel._compare.searchers import BudgetedSearch, TimedSearcher, overhead_of, spent_on_steps
-from raybilevel._config.experiment import ExperimentConfig
-from raybilevel._lower.levels import check_problem
+from raybilevel._config.plan import Plan
 from raybilevel._records.summary import versions
 from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
-from raybilevel.problems import make_problem
 from raybilevel.space import Space, flatten, nest
+from raybilevel.tune._domains import to_param_space
 from raybilevel.tune._searcher import BilevelSearch
 from raybilevel.tune._trainable import lower_level_trainable
 
@@ -72,6 +64,7 @@ SECONDS_TO_CANCEL = 10.0
 
 def execute(
     run: Run,
+    plan: Plan,
     news: Callable[[Ledger], None] = lambda ledger: None,
     keep: Callable[[Record], None] = lambda record: None,
     storage: Storage | None = None,
@@ -81,17 +74,15 @@ def execute(
     Of a method that cannot be run the status is "unavailable", of an interrupted or failed run "interrupted" or
     "failed"; both keep what was seen before.
 
+    plan: of its problem (`Run.plan`).
     news: called again and again while the run is under way. keep: called after every training with the record so far,
         of status "running", for what kills this process. storage: for trials and their checkpoints while the run is
         under way; by default a temporary folder of this machine.
     """
-    parts, problem = parse(run.method.method), make_problem(run.experiment.problem, run.experiment.options, run.data)
-    space, constants = run.experiment.split_space()
-    check_problem(problem, space, constants)
-    record = empty_record(run, problem, space)
-    run = replace(run, experiment=with_room_for_steps(run.experiment, problem))
-    ledger = Ledger(space, problem.epochs, run.budget, gpus_of(run, problem))
-    setting = setting_of(run, problem, space)
+    parts, plan = parse(run.method.method), with_room_for_steps(plan)
+    record = empty_record(run, plan.problem, plan.space)
+    ledger = Ledger(plan.space, plan.problem.epochs, run.budget, gpus_of(plan))
+    setting = setting_of(run, plan)
     began = time.perf_counter()
     try:
         probe_parts(parts, setting)
@@ -115,10 +106,10 @@ def execute(
     try:
         searcher = searcher_of(parts, setting, ledger, place)
         with stop_on_interrupt(ledger):
-            tune_run(run, parts, setting, searcher, ledger, place)
+            tune_run(run, plan, parts, setting, searcher, ledger, place)
         exhausted = not ledger.over
         if not ledger.interrupted:
-            refits = refits_of(run, problem, constants, ledger)
+            refits = refits_of(run, plan, ledger)
     except Exception as raised:  # the record says what, and the other runs go on
         logging.getLogger(__name__).debug("run failed", exc_info=True)
         failure = f"{type(raised).__name__}: {first_line(raised)}"
@@ -157,31 +148,30 @@ def seen(ledger: Ledger, began: float) -> Record:
     }
 
 
-def setting_of(run: Run, problem: BilevelProblem, space: Space) -> Setting:
-    unit, amount = run.budget.unit, run.budget.amount
-    trainings = {"trainings": amount, "epochs": amount / problem.epochs}.get(unit)
+def setting_of(run: Run, plan: Plan) -> Setting:
+    unit, amount, epochs = run.budget.unit, run.budget.amount, plan.problem.epochs
     return Setting(
-        problem,
-        space,
-        param_space(run.experiment),
-        problem.epochs,
+        plan.problem,
+        plan.space,
+        to_param_space(plan.space, plan.constants),
+        epochs,
         run.seed,
-        trainings,
-        slots_for(run.experiment, problem),
-        run.experiment.resources.upper,
+        {"trainings": amount, "epochs": amount / epochs}.get(unit),
+        slots_for(plan),
+        plan.step,
         run.method.searcher,
         run.method.scheduler,
     )
 
 
-def slots_for(experiment: ExperimentConfig, problem: BilevelProblem) -> int:
+def slots_for(plan: Plan) -> int:
     """Trainings at once: as many as the cluster holds, and no more than `BilevelSearch` would run of a few."""
-    return max(1, min(most_slots(0), trainings_that_fit(bundles_of(trial_resources(experiment), problem))))
+    return max(1, min(most_slots(0), trainings_that_fit(asked_for(plan.training))))
 
 
-def gpus_of(run: Run, problem: BilevelProblem) -> tuple[float, float]:
-    step = step_options(run.experiment.resources.upper, problem)
-    return first_bundle(run.experiment).get("gpu", 0.0), float(step.get("num_gpus", 0.0))
+def gpus_of(plan: Plan) -> tuple[float, float]:
+    """Of a training and of an upper-level step."""
+    return plan.training.first.get("GPU", 0.0), float(task_options(plan.step).get("num_gpus", 0.0))
 
 
 def probe_parts(parts: Parts, setting: Setting) -> None:
@@ -216,7 +206,9 @@ def searcher_of(parts: Parts, setting: Setting, ledger: Ledger, place: Storage) 
     return TimedSearcher(search)
 
 
-def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Ledger, place: Storage) -> None:
+def tune_run(
+    run: Run, plan: Plan, parts: Parts, setting: Setting, searcher: Any, ledger: Ledger, place: Storage
+) -> None:
     """The trials: the same trainable, seed and resources for every method."""
     space, samples = dict(setting.param_space), samples_of(parts, setting)
     if parts.searcher == "grid":
@@ -230,7 +222,7 @@ def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Le
     ledger.began = ledger.seen = time.monotonic()
     with quiet():
         tune.run(
-            tune.with_resources(trainable, trial_resources(run.experiment)),
+            tune.with_resources(trainable, for_tune(plan.training)),
             name="tune",
             storage_path=place.path,
             storage_filesystem=place.filesystem,
@@ -240,7 +232,7 @@ def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Le
             metric=METRIC,
             mode="min",
             num_samples=samples,
-            reuse_actors=reuses_processes(run.experiment),
+            reuse_actors=reuses_processes(plan.training, plan.step),
             callbacks=[ledger],
             stop=BudgetStopper(ledger),
             raise_on_failed_trial=False,
@@ -261,20 +253,19 @@ def samples_of(parts: Parts, setting: Setting) -> int:
     return max(1, int(setting.trainings * setting.epochs))
 
 
-def refits_of(run: Run, problem: BilevelProblem, constants: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
+def refits_of(run: Run, plan: Plan, ledger: Ledger) -> dict[str, Any]:
     """Metrics after a training on training plus validation data with the incumbent's hyperparameters, by the
     incumbent's index, for each mark; not charged, as every method has it."""
-    if problem.refit_batches(None) is None:
+    if plan.problem.refit_batches(None) is None:
         return {}
     observations = [{**o, "cost": o["spent"]} for o in ledger.observations()]
-    resources = task_options({"cpu": 1, **first_bundle(run.experiment)})
-    shared = Shared(problem)
+    resources, shared = refit_options(plan), Shared(plan.problem)
     found: Record = {}
     tasks: dict[str, Any] = {}
     for mark in (*run.marks, run.budget.amount, float("inf")):
         index = incumbent_at(observations, mark)
         if index is not None and str(index) not in tasks:
-            config = nest({**flatten(constants), **flatten(observations[index]["hyperparameters"])})
+            config = nest({**flatten(plan.constants), **flatten(observations[index]["hyperparameters"])})
             tasks[str(index)] = refit_task.options(**resources).remote(shared, config, run.seed)
     for name, task in tasks.items():
         with contextlib.suppress(ray.exceptions.RayError):  # a refit that diverges, or is lost, has no loss

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raybilevel._command.experiment import CONFIG_FILE, SUMMARY_FILE, TUNE_FOLDER
 from raybilevel._config.experiment import read_config
 from raybilevel._records import store as records
+from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE, TUNE_FOLDER
 from raybilevel._records.store import Record
 from raybilevel._records.summary import config_of, finite
 from raybilevel.errors import DataError, RaybilevelError, StateError

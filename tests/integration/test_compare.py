@@ -56,7 +56,9 @@ def check_record(record: dict[str, Any], budget: float = 7) -> None:
 
 def test_raybilevel_and_random_search_are_counted_alike(local_ray: None) -> None:
     kept: list[Any] = []
-    own, random = (execute(run, keep=kept.append) for run in comparison(["raybilevel", "random"]).runs(None))
+    own, random = (
+        execute(run, run.plan(), keep=kept.append) for run in comparison(["raybilevel", "random"]).runs(None)
+    )
     check_record(own)
     check_record(random)
     assert len(random["observations"]) == 7
@@ -85,7 +87,8 @@ def test_raybilevel_and_random_search_are_counted_alike(local_ray: None) -> None
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore")  # of the packages themselves
 def test_every_method_keeps_to_the_budget(local_ray: None, method: str) -> None:
-    record = execute(comparison([method]).runs(None)[0])
+    (run,) = comparison([method]).runs(None)
+    record = execute(run, run.plan())
     if record["status"] == "unavailable":
         pytest.skip(f"{method}: {record['error']}; the extra `compare` has it")
     check_record(record)
@@ -95,8 +98,8 @@ def test_every_method_keeps_to_the_budget(local_ray: None, method: str) -> None:
 def test_a_method_that_cannot_be_run_says_why(local_ray: None) -> None:
     many = {name: {"loguniform": [1e-6, 1.0]} for name in (f"g{g}" for g in range(16))}
     problem = {"problem": "digits_logistic", "options": {"groups": 16}, "space": {"weight_decay": many}}
-    runs = comparison(["grid"], problems={"digits-16": problem}).runs(None)
-    record = execute(runs[0])
+    (run,) = comparison(["grid"], problems={"digits-16": problem}).runs(None)
+    record = execute(run, run.plan())
     assert (record["status"], record["observations"]) == ("unavailable", [])
     assert "65,536" in record["error"]
 

@@ -109,9 +109,12 @@ def test_what_is_wrong_with_a_problem_is_named(tmp_path: Path) -> None:
         ({"problem": "digits"}, "problem 'x': digits has no box of its own; give its `space`"),
         ({"problem": "ridge", "options": {"gruops": 2}}, "problem 'x'.*no option 'gruops'"),
         ({"problem": "ridge", "space": {"decay": {"loguniform": [2, 1]}}}, "problem 'x'.*decay"),
+        ({"problem": "ridge", "space": {"decay": 1.0}}, "problem 'x': its `space` has no hyperparameter"),
     ):
         with pytest.raises(ValueError, match=words):
             read_comparison(written(tmp_path, problems={"x": problem})).runs(None)
+    with pytest.raises(ConfigError, match=r"one run; use `raybilevel run .*digits.yaml`"):
+        read_comparison(CONFIGS / "digits.yaml")
     with pytest.raises(ConfigError, match="no scale 'huge'; it has small"):
         read_comparison(written(tmp_path, scales={"small": {"seeds": 1}}), scale="huge")
 
