@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,11 +15,6 @@ from raybilevel._version import __version__
 from raybilevel.errors import ConfigError, DataError, ProblemError, RaybilevelError, SpaceError, StorageError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-NOT_LISTED = (
-    "test_loss", "solver_iterations", "second_order_products", "solver_residual", "lower_gradient_norm",
-    "lower_residual",
-)  # fmt: skip
-"""Metrics that are in the summary's own rows, or in its file only."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -72,6 +66,7 @@ def run(
 ) -> None:
     """Run the experiment of a config file."""
     from raybilevel._command import experiment
+    from raybilevel._command.output import show_how_to_go_on, show_result
     from raybilevel._config.experiment import read_config
 
     if resume and out is None:
@@ -159,6 +154,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare methods on problems under one budget; a record a run, then the tables and the report."""
+    from raybilevel._command.output import show_how_to_go_on
     from raybilevel._compare import command
     from raybilevel._compare.config import read_comparison
 
@@ -194,43 +190,6 @@ def report(
     typer.echo(str(page))
     if open_it:
         webbrowser.open(page.resolve().as_uri())
-
-
-def show_how_to_go_on(
-    console: Console, command: str, folder: Path, data: Path | None, address: str | None, storage: str | None
-) -> None:
-    """The command that resumes, as a shell takes it."""
-    options = {"--out": folder, "--data": data, "--address": address, "--storage": storage}
-    given = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
-    again = [sys.argv[0], command, str(folder / "config.yaml"), *given, "--resume"]  # it holds every --set
-    console.print(f"  {shlex.join(again)}", markup=False, highlight=False, soft_wrap=True)
-
-
-def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None:
-    best = summary["best"]
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column()
-    if best is not None:
-        from raybilevel.space import flatten
-
-        for path, value in flatten(best["hyperparameters"]).items():
-            table.add_row("/".join(path), f"{value:.6g}")
-        for key, label in (
-            ("upper_loss", "F (validation loss)"),
-            ("test_loss", "test loss"),
-            ("test_loss_refit", "test loss after a refit on all data"),
-        ):
-            if best[key] is not None:
-                table.add_row(label, f"{best[key]:.5g}")
-    others = [f"{name} {value:.4g}" for name, value in summary["metrics"].items() if name not in NOT_LISTED]
-    if others:
-        table.add_row("metrics", ", ".join(others))
-    failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""
-    table.add_row("trainings", f"{summary['trainings']}{failed}; cost {summary['cost']:.1f} trainings in all")
-    table.add_row("verdict", summary["verdict"])
-    table.add_row("results", str(folder))
-    console.print(table, highlight=False)
 
 
 def as_text(path: Path | None) -> str | None:

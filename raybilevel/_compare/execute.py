@@ -58,7 +58,7 @@ Record = dict[str, Any]
 PACKAGES = ("optuna", "hyperopt", "ax-platform", "bayesian-optimization", "hpbandster", "ConfigSpace")
 MANY = 10_000
 """Trials at most, where the budget is not counted in trainings."""
-SECONDS_TO_CANCEL = 10.0
+CANCEL_TIMEOUT_S = 10.0
 """For upper-level steps that the end of a run cuts off."""
 
 
@@ -116,7 +116,7 @@ def execute(
         record["traceback"] = traceback.format_exc()
     finally:
         if searcher is not None and isinstance(searcher.inner, BilevelSearch):
-            searcher.inner.cancel_steps(SECONDS_TO_CANCEL)
+            searcher.inner.cancel_steps(CANCEL_TIMEOUT_S)
         with contextlib.suppress(OSError):
             place.filesystem.delete_dir(place.path)
     status = "failed" if failure else "interrupted" if ledger.interrupted else "done"

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raybilevel.errors import ConfigError
-from raybilevel.methods import METHODS as OWN
 from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
 from raybilevel.space import Space
@@ -254,6 +253,3 @@ def _bohb(setting: Setting, **given: Any) -> Any:
     from ray.tune.search.bohb import TuneBOHB
 
     return TuneBOHB(seed=setting.seed, **given)
-
-
-assert set(OWN_NAMES.values()) <= set(OWN)

@@ -18,7 +18,14 @@ from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problem import BilevelProblem, LargeUpperLevel
 from raybilevel.space import STARTS, Space
 from raybilevel.tune._domains import split_param_space
-from raybilevel.tune._trainable import FINISHED, PASSES, a_fifth, check_arguments, check_not_optimistic, send
+from raybilevel.tune._trainable import (
+    FINISHED,
+    PASSES,
+    check_arguments,
+    check_not_optimistic,
+    default_checkpoint_interval,
+    send,
+)
 
 HYPERPARAMETERS = "hyperparameters"
 
@@ -46,7 +53,8 @@ def hypergradient_trainable(
     seed:     of the initial weights and the order of batches; of a module's start, with its number.
     checkpoint_every: steps between checkpoints; None for five in a descent.
     epoch_time_limit: seconds that an epoch of the lower level may take, a step's hypergradient counted as one more; a
-        descent whose step takes longer than all of its epochs may hangs, and its process is ended. None for no limit.
+        descent whose step takes longer than all of its epochs may is treated as hung and its worker killed. None for
+        no limit.
 
     Raises:
         ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, has neither a space nor
@@ -65,7 +73,7 @@ def hypergradient_trainable(
         )
     settings = settings or HypergradientDescent()
     check_shards(problem, settings.shards, box is not None)
-    every = checkpoint_every or a_fifth(settings.steps)
+    every = checkpoint_every or default_checkpoint_interval(settings.steps)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         descend, problem=Shared(problem), settings=settings, space=box, seed=seed, checkpoint_every=every,
         epoch_time_limit=epoch_time_limit,

@@ -38,15 +38,15 @@ def lower_level_trainable(
 
     seed:             of the initial weights and the order of batches; the same for every trial.
     checkpoint_every: epochs between checkpoints; None for five in a training.
-    epoch_time_limit: seconds that an epoch, its losses included, may take; a training that takes longer hangs, and its
-        process is ended. None for no limit. Its report is not part of that: a scheduler may hold that up.
+    epoch_time_limit: seconds that an epoch, its losses included, may take; a training that takes longer is treated as
+        hung and its worker killed. None for no limit. Its report is not part of that: a scheduler may hold that up.
 
     Raises:
         ProblemError: `problem` is not a `BilevelProblem` instance.
         ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
     """
     check_arguments("lower_level_trainable", problem, checkpoint_every, epoch_time_limit)
-    every = checkpoint_every or a_fifth(problem.epochs)
+    every = checkpoint_every or default_checkpoint_interval(problem.epochs)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         lower_level, problem=Shared(problem), seed=seed, checkpoint_every=every, epoch_time_limit=epoch_time_limit
     )
@@ -74,8 +74,8 @@ def check_not_optimistic(function: str, problem: BilevelProblem) -> None:
         )
 
 
-def a_fifth(count: int) -> int:
-    """Epochs or steps between checkpoints, so that there are five."""
+def default_checkpoint_interval(count: int) -> int:
+    """Epochs or steps between checkpoints, of so many in all: there are five."""
     return max(1, -(-count // 5))
 
 

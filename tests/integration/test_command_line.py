@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from raybilevel._command.output import show_how_to_go_on
 from raybilevel._version import __version__
-from raybilevel.cli import main, show_how_to_go_on
+from raybilevel.cli import main
 
 ROOT = Path(__file__).parents[2]
 DATA = os.environ.get("RAYBILEVEL_TEST_DATA")

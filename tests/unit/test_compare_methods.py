@@ -10,6 +10,7 @@ import pytest
 
 from raybilevel._compare.execute import probe_parts, samples_of
 from raybilevel._compare.methods import (
+    OWN_NAMES,
     Parts,
     Setting,
     UnavailableError,
@@ -21,6 +22,7 @@ from raybilevel._compare.methods import (
 )
 from raybilevel._compare.searchers import TimedSearcher
 from raybilevel.errors import ConfigError
+from raybilevel.methods import METHODS
 from raybilevel.problems.ridge import Ridge
 from raybilevel.space import Parameter, Space
 
@@ -36,6 +38,10 @@ def setting(groups: int = 2, trainings: float | None = 6, **changes: Any) -> Set
     problem = Ridge(groups)
     param_space = {"decay": {f"g{g}": tune.loguniform(1e-4, 10.0) for g in range(groups)}}
     return replace(Setting(problem, problem.space, param_space, 60, 0, trainings, 2), **changes)
+
+
+def test_raybilevel_s_own_methods_are_there() -> None:
+    assert set(OWN_NAMES.values()) <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGES))
