@@ -12,7 +12,7 @@ import torch
 from raybilevel._config.experiment import ExperimentConfig
 from raybilevel._config.resources import TrainingResources
 from raybilevel._lower.levels import check_problem
-from raybilevel.errors import ConfigError, RaybilevelError, SpaceError
+from raybilevel.errors import ConfigError, ProblemError, RaybilevelError, SpaceError
 from raybilevel.hypergradient._variables import check_shards, check_upper_variables
 from raybilevel.methods import make_method
 from raybilevel.methods._base import Method
@@ -163,12 +163,30 @@ def space_of(config: ExperimentConfig, method: Method) -> Space:
 
 
 def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], method: Method) -> None:
-    if isinstance(method, HypergradientDescent):
-        check_shards(problem, method.shards, space != STARTS)
-    if space == STARTS:
-        check_upper_variables(problem, constants)
-    else:
-        check_problem(problem, space, constants)
+    """Try both levels before anything is trained.
+
+    Raises:
+        ProblemError, NotFiniteError: the problem breaks its contract, or cannot be evaluated in this space at all.
+        ConfigError: the method cannot search it.
+    """
+    try:
+        if isinstance(method, HypergradientDescent):
+            check_shards(problem, method.shards, space != STARTS)
+        if space == STARTS:
+            check_upper_variables(problem, constants)
+        else:
+            check_problem(problem, space, constants)
+    except RaybilevelError:
+        raise
+    except KeyError as error:
+        raise ProblemError(
+            f"space: {type(problem).__name__} reads the hyperparameter {error}, which is not there; give it a "
+            "domain or a constant"
+        ) from error
+    except Exception as error:  # whatever a problem's own code raises
+        raise ProblemError(
+            f"{type(problem).__name__} cannot be evaluated at the centre of the space: {type(error).__name__}: {error}"
+        ) from error
 
 
 def check_machine(config: ExperimentConfig, machine: Machine) -> None:
