@@ -17,6 +17,8 @@ Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 def possible(amounts: dict[str, float]) -> dict[str, float]:
     """Raises ValueError, where Ray grants no such amount."""
     for name, amount in amounts.items():
+        if name.lower() in ("cpus", "gpus"):
+            raise ValueError(f"{name}: no such resource; write {name.lower()[:-1]}")
         if not (math.isfinite(amount) and amount >= 0):
             raise ValueError(f"{name}: expected an amount of at least 0, got {amount:g}")
         if by_ray(name) == "GPU" and amount > 1 and amount != int(amount):

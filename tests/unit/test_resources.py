@@ -61,6 +61,7 @@ def test_a_training_has_a_gpu_of_its_own_where_it_runs_on_one(device: str | None
         ("{bundles: [{CPU: 1}], strategy: TIGHT}", r"resources\.lower\.strategy: "),
         ("{bundles: [{GPU: 1.5}]}", r"resources\.lower\.bundles\.0: GPU: .* whole number of them, got 1.5"),
         ("{cpu: many}", r"resources\.lower\.cpu: "),
+        ("{GPUs: 1}", r"resources\.lower: GPUs: no such resource; write gpu"),
         ("{disk: -1}", r"resources\.lower: disk: expected an amount of at least 0, got -1"),
     ],
 )
