@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from raybilevel._metrics import check_metrics
 from raybilevel.space import Space
 
 __all__ = [
@@ -143,12 +144,16 @@ def upper_loss(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyper
 
 
 def evaluate(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
-    """A problem's further metrics as floats, whichever form its `evaluate` has."""
+    """A problem's further metrics as floats, whichever form its `evaluate` has.
+
+    Raises:
+        ProblemError: it returned something else than numbers by name, or one under a name that is taken.
+    """
     if takes_hyperparameters(problem.evaluate, others=1):
         found = problem.evaluate(model, hyperparameters)
     else:
         found = problem.evaluate(model)
-    return {name: float(value) for name, value in found.items()}
+    return check_metrics(type(problem).__name__, found)
 
 
 def takes_hyperparameters(method: Callable[..., Any], others: int) -> bool:

@@ -13,11 +13,8 @@ from rich.table import Table
 from raybilevel._records.names import CONFIG_FILE
 from raybilevel.space import flatten
 
-NOT_LISTED = (
-    "test_loss", "solver_iterations", "second_order_products", "solver_residual", "lower_gradient_norm",
-    "lower_residual",
-)  # fmt: skip
-"""Metrics that are in the summary's own rows, or in its file only."""
+WITH_A_ROW = ("test_loss",)
+"""Metrics that the command shows in rows of their own."""
 
 
 def show_how_to_go_on(
@@ -46,7 +43,7 @@ def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None
         ):
             if best[key] is not None:
                 table.add_row(label, f"{best[key]:.5g}")
-    others = [f"{name} {value:.4g}" for name, value in summary["metrics"].items() if name not in NOT_LISTED]
+    others = [f"{name} {value:.4g}" for name, value in summary["metrics"].items() if name not in WITH_A_ROW]
     if others:
         table.add_row("metrics", ", ".join(others))
     failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""

@@ -14,11 +14,12 @@ from raybilevel._command.cluster import own_signals
 from raybilevel._command.progress import ProgressCallback, View
 from raybilevel._command.resources import for_tune, reuses_processes
 from raybilevel._config.plan import Plan
+from raybilevel._metrics import HYPERPARAMETERS
 from raybilevel._records.names import TUNE_FOLDER
 from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.search_state import Training
 from raybilevel.space import flatten, nest
-from raybilevel.tune._descent_trainable import HYPERPARAMETERS, hypergradient_trainable
+from raybilevel.tune._descent_trainable import hypergradient_trainable
 from raybilevel.tune._domains import to_param_space
 from raybilevel.tune._scalars import SearchScalars
 from raybilevel.tune._scheduler import SECONDS_TO_START, PatientFIFO

@@ -12,11 +12,8 @@ from ray.tune import Callback, Stopper
 
 from benchmarks.objective import lowest
 from raybilevel._compare.config import Budget
-from raybilevel.space import Space, flatten, nest
-from raybilevel.tune._trainable import FINISHED, GPUS, PASSES
-
-NOT_METRICS = frozenset({"lower_loss", "upper_loss", "epoch", PASSES, "training_iteration", "timestamp", "pid"})
-"""Numbers in a result that are none of the problem's own metrics."""
+from raybilevel._metrics import EPOCH, FINISHED, GPUS, LOWER_LOSS, PASSES, UPPER_LOSS, problem_metrics
+from raybilevel.space import Space, nest
 
 
 @dataclass
@@ -161,13 +158,13 @@ class Ledger(Callback):  # type: ignore[misc]
         log.gpus = str(result.get(GPUS, ""))
         log.seconds.append(round(self.seconds, 3))
         log.took.append(round(float(result.get("time_this_iter_s", 0.0)), 4))
-        log.epochs.append(int(result["epoch"]))
-        log.uppers.append(finite(result["upper_loss"]))
-        log.left = self.epochs_per_training - int(result["epoch"])
+        log.epochs.append(int(result[EPOCH]))
+        log.uppers.append(finite(result[UPPER_LOSS]))
+        log.left = self.epochs_per_training - int(result[EPOCH])
         if result.get(FINISHED):
-            upper, lower = finite(result["upper_loss"]), finite(result["lower_loss"])
+            upper, lower = finite(result[UPPER_LOSS]), finite(result[LOWER_LOSS])
             status = "failed" if upper is None or lower is None else "done"
-            self._observe(trial, status, upper, lower, None, metrics_of(result), float(result.get(PASSES, 0.0)))
+            self._observe(trial, status, upper, lower, None, problem_metrics(result), float(result.get(PASSES, 0.0)))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         log = self.trials.get(trial.trial_id)
@@ -256,19 +253,6 @@ class BudgetStopper(Stopper):  # type: ignore[misc]
 def searched(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
     """The searched hyperparameters of a trial's config, nested."""
     return nest({p.path: space.value(config, p) for p in space.parameters})
-
-
-def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """What the problem's `evaluate` returned, from a trial's result: plain numbers that Tune has not added."""
-    return {
-        "/".join(path): float(value)
-        for path, value in flatten(result).items()
-        if len(path) == 1
-        and isinstance(value, float)
-        and math.isfinite(value)
-        and path[0] not in NOT_METRICS
-        and not path[0].startswith("time_")
-    }
 
 
 def finite(value: float) -> float | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from raybilevel._lower import checkpoint
 from raybilevel._lower.levels import Levels, as_tensors, lower_gradient
 from raybilevel._lower.optimistic import select_minimiser
+from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.problem import BilevelProblem, evaluate
 
@@ -98,11 +99,15 @@ class LowerLevelTraining:
         return loss.item()
 
     def losses(self) -> dict[str, float]:
-        """f and F at the present weights, and the problem's own metrics."""
+        """f and F at the present weights, and the problem's own metrics.
+
+        Raises:
+            ProblemError: `evaluate` returned something else than numbers, or one under a reserved name.
+        """
         metrics = self._evaluate()
         return {
-            "lower_loss": self.levels.value("lower", self.hyperparameters),
-            "upper_loss": self.levels.value("upper", self.hyperparameters),
+            LOWER_LOSS: self.levels.value("lower", self.hyperparameters),
+            UPPER_LOSS: self.levels.value("upper", self.hyperparameters),
             **metrics,
         }
 
@@ -171,9 +176,7 @@ def train(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> 
     training.conclude()
     passes = training.levels.passes
     losses = training.losses()
-    observed = TrainedLowerLevel(
-        losses.pop("lower_loss"), losses.pop("upper_loss"), training.gradient(), passes, losses
-    )
+    observed = TrainedLowerLevel(losses.pop(LOWER_LOSS), losses.pop(UPPER_LOSS), training.gradient(), passes, losses)
     return observed, dump_checkpoint(training)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from raybilevel._metrics import HYPERPARAMETERS, problem_metrics
 from raybilevel.methods._base import Method
 from raybilevel.search._diagnostics import diagnose, verdict
 from raybilevel.search_state import SearchState, Training
@@ -54,7 +55,7 @@ def summarise(
             "test_loss_refit": test_loss_refit,
             "checkpoint": checkpoints.get(best.index),
         },
-        "metrics": {} if best is None else numbers(trial_results.get(best.index, {})),
+        "metrics": {} if best is None else problem_metrics(trial_results.get(best.index, {})),
         "trainings": len(state.told),
         "failed_trainings": sum(t.status == "failed" for t in state.told),
         "upper_steps": len(state.steps),
@@ -69,19 +70,7 @@ def summarise(
 
 def found(trial_results: Mapping[int, Mapping[str, Any]], training: Training) -> Mapping[str, Any] | None:
     """The hyperparameters that a descent ended at; None for a training, which has those of its config."""
-    return trial_results.get(training.index, {}).get("hyperparameters")
-
-
-def numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """What the problem's `evaluate` reported, e.g. an accuracy."""
-    own = {"upper_loss", "lower_loss", "epoch", "step", "lower_passes", "timestamp", "pid"}
-    tune = ("time_", "training_", "iterations_", "hypergradient_")
-    return {
-        name: float(value)
-        for name, value in result.items()
-        if isinstance(value, float | int) and not isinstance(value, bool) and name not in own
-        if not name.startswith(tune) and math.isfinite(value)
-    }
+    return trial_results.get(training.index, {}).get(HYPERPARAMETERS)
 
 
 def history(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raybilevel._config.experiment import read_config
+from raybilevel._metrics import EPOCH, FINISHED, GPUS, UPPER_LOSS, problem_metrics
 from raybilevel._records import store as records
 from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE, TUNE_FOLDER
 from raybilevel._records.store import Record
@@ -17,9 +18,6 @@ from raybilevel.errors import DataError, RaybilevelError, StateError
 from raybilevel.search import _state_file as state_file
 from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space
-from raybilevel.tune._trainable import FINISHED, GPUS, PASSES
-
-NOT_METRICS = frozenset({"lower_loss", "upper_loss", "epoch", PASSES, "timestamp"})
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def read_run(folder: Path) -> Record:
             "budget": float(config.search.trainings),
             "budget_unit": "trainings",
         },
-        "epochs_per_training": max((line[-1]["epoch"] for line in results.values()), default=1),
+        "epochs_per_training": max((line[-1][EPOCH] for line in results.values()), default=1),
         "marks": [],
         "space": [{"name": p.name, "low": p.low, "high": p.high, "log": p.log} for p in space.parameters],
         "optimum": None,
@@ -156,7 +154,7 @@ def observations_of(
             "upper": finite(training.upper_loss) if done else None,
             "lower": finite(training.lower_loss) if done else None,
             "stopped_upper": finite(training.upper_loss) if training.status == "stopped" else None,
-            "metrics": metrics_of(lines[-1]) if lines else {},
+            "metrics": problem_metrics(lines[-1]) if lines else {},
             "passes": training.passes,
             "extra": sum(step.passes for step in state.steps if step.finished <= number),
             "seconds": float(lines[-1]["timestamp"]) - began if lines else ended_before(state, training),
@@ -169,14 +167,6 @@ def observations_of(
 def ended_before(state: SearchState, training: Training) -> float:
     """A training whose trial left no file has no time: it sorts by the order in which it ended."""
     return float(training.finished)
-
-
-def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        name: value
-        for name, value in result.items()
-        if isinstance(value, float) and name not in NOT_METRICS and not name.startswith("time_") and "/" not in name
-    }
 
 
 def trial_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -206,8 +196,8 @@ def trial_log(trial: str, lines: list[dict[str, Any]], began: float, saved: stat
         "gpus": str(lines[-1].get(GPUS, "")),
         "seconds": [float(line["timestamp"]) - began for line in lines],
         "took": [float(line["time_this_iter_s"]) for line in lines],
-        "epochs": [int(line["epoch"]) for line in lines],
-        "uppers": [finite(float(line["upper_loss"])) for line in lines],
+        "epochs": [int(line[EPOCH]) for line in lines],
+        "uppers": [finite(float(line[UPPER_LOSS])) for line in lines],
     }
 
 

@@ -20,10 +20,10 @@ from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.training import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
+from raybilevel._metrics import FINISHED
 from raybilevel.errors import ProblemError
 from raybilevel.problem import Batch, BilevelProblem, Level, leaves
 from raybilevel.tune._trainable import (
-    FINISHED,
     check_arguments,
     check_not_optimistic,
     default_checkpoint_interval,

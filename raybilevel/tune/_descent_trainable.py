@@ -11,6 +11,7 @@ from ray import tune
 
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
+from raybilevel._metrics import FINISHED, PASSES, STEP
 from raybilevel.errors import ProblemError
 from raybilevel.hypergradient._descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
 from raybilevel.hypergradient._variables import check_shards
@@ -19,15 +20,11 @@ from raybilevel.problem import BilevelProblem, LargeUpperLevel
 from raybilevel.space import STARTS, Space
 from raybilevel.tune._domains import split_param_space
 from raybilevel.tune._trainable import (
-    FINISHED,
-    PASSES,
     check_arguments,
     check_not_optimistic,
     default_checkpoint_interval,
     send,
 )
-
-HYPERPARAMETERS = "hyperparameters"
 
 
 def hypergradient_trainable(
@@ -103,7 +100,7 @@ def descend(
         if descent.step + 1 == settings.steps:
             epochs += problem.value.epochs
         with time_limit(epoch_time_limit and epoch_time_limit * epochs):
-            metrics: dict[str, Any] = {**descent.run_step(), "step": descent.step}
+            metrics: dict[str, Any] = {**descent.run_step(), STEP: descent.step}
             if descent.finished:
                 metrics |= descent.conclude()
         metrics |= {PASSES: descent.passes, FINISHED: descent.finished}

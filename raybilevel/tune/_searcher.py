@@ -26,6 +26,7 @@ from raybilevel._cluster.step_call import SharedBySteps, StepCall
 from raybilevel._cluster.step_dispatch import NOTHING, StepDispatch
 from raybilevel._cluster.storage import Storage
 from raybilevel._lower.levels import check_problem
+from raybilevel._metrics import FINISHED, GRADIENT, PASSES, TRIAL_PATH
 from raybilevel._tune_changes.idle_tune import go_on_while_idle, tune_is_idle
 from raybilevel._tune_changes.trial_failures import keep_to_the_trial
 from raybilevel.errors import ConfigError, RaybilevelError, SpaceError, StateError
@@ -41,7 +42,7 @@ from raybilevel.search_state import SearchState, Training
 from raybilevel.space import STARTS, Space, check_points, flatten, nest
 from raybilevel.tune import _snapshot as snapshot
 from raybilevel.tune._domains import split_param_space
-from raybilevel.tune._trainable import FINISHED, GRADIENT, PASSES, TRIAL_PATH, checkpoint_path
+from raybilevel.tune._trainable import checkpoint_path
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,9 @@ from ray import tune
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
 from raybilevel._lower.training import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
+from raybilevel._metrics import CHECKPOINT_DIR_NAME, EPOCH, FINISHED, GPUS, GRADIENT, PASSES, TRIAL_PATH
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.problem import BilevelProblem
-
-FINISHED = "lower_level_finished"
-GRADIENT = "lower_gradient"
-PASSES = "lower_passes"
-TRIAL_PATH = "trial_path"
-GPUS = "gpus"
 
 
 def lower_level_trainable(
@@ -125,7 +120,7 @@ def report(training: LowerLevelTraining) -> dict[str, Any]:
     passes = training.levels.passes
     metrics: dict[str, Any] = {
         **training.losses(),
-        "epoch": training.epoch,
+        EPOCH: training.epoch,
         PASSES: passes,
         FINISHED: training.finished,
     }
@@ -136,5 +131,5 @@ def report(training: LowerLevelTraining) -> dict[str, Any]:
 
 def checkpoint_path(result: Mapping[str, Any]) -> str | None:
     """Where a trial's checkpoint of this result lies on the experiment's filesystem."""
-    folder, name = result.get(TRIAL_PATH), result.get("checkpoint_dir_name")
+    folder, name = result.get(TRIAL_PATH), result.get(CHECKPOINT_DIR_NAME)
     return f"{folder}/{name}" if folder and name else None
