@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from pydantic import Field, model_validator
 
@@ -17,10 +15,10 @@ from raybilevel._config.files import Checked, apply_override, read_mapping, vali
 from raybilevel._config.plan import Plan, resolve
 from raybilevel._config.resources import ResourcesConfig
 from raybilevel._config.space import write_space
+from raybilevel._records.record import Settings, Unit
+from raybilevel._records.store import path_of
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.problems import make_problem
-
-Unit = Literal["trainings", "epochs", "seconds", "gpu_seconds"]
 
 
 class Budget(Checked):
@@ -162,19 +160,19 @@ class Run:
     data: str | None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides the result, as plain values."""
-        return {
-            "problem": self.experiment.problem,
-            "options": self.experiment.options,
-            "space": self.experiment.space,
-            "resources": self.experiment.resources.model_dump(),
-            "method": self.method.method,
-            "method_settings": {"searcher": self.method.searcher, "scheduler": self.method.scheduler},
-            "seed": self.seed,
-            "budget": self.budget.amount,
-            "budget_unit": self.budget.unit,
-        }
+    def settings(self) -> Settings:
+        """Everything that decides the result."""
+        return Settings(
+            problem=self.experiment.problem,
+            options=self.experiment.options,
+            space=self.experiment.space,
+            resources=self.experiment.resources.model_dump(),
+            method=self.method.method,
+            method_settings={"searcher": self.method.searcher, "scheduler": self.method.scheduler},
+            seed=self.seed,
+            budget=self.budget.amount,
+            budget_unit=self.budget.unit,
+        )
 
     def plan(self) -> Plan:
         """Its problem, space and resources, made and checked; the same for every method and seed.
@@ -190,9 +188,7 @@ class Run:
     @property
     def path(self) -> Path:
         """Of its record in the output folder: names for people, a digest of the settings against mistakes."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
-        method = self.method_name.replace("/", "-")
-        return Path("records") / self.problem_name / f"{method}-seed{self.seed}-{digest}.json"
+        return path_of(self.problem_name, self.method_name.replace("/", "-"), self.settings)
 
 
 def experiment_of(name: str, entry: ProblemEntry, resources: ResourcesConfig) -> ExperimentConfig:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import platform
 import signal
 import tempfile
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
@@ -20,7 +17,6 @@ import ray
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from benchmarks.suite import FORMAT, core_digest, incumbent_at
 from raybilevel._cluster.environment import environment
 from raybilevel._cluster.resources import most_slots, task_options, trainings_that_fit
 from raybilevel._cluster.shared import Shared
@@ -31,7 +27,6 @@ from raybilevel._compare.config import Run
 from raybilevel._compare.ledger import BudgetStopper, Ledger
 from raybilevel._compare.methods import (
     METRIC,
-    OWN_NAMES,
     PAUSERS,
     WITHOUT_LOGARITHMS,
     Parts,
@@ -43,19 +38,18 @@ from raybilevel._compare.methods import (
     parse,
     probe,
 )
-from raybilevel._compare.searchers import BudgetedSearch, TimedSearcher, overhead_of, spent_on_steps
+from raybilevel._compare.recording import begun, own_part
+from raybilevel._compare.searchers import BudgetedSearch, TimedSearcher, spent_on_steps
 from raybilevel._config.plan import Plan
-from raybilevel._records.summary import versions
+from raybilevel._records.incumbents import incumbent_at
+from raybilevel._records.names import OWN_METHODS
+from raybilevel._records.record import Record, RunStatus
 from raybilevel.methods import make_method
-from raybilevel.problem import BilevelProblem
-from raybilevel.space import Space, flatten, nest
+from raybilevel.space import flatten, nest
 from raybilevel.tune._domains import to_param_space
 from raybilevel.tune._searcher import BilevelSearch
 from raybilevel.tune._trainable import lower_level_trainable
 
-Record = dict[str, Any]
-
-PACKAGES = ("optuna", "hyperopt", "ax-platform", "bayesian-optimization", "hpbandster", "ConfigSpace")
 MANY = 10_000
 """Trials at most, where the budget is not counted in trainings."""
 CANCEL_TIMEOUT_S = 10.0
@@ -80,14 +74,14 @@ def execute(
         under way; by default a temporary folder of this machine.
     """
     parts, plan = parse(run.method.method), with_room_for_steps(plan)
-    record = empty_record(run, plan.problem, plan.space)
+    record = begun(run, plan.problem, plan.space)
     ledger = Ledger(plan.space, plan.problem.epochs, run.budget, gpus_of(plan))
     setting = setting_of(run, plan)
     began = time.perf_counter()
     try:
         probe_parts(parts, setting)
     except UnavailableError as error:
-        return {**record, "status": "unavailable", "error": str(error)}
+        return record.model_copy(update={"status": "unavailable", "error": str(error)})
     kept = 0
 
     def so_far(ledger: Ledger) -> None:
@@ -95,40 +89,31 @@ def execute(
         news(ledger)
         if len(ledger.observed) > kept:
             kept = len(ledger.observed)
-            keep({**record, "status": "running", **seen(ledger, began)})
+            keep(record.model_copy(update=seen(ledger, began)))
 
     ledger.on_news = so_far
-    failure: str | None = None
-    exhausted = False
-    refits: Record = {}
+    status: RunStatus = "failed"
+    found: dict[str, Any] = {}
     searcher: TimedSearcher | None = None
     place = temporary_place(storage)
     try:
         searcher = searcher_of(parts, setting, ledger, place)
         with stop_on_interrupt(ledger):
             tune_run(run, plan, parts, setting, searcher, ledger, place)
-        exhausted = not ledger.over
+        found["exhausted"] = not ledger.over
         if not ledger.interrupted:
-            refits = refits_of(run, plan, ledger)
+            found["refits"] = refits_of(run, plan, ledger)
+        status = "interrupted" if ledger.interrupted else "done"
     except Exception as raised:  # the record says what, and the other runs go on
         logging.getLogger(__name__).debug("run failed", exc_info=True)
-        failure = f"{type(raised).__name__}: {first_line(raised)}"
-        record["traceback"] = traceback.format_exc()
+        found |= {"error": f"{type(raised).__name__}: {first_line(raised)}", "traceback": traceback.format_exc()}
     finally:
         if searcher is not None and isinstance(searcher.inner, BilevelSearch):
             searcher.inner.cancel_steps(CANCEL_TIMEOUT_S)
         with contextlib.suppress(OSError):
             place.filesystem.delete_dir(place.path)
-    status = "failed" if failure else "interrupted" if ledger.interrupted else "done"
-    return {
-        **record,
-        "status": status,
-        "error": failure,
-        "exhausted": exhausted,
-        "refits": refits,
-        **seen(ledger, began),
-        **own_part(searcher, ledger),
-    }
+    found |= seen(ledger, began) | own_part(searcher, ledger)
+    return record.model_copy(update={"status": status, **found})
 
 
 def temporary_place(storage: Storage | None) -> Storage:
@@ -138,13 +123,13 @@ def temporary_place(storage: Storage | None) -> Storage:
     return Storage(storage.filesystem, f"{storage.path}/raybilevel-compare-{uuid.uuid4().hex}")
 
 
-def seen(ledger: Ledger, began: float) -> Record:
-    """What trials have told so far."""
+def seen(ledger: Ledger, began: float) -> dict[str, Any]:
+    """What trials have told so far, as fields of the record."""
     return {
         "seconds": round(time.perf_counter() - began, 2),
-        "spent": {"epochs": ledger.epochs, "gpu_seconds": round(ledger.gpu_seconds, 3)},
+        "spent": ledger.total,
         "observations": ledger.observations(),
-        "trials": [vars(trial) for trial in ledger.trials.values()],
+        "trials": tuple(ledger.trials.values()),
     }
 
 
@@ -195,7 +180,7 @@ def searcher_of(parts: Parts, setting: Setting, ledger: Ledger, place: Storage) 
         setting.problem,
         metric=METRIC,
         mode="min",
-        method=make_method(OWN_NAMES[parts.searcher], **setting.searcher),
+        method=make_method(OWN_METHODS[parts.searcher], **setting.searcher),
         seed=setting.seed,
         max_concurrent=setting.slots,
         upper_resources=setting.upper_resources,
@@ -253,105 +238,25 @@ def samples_of(parts: Parts, setting: Setting) -> int:
     return max(1, int(setting.trainings * setting.epochs))
 
 
-def refits_of(run: Run, plan: Plan, ledger: Ledger) -> dict[str, Any]:
+def refits_of(run: Run, plan: Plan, ledger: Ledger) -> dict[int, dict[str, float]]:
     """Metrics after a training on training plus validation data with the incumbent's hyperparameters, by the
-    incumbent's index, for each mark; not charged, as every method has it."""
+    incumbent's position, for each mark; not charged, as every method has it."""
     if plan.problem.refit_batches(None) is None:
         return {}
-    observations = [{**o, "cost": o["spent"]} for o in ledger.observations()]
+    observations = ledger.observations()
     resources, shared = refit_options(plan), Shared(plan.problem)
-    found: Record = {}
-    tasks: dict[str, Any] = {}
+    found: dict[int, dict[str, float]] = {}
+    tasks: dict[int, Any] = {}
     for mark in (*run.marks, run.budget.amount, float("inf")):
-        index = incumbent_at(observations, mark)
-        if index is not None and str(index) not in tasks:
-            config = nest({**flatten(plan.constants), **flatten(observations[index]["hyperparameters"])})
-            tasks[str(index)] = refit_task.options(**resources).remote(shared, config, run.seed)
-    for name, task in tasks.items():
+        index = incumbent_at(observations, mark, "spent")
+        if index is not None and index not in tasks:
+            config = nest({**flatten(plan.constants), **flatten(observations[index].hyperparameters)})
+            tasks[index] = refit_task.options(**resources).remote(shared, config, run.seed)
+    for index, task in tasks.items():
         with contextlib.suppress(ray.exceptions.RayError):  # a refit that diverges, or is lost, has no loss
             if (metrics := ray.get(task)) is not None:
-                found[name] = metrics
+                found[index] = metrics
     return found
-
-
-def own_part(timed: TimedSearcher | None, ledger: Ledger) -> Record:
-    """What the method took, and of raybilevel's own its whole search."""
-    search = timed.inner if timed is not None else None
-    if not isinstance(search, BudgetedSearch):
-        return {"overhead": overhead_of(timed, {}), "steps": [], "search": None}
-    upper = sum(step.ended - step.began for step in search.step_times)
-    steps = [
-        {
-            "number": step.number,
-            "began": round(step.began - ledger.began, 3),
-            "ended": round(step.ended - ledger.began, 3),
-        }
-        for step in search.step_times
-    ]
-    overhead = overhead_of(timed, {"upper_seconds": round(upper, 3), "upper_passes": spent_on_steps(search)[0]})
-    return {"overhead": overhead, "steps": steps, "search": saved_search(search)}
-
-
-def saved_search(search: BilevelSearch) -> Any:
-    """The state of a search as plain values, as in its state file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "search"
-        search.save(str(path))
-        if not path.exists():
-            return None
-        saved = json.loads(json.loads(path.read_text(encoding="utf-8"))["search"])
-    return {**saved, "memory": None, "checkpoints": {}}
-
-
-def empty_record(run: Run, problem: BilevelProblem, space: Space) -> Record:
-    return {
-        "format": FORMAT,
-        "kind": "compare",
-        "status": "failed",
-        "error": None,
-        "problem_name": run.problem_name,
-        "method_name": run.method_name,
-        "settings": run.settings,
-        "epochs_per_training": problem.epochs,
-        "marks": list(run.marks),
-        "space": [{"name": p.name, "low": p.low, "high": p.high, "log": p.log} for p in space.parameters],
-        "optimum": getattr(problem, "optimum", None),
-        "versions": {**versions(), "core": core_digest(), **{name: installed(name) for name in PACKAGES}},
-        "machine": machine(),
-        "exhausted": False,
-        "seconds": 0.0,
-        "spent": {},
-        "observations": [],
-        "trials": [],
-        "refits": {},
-        "overhead": {},
-        "steps": [],
-        "search": None,
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on, without names."""
-    resources = ray.cluster_resources()
-    return {
-        "system": platform.platform(terse=True),
-        "nodes": sum(node["Alive"] for node in ray.nodes()),
-        "cpus": resources.get("CPU", 0.0),
-        "gpus": resources.get("GPU", 0.0),
-        "accelerators": sorted(
-            name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")
-        ),
-        "memory_gib": round(resources.get("memory", 0.0) / 2**30, 1),
-    }
-
-
-def installed(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 @contextlib.contextmanager

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from raybilevel._metrics import HYPERPARAMETERS, problem_metrics
+from raybilevel._records.run_folder import config_of, finite
+from raybilevel._records.versions import versions
 from raybilevel.methods._base import Method
 from raybilevel.search._diagnostics import diagnose, verdict
 from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space
-
-PACKAGES = ("raybilevel", "ray", "torch", "botorch", "gpytorch", "numpy")
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def summarise(
@@ -97,14 +89,6 @@ def history(
             }
         )
     return entries
-
-
-def config_of(space: Space, training: Training) -> dict[str, Any]:
-    return space.to_config(torch.tensor(training.unit, dtype=torch.double))
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def as_text(summary: Mapping[str, Any]) -> str:

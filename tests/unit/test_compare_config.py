@@ -53,7 +53,7 @@ def test_runs_put_the_seeds_outermost_and_take_the_problems_own_box(tmp_path: Pa
         ("raybilevel", 0), ("random", 0), ("raybilevel", 1), ("random", 1),
     ]  # fmt: skip
     assert runs[0].experiment.space == {"decay": {f"g{g}": {"loguniform": [1e-4, 10.0]} for g in range(2)}}
-    assert runs[0].settings["budget_unit"] == "trainings"
+    assert runs[0].settings.budget_unit == "trainings"
 
 
 def test_a_problem_may_have_its_own_budget_seeds_and_methods(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from raybilevel._compare.execute import probe_parts, samples_of
 from raybilevel._compare.methods import (
-    OWN_NAMES,
     Parts,
     Setting,
     UnavailableError,
@@ -21,6 +20,7 @@ from raybilevel._compare.methods import (
     parse,
 )
 from raybilevel._compare.searchers import TimedSearcher
+from raybilevel._records.names import OWN_METHODS
 from raybilevel.errors import ConfigError
 from raybilevel.methods import METHODS
 from raybilevel.problems.ridge import Ridge
@@ -41,7 +41,7 @@ def setting(groups: int = 2, trainings: float | None = 6, **changes: Any) -> Set
 
 
 def test_raybilevel_s_own_methods_are_there() -> None:
-    assert set(OWN_NAMES.values()) <= set(METHODS)
+    assert set(OWN_METHODS.values()) <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGES))
