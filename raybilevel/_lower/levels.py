@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.problem import Batch, BilevelProblem, Level, leaves, move, upper_loss
+from raybilevel.problem import Batch, BilevelProblem, Level, evaluate, leaves, move, upper_loss
 from raybilevel.space import Space, flatten, nest
 
 
@@ -135,8 +135,8 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
     """Try both levels on one batch at the centre of the space, before anything is trained.
 
     Raises:
-        ProblemError: a loss is not a scalar that can be differentiated, there is no data, or the lower-level
-            loss does not depend on a hyperparameter that is searched.
+        ProblemError: a loss is not a scalar that can be differentiated, there is no data, the lower-level loss does
+            not depend on a hyperparameter that is searched, or a metric has a name that is taken.
         NotFiniteError: a loss is NaN or infinite at the start weights.
     """
     name = type(problem).__name__
@@ -184,3 +184,6 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
                             "follow; use it in lower_loss as a tensor (no float(), .item() or .detach()), or make it "
                             "a constant"
                         )
+        if torch.device(problem.device).type == "cpu":  # else its data may lie on a device that is not here
+            with torch.no_grad():
+                evaluate(problem, model, nest(flat))

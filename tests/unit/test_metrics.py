@@ -9,6 +9,7 @@ import torch
 from ray.tune import result as tune_result
 from torch import nn
 
+from raybilevel._lower.levels import check_problem
 from raybilevel._lower.training import train
 from raybilevel._metrics import OF_TUNE, RESERVED, check_metrics, problem_metrics
 from raybilevel.errors import ProblemError
@@ -35,6 +36,14 @@ def test_a_name_that_raybilevel_reports_is_refused_where_the_training_runs(name:
     # Else {"upper_loss": -7} would be F.
     with pytest.raises(ProblemError, match=rf"Evaluated\.evaluate returns '{name}', which raybilevel reports.*rename"):
         train(Evaluated({name: -7.0}), CONFIG)
+
+
+def test_it_is_refused_before_anything_is_trained() -> None:
+    with pytest.raises(ProblemError, match=r"'upper_loss'.*rename"):
+        check_problem(Evaluated({"upper_loss": -7.0}), Ridge(2).space)
+    elsewhere = Evaluated({"upper_loss": -7.0})
+    elsewhere.device = "meta"  # where the data lie cannot be known here
+    check_problem(elsewhere, Ridge(2).space)
 
 
 @pytest.mark.parametrize("name", ["training_iteration", "time_total_s", "done", "config/decay", "pid"])
