@@ -86,7 +86,8 @@ class BilevelProblem(ABC):
 
     def evaluate(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Further metrics of a trained model, e.g. {"test_loss": ...}; reported with every epoch. Define it as
-        `evaluate(self, model)`, or as `evaluate(self, model, hyperparameters)`."""
+        `evaluate(self, model)`, or as `evaluate(self, model, hyperparameters)`. Names that raybilevel or Ray Tune
+        reports itself, e.g. "upper_loss" or "training_iteration", are refused."""
         return {}
 
     def refit_batches(self, generator: torch.Generator | None) -> Iterable[Batch] | None:
