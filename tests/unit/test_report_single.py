@@ -24,8 +24,9 @@ def record(groups: int, cost: int = 9) -> Record:
     optimizer = BilevelOptimizer(problem.space, make_method("default"), seed=0)
     search(problem, optimizer, cost)
     saved = state_file.SavedSearch(
-        "Default", "{}", 0, 1, "upper_loss", "min", problem.space.parameters, "{}", optimizer.state,
-        optimizer.trials, (), {},
+        method="Default", settings="{}", seed=0, slots=1, metric="upper_loss", mode="min",
+        parameters=problem.space.parameters, constants="{}", state=optimizer.state, trials=optimizer.trials, queue=(),
+        checkpoints={},
     )  # fmt: skip
     config = ExperimentConfig(problem="ridge", search=SearchConfig(trainings=cost, method="default"))
     return record_of(config, saved, state_file.ADAPTER.dump_python(saved, mode="json"), {}, {})
