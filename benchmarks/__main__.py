@@ -16,7 +16,9 @@ from typing import Any
 from benchmarks import report
 from benchmarks.suite import Run, Suite, execute, read_suite
 from raybilevel._records import store as records
-from raybilevel.errors import ConfigError, RaybilevelError
+from raybilevel._records.incumbents import grouped
+from raybilevel._records.record import Record
+from raybilevel.errors import ConfigError, DataError, RaybilevelError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,11 +101,11 @@ def run_all(runs: Sequence[Run], out: Path, workers: int, redo: Sequence[str] = 
         for number, future in enumerate(as_completed(waiting), 1):
             run, record = waiting[future], future.result()
             records.write(out / run.path, record)
-            lowest = min((o["upper"] for o in record["observations"] if o["upper"] is not None), default=math.nan)
-            told = f"lowest F {lowest:.5g}" if record["status"] == "done" else f"FAILED: {record['error']}"
+            lowest = math.nan if record.lowest is None else record.lowest
+            told = f"lowest F {lowest:.5g}" if record.status == "done" else f"FAILED: {record.error}"
             print(
                 f"[{number}/{len(missing)}, {time.monotonic() - began:.0f} s] {run.problem_name} {run.method_name} "
-                f"seed {run.seed}: {told} ({record['seconds']:.0f} s)",
+                f"seed {run.seed}: {told} ({record.seconds:.0f} s)",
                 flush=True,
             )
 
@@ -114,11 +116,11 @@ def settled(path: Path, redo: bool) -> bool:
         return False
     try:
         record = records.read(path)
-    except records.DamagedRecord as error:
+    except DataError as error:
         print(f"{error}; it is done again", flush=True)
         return False
-    if record["status"] != "done":
-        print(f"{path}: failed ({record['error']}); it is done again", flush=True)
+    if record.status != "done":
+        print(f"{path}: failed ({record.error}); it is done again", flush=True)
         return False
     return True
 
@@ -130,31 +132,39 @@ def summarise(runs: Sequence[Run], suite: Suite, out: Path) -> int:
         try:
             if (out / run.path).exists():
                 found.append(records.read(out / run.path))
-        except records.DamagedRecord as error:
+        except DataError as error:
             wrong.append(str(error))
     if not found:
         print("no records to report", file=sys.stderr)
         return 1
     everything, _ = records.read_all(out)
-    for name, members in report.grouped(found, "problem_name").items():
-        same = (members[0]["settings"]["problem"], members[0]["settings"]["options"])
-        rivals = [r for r in everything if (r["settings"]["problem"], r["settings"]["options"]) == same]
-        for record in members:
-            seed = record["settings"]["seed"]
-            alike = [r for r in rivals if r["settings"]["seed"] == seed] if suite.problems[name].by_seed else rivals
-            record["optimum"] = report.best_seen(alike)
-        print(f"{name}: F* = {', '.join(f'{best:.6g}' for best in sorted({r['optimum'] for r in members}))}")
+    for position, record in enumerate(found):
+        alike = rivals(record, everything, suite.problems[record.problem_name].by_seed)
+        found[position] = record.model_copy(update={"optimum": report.best_seen(alike)})
+    for name, members in grouped(found, "problem_name").items():
+        best = sorted({r.optimum for r in members if r.optimum is not None})
+        print(f"{name}: F* = {', '.join(f'{value:.6g}' for value in best)}")
     text = report.markdown(found, suite.marks, wrong, suite.overview)
     (out / "table.md").write_text(text, encoding="utf-8")
     drawn = report.figures(found, out / "figures")
     print(text)
     print(f"{out / 'table.md'}, {len(drawn)} figures in {out / 'figures'}")
-    print(f"{len(found)} runs, {sum(r['seconds'] for r in found) / 60:.0f} minutes on one core in all")
-    failed = [r for r in found if r["status"] != "done"]
+    print(f"{len(found)} runs, {sum(r.seconds for r in found) / 60:.0f} minutes on one core in all")
+    failed = [r for r in found if r.status != "done"]
     if failed or len(found) < len(runs):
         print(f"{len(failed)} runs failed, {len(runs) - len(found)} are missing", file=sys.stderr)
         return 1
     return 0
+
+
+def rivals(record: Record, records: Sequence[Record], by_seed: bool) -> list[Record]:
+    """The records of the same problem, whatever the config calls it; of the same seed only where that decides F*."""
+    return [
+        r
+        for r in records
+        if (r.settings.problem, r.settings.options) == (record.settings.problem, record.settings.options)
+        and (not by_seed or r.settings.seed == record.settings.seed)
+    ]
 
 
 if __name__ == "__main__":

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raybilevel._lower.training import TrainedLowerLevel, train
+from raybilevel._metrics import problem_metrics
+from raybilevel._records.incumbents import lowest
+from raybilevel._records.record import Observation
 from raybilevel.errors import NotFiniteError
 from raybilevel.problem import BilevelProblem
 from raybilevel.space import Space
@@ -23,76 +23,55 @@ class BudgetSpent(Exception):  # noqa: N818  not an error: how a method that nev
     """The cost has reached the budget."""
 
 
-@dataclass
-class Observed:
-    """One lower-level training.
-
-    upper, lower: F and f at the trained weights; None where the training failed.
-    metrics:      what the problem's `evaluate` returned, e.g. {"test_loss": ...}.
-    passes:       gradient evaluations of the training.
-    extra:        gradient evaluations before it ended that belong to no training: upper-level steps, linear solves.
-    incumbent:    index of the observation that the method would return now.
-    trace:        what the method says about this point.
-    """
-
-    unit: list[float]
-    hyperparameters: dict[str, Any]
-    upper: float | None
-    lower: float | None
-    metrics: Mapping[str, float]
-    passes: float
-    extra: float
-    seconds: float
-    incumbent: int
-    trace: dict[str, Any] = field(default_factory=dict)
-    cost: float = math.nan
-
-    def plain(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 class Objective:
     """Trains where it is asked to, writes down what was seen, and stops the method when the budget is spent.
 
     A training costs 1; other gradient evaluations are charged as a share of those of the run's average training, as
     `SearchState.costs` does.
+
+    clock: when each training ended, in trainings, where time is simulated: that is then its cost.
     """
 
     def __init__(self, problem: BilevelProblem, space: Space, seed: int, budget: float) -> None:
         self.problem, self.space, self.seed, self.budget = problem, space, seed, budget
-        self.observed: list[Observed] = []
+        self.observed: list[Observation] = []
         self.charged = 0.0
+        self.clock: Sequence[float] | None = None
         self.began = time.perf_counter()
 
     @property
     def passes_per_training(self) -> float:
-        done = [o.passes for o in self.observed if o.upper is not None]
+        """Gradient evaluations that a training takes on average; 1 before the first."""
+        done = [o.passes for o in self.observed if o.status == "done"]
         return max(1e-12, sum(done) / len(done)) if done else 1.0
+
+    def note(self, **trace: Any) -> None:
+        """What the method says about the newest training."""
+        newest = self.observed[-1]
+        self.observed[-1] = newest.model_copy(update={"trace": newest.trace | trace})
 
     def costs(self) -> list[float]:
         """The cost when each training ended."""
-        return list(itertools.accumulate(1 + o.extra / self.passes_per_training for o in self.observed))
+        if self.clock is not None:
+            return list(self.clock)
+        return [number + o.extra_passes / self.passes_per_training for number, o in enumerate(self.observed, 1)]
 
     @property
     def cost(self) -> float:
-        spent = self.costs()[-1] if self.observed else 0.0
-        return spent + self.charged / self.passes_per_training
+        return len(self.observed) + self.charged / self.passes_per_training
 
     def charge(self, passes: float) -> None:
         """Gradient evaluations outside a training."""
         self.charged += passes
 
-    @property
-    def best(self) -> int:
-        """Index of the lowest F; 0 before there is one."""
-        return lowest(o.upper for o in self.observed)
-
     def value(self, unit: Tensor) -> float:
         """F after a training at a point of the unit cube, shape (d,); the worst F so far where the training fails."""
         trained, _ = self.train(unit)
-        if trained is not None:
-            return trained.upper_loss
-        return max((o.upper for o in self.observed if o.upper is not None), default=1.0)
+        return self.worst() if trained is None else trained.upper_loss
+
+    def worst(self) -> float:
+        """The highest F so far, which stands for that of a training that failed; 1 before there is one."""
+        return max((o.upper_loss for o in self.observed if o.upper_loss is not None), default=1.0)
 
     def train(self, unit: Tensor, trace: Mapping[str, Any] | None = None) -> tuple[TrainedLowerLevel | None, bytes]:
         """A training and its checkpoint; None where it diverged, which costs as much.
@@ -107,36 +86,40 @@ class Objective:
         trained, checkpoint = None, b""
         with contextlib.suppress(NotFiniteError):
             trained, checkpoint = train(self.problem, config, self.seed)
-        self.observed.append(
-            Observed(
-                unit.tolist(),
-                config,
-                trained.upper_loss if trained else None,
-                trained.lower_loss if trained else None,
-                trained.metrics if trained else {},
-                trained.passes if trained else 0.0,
-                self.charged,
-                round(time.perf_counter() - self.began, 3),
-                0,
-                dict(trace or {}),
-            )
-        )
-        self.charged = 0.0
-        self.observed[-1].incumbent = self.best
+        self.observed.append(self._observation(unit, config, trained, trace or {}))
         return trained, checkpoint
 
-    def finish(self) -> list[dict[str, Any]]:
-        """All observations, with their costs."""
-        for observed, cost in zip(self.observed, self.costs(), strict=True):
-            if math.isnan(observed.cost):
-                observed.cost = round(cost, 4)
-        return [observed.plain() for observed in self.observed]
+    def _observation(
+        self, unit: Tensor, config: Mapping[str, Any], trained: TrainedLowerLevel | None, trace: Mapping[str, Any]
+    ) -> Observation:
+        """What was seen of the newest training; its cost is known when the run has ended."""
+        found = Observation(
+            status="failed" if trained is None else "done",
+            unit=tuple(unit.tolist()),
+            hyperparameters=dict(config),
+            epochs=self.problem.epochs * (len(self.observed) + 1),
+            extra_passes=self.charged,
+            seconds=round(time.perf_counter() - self.began, 3),
+            incumbent=lowest([*(o.upper_loss for o in self.observed), trained.upper_loss if trained else None]),
+            trace=dict(trace),
+        )
+        if trained is None:
+            return found
+        return found.model_copy(
+            update={
+                "upper_loss": trained.upper_loss,
+                "lower_loss": trained.lower_loss,
+                "metrics": problem_metrics(trained.metrics),
+                "passes": trained.passes,
+            }
+        )
 
-
-def lowest(uppers: Iterable[float | None]) -> int:
-    """Index of the lowest F, where None is a training that failed; 0 before there is one."""
-    known = [(upper, i) for i, upper in enumerate(uppers) if upper is not None]
-    return min(known)[1] if known else 0
+    def observations(self) -> tuple[Observation, ...]:
+        """All trainings, with their costs."""
+        costs = (round(cost, 4) for cost in self.costs())
+        return tuple(
+            o.model_copy(update={"cost": cost, "spent": cost}) for o, cost in zip(self.observed, costs, strict=True)
+        )
 
 
 def generator(seed: int) -> torch.Generator:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.objective import BudgetSpent, Objective, Observed
+from benchmarks.objective import BudgetSpent, Objective
 from raybilevel._lower.training import load_checkpoint
+from raybilevel._records.record import Step
 from raybilevel.methods import make_method
-from raybilevel.methods._base import UpperStep
+from raybilevel.methods._base import UpperResult, UpperStep
 from raybilevel.methods._trust_region import TrustRegionRule
 from raybilevel.search import check_problem
 from raybilevel.search._local import observe
 from raybilevel.search._optimizer import BilevelOptimizer
+from raybilevel.search_state import Training
 
 
 def configured(name: str, settings: Mapping[str, Any]) -> Any:
@@ -29,97 +32,137 @@ def configured(name: str, settings: Mapping[str, Any]) -> Any:
 
 def bilevel(
     objective: Objective, seed: int, method: str, settings: Mapping[str, Any], slots: int = 1
-) -> list[dict[str, Any]]:
+) -> tuple[Step, ...]:
     """Trainings and upper-level steps in `slots` slots until the budget is spent; what each step said.
 
     With one slot the clock is the cost. With more it is simulated: trainings and steps last as long as the gradient
     evaluations they take, and end in that order; an observation's cost is then when it ended, in trainings.
     """
-    optimizer = BilevelOptimizer(objective.space, configured(method, settings), seed, slots)
     check_problem(objective.problem, objective.space)
-    checkpoints: dict[int, bytes] = {}
-    steps: list[dict[str, Any]] = []
-    under_way: list[tuple[float, int, Callable[[], None]]] = []
-    ended: list[tuple[float, Observed]] = []
-    clock, count = 0.0, itertools.count()
+    drive = Drive(objective, BilevelOptimizer(objective.space, configured(method, settings), seed, slots), slots)
+    drive.run()
+    return tuple(drive.steps)
 
-    def begin(passes: float, end: Callable[[], None]) -> None:
-        heapq.heappush(under_way, (clock + passes / objective.passes_per_training, next(count), end))
 
-    def take(step: UpperStep) -> None:
-        result = optimizer.run(objective.problem, {}, step, lambda index: load_checkpoint(checkpoints[index]))
-        record = result.record
-        steps.append(
-            {
-                "number": step.number,
-                "origin": step.origin,
-                "centre": step.centre,
-                "targets": list(step.targets),
-                "radius": step.radius,
-                "passes": record.passes,
-                "multiplier": record.multiplier,
-                "violation": record.violation,
-                "decrease": record.decrease,
-                "hypergradients": {str(i): list(g) for i, g in result.hypergradients.items()},
-            }
+@dataclass(frozen=True)
+class Ended:
+    """A training that has ended.
+
+    clock:     when, in trainings.
+    position:  among the objective's observations, in the order in which they began.
+    incumbent: position of what the search would return now; None before there is one.
+    """
+
+    clock: float
+    position: int
+    incumbent: int | None
+
+
+class Drive:
+    """A search, and what is under way: a heap by the time at which it ends."""
+
+    def __init__(self, objective: Objective, optimizer: BilevelOptimizer, slots: int) -> None:
+        self.objective, self.optimizer, self.slots = objective, optimizer, slots
+        self.checkpoints: dict[int, bytes] = {}
+        self.steps: list[Step] = []
+        self.ended: list[Ended] = []
+        self.clock, self._count = 0.0, itertools.count()
+        self._under_way: list[tuple[float, int, Callable[[], None]]] = []
+
+    def run(self) -> None:
+        """Until the budget is spent, or nothing is left to do."""
+        optimizer = self.optimizer
+        try:
+            while True:
+                while (step := optimizer.plan()) is not None:
+                    self._take(step)
+                while optimizer.queue and len(optimizer.state.pending) + len(optimizer.running) < self.slots:
+                    self._train(str(len(optimizer.state.trainings)))
+                if not self._under_way or self.clock >= self.objective.budget / self.slots:
+                    break
+                self.clock, _, end = heapq.heappop(self._under_way)
+                end()
+        except BudgetSpent:
+            pass
+        self._write_down()
+
+    def _begin(self, passes: float, end: Callable[[], None]) -> None:
+        """Something that lasts as long as its gradient evaluations take; `end` is called then."""
+        until = self.clock + passes / self.objective.passes_per_training
+        heapq.heappush(self._under_way, (until, next(self._count), end))
+
+    def _take(self, step: UpperStep) -> None:
+        result = self.optimizer.run(
+            self.objective.problem, {}, step, lambda index: load_checkpoint(self.checkpoints[index])
         )
+        self.steps.append(told(step, result))
 
         def end() -> None:
-            optimizer.tell_step(step.number, result)
-            objective.charge(record.passes)
+            self.optimizer.tell_step(step.number, result)
+            self.objective.charge(result.record.passes)
 
-        begin(record.passes, end)
+        self._begin(result.record.passes, end)
 
-    def train(trial: str) -> None:
-        index = optimizer.trials[trial]
-        training = optimizer.state.trainings[index]
+    def _train(self, trial: str) -> None:
+        self.optimizer.ask(trial)
+        index = self.optimizer.trials[trial]
+        training = self.optimizer.state.trainings[index]
+        unit = torch.tensor(training.unit, dtype=torch.double)
+        position = len(self.objective.observed)
+        trained, self.checkpoints[index] = self.objective.train(unit, self._trace(training))
+
+        def end() -> None:
+            config = self.objective.space.to_config(unit)
+            found = None if trained is None else observe(self.objective.space, config, trained)
+            self.optimizer.tell(trial, found)
+            incumbent = self.optimizer.method.incumbent(self.optimizer.state)
+            self.ended.append(Ended(self.clock, position, None if incumbent is None else incumbent.index))
+
+        self._begin(self.objective.passes_per_training if trained is None else trained.passes, end)
+
+    def _trace(self, training: Training) -> dict[str, Any]:
+        """What the search expects of a training."""
         proposal = training.proposal
-        trace = {
-            "index": index,
+        return {
+            "index": training.index,
             "origin": proposal.origin,
             "region": proposal.region,
             "predicted_upper_loss": proposal.predicted_upper_loss,
             "predicted_value": proposal.predicted_value,
             "deviation": proposal.deviation,
             "violation": proposal.violation,
-            "step": steps[-1]["number"] if steps and proposal.origin not in ("start", "given") else None,
+            "step": self.steps[-1].number if self.steps and proposal.origin not in ("start", "given") else None,
         }
-        unit = torch.tensor(training.unit, dtype=torch.double)
-        trained, checkpoints[index] = objective.train(unit, trace)
-        observed = objective.observed[-1]
 
-        def end() -> None:
-            config = objective.space.to_config(unit)
-            optimizer.tell(trial, None if trained is None else observe(objective.space, config, trained))
-            incumbent = optimizer.method.incumbent(optimizer.state)
-            if incumbent is not None:
-                observed.incumbent = incumbent.index
-            ended.append((clock, observed))
-
-        begin(objective.passes_per_training if trained is None else trained.passes, end)
-
-    try:
-        while True:
-            while (step := optimizer.plan()) is not None:
-                take(step)
-            while optimizer.queue and len(optimizer.state.pending) + len(optimizer.running) < slots:
-                trial = str(len(optimizer.state.trainings))
-                optimizer.ask(trial)
-                train(trial)
-            if not under_way or clock >= objective.budget / slots:
-                break
-            clock, _, end = heapq.heappop(under_way)
-            end()
-    except BudgetSpent:
-        pass
-    if slots > 1:
-        in_order(objective, ended)
-    return steps
+    def _write_down(self) -> None:
+        """The incumbents of the search; on a simulated clock only the trainings that ended, in that order."""
+        observed = self.objective.observed
+        for ended in self.ended:
+            if ended.incumbent is not None:
+                changed = observed[ended.position].model_copy(update={"incumbent": ended.incumbent})
+                observed[ended.position] = changed
+        if self.slots == 1:
+            return
+        place = {ended.position: number for number, ended in enumerate(self.ended)}
+        self.objective.clock = [ended.clock for ended in self.ended]
+        self.objective.observed = [
+            observed[e.position].model_copy(update={"incumbent": place.get(observed[e.position].incumbent, number)})
+            for number, e in enumerate(self.ended)
+        ]
 
 
-def in_order(objective: Objective, ended: Sequence[tuple[float, Observed]]) -> None:
-    """Keep the trainings that ended, in the order in which they did."""
-    place = {observed.trace["index"]: position for position, (_, observed) in enumerate(ended)}
-    for position, (clock, observed) in enumerate(ended):
-        observed.cost, observed.incumbent = round(clock, 4), place.get(observed.incumbent, position)
-    objective.observed = [observed for _, observed in ended]
+def told(step: UpperStep, result: UpperResult) -> Step:
+    """An upper-level step as a record has it."""
+    record = result.record
+    return Step(
+        number=step.number,
+        origin=step.origin,
+        centre=step.centre,
+        targets=tuple(step.targets),
+        radius=step.radius,
+        passes=record.passes,
+        multiplier=record.multiplier,
+        violation=record.violation,
+        decrease=record.decrease,
+        hypergradients={index: tuple(gradient) for index, gradient in result.hypergradients.items()},
+    )

@@ -21,7 +21,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from benchmarks.made_up import Answers, Quadratic, space
 from raybilevel._cluster import step_dispatch
 from raybilevel._cluster.environment import environment, waiting_trials
-from raybilevel._command.experiment import cluster
+from raybilevel._command.cluster import cluster
 from raybilevel.methods._base import LoadCheckpoint, UpperResult, UpperStep
 from raybilevel.methods._default import Default
 from raybilevel.problem import BilevelProblem

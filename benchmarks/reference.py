@@ -63,15 +63,11 @@ def _lbfgsb(objective: Objective, seed: int, centre: bool, tolerance: float, max
             unit = torch.from_numpy(point).clamp(0, 1)
             trained, checkpoint = objective.train(unit, {"start": number})
             if trained is None:
-                return max((o.upper for o in objective.observed if o.upper is not None), default=1.0), 0 * point
+                return objective.worst(), 0 * point
             if objective.cost >= objective.budget:
                 raise BudgetSpent
             found = implicit_gradient(objective, unit, checkpoint, tolerance, max_solve)
-            objective.observed[-1].trace |= {
-                "hypergradient": found.gradient.tolist(),
-                "residual": found.residual,
-                "products": found.iterations,
-            }
+            objective.note(hypergradient=found.gradient.tolist(), residual=found.residual, products=found.iterations)
             return trained.upper_loss, found.gradient.numpy()
 
         options = {"maxiter": 10_000, "maxfun": 100_000, "ftol": 1e-7, "gtol": 1e-6}

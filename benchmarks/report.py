@@ -10,8 +10,9 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from benchmarks.suite import incumbent_at
-from raybilevel._records.store import Record
+from raybilevel._records.incumbents import grouped, incumbent, loss_name
+from raybilevel._records.record import Record
+from raybilevel.report._tables import markdown_table
 
 Value = Callable[[Record, float], float | None]
 
@@ -32,47 +33,45 @@ class Interval:
         return cls(fmean(values), quantile * stdev(values) / len(values) ** 0.5, len(values))
 
 
-def best_seen(records: Iterable[Record]) -> float:
-    """F*: the lowest F of any record, or the known optimum where a problem has one."""
-    values = [o["upper"] for r in records for o in r["observations"] if o["upper"] is not None]
-    known = [r["optimum"] for r in records if r.get("optimum") is not None]
-    return float(min([*values, *known]))
+def best_seen(records: Iterable[Record]) -> float | None:
+    """F*: the lowest F of any record, or the known optimum where a problem has one; None where neither is there."""
+    seen = (value for record in records for value in (record.lowest, record.optimum) if value is not None)
+    return min(seen, default=None)
 
 
 def upper_at(record: Record, cost: float) -> float | None:
     """F of the incumbent; None where the run was not carried on to this cost."""
     index = _incumbent(record, cost)
-    return None if index is None else float(record["observations"][index]["upper"])
+    return None if index is None else record.observations[index].upper_loss
 
 
 def with_optimum(records: Sequence[Record]) -> list[Record]:
     """Records that know F*; where they do not, it is the best that any record of the problem has."""
     best = {name: best_seen(members) for name, members in grouped(records, "problem_name").items()}
-    return [r if r.get("optimum") is not None else {**r, "optimum": best[r["problem_name"]]} for r in records]
+    return [r if r.optimum is not None else r.model_copy(update={"optimum": best[r.problem_name]}) for r in records]
 
 
 def regret_at(record: Record, cost: float) -> float | None:
-    """(F - F*) / |F*| of the incumbent."""
-    upper, best = upper_at(record, cost), record["optimum"]
-    return None if upper is None else (upper - best) / (abs(best) or 1.0)
+    """(F - F*) / |F*| of the incumbent; None also where F* is not known."""
+    upper, best = upper_at(record, cost), record.optimum
+    return None if upper is None or best is None else (upper - best) / (abs(best) or 1.0)
 
 
 def metric_at(name: str) -> Value:
     def value(record: Record, cost: float) -> float | None:
         index = _incumbent(record, cost)
-        return None if index is None else record["observations"][index]["metrics"].get(name)
+        return None if index is None else record.observations[index].metrics.get(name)
 
     return value
 
 
 def refit_at(record: Record, cost: float) -> float | None:
     index = _incumbent(record, cost)
-    return None if index is None else record["refits"].get(str(index), {}).get("test_loss")
+    return None if index is None else record.refits.get(index, {}).get("test_loss")
 
 
 def _incumbent(record: Record, cost: float) -> int | None:
-    spent = record["observations"] and (record["exhausted"] or record["settings"]["budget"] >= cost)
-    return incumbent_at(record["observations"], cost) if spent and record["status"] == "done" else None
+    return incumbent(record, cost, "cost") if record.status == "done" else None
 
 
 def markdown(
@@ -80,7 +79,7 @@ def markdown(
 ) -> str:
     """An overview at the costs `shown` (all marks by default), and a section per problem: means over seeds."""
     records = with_optimum(records)
-    end = max(r["settings"]["budget"] for r in records)
+    end = max(r.settings.budget for r in records)
     marks = sorted({*(mark for mark in marks if mark < end), end})
     parts = [
         "# Benchmark of the algorithm",
@@ -105,22 +104,21 @@ def overview(records: Sequence[Record], marks: Sequence[float]) -> str:
         by_method = grouped(members, "method_name")
         cells = [" / ".join(_percent(_mean(by_method.get(m, []), regret_at, mark)) for mark in marks) for m in methods]
         rows.append([problem, *cells])
-    return f"## Regret in percent, at cost {' / '.join(map(_plain, marks))}\n\n" + table(["problem", *methods], rows)
+    title = f"## Regret in percent, at cost {' / '.join(map(_plain, marks))}"
+    return f"{title}\n\n{markdown_table(['problem', *methods], rows)}"
 
 
 def section(problem: str, records: Sequence[Record], marks: Sequence[float]) -> str:
-    best = sorted({r["optimum"] for r in records})
-    told = f"{best[0]:.5g}" if len(best) == 1 else f"{best[0]:.5g} to {best[-1]:.5g}"
-    settings = records[0]["settings"]
-    names = {name for r in records for o in r["observations"] for name in o["metrics"]}
-    loss = "test_loss" if "test_loss" in names else next((n for n in sorted(names) if n.endswith("_loss")), None)
-    options = ", ".join(f"{k} {v}" for k, v in settings["options"].items())
-    title = f"{settings['problem']}{f' ({options})' if options else ''}"
-    head = f"## {problem}\n\n{title}, d = {len(records[0]['space'])}, F\\* = {told}"
+    best = sorted({r.optimum for r in records if r.optimum is not None})
+    told = " to ".join(f"{value:.5g}" for value in dict.fromkeys([*best[:1], *best[-1:]])) or "unknown"
+    settings, loss = records[0].settings, loss_name(records)
+    options = ", ".join(f"{k} {v}" for k, v in settings.options.items())
+    title = f"{settings.problem}{f' ({options})' if options else ''}"
+    head = f"## {problem}\n\n{title}, d = {len(records[0].space)}, F\\* = {told}"
     headers = ["method"] + [f"F at {_plain(m)} (regret)" for m in marks]
     if loss is not None:
         headers += [f"{loss.replace('_', ' ')} at {_plain(m)}" for m in marks]
-    if any(r["refits"] for r in records):
+    if any(r.refits for r in records):
         headers += [f"after refit at {_plain(m)}" for m in marks]
     headers.append("note")
     rows = []
@@ -131,34 +129,22 @@ def section(problem: str, records: Sequence[Record], marks: Sequence[float]) -> 
             row.append(_cell(_mean(members, upper_at, mark)) + (f" ({_percent(regret)} %)" if regret else ""))
         if loss is not None:
             row += [_cell(_mean(members, metric_at(loss), mark)) for mark in marks]
-        if any(r["refits"] for r in records):
+        if any(r.refits for r in records):
             row += [_cell(_mean(members, refit_at, mark)) for mark in marks]
         rows.append([*row, _note(members)])
-    return f"{head}\n\n{table(headers, rows)}"
+    return f"{head}\n\n{markdown_table(headers, rows)}"
 
 
 def _note(records: Sequence[Record]) -> str:
-    budget, seconds = max(r["settings"]["budget"] for r in records), fmean(r["seconds"] for r in records)
-    failed = [r for r in records if r["status"] == "failed"]
-    diverged = sum(o["upper"] is None for r in records for o in r["observations"])
+    budget, seconds = max(r.settings.budget for r in records), fmean(r.seconds for r in records)
+    failed = [r for r in records if r.status == "failed"]
+    diverged = sum(o.status == "failed" for r in records for o in r.observations)
     parts = [f"{len(records)} seeds, budget {_plain(budget)}, {seconds:.0f} s a run"]
     if diverged:
         parts.append(f"{diverged} trainings diverged")
     if failed:
-        parts.append(f"{len(failed)} FAILED: {failed[0]['error']}")
+        parts.append(f"{len(failed)} FAILED: {failed[0].error}")
     return "; ".join(parts)
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def grouped(records: Iterable[Record], key: str) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record[key], []).append(record)
-    return groups
 
 
 def _mean(records: Sequence[Record], value: Value, mark: float) -> Interval | None:
@@ -190,7 +176,7 @@ def figures(records: Sequence[Record], folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    methods = sorted({r["method_name"] for r in records}, key=lambda m: (not m.startswith("default"), m))
+    methods = sorted({r.method_name for r in records}, key=lambda m: (not m.startswith("default"), m))
     palette = pyplot.get_cmap("tab10")
     colour = {m: palette(i % 10) for i, m in enumerate(methods)}
     dashes = {m: "-" if i < 10 else "--" for i, m in enumerate(methods)}
@@ -198,7 +184,7 @@ def figures(records: Sequence[Record], folder: Path) -> list[Path]:
     for problem, members in grouped(with_optimum(records), "problem_name").items():
         figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
         for method in methods:
-            runs = [r for r in members if r["method_name"] == method and r["status"] == "done"]
+            runs = [r for r in members if r.method_name == method and r.status == "done"]
             if runs:
                 costs, low, mean, high = curve(runs)
                 width = 2.5 if method == "default" else 1.4
@@ -213,7 +199,7 @@ def figures(records: Sequence[Record], folder: Path) -> list[Path]:
                 )
                 axes.fill_between(costs, low, high, step="post", alpha=0.12, linewidth=0, color=colour[method])
         axes.set(xlabel="cost (lower-level trainings)", ylabel="regret (F - F*) / |F*|", yscale="log")
-        axes.set_title(f"{problem}: d = {len(members[0]['space'])}")
+        axes.set_title(f"{problem}: d = {len(members[0].space)}")
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
         axes.legend(fontsize="small", ncols=2)
         path = folder / f"{problem}.svg"
@@ -225,8 +211,8 @@ def figures(records: Sequence[Record], folder: Path) -> list[Path]:
 
 def curve(runs: Sequence[Record]) -> tuple[list[float], list[float], list[float], list[float]]:
     """Costs, and least, mean and largest regret over the seeds there; from where every seed has an incumbent."""
-    end = min(r["settings"]["budget"] for r in runs)
-    ends = {o["cost"] for r in runs for o in r["observations"] if o["cost"] <= end}
+    end = min(r.settings.budget for r in runs)
+    ends = {o.cost for r in runs for o in r.observations if o.cost <= end}
     floor = 1e-6
     rows: list[tuple[float, float, float, float]] = []
     for cost in sorted({*ends, end}):

@@ -39,7 +39,7 @@ from benchmarks.overhead import SEARCHES, met, overhead
 from benchmarks.sharded import sharded
 from raybilevel._cluster.sent_state import SentState
 from raybilevel._cluster.step_call import StepCall
-from raybilevel._command.experiment import cluster
+from raybilevel._command.cluster import cluster
 from raybilevel.methods._base import UpperStep
 from raybilevel.methods._default import Default
 from raybilevel.search._optimizer import BilevelOptimizer, Observation

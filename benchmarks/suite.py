@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from benchmarks import peers, reference
 from benchmarks.objective import BudgetSpent, Objective
 from benchmarks.ours import bilevel, configured
-from raybilevel._config.experiment import in_words, read_mapping
+from raybilevel._config.files import read_mapping, validated
 from raybilevel._lower.training import refit
-from raybilevel._version import __version__
+from raybilevel._records.incumbents import incumbent_at
+from raybilevel._records.record import Observation, Record, Settings, Spent, Step, box
+from raybilevel._records.store import path_of
+from raybilevel._records.versions import core_digest, versions
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.methods import METHODS
 from raybilevel.problem import BilevelProblem
@@ -33,10 +33,9 @@ from raybilevel.problems.mnist import Mnist1K
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
-from raybilevel.space import Parameter, Space
+from raybilevel.space import Space
 
-FORMAT = 1
-PACKAGES = ("torch", "botorch", "gpytorch", "scipy", "optuna", "cmaes")
+PEER_PACKAGES = ("scipy", "optuna", "cmaes")
 
 PROBLEMS: dict[str, Callable[..., BilevelProblem]] = {
     "cleaning": HyperCleaning,
@@ -187,10 +186,7 @@ def read_suite(path: str | Path) -> Suite:
     Raises:
         ConfigError: it cannot be read, or a key is wrong; the key is named.
     """
-    try:
-        return Suite.model_validate(read_mapping(path))
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {in_words(error)}") from error
+    return validated(Suite, read_mapping(path), path)
 
 
 @dataclass(frozen=True)
@@ -207,23 +203,22 @@ class Run:
     data: str | None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides the result, as plain values."""
-        return {
-            "problem": self.problem.problem,
-            "options": self.problem.options,
-            "method": self.method.method,
-            "method_settings": self.method.settings,
-            "seed": self.seed,
-            "budget": self.budget,
-            **({"slots": self.method.slots} if self.method.slots > 1 else {}),
-        }
+    def settings(self) -> Settings:
+        """Everything that decides the result."""
+        return Settings(
+            problem=self.problem.problem,
+            options=self.problem.options,
+            method=self.method.method,
+            method_settings=self.method.settings,
+            seed=self.seed,
+            budget=self.budget,
+            slots=self.method.slots,
+        )
 
     @property
     def path(self) -> Path:
-        """Of its record in the output folder: names for people, a digest of the settings against mistakes."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
-        return Path("records") / self.problem_name / f"{self.method_name}-seed{self.seed}-{digest}.json"
+        """Of its record in the output folder."""
+        return path_of(self.problem_name, self.method_name, self.settings)
 
 
 def make_problem(entry: ProblemEntry, data: str | None) -> BilevelProblem:
@@ -249,34 +244,27 @@ def _cached_problem(key: str, data: str | None) -> BilevelProblem:
     return make_problem(ProblemEntry.model_validate_json(key), data)
 
 
-def space_of(problem: BilevelProblem) -> Space:
-    """The box of a problem: its own, or for the older ones log10 decay in [-6, 1], log decay in [-10, 5]."""
-    own = getattr(problem, "space", None)
-    if isinstance(own, Space):
-        return own
-    if isinstance(problem, DigitsLogistic):
-        return Space(tuple(Parameter(("weight_decay", f"g{g}"), 1e-6, 10.0, log=True) for g in range(problem.groups)))
-    assert isinstance(problem, Mnist1K)
-    layers = [f"fc{i + 1}" for i in range(len(problem.hidden) + 1)]
-    kinds = ("weight_decay", "bias_decay") if isinstance(problem, Mnist1KKinds) else ("weight_decay",)
-    paths = [(kind, layer) for kind in kinds for layer in layers] if problem.share == "layer" else [("weight_decay",)]
-    return Space(tuple(Parameter(path, math.exp(-10), math.exp(5), log=True) for path in paths))
+def box_of(problem: BilevelProblem) -> Space:
+    """Raises ConfigError, where a problem has no box of its own."""
+    if problem.space is None:
+        raise ConfigError(f"{type(problem).__name__} has no `space` of its own, which a problem of the benchmark needs")
+    return problem.space
 
 
 def dimension_of(entry: ProblemEntry) -> int:
-    return space_of(make_problem(entry, ".")).dimension
+    return box_of(make_problem(entry, ".")).dimension
 
 
-def execute(run: Run) -> dict[str, Any]:
+def execute(run: Run) -> Record:
     """The record of a run; of a failed one, with what it saw before and the error."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     problem = _cached_problem(
         ProblemEntry(problem=run.problem.problem, options=run.problem.options).model_dump_json(), run.data
     )
-    space = space_of(problem)
+    space = box_of(problem)
     objective = Objective(problem, space, run.seed, run.budget * run.method.slots)
-    steps: list[dict[str, Any]] = []
+    steps: tuple[Step, ...] = ()
     error, exhausted = None, False
     try:
         if run.method.method in METHODS:
@@ -289,63 +277,40 @@ def execute(run: Run) -> dict[str, Any]:
         pass
     except (RaybilevelError, ArithmeticError, ValueError, RuntimeError) as raised:
         error = f"{type(raised).__name__}: {raised}"
-    observations = objective.finish()
-    refits = {} if error else _refits(problem, observations, run)
-    optimum = getattr(problem, "optimum", None)
-    return {
-        "format": FORMAT,
-        "status": "failed" if error else "done",
-        "error": error,
-        "problem_name": run.problem_name,
-        "method_name": run.method_name,
-        "settings": run.settings,
-        "space": [{"name": p.name, "low": p.low, "high": p.high, "log": p.log} for p in space.parameters],
-        "optimum": optimum,
-        "versions": {"raybilevel": __version__, "core": core_digest(), **{p: _version(p) for p in PACKAGES}},
-        "exhausted": exhausted,
-        "seconds": round(time.perf_counter() - began, 2),
-        "observations": observations,
-        "steps": steps,
-        "refits": refits,
-    }
+    observations = objective.observations()
+    return Record(
+        kind="benchmark",
+        status="failed" if error else "done",
+        error=error,
+        problem_name=run.problem_name,
+        method_name=run.method_name,
+        settings=run.settings,
+        epochs_per_training=problem.epochs,
+        space=box(space),
+        marks=run.marks,
+        optimum=getattr(problem, "optimum", None),
+        versions={**versions(PEER_PACKAGES), "core": core_digest()},
+        exhausted=exhausted,
+        refits={} if error else _refits(problem, observations, run),
+        seconds=round(time.perf_counter() - began, 2),
+        spent=Spent(epochs=problem.epochs * len(observations)),
+        observations=observations,
+        steps=steps,
+    )
 
 
-def _refits(problem: BilevelProblem, observations: list[dict[str, Any]], run: Run) -> dict[str, dict[str, float]]:
-    """Metrics after a refit with the incumbent's hyperparameters, by the incumbent's index, for each mark."""
-    found: dict[str, dict[str, float]] = {}
+def _refits(problem: BilevelProblem, observations: Sequence[Observation], run: Run) -> dict[int, dict[str, float]]:
+    """Metrics after a refit with the incumbent's hyperparameters, by the incumbent's position, for each mark."""
+    found: dict[int, dict[str, float]] = {}
     for mark in (*run.marks, run.budget):
         index = incumbent_at(observations, mark)
-        if index is None or str(index) in found:
+        if index is None or index in found:
             continue
         try:
-            metrics = refit(problem, observations[index]["hyperparameters"], run.seed)
+            metrics = refit(problem, observations[index].hyperparameters, run.seed)
         except ArithmeticError:
             continue
         if metrics is None:
             return {}
-        found[str(index)] = metrics
+        found[index] = metrics
     return found
-
-
-def incumbent_at(observations: list[Mapping[str, Any]] | list[dict[str, Any]], cost: float) -> int | None:
-    """Index of the incumbent once `cost` is spent; None before the first training that did not fail."""
-    known = [o for o in observations if o["cost"] <= cost + 1e-9]
-    if not known or observations[known[-1]["incumbent"]]["upper"] is None:
-        return None
-    index: int = known[-1]["incumbent"]
-    return index
-
-
-@functools.cache
-def core_digest() -> str:
-    """A digest of raybilevel's own code outside problems and benchmark: which algorithm made a record."""
-    root = Path(__file__).parents[1]
-    sources = sorted((root / "raybilevel").rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except ImportError:
-        return None

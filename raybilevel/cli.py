@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from raybilevel._version import __version__
 from raybilevel.errors import ConfigError, DataError, ProblemError, RaybilevelError, SpaceError, StorageError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-NOT_LISTED = (
-    "test_loss", "solver_iterations", "second_order_products", "solver_residual", "lower_gradient_norm",
-    "lower_residual",
-)  # fmt: skip
-"""Metrics that are in the summary's own rows, or in its file only."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -33,8 +28,18 @@ Set = Annotated[
 ]
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"raybilevel {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Bilevel hyperparameter optimization on Ray clusters."""
 
 
@@ -61,6 +66,7 @@ def run(
 ) -> None:
     """Run the experiment of a config file."""
     from raybilevel._command import experiment
+    from raybilevel._command.output import show_how_to_go_on, show_result
     from raybilevel._config.experiment import read_config
 
     if resume and out is None:
@@ -89,17 +95,25 @@ def run(
 
 
 @app.command()
-def check(config: Config, data: Data = None, settings: Set = None) -> None:
+def check(
+    config: Config,
+    data: Data = None,
+    settings: Set = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="As for run: a Ray cluster, of which this machine does not know what it has.", metavar="TEXT"
+        ),
+    ] = None,
+) -> None:
     """Validate a config file, its problem and its data without training anything."""
-    from raybilevel._command import experiment
     from raybilevel._config.experiment import read_config
+    from raybilevel._config.plan import resolve, this_machine
 
-    checked = read_config(config, settings or ())
-    experiment.check(checked, as_text(data))
-    space, _ = checked.split_space()
+    plan = resolve(read_config(config, settings or ()), as_text(data), this_machine() if address is None else None)
     typer.echo(
-        f"{config}: all right: problem {checked.problem}, {space.dimension} hyperparameters "
-        f"({', '.join(space.names)}), method {checked.search.method}, {checked.search.trainings} trainings"
+        f"{config}: all right: problem {plan.config.problem}, {plan.upper_level}, method {plan.config.search.method}, "
+        f"{plan.trainings} trainings"
     )
 
 
@@ -140,6 +154,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare methods on problems under one budget; a record a run, then the tables and the report."""
+    from raybilevel._command.output import show_how_to_go_on
     from raybilevel._compare import command
     from raybilevel._compare.config import read_comparison
 
@@ -177,43 +192,6 @@ def report(
         webbrowser.open(page.resolve().as_uri())
 
 
-def show_how_to_go_on(
-    console: Console, command: str, folder: Path, data: Path | None, address: str | None, storage: str | None
-) -> None:
-    """The command that resumes, as a shell takes it."""
-    options = {"--out": folder, "--data": data, "--address": address, "--storage": storage}
-    given = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
-    again = [sys.argv[0], command, str(folder / "config.yaml"), *given, "--resume"]  # it holds every --set
-    console.print(f"  {shlex.join(again)}", markup=False, highlight=False, soft_wrap=True)
-
-
-def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None:
-    best = summary["best"]
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column()
-    if best is not None:
-        from raybilevel.space import flatten
-
-        for path, value in flatten(best["hyperparameters"]).items():
-            table.add_row("/".join(path), f"{value:.6g}")
-        for key, label in (
-            ("upper_loss", "F (validation loss)"),
-            ("test_loss", "test loss"),
-            ("test_loss_refit", "test loss after a refit on all data"),
-        ):
-            if best[key] is not None:
-                table.add_row(label, f"{best[key]:.5g}")
-    others = [f"{name} {value:.4g}" for name, value in summary["metrics"].items() if name not in NOT_LISTED]
-    if others:
-        table.add_row("metrics", ", ".join(others))
-    failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""
-    table.add_row("trainings", f"{summary['trainings']}{failed}; cost {summary['cost']:.1f} trainings in all")
-    table.add_row("verdict", summary["verdict"])
-    table.add_row("results", str(folder))
-    console.print(table, highlight=False)
-
-
 def as_text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
@@ -230,7 +208,8 @@ def main() -> None:
 
 
 def fail(error: Exception, status: int) -> None:
-    typer.echo(f"raybilevel: {error}", err=True)
+    for line in str(error).splitlines():
+        typer.echo(f"raybilevel: {line}", err=True)
     sys.exit(status)
 
 

@@ -11,6 +11,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from raybilevel._metrics import check_metrics
+from raybilevel.space import Space
+
 __all__ = [
     "Batch",
     "BilevelProblem",
@@ -57,6 +60,11 @@ class BilevelProblem(ABC):
     dtype: torch.dtype = torch.float32
     optimistic: bool = False
 
+    @property
+    def space(self) -> Space | None:
+        """The problem's own box of hyperparameters, which comparisons search; None: the search space is the user's."""
+        return None
+
     @abstractmethod
     def model(self) -> nn.Module:
         """A fresh model; its parameters are the lower-level variable y. Called under a fixed seed."""
@@ -81,7 +89,8 @@ class BilevelProblem(ABC):
 
     def evaluate(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Further metrics of a trained model, e.g. {"test_loss": ...}; reported with every epoch. Define it as
-        `evaluate(self, model)`, or as `evaluate(self, model, hyperparameters)`."""
+        `evaluate(self, model)`, or as `evaluate(self, model, hyperparameters)`. Names that raybilevel or Ray Tune
+        reports itself, e.g. "upper_loss" or "training_iteration", are refused."""
         return {}
 
     def refit_batches(self, generator: torch.Generator | None) -> Iterable[Batch] | None:
@@ -139,12 +148,16 @@ def upper_loss(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyper
 
 
 def evaluate(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
-    """A problem's further metrics as floats, whichever form its `evaluate` has."""
+    """A problem's further metrics as floats, whichever form its `evaluate` has.
+
+    Raises:
+        ProblemError: it returned something else than numbers by name, or one under a name that is taken.
+    """
     if takes_hyperparameters(problem.evaluate, others=1):
         found = problem.evaluate(model, hyperparameters)
     else:
         found = problem.evaluate(model)
-    return {name: float(value) for name, value in found.items()}
+    return check_metrics(type(problem).__name__, found)
 
 
 def takes_hyperparameters(method: Callable[..., Any], others: int) -> bool:

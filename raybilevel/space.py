@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,32 @@ from torch import Tensor
 from raybilevel.errors import SpaceError
 
 __all__ = ["Parameter", "Space", "flatten", "nest"]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """How a hyperparameter is searched.
+
+    log:     on a logarithmic scale.
+    stepped: in multiples of a step.
+    """
+
+    log: bool
+    stepped: bool
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What it takes, in order."""
+        return ("low", "high", "step") if self.stepped else ("low", "high")
+
+
+DOMAINS: dict[str, Domain] = {
+    "uniform": Domain(log=False, stepped=False),
+    "loguniform": Domain(log=True, stepped=False),
+    "quniform": Domain(log=False, stepped=True),
+    "qloguniform": Domain(log=True, stepped=True),
+}
+"""The domains by the names that they have in config files and in Ray Tune."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +71,33 @@ class Parameter:
             raise SpaceError(f"{self.name}: the step must be positive, got {self.step}")
         if self.step is not None and math.ceil(self.low / self.step - 1e-9) * self.step > self.high + 1e-9 * self.step:
             raise SpaceError(f"{self.name}: no multiple of the step {self.step} lies in [{self.low}, {self.high}]")
+
+    @classmethod
+    def of(cls, path: tuple[str, ...], domain: str, arguments: Sequence[float]) -> Parameter:
+        """From the name of a domain and its arguments.
+
+        Raises:
+            SpaceError: there is no such domain, or its arguments are wrong.
+        """
+        name = "/".join(path)
+        if domain not in DOMAINS:
+            raise SpaceError(f"{name}: unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
+        wanted = DOMAINS[domain].arguments
+        if len(arguments) != len(wanted) or not all(is_finite_number(a) for a in arguments):
+            raise SpaceError(f"{name}: {domain} takes [{', '.join(wanted)}], finite numbers, got {list(arguments)}")
+        low, high, *step = map(float, arguments)
+        return cls(path, low, high, DOMAINS[domain].log, step[0] if step else None)
+
+    @property
+    def domain(self) -> str:
+        """The name of its domain."""
+        own = Domain(self.log, self.step is not None)
+        return next(name for name, domain in DOMAINS.items() if domain == own)
+
+    @property
+    def arguments(self) -> tuple[float, ...]:
+        """What its domain takes."""
+        return (self.low, self.high) if self.step is None else (self.low, self.high, self.step)
 
     @cached_property
     def name(self) -> str:
@@ -158,7 +211,7 @@ class Space:
             if not isinstance(entry, Mapping) or key not in entry:
                 raise SpaceError(f"{parameter.name}: missing from the configuration {dict(config)}")
             entry = entry[key]
-        if isinstance(entry, bool) or not isinstance(entry, int | float) or not math.isfinite(entry):
+        if not is_finite_number(entry):
             raise SpaceError(f"{parameter.name}: expected a finite number, got {entry!r}")
         return float(entry)
 
@@ -166,6 +219,34 @@ class Space:
 STARTS = Space((Parameter(("start",), 0.0, 65535.0, step=1.0),))
 """What is searched where the upper level is a module (`LargeUpperLevel.upper_variables`): the number of a descent's
 start, from which its seed follows."""
+
+
+def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = "points_to_evaluate") -> None:
+    """Points name every hyperparameter of the space, nested as it is, within its bounds.
+
+    Raises:
+        SpaceError: one does not; it is named by its number.
+    """
+    for number, point in enumerate(points):
+        unknown = {"/".join(path) for path in flatten(point)} - set(space.names)
+        if unknown:
+            raise SpaceError(
+                f"{name}[{number}]: {', '.join(sorted(unknown))} not in the space, which has {', '.join(space.names)}"
+            )
+        for parameter in space.parameters:
+            try:
+                value = space.value(point, parameter)
+            except SpaceError as error:
+                raise SpaceError(f"{name}[{number}]: {error}") from error
+            if not parameter.low <= value <= parameter.high:
+                raise SpaceError(
+                    f"{name}[{number}]: {parameter.name} = {value} is outside [{parameter.low}, {parameter.high}]"
+                )
+
+
+def is_finite_number(value: Any) -> bool:
+    """A truth value is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def sobol_points(dimension: int, count: int, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ from rich.text import Text
 from raybilevel.search._diagnostics import Newest, newest
 from raybilevel.search_state import SearchState
 
-REFRESH_SECONDS = 0.25
+REFRESH_S = 0.25
 
 
 class View(Protocol):
@@ -91,7 +91,7 @@ class LiveView:
 
     def update(self, state: SearchState, steps_under_way: int) -> None:
         self.newest = (state, steps_under_way)
-        if time.monotonic() - self.drawn >= REFRESH_SECONDS:
+        if time.monotonic() - self.drawn >= REFRESH_S:
             self.drawn = time.monotonic()
             self.live.update(self.render(*self.newest), refresh=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from raybilevel._compare.config import CompareConfig, Run, read_comparison
-from raybilevel._config.experiment import ExperimentConfig
+from raybilevel._config.plan import Plan
 from raybilevel._records import store as records
-from raybilevel.errors import ConfigError
-
-CONFIG_FILE = "config.yaml"
+from raybilevel._records.names import CONFIG_FILE, RECORDS_FOLDER
+from raybilevel._records.record import Record
+from raybilevel.errors import ConfigError, DataError
 
 
 def prepare(config: CompareConfig, out: Path, resume: bool) -> None:
@@ -34,7 +35,7 @@ def prepare(config: CompareConfig, out: Path, resume: bool) -> None:
         if read_comparison(saved) != config:
             raise ConfigError(f"--resume: the config differs from the one in {saved}, with which the comparison began")
         return
-    if (out / "records").exists():
+    if (out / RECORDS_FOLDER).exists():
         raise ConfigError(f"{out} already holds a comparison; choose another --out, or go on with it by --resume")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -48,16 +49,15 @@ def settled(path: Path, say: Callable[[str], None]) -> bool:
     try:
         part = records.left_over(path)
         if part is not None:
-            seen = len(part["observations"])
-            say(f"{path.name}: cut off after {seen} trainings, which are set aside; it is done again")
+            say(f"{path.name}: cut off after {len(part.observations)} trainings, which are set aside; it is done again")
         if not path.exists():
             return False
         record = records.read(path)
-    except records.DamagedRecord as error:
+    except DataError as error:
         say(f"{error}; it is set aside and done again")
         return False
-    if record["status"] != "done":
-        say(f"{path.name}: {record['status']}{because(record)}; it is done again")
+    if record.status != "done":
+        say(f"{path.name}: {record.status}{because(record)}; it is done again")
         return False
     return True
 
@@ -77,11 +77,13 @@ def run_all(
     Raises:
         ConfigError: the cluster has several nodes, and no storage is given; or this machine alone has not what a run
             asks for.
+        ProblemError, SpaceError, DataError: a problem is wrong; it is named, and nothing was run.
         StorageError: the storage cannot be written, or nodes of the cluster do not see it.
     """
     from raybilevel._cluster.resources import nodes_alive
     from raybilevel._cluster.storage import check_access, locate
-    from raybilevel._command.experiment import check_room, cluster
+    from raybilevel._command.cluster import cluster
+    from raybilevel._command.resources import check_room
     from raybilevel._compare.execute import execute
 
     def say(line: str) -> None:
@@ -91,14 +93,15 @@ def run_all(
     say(f"{len(runs)} runs, {len(runs) - len(missing)} of them have a record")
     if not missing:
         return 0, False
+    plans: dict[str, Plan] = {}
+    for run in missing:
+        if run.problem_name not in plans:
+            plans[run.problem_name] = run.plan()
     bad, began = 0, time.monotonic()
     place = None if storage is None else locate(storage)
     with cluster(address, cpus) as alone:
-        checked: list[ExperimentConfig] = []
-        for run in missing:
-            if run.experiment not in checked:
-                check_room(run.experiment, alone)
-                checked.append(run.experiment)
+        for plan in plans.values():
+            check_room(plan.training, plan.step, alone)
         if place is not None:
             check_access(place)
         elif len(nodes_alive()) > 1:
@@ -110,13 +113,14 @@ def run_all(
             head = f"[{number}/{len(missing)}] {run.problem_name} {run.method_name} seed {run.seed}"
             try:
                 with Progress(console, head, run) as progress:
-                    record = execute(run, progress.update, functools.partial(records.keep, out / run.path), place)
+                    keep = functools.partial(records.keep, out / run.path)
+                    record = execute(run, plans[run.problem_name], progress.update, keep, place)
             except KeyboardInterrupt:  # at once: this run leaves no record but what it has kept, and is made anew
                 return bad + len(missing) - number + 1, True
             records.write(out / run.path, record)
-            bad += record["status"] not in ("done", "unavailable")
+            bad += record.status not in ("done", "unavailable")
             say(f"{head}: {outcome(record)}  ({time.monotonic() - began:.0f} s in all)")
-            if record["status"] == "interrupted":
+            if record.status == "interrupted":
                 return bad + len(missing) - number, True
     return bad, False
 
@@ -139,8 +143,8 @@ class Progress:
 
     def update(self, ledger: Any) -> None:
         if self.status is not None:
-            best = ledger.observed[ledger.best].upper if ledger.observed else None
-            self.status.update(self._line(ledger.spent(), math.nan if best is None else best))
+            best = ledger.best
+            self.status.update(self._line(ledger.spent(), math.nan if best is None else best.upper_loss))
 
     def _line(self, spent: float, best: float) -> Text:
         shown = "-" if math.isnan(best) else f"{best:.4g}"
@@ -148,30 +152,30 @@ class Progress:
         return Text(f"{self.head}: {spent:.1f} of {self.budget.amount:g} {unit}, best F {shown}")
 
 
-def outcome(record: records.Record) -> str:
+def outcome(record: Record) -> str:
     """A record in a few words."""
-    lowest = min((o["upper"] for o in record["observations"] if o["upper"] is not None), default=None)
-    told = "no training ran to its end" if lowest is None else f"best F {lowest:.5g}"
-    if record["status"] == "unavailable":
+    if record.status == "unavailable":
         return f"unavailable{because(record)}"
-    if record["status"] == "failed":
+    if record.status == "failed":
         return f"FAILED{because(record)}"
-    counts = [(status, sum(o["status"] == status for o in record["observations"])) for status in ("stopped", "failed")]
-    others = "".join(f", {count} {status}" for status, count in counts if count)
-    done = sum(o["status"] == "done" for o in record["observations"])
-    text = f"{told}, {done} trainings{others}, {record['seconds']:.0f} s"
-    return f"interrupted; {text}" if record["status"] == "interrupted" else text
+    lowest = record.lowest
+    told = "no training ran to its end" if lowest is None else f"best F {lowest:.5g}"
+    counts = Counter(observation.status for observation in record.observations)
+    others = "".join(f", {counts[status]} {status}" for status in ("stopped", "failed") if counts[status])
+    text = f"{told}, {counts['done']} trainings{others}, {record.seconds:.0f} s"
+    return f"interrupted; {text}" if record.status == "interrupted" else text
 
 
-def because(record: records.Record) -> str:
-    return f" ({record['error']})" if record["error"] else ""
+def because(record: Record) -> str:
+    return f" ({record.error})" if record.error else ""
 
 
 def show_tables(out: Path, console: Console) -> None:
     """Print the tables, and write the report where its packages are installed."""
     from raybilevel import report
-    from raybilevel.report._page import markdown, sections_of
+    from raybilevel.report._page import sections_of
     from raybilevel.report._sources import read_folder
+    from raybilevel.report._tables import markdown
 
     source = read_folder(out)
     for line in source.wrong:

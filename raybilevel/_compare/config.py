@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from benchmarks.suite import space_of
 from raybilevel._compare.methods import check_settings, parse
-from raybilevel._config.experiment import (
-    Checked,
-    ExperimentConfig,
-    ResourcesConfig,
-    SearchConfig,
-    apply_override,
-    in_words,
-    read_config,
-    read_mapping,
-)
+from raybilevel._config.experiment import ExperimentConfig, SearchConfig, read_config
+from raybilevel._config.files import Checked, apply_override, read_mapping, validated
+from raybilevel._config.plan import Plan, resolve
+from raybilevel._config.resources import ResourcesConfig
+from raybilevel._config.space import write_space
+from raybilevel._records.record import Settings, Unit
+from raybilevel._records.store import path_of
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.problems import make_problem
-from raybilevel.space import Space, nest
-
-Unit = Literal["trainings", "epochs", "seconds", "gpu_seconds"]
 
 
 class Budget(Checked):
@@ -136,7 +127,7 @@ class CompareConfig(Checked):
         """All runs, the seeds outermost, so that a part of them is a fair comparison already.
 
         Raises:
-            ConfigError, SpaceError: a problem is wrong; it is named.
+            ConfigError: a problem is wrong; it is named.
         """
         experiments = {name: experiment_of(name, self.problems[name], self.resources) for name in self.chosen}
         found = []
@@ -169,67 +160,80 @@ class Run:
     data: str | None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides the result, as plain values."""
-        return {
-            "problem": self.experiment.problem,
-            "options": self.experiment.options,
-            "space": self.experiment.space,
-            "resources": self.experiment.resources.model_dump(),
-            "method": self.method.method,
-            "method_settings": {"searcher": self.method.searcher, "scheduler": self.method.scheduler},
-            "seed": self.seed,
-            "budget": self.budget.amount,
-            "budget_unit": self.budget.unit,
-        }
+    def settings(self) -> Settings:
+        """Everything that decides the result."""
+        return Settings(
+            problem=self.experiment.problem,
+            options=self.experiment.options,
+            space=self.experiment.space,
+            resources=self.experiment.resources.model_dump(),
+            method=self.method.method,
+            method_settings={"searcher": self.method.searcher, "scheduler": self.method.scheduler},
+            seed=self.seed,
+            budget=self.budget.amount,
+            budget_unit=self.budget.unit,
+        )
+
+    def plan(self) -> Plan:
+        """Its problem, space and resources, made and checked; the same for every method and seed.
+
+        Raises:
+            RaybilevelError: the problem is wrong; it is named.
+        """
+        try:
+            return resolve(self.experiment, self.data)
+        except RaybilevelError as error:
+            raise of_problem(self.problem_name, error) from error
 
     @property
     def path(self) -> Path:
         """Of its record in the output folder: names for people, a digest of the settings against mistakes."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
-        method = self.method_name.replace("/", "-")
-        return Path("records") / self.problem_name / f"{method}-seed{self.seed}-{digest}.json"
+        return path_of(self.problem_name, self.method_name.replace("/", "-"), self.settings)
 
 
 def experiment_of(name: str, entry: ProblemEntry, resources: ResourcesConfig) -> ExperimentConfig:
-    """A problem of a comparison as a config of `raybilevel run`."""
-    try:
-        space = entry.space
-        if space is None:
+    """A problem of a comparison as a config of `raybilevel run`.
+
+    Raises:
+        ConfigError: the problem or its space is wrong, or it has none; it is named.
+    """
+    space = entry.space
+    if space is None:
+        try:
             # A problem that reads files asks for their folder; its box does not depend on them.
-            space = as_config(space_of(make_problem(entry.problem, entry.options, ".")))
-        experiment = ExperimentConfig(
-            problem=entry.problem,
-            options=entry.options,
-            space=space,
-            search=SearchConfig(trainings=1),
-            resources=resources,
-        )
-        experiment.split_space()
-    except AssertionError as error:
-        raise ConfigError(f"problem {name!r}: {entry.problem} has no box of its own; give its `space`") from error
-    except RaybilevelError as error:
-        raise type(error)(f"problem {name!r}: {error}") from error
+            box = make_problem(entry.problem, entry.options, ".").space
+        except RaybilevelError as error:
+            raise of_problem(name, error) from error
+        if box is None:
+            raise ConfigError(f"problem {name!r}: {entry.problem} has no box of its own; give its `space`")
+        space = write_space(box)
+    raw = {
+        "problem": entry.problem,
+        "options": entry.options,
+        "space": space,
+        "search": SearchConfig(trainings=1, method="default"),
+        "resources": resources,
+    }
+    experiment = validated(ExperimentConfig, raw, f"problem {name!r}")
+    if not experiment.parameters:
+        raise ConfigError(f"problem {name!r}: its `space` has no hyperparameter to search")
     return experiment
 
 
-def as_config(space: Space) -> dict[str, Any]:
-    """A box as the `space` of a config."""
-
-    def domain(low: float, high: float, log: bool, step: float | None) -> dict[str, list[float]]:
-        kind = ("q" if step is not None else "") + ("loguniform" if log else "uniform")
-        return {kind: [low, high] if step is None else [low, high, step]}
-
-    return nest({p.path: domain(p.low, p.high, p.log, p.step) for p in space.parameters})
+def of_problem(name: str, error: RaybilevelError) -> RaybilevelError:
+    """The same error, with the problem's name before each line."""
+    return type(error)("\n".join(f"problem {name!r}: {line}" for line in str(error).splitlines()))
 
 
 def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str | None = None) -> CompareConfig:
     """Read a comparison's config file, at a scale, with overrides such as "budget.trainings=10".
 
     Raises:
-        ConfigError: it is missing, not YAML, or a key is unknown, missing or wrong; file and key are named.
+        ConfigError: it is missing, not YAML, or keys are unknown, missing or wrong; a line for each, with file and key.
     """
     raw = read_mapping(path)
+    if "problems" not in raw and {"problem", "search"} <= raw.keys():
+        raise ConfigError(f"{path}: a config of one run; use `raybilevel run {path}`")
     if scale is not None:
         scales = raw.get("scales") or {}
         if scale not in scales:
@@ -239,10 +243,7 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
     inline_configs(raw, Path(path).parent)
     for override in overrides:
         apply_override(raw, override)
-    try:
-        return CompareConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {in_words(error)}") from error
+    return validated(CompareConfig, raw, path)
 
 
 def inline_configs(raw: dict[str, Any], folder: Path) -> None:

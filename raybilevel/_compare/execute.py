@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import platform
 import signal
 import tempfile
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
@@ -21,24 +17,16 @@ import ray
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from benchmarks.suite import FORMAT, core_digest, incumbent_at
 from raybilevel._cluster.environment import environment
-from raybilevel._cluster.resources import bundles_of, most_slots, step_options, task_options, trainings_that_fit
+from raybilevel._cluster.resources import most_slots, task_options, trainings_that_fit
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.storage import Storage
-from raybilevel._command.experiment import (
-    first_bundle,
-    param_space,
-    refit_task,
-    reuses_processes,
-    trial_resources,
-    with_room_for_steps,
-)
+from raybilevel._command.refit import refit_options, refit_task
+from raybilevel._command.resources import asked_for, for_tune, reuses_processes, with_room_for_steps
 from raybilevel._compare.config import Run
 from raybilevel._compare.ledger import BudgetStopper, Ledger
 from raybilevel._compare.methods import (
     METRIC,
-    OWN_NAMES,
     PAUSERS,
     WITHOUT_LOGARITHMS,
     Parts,
@@ -50,28 +38,27 @@ from raybilevel._compare.methods import (
     parse,
     probe,
 )
-from raybilevel._compare.searchers import BudgetedSearch, TimedSearcher, overhead_of, spent_on_steps
-from raybilevel._config.experiment import ExperimentConfig
-from raybilevel._records.summary import versions
+from raybilevel._compare.recording import begun, own_part
+from raybilevel._compare.searchers import BudgetedSearch, TimedSearcher, spent_on_steps
+from raybilevel._config.plan import Plan
+from raybilevel._records.incumbents import incumbent_at
+from raybilevel._records.names import OWN_METHODS
+from raybilevel._records.record import Record, RunStatus
 from raybilevel.methods import make_method
-from raybilevel.problem import BilevelProblem
-from raybilevel.problems import make_problem
-from raybilevel.search import check_problem
-from raybilevel.space import Space, flatten, nest
+from raybilevel.space import flatten, nest
+from raybilevel.tune._domains import to_param_space
 from raybilevel.tune._searcher import BilevelSearch
 from raybilevel.tune._trainable import lower_level_trainable
 
-Record = dict[str, Any]
-
-PACKAGES = ("optuna", "hyperopt", "ax-platform", "bayesian-optimization", "hpbandster", "ConfigSpace")
 MANY = 10_000
 """Trials at most, where the budget is not counted in trainings."""
-SECONDS_TO_CANCEL = 10.0
+CANCEL_TIMEOUT_S = 10.0
 """For upper-level steps that the end of a run cuts off."""
 
 
 def execute(
     run: Run,
+    plan: Plan,
     news: Callable[[Ledger], None] = lambda ledger: None,
     keep: Callable[[Record], None] = lambda record: None,
     storage: Storage | None = None,
@@ -81,22 +68,20 @@ def execute(
     Of a method that cannot be run the status is "unavailable", of an interrupted or failed run "interrupted" or
     "failed"; both keep what was seen before.
 
+    plan: of its problem (`Run.plan`).
     news: called again and again while the run is under way. keep: called after every training with the record so far,
         of status "running", for what kills this process. storage: for trials and their checkpoints while the run is
         under way; by default a temporary folder of this machine.
     """
-    parts, problem = parse(run.method.method), make_problem(run.experiment.problem, run.experiment.options, run.data)
-    space, constants = run.experiment.split_space()
-    check_problem(problem, space, constants)
-    record = empty_record(run, problem, space)
-    run = replace(run, experiment=with_room_for_steps(run.experiment, problem))
-    ledger = Ledger(space, problem.epochs, run.budget, gpus_of(run, problem))
-    setting = setting_of(run, problem, space)
+    parts, plan = parse(run.method.method), with_room_for_steps(plan)
+    record = begun(run, plan.problem, plan.space)
+    ledger = Ledger(plan.space, plan.problem.epochs, run.budget, gpus_of(plan))
+    setting = setting_of(run, plan)
     began = time.perf_counter()
     try:
         probe_parts(parts, setting)
     except UnavailableError as error:
-        return {**record, "status": "unavailable", "error": str(error)}
+        return record.model_copy(update={"status": "unavailable", "error": str(error)})
     kept = 0
 
     def so_far(ledger: Ledger) -> None:
@@ -104,40 +89,31 @@ def execute(
         news(ledger)
         if len(ledger.observed) > kept:
             kept = len(ledger.observed)
-            keep({**record, "status": "running", **seen(ledger, began)})
+            keep(record.model_copy(update=seen(ledger, began)))
 
     ledger.on_news = so_far
-    failure: str | None = None
-    exhausted = False
-    refits: Record = {}
+    status: RunStatus = "failed"
+    found: dict[str, Any] = {}
     searcher: TimedSearcher | None = None
     place = temporary_place(storage)
     try:
         searcher = searcher_of(parts, setting, ledger, place)
         with stop_on_interrupt(ledger):
-            tune_run(run, parts, setting, searcher, ledger, place)
-        exhausted = not ledger.over
+            tune_run(run, plan, parts, setting, searcher, ledger, place)
+        found["exhausted"] = not ledger.over
         if not ledger.interrupted:
-            refits = refits_of(run, problem, constants, ledger)
+            found["refits"] = refits_of(run, plan, ledger)
+        status = "interrupted" if ledger.interrupted else "done"
     except Exception as raised:  # the record says what, and the other runs go on
         logging.getLogger(__name__).debug("run failed", exc_info=True)
-        failure = f"{type(raised).__name__}: {first_line(raised)}"
-        record["traceback"] = traceback.format_exc()
+        found |= {"error": f"{type(raised).__name__}: {first_line(raised)}", "traceback": traceback.format_exc()}
     finally:
         if searcher is not None and isinstance(searcher.inner, BilevelSearch):
-            searcher.inner.cancel_steps(SECONDS_TO_CANCEL)
+            searcher.inner.cancel_steps(CANCEL_TIMEOUT_S)
         with contextlib.suppress(OSError):
             place.filesystem.delete_dir(place.path)
-    status = "failed" if failure else "interrupted" if ledger.interrupted else "done"
-    return {
-        **record,
-        "status": status,
-        "error": failure,
-        "exhausted": exhausted,
-        "refits": refits,
-        **seen(ledger, began),
-        **own_part(searcher, ledger),
-    }
+    found |= seen(ledger, began) | own_part(searcher, ledger)
+    return record.model_copy(update={"status": status, **found})
 
 
 def temporary_place(storage: Storage | None) -> Storage:
@@ -147,41 +123,40 @@ def temporary_place(storage: Storage | None) -> Storage:
     return Storage(storage.filesystem, f"{storage.path}/raybilevel-compare-{uuid.uuid4().hex}")
 
 
-def seen(ledger: Ledger, began: float) -> Record:
-    """What trials have told so far."""
+def seen(ledger: Ledger, began: float) -> dict[str, Any]:
+    """What trials have told so far, as fields of the record."""
     return {
         "seconds": round(time.perf_counter() - began, 2),
-        "spent": {"epochs": ledger.epochs, "gpu_seconds": round(ledger.gpu_seconds, 3)},
+        "spent": ledger.total,
         "observations": ledger.observations(),
-        "trials": [vars(trial) for trial in ledger.trials.values()],
+        "trials": tuple(ledger.trials.values()),
     }
 
 
-def setting_of(run: Run, problem: BilevelProblem, space: Space) -> Setting:
-    unit, amount = run.budget.unit, run.budget.amount
-    trainings = {"trainings": amount, "epochs": amount / problem.epochs}.get(unit)
+def setting_of(run: Run, plan: Plan) -> Setting:
+    unit, amount, epochs = run.budget.unit, run.budget.amount, plan.problem.epochs
     return Setting(
-        problem,
-        space,
-        param_space(run.experiment),
-        problem.epochs,
+        plan.problem,
+        plan.space,
+        to_param_space(plan.space, plan.constants),
+        epochs,
         run.seed,
-        trainings,
-        slots_for(run.experiment, problem),
-        run.experiment.resources.upper,
+        {"trainings": amount, "epochs": amount / epochs}.get(unit),
+        slots_for(plan),
+        plan.step,
         run.method.searcher,
         run.method.scheduler,
     )
 
 
-def slots_for(experiment: ExperimentConfig, problem: BilevelProblem) -> int:
+def slots_for(plan: Plan) -> int:
     """Trainings at once: as many as the cluster holds, and no more than `BilevelSearch` would run of a few."""
-    return max(1, min(most_slots(0), trainings_that_fit(bundles_of(trial_resources(experiment), problem))))
+    return max(1, min(most_slots(0), trainings_that_fit(asked_for(plan.training))))
 
 
-def gpus_of(run: Run, problem: BilevelProblem) -> tuple[float, float]:
-    step = step_options(run.experiment.resources.upper, problem)
-    return first_bundle(run.experiment).get("gpu", 0.0), float(step.get("num_gpus", 0.0))
+def gpus_of(plan: Plan) -> tuple[float, float]:
+    """Of a training and of an upper-level step."""
+    return plan.training.first.get("GPU", 0.0), float(task_options(plan.step).get("num_gpus", 0.0))
 
 
 def probe_parts(parts: Parts, setting: Setting) -> None:
@@ -205,7 +180,7 @@ def searcher_of(parts: Parts, setting: Setting, ledger: Ledger, place: Storage) 
         setting.problem,
         metric=METRIC,
         mode="min",
-        method=make_method(OWN_NAMES[parts.searcher], **setting.searcher),
+        method=make_method(OWN_METHODS[parts.searcher], **setting.searcher),
         seed=setting.seed,
         max_concurrent=setting.slots,
         upper_resources=setting.upper_resources,
@@ -216,7 +191,9 @@ def searcher_of(parts: Parts, setting: Setting, ledger: Ledger, place: Storage) 
     return TimedSearcher(search)
 
 
-def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Ledger, place: Storage) -> None:
+def tune_run(
+    run: Run, plan: Plan, parts: Parts, setting: Setting, searcher: Any, ledger: Ledger, place: Storage
+) -> None:
     """The trials: the same trainable, seed and resources for every method."""
     space, samples = dict(setting.param_space), samples_of(parts, setting)
     if parts.searcher == "grid":
@@ -230,7 +207,7 @@ def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Le
     ledger.began = ledger.seen = time.monotonic()
     with quiet():
         tune.run(
-            tune.with_resources(trainable, trial_resources(run.experiment)),
+            tune.with_resources(trainable, for_tune(plan.training)),
             name="tune",
             storage_path=place.path,
             storage_filesystem=place.filesystem,
@@ -240,7 +217,7 @@ def tune_run(run: Run, parts: Parts, setting: Setting, searcher: Any, ledger: Le
             metric=METRIC,
             mode="min",
             num_samples=samples,
-            reuse_actors=reuses_processes(run.experiment),
+            reuse_actors=reuses_processes(plan.training, plan.step),
             callbacks=[ledger],
             stop=BudgetStopper(ledger),
             raise_on_failed_trial=False,
@@ -261,106 +238,25 @@ def samples_of(parts: Parts, setting: Setting) -> int:
     return max(1, int(setting.trainings * setting.epochs))
 
 
-def refits_of(run: Run, problem: BilevelProblem, constants: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
+def refits_of(run: Run, plan: Plan, ledger: Ledger) -> dict[int, dict[str, float]]:
     """Metrics after a training on training plus validation data with the incumbent's hyperparameters, by the
-    incumbent's index, for each mark; not charged, as every method has it."""
-    if problem.refit_batches(None) is None:
+    incumbent's position, for each mark; not charged, as every method has it."""
+    if plan.problem.refit_batches(None) is None:
         return {}
-    observations = [{**o, "cost": o["spent"]} for o in ledger.observations()]
-    resources = task_options({"cpu": 1, **first_bundle(run.experiment)})
-    shared = Shared(problem)
-    found: Record = {}
-    tasks: dict[str, Any] = {}
+    observations = ledger.observations()
+    resources, shared = refit_options(plan), Shared(plan.problem)
+    found: dict[int, dict[str, float]] = {}
+    tasks: dict[int, Any] = {}
     for mark in (*run.marks, run.budget.amount, float("inf")):
-        index = incumbent_at(observations, mark)
-        if index is not None and str(index) not in tasks:
-            config = nest({**flatten(constants), **flatten(observations[index]["hyperparameters"])})
-            tasks[str(index)] = refit_task.options(**resources).remote(shared, config, run.seed)
-    for name, task in tasks.items():
+        index = incumbent_at(observations, mark, "spent")
+        if index is not None and index not in tasks:
+            config = nest({**flatten(plan.constants), **flatten(observations[index].hyperparameters)})
+            tasks[index] = refit_task.options(**resources).remote(shared, config, run.seed)
+    for index, task in tasks.items():
         with contextlib.suppress(ray.exceptions.RayError):  # a refit that diverges, or is lost, has no loss
             if (metrics := ray.get(task)) is not None:
-                found[name] = metrics
+                found[index] = metrics
     return found
-
-
-def own_part(timed: TimedSearcher | None, ledger: Ledger) -> Record:
-    """What the method took, and of raybilevel's own its whole search."""
-    search = timed.inner if timed is not None else None
-    if not isinstance(search, BudgetedSearch):
-        return {"overhead": overhead_of(timed, {}), "steps": [], "search": None}
-    upper = sum(step.ended - step.began for step in search.step_times)
-    steps = [
-        {
-            "number": step.number,
-            "began": round(step.began - ledger.began, 3),
-            "ended": round(step.ended - ledger.began, 3),
-        }
-        for step in search.step_times
-    ]
-    overhead = overhead_of(timed, {"upper_seconds": round(upper, 3), "upper_passes": spent_on_steps(search)[0]})
-    return {"overhead": overhead, "steps": steps, "search": saved_search(search)}
-
-
-def saved_search(search: BilevelSearch) -> Any:
-    """The state of a search as plain values, as in its state file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "search"
-        search.save(str(path))
-        if not path.exists():
-            return None
-        saved = json.loads(json.loads(path.read_text(encoding="utf-8"))["search"])
-    return {**saved, "memory": None, "checkpoints": {}}
-
-
-def empty_record(run: Run, problem: BilevelProblem, space: Space) -> Record:
-    return {
-        "format": FORMAT,
-        "kind": "compare",
-        "status": "failed",
-        "error": None,
-        "problem_name": run.problem_name,
-        "method_name": run.method_name,
-        "settings": run.settings,
-        "epochs_per_training": problem.epochs,
-        "marks": list(run.marks),
-        "space": [{"name": p.name, "low": p.low, "high": p.high, "log": p.log} for p in space.parameters],
-        "optimum": getattr(problem, "optimum", None),
-        "versions": {**versions(), "core": core_digest(), **{name: installed(name) for name in PACKAGES}},
-        "machine": machine(),
-        "exhausted": False,
-        "seconds": 0.0,
-        "spent": {},
-        "observations": [],
-        "trials": [],
-        "refits": {},
-        "overhead": {},
-        "steps": [],
-        "search": None,
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on, without names."""
-    resources = ray.cluster_resources()
-    return {
-        "system": platform.platform(terse=True),
-        "nodes": sum(node["Alive"] for node in ray.nodes()),
-        "cpus": resources.get("CPU", 0.0),
-        "gpus": resources.get("GPU", 0.0),
-        "accelerators": sorted(
-            name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")
-        ),
-        "memory_gib": round(resources.get("memory", 0.0) / 2**30, 1),
-    }
-
-
-def installed(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 @contextlib.contextmanager

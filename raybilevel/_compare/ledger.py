@@ -5,72 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ray.tune import Callback, Stopper
 
-from benchmarks.objective import lowest
 from raybilevel._compare.config import Budget
-from raybilevel.space import Space, flatten, nest
-from raybilevel.tune._trainable import FINISHED, GPUS, PASSES
-
-NOT_METRICS = frozenset({"lower_loss", "upper_loss", "epoch", PASSES, "training_iteration", "timestamp", "pid"})
-"""Numbers in a result that are none of the problem's own metrics."""
-
-
-@dataclass
-class TrialLog:
-    """A trial's life, for the timeline and the curves.
-
-    node, pid, gpus: where it ran last; its GPUs by their numbers, with commas between.
-    seconds, uppers, epochs: when each epoch ended since the start of the run, F there, and which epoch it was.
-    took: seconds of each epoch.
-    """
-
-    trial: str
-    status: str = "running"
-    node: str = ""
-    pid: int = 0
-    gpus: str = ""
-    seconds: list[float] = field(default_factory=list)
-    took: list[float] = field(default_factory=list)
-    epochs: list[int] = field(default_factory=list)
-    uppers: list[float | None] = field(default_factory=list)
-    left: int = 0
-
-
-@dataclass
-class Observed:
-    """One ended training.
-
-    status: "done", "stopped" (by a scheduler) or "failed".
-    upper, lower: F and f at the trained weights; None unless it ran to its end.
-    stopped_upper: F where a scheduler stopped it.
-    metrics:      of the problem's `evaluate`.
-    passes:       gradient evaluations of f that a whole training took.
-    epochs, extra: spent by the run until then: epochs of all trials, gradient evaluations of upper-level steps.
-    seconds, gpu_seconds: the same, of the run.
-    cost:         in trainings; `spent` in the unit of the budget.
-    incumbent:    index of the observation with the lowest F so far.
-    """
-
-    trial: str
-    status: str
-    unit: list[float]
-    hyperparameters: dict[str, Any]
-    upper: float | None
-    lower: float | None
-    stopped_upper: float | None
-    metrics: dict[str, float]
-    passes: float
-    epochs: int
-    extra: float
-    seconds: float
-    gpu_seconds: float
-    incumbent: int
-    cost: float = math.nan
-    spent: float = math.nan
+from raybilevel._metrics import EPOCH, FINISHED, GPUS, LOWER_LOSS, PASSES, UPPER_LOSS, problem_metrics
+from raybilevel._records.incumbents import lowest
+from raybilevel._records.record import Observation, Spent, TrainingStatus, TrialLog
+from raybilevel.space import Space, nest
 
 
 class Ledger(Callback):  # type: ignore[misc]
@@ -91,7 +34,7 @@ class Ledger(Callback):  # type: ignore[misc]
         self.space, self.epochs_per_training, self.budget = space, epochs, budget
         self.gpus, self.steps = gpus, steps
         self.trials: dict[str, TrialLog] = {}
-        self.observed: list[Observed] = []
+        self.observed: list[Observation] = []
         self.epochs = 0
         self.gpu_seconds = 0.0
         self.interrupted = False
@@ -110,9 +53,9 @@ class Ledger(Callback):  # type: ignore[misc]
         done = [o.passes for o in self.observed if o.status == "done" and o.passes > 0]
         return sum(done) / len(done) if done else math.inf
 
-    def cost(self, epochs: int, extra: float) -> float:
+    def cost(self, epochs: int, extra_passes: float) -> float:
         """In trainings: epochs of trials, and gradient evaluations of upper-level steps."""
-        return epochs / self.epochs_per_training + extra / self.passes_per_training
+        return epochs / self.epochs_per_training + extra_passes / self.passes_per_training
 
     def spent(self) -> float:
         """In the unit of the budget."""
@@ -134,8 +77,11 @@ class Ledger(Callback):  # type: ignore[misc]
         if self.budget.unit not in ("trainings", "epochs"):
             return left > 0
         trainings = left / (self.epochs_per_training if self.budget.unit == "epochs" else 1)
-        running = [t for t in self.trials.values() if t.status == "running"]
-        return trainings - sum(t.left for t in running) / self.epochs_per_training >= 1 - 1e-6
+        left_of_running = sum(self._epochs_left(t) for t in self.trials.values() if t.status == "running")
+        return trainings - left_of_running / self.epochs_per_training >= 1 - 1e-6
+
+    def _epochs_left(self, log: TrialLog) -> int:
+        return self.epochs_per_training - (log.epochs[-1] if log.epochs else 0)
 
     # What Tune tells.
 
@@ -147,8 +93,7 @@ class Ledger(Callback):  # type: ignore[misc]
         self.on_news(self)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        log = self.trials.setdefault(trial.trial_id, TrialLog(trial.trial_id, left=self.epochs_per_training))
-        log.status = "running"
+        self._log(trial, status="running")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
@@ -156,82 +101,89 @@ class Ledger(Callback):  # type: ignore[misc]
         if self.over:
             return
         self.epochs += 1
-        log = self.trials.setdefault(trial.trial_id, TrialLog(trial.trial_id))
-        log.node, log.pid = str(result.get("node_ip", "")), int(result.get("pid", 0))
-        log.gpus = str(result.get(GPUS, ""))
-        log.seconds.append(round(self.seconds, 3))
-        log.took.append(round(float(result.get("time_this_iter_s", 0.0)), 4))
-        log.epochs.append(int(result["epoch"]))
-        log.uppers.append(finite(result["upper_loss"]))
-        log.left = self.epochs_per_training - int(result["epoch"])
+        log, upper_loss, lower_loss = self._log(trial), finite(result[UPPER_LOSS]), finite(result[LOWER_LOSS])
+        self._log(
+            trial,
+            node=str(result.get("node_ip", "")),
+            pid=int(result.get("pid", 0)),
+            gpus=str(result.get(GPUS, "")),
+            seconds=(*log.seconds, round(self.seconds, 3)),
+            took=(*log.took, round(float(result.get("time_this_iter_s", 0.0)), 4)),
+            epochs=(*log.epochs, int(result[EPOCH])),
+            upper_losses=(*log.upper_losses, upper_loss),
+        )
         if result.get(FINISHED):
-            upper, lower = finite(result["upper_loss"]), finite(result["lower_loss"])
-            status = "failed" if upper is None or lower is None else "done"
-            self._observe(trial, status, upper, lower, None, metrics_of(result), float(result.get(PASSES, 0.0)))
+            metrics, passes = problem_metrics(result), float(result.get(PASSES, 0.0))
+            if upper_loss is None or lower_loss is None:
+                self._observe(trial, "failed", metrics=metrics, passes=passes)
+            else:
+                self._observe(
+                    trial, "done", upper_loss=upper_loss, lower_loss=lower_loss, metrics=metrics, passes=passes
+                )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         log = self.trials.get(trial.trial_id)
         if log is None or log.status != "running":
             return
         if self.over:
-            log.status = "cut"
+            self._log(trial, status="cut")
             return
-        self._observe(trial, "stopped", None, None, log.uppers[-1] if log.uppers else None, {}, 0.0)
+        self._observe(trial, "stopped", stopped_upper_loss=log.upper_losses[-1] if log.upper_losses else None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if not self.over:
             self.epochs += 1  # the one in which it failed
-            self._observe(trial, "failed", None, None, None, {}, 0.0)
+            self._observe(trial, "failed")
 
-    def _observe(
-        self,
-        trial: Any,
-        status: str,
-        upper: float | None,
-        lower: float | None,
-        stopped_upper: float | None,
-        metrics: dict[str, float],
-        passes: float,
-    ) -> None:
-        log = self.trials.setdefault(trial.trial_id, TrialLog(trial.trial_id))
-        log.status, log.left = status, 0
+    def _log(self, trial: Any, **changes: Any) -> TrialLog:
+        """A trial's log, with what has changed."""
+        log = self.trials.get(trial.trial_id, TrialLog(trial=trial.trial_id)).model_copy(update=changes)
+        self.trials[trial.trial_id] = log
+        return log
+
+    def _observe(self, trial: Any, status: TrainingStatus, **seen: Any) -> None:
+        """A training has ended; its cost is known when the run has ended."""
+        self._log(trial, status=status)
         config = searched(self.space, trial.config)
+        losses = [*(o.upper_loss for o in self.observed), seen.get("upper_loss")]
         self.observed.append(
-            Observed(
-                trial.trial_id,
-                status,
-                self.space.encode(config).tolist(),
-                config,
-                upper if status == "done" else None,
-                lower if status == "done" else None,
-                stopped_upper,
-                metrics,
-                passes,
-                self.epochs,
-                self.steps()[0],
-                round(self.seconds, 3),
-                round(self.gpu_seconds, 3),
-                0,
+            Observation(
+                trial=trial.trial_id,
+                status=status,
+                unit=tuple(self.space.encode(config).tolist()),
+                hyperparameters=config,
+                epochs=self.epochs,
+                extra_passes=self.steps()[0],
+                seconds=round(self.seconds, 3),
+                gpu_seconds=round(self.gpu_seconds, 3),
+                incumbent=lowest(losses),
+                **seen,
             )
         )
-        self.observed[-1].incumbent = self.best
 
     @property
-    def best(self) -> int:
-        """Index of the lowest F; 0 before there is one."""
-        return lowest(o.upper for o in self.observed)
+    def best(self) -> Observation | None:
+        """The training with the lowest F; None before one ran to its end."""
+        index = lowest(o.upper_loss for o in self.observed)
+        return self.observed[index] if self.observed and self.observed[index].upper_loss is not None else None
 
-    def observations(self) -> list[dict[str, Any]]:
+    def observations(self) -> tuple[Observation, ...]:
         """Everything observed, with its cost: shares of a training are those of the run's average one."""
-        for o in self.observed:
-            o.cost = round(self.cost(o.epochs, o.extra), 4)
-            o.spent = {
-                "seconds": o.seconds,
-                "gpu_seconds": o.gpu_seconds,
-                "epochs": round(o.cost * self.epochs_per_training, 2),
-                "trainings": o.cost,
-            }[self.budget.unit]
-        return [asdict(o) for o in self.observed]
+        return tuple(self._with_cost(observed) for observed in self.observed)
+
+    def _with_cost(self, observed: Observation) -> Observation:
+        cost = round(self.cost(observed.epochs, observed.extra_passes), 4)
+        spent = {
+            "seconds": observed.seconds,
+            "gpu_seconds": observed.gpu_seconds,
+            "epochs": round(cost * self.epochs_per_training, 2),
+            "trainings": cost,
+        }[self.budget.unit]
+        return observed.model_copy(update={"cost": cost, "spent": spent})
+
+    @property
+    def total(self) -> Spent:
+        return Spent(epochs=self.epochs, gpu_seconds=round(self.gpu_seconds, 3))
 
 
 class BudgetStopper(Stopper):  # type: ignore[misc]
@@ -256,19 +208,6 @@ class BudgetStopper(Stopper):  # type: ignore[misc]
 def searched(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
     """The searched hyperparameters of a trial's config, nested."""
     return nest({p.path: space.value(config, p) for p in space.parameters})
-
-
-def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """What the problem's `evaluate` returned, from a trial's result: plain numbers that Tune has not added."""
-    return {
-        "/".join(path): float(value)
-        for path, value in flatten(result).items()
-        if len(path) == 1
-        and isinstance(value, float)
-        and math.isfinite(value)
-        and path[0] not in NOT_METRICS
-        and not path[0].startswith("time_")
-    }
 
 
 def finite(value: float) -> float | None:

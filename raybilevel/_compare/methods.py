@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raybilevel._records.names import OWN_METHODS
 from raybilevel.errors import ConfigError
-from raybilevel.methods import METHODS as OWN
 from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
 from raybilevel.space import Space
@@ -17,10 +17,7 @@ from raybilevel.space import Space
 METRIC, TIME = "upper_loss", "epoch"
 LARGEST_GRID = 4096
 
-OWN_NAMES = {"raybilevel": "default", "raybilevel-paper": "paper"}
-"""How a comparison calls raybilevel's own methods."""
-
-SEARCHERS = ("random", "grid", *OWN_NAMES, "optuna", "optuna-gp", "hyperopt", "ax", "bayesopt", "bohb")
+SEARCHERS = ("random", "grid", *OWN_METHODS, "optuna", "optuna-gp", "hyperopt", "ax", "bayesopt", "bohb")
 STOPPERS = ("asha", "hyperband", "median-stopping")
 """Schedulers that stop trainings early and go with any searcher."""
 SCHEDULERS = (*STOPPERS, "pbt", "pb2", "bohb")
@@ -47,7 +44,7 @@ class Parts:
 
     @property
     def own(self) -> bool:
-        return self.searcher in OWN_NAMES
+        return self.searcher in OWN_METHODS
 
     @property
     def stops_early(self) -> bool:
@@ -102,7 +99,7 @@ def check_settings(parts: Parts, searcher: Mapping[str, Any], scheduler: Mapping
         ConfigError: it has no such setting.
     """
     if parts.own:
-        make_method(OWN_NAMES[parts.searcher], **searcher)
+        make_method(OWN_METHODS[parts.searcher], **searcher)
     elif searcher and parts.searcher in ("random", "grid"):
         raise ConfigError(f"the searcher {parts.searcher!r} has no settings")
     if scheduler and parts.scheduler is None:
@@ -254,6 +251,3 @@ def _bohb(setting: Setting, **given: Any) -> Any:
     from ray.tune.search.bohb import TuneBOHB
 
     return TuneBOHB(seed=setting.seed, **given)
-
-
-assert set(OWN_NAMES.values()) <= set(OWN)

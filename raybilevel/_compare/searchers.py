@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,13 @@ import torch
 from ray.tune import uniform
 from ray.tune.search import Searcher
 
+from raybilevel._records.record import Overhead
 from raybilevel.space import Space
 from raybilevel.tune._searcher import BilevelSearch
 
 
 @dataclass
-class Overhead:
+class Stopwatch:
     """What a method itself took in the driver: wall-clock and CPU seconds, over `calls` calls."""
 
     calls: int = 0
@@ -42,7 +43,7 @@ class TimedSearcher(Searcher):  # type: ignore[misc]
     """
 
     def __init__(self, searcher: Searcher, box: Space | None = None) -> None:
-        self.inner, self.box, self.overhead = searcher, box, Overhead()
+        self.inner, self.box, self.overhead = searcher, box, Stopwatch()
         super().__init__(metric=searcher.metric, mode=searcher.mode)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
@@ -117,11 +118,9 @@ def spent_on_steps(searcher: BilevelSearch) -> tuple[float, int]:
     return sum(step.passes for step in searcher.state.steps), searcher.steps_under_way
 
 
-def overhead_of(searcher: TimedSearcher | None, extra: Mapping[str, float]) -> dict[str, float]:
-    found = searcher.overhead if searcher is not None else Overhead()
-    return {
-        "calls": found.calls,
-        "suggest_seconds": round(found.seconds, 3),
-        "suggest_cpu_seconds": round(found.cpu_seconds, 3),
-        **extra,
-    }
+def overhead_of(searcher: TimedSearcher | None) -> Overhead:
+    """What a searcher took, as a record has it; nothing where Tune's own variant generator suggests."""
+    found = searcher.overhead if searcher is not None else Stopwatch()
+    return Overhead(
+        calls=found.calls, suggest_seconds=round(found.seconds, 3), suggest_cpu_seconds=round(found.cpu_seconds, 3)
+    )

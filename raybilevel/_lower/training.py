@@ -18,6 +18,7 @@ from raybilevel._lower.levels import Levels
 from raybilevel._lower.optimistic import select_minimiser
 from raybilevel._lower.passes import Passes
 from raybilevel._lower.variables import ConfigVariables
+from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.problem import Batch, BilevelProblem, evaluate, move
 from raybilevel.space import nest
@@ -151,11 +152,12 @@ class LowerLevelTraining:
 
         Raises:
             NotFiniteError: f or F is NaN or infinite.
+            ProblemError: `evaluate` returned something else than numbers, or one under a reserved name.
         """
         metrics, x, y = self.metrics(), self.variables.x, self.levels.y
         return {
-            "lower_loss": finite("lower", self.levels.value("lower", x, y)),
-            "upper_loss": finite("upper", self.levels.value("upper", x, y)),
+            LOWER_LOSS: finite("lower", self.levels.value("lower", x, y)),
+            UPPER_LOSS: finite("upper", self.levels.value("upper", x, y)),
             **metrics,
         }
 
@@ -243,7 +245,7 @@ def train(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> 
     training.run()
     training.conclude()
     losses, gradient = training.losses(), training.gradient()
-    observed = TrainedLowerLevel(losses.pop("lower_loss"), losses.pop("upper_loss"), gradient, training.passes, losses)
+    observed = TrainedLowerLevel(losses.pop(LOWER_LOSS), losses.pop(UPPER_LOSS), gradient, training.passes, losses)
     return observed, dump_checkpoint(training)
 
 

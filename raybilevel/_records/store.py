@@ -2,47 +2,71 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from benchmarks.suite import FORMAT
+from pydantic import ValidationError
 
-Record = dict[str, Any]
+from raybilevel._records.names import RECORDS_FOLDER
+from raybilevel._records.record import FORMAT, Record, Settings
+from raybilevel.errors import DataError
+
 PART = ".part"
 
 
-class DamagedRecord(ValueError):  # noqa: N818
-    """A file that is not a whole record."""
+def path_of(problem_name: str, method_name: str, settings: Settings) -> Path:
+    """Of a record in the output folder: names for people, a digest of the settings against mistakes."""
+    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Path(RECORDS_FOLDER) / problem_name / f"{method_name}-seed{settings.seed}-{digest}.json"
 
 
 def read(path: Path) -> Record:
-    """Raises DamagedRecord, naming the file."""
+    """Read a record back.
+
+    Raises:
+        DataError: the file is damaged, of another format version, or holds something else; it is named.
+    """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DamagedRecord(f"{path}: half-written or damaged ({error})") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or "observations" not in record:
-        raise DamagedRecord(f"{path}: not a record of format {FORMAT}")
-    return record
+        raise DataError(f"{path}: half-written or damaged ({error})") from error
+    if not isinstance(raw, dict) or "format" not in raw:
+        raise DataError(f"{path}: not a record of a run")
+    if raw["format"] != FORMAT:
+        raise DataError(f"{path}: a record of format {raw['format']!r}; this version reads format {FORMAT}")
+    try:
+        return Record.model_validate(raw)
+    except ValidationError as error:
+        raise DataError(f"{path}: not a record of a run: {first_error(error)}") from error
 
 
-def write(path: Path, record: Mapping[str, Any]) -> None:
+def first_error(error: ValidationError) -> str:
+    """The first of what is wrong with a record, by the dotted name of its key."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def write(path: Path, record: Record) -> None:
     """What is in the way, a failed or a damaged record, is set aside under a number."""
     set_aside(path)
     dump(path, record)
     path.with_suffix(PART).unlink(missing_ok=True)
 
 
-def keep(path: Path, record: Mapping[str, Any]) -> None:
+def keep(path: Path, record: Record) -> None:
     """What a run has seen so far, beside the place of its record, until that is written."""
     dump(path.with_suffix(PART), record)
 
 
 def left_over(path: Path) -> Record | None:
-    """What a run had seen that was cut off before its record was written; it is set aside under a number."""
+    """What a run had seen that was cut off before its record was written; it is set aside under a number.
+
+    Raises:
+        DataError: as `read`.
+    """
     part = path.with_suffix(PART)
     if not part.exists():
         return None
@@ -54,11 +78,11 @@ def left_over(path: Path) -> Record | None:
     return record
 
 
-def dump(path: Path, record: Mapping[str, Any]) -> None:
+def dump(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(record, file)
+        file.write(record.model_dump_json())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -80,9 +104,9 @@ def aside(path: Path) -> Path:
 def read_all(folder: Path) -> tuple[list[Record], list[str]]:
     """The records of a folder in a fixed order, and what is wrong with the other files."""
     found, wrong = [], []
-    for path in sorted(folder.glob("records/*/*.json")):
+    for path in sorted(folder.glob(f"{RECORDS_FOLDER}/*/*.json")):
         try:
             found.append(read(path))
-        except DamagedRecord as error:
+        except DataError as error:
             wrong.append(str(error))
     return found, wrong

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
+from raybilevel._metrics import HYPERPARAMETERS, problem_metrics
+from raybilevel._records.run_folder import config_of, finite
+from raybilevel._records.versions import versions
 from raybilevel.methods._base import Method
 from raybilevel.search._diagnostics import diagnose, verdict
 from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space
-
-PACKAGES = ("raybilevel", "ray", "torch", "botorch", "gpytorch", "numpy")
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def summarise(
@@ -54,7 +47,7 @@ def summarise(
             "test_loss_refit": test_loss_refit,
             "checkpoint": checkpoints.get(best.index),
         },
-        "metrics": {} if best is None else numbers(trial_results.get(best.index, {})),
+        "metrics": {} if best is None else problem_metrics(trial_results.get(best.index, {})),
         "trainings": len(state.told),
         "failed_trainings": sum(t.status == "failed" for t in state.told),
         "upper_steps": len(state.steps),
@@ -69,19 +62,7 @@ def summarise(
 
 def found(trial_results: Mapping[int, Mapping[str, Any]], training: Training) -> Mapping[str, Any] | None:
     """The hyperparameters that a descent ended at; None for a training, which has those of its config."""
-    return trial_results.get(training.index, {}).get("hyperparameters")
-
-
-def numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """What the problem's `evaluate` reported, e.g. an accuracy."""
-    own = {"upper_loss", "lower_loss", "epoch", "step", "lower_passes", "timestamp", "pid"}
-    tune = ("time_", "training_", "iterations_", "hypergradient_")
-    return {
-        name: float(value)
-        for name, value in result.items()
-        if isinstance(value, float | int) and not isinstance(value, bool) and name not in own
-        if not name.startswith(tune) and math.isfinite(value)
-    }
+    return trial_results.get(training.index, {}).get(HYPERPARAMETERS)
 
 
 def history(
@@ -108,14 +89,6 @@ def history(
             }
         )
     return entries
-
-
-def config_of(space: Space, training: Training) -> dict[str, Any]:
-    return space.to_config(torch.tensor(training.unit, dtype=torch.double))
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def as_text(summary: Mapping[str, Any]) -> str:

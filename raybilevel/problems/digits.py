@@ -13,6 +13,7 @@ from raybilevel.errors import ConfigError
 from raybilevel.problem import Hyperparameters
 from raybilevel.problems._classification import Examples, LayerDecay, Minibatch
 from raybilevel.problems._logistic import Logistic
+from raybilevel.space import Parameter, Space
 
 PIXELS, CLASSES, EXAMPLES = 64, 10, 1797
 
@@ -81,6 +82,10 @@ class DigitsLogistic(Logistic):
         if not 1 <= groups <= PIXELS:
             raise ConfigError(f"groups: from 1 to {PIXELS}, got {groups}")
         self.groups, self.train, self.validation, self.split_seed = groups, train, validation, split_seed
+
+    @property
+    def space(self) -> Space:
+        return Space(tuple(Parameter(("weight_decay", f"g{g}"), 1e-6, 10.0, log=True) for g in range(self.groups)))
 
     def load(self) -> dict[str, Examples]:
         return digits_splits(self.train, self.validation, self.split_seed, self.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from raybilevel.errors import ConfigError
 from raybilevel.problems import _datasets as datasets
 from raybilevel.problems._classification import Examples, LayerDecay, PenaltyScale, Share, check_positive, data_folder
+from raybilevel.space import Parameter, Space
 
 
 class MnistPerceptron(LayerDecay):
@@ -23,6 +25,9 @@ class MnistPerceptron(LayerDecay):
 
     data: the folder of the data files; on a cluster it must be there on every node.
     """
+
+    decays: tuple[str, ...] = ("weight_decay",)
+    """The kinds of decay that f has."""
 
     def __init__(
         self,
@@ -46,6 +51,13 @@ class MnistPerceptron(LayerDecay):
         check_positive(hidden=min(hidden, default=1))
         self.hidden = tuple(hidden)
         self.data = data_folder(self, data)
+
+    @property
+    def space(self) -> Space:
+        """x = log decay from -10 to 5, as published."""
+        layers = [(f"fc{number}",) for number in range(1, len(self.hidden) + 2)] if self.share == "layer" else [()]
+        paths = [(decay, *layer) for decay in self.decays for layer in layers]
+        return Space(tuple(Parameter(path, math.exp(-10), math.exp(5), log=True) for path in paths))
 
     def model(self) -> nn.Module:
         layers: OrderedDict[str, nn.Module] = OrderedDict()

@@ -19,6 +19,8 @@ class Mnist1KKinds(Mnist1K):
     f = cross-entropy + sum_l (weight_decay_l |W_l|^2 + bias_decay_l |b_l|^2) / (4 n)
     """
 
+    decays = ("weight_decay", "bias_decay")
+
     def __init__(self, data: str | None = None, hidden: tuple[int, ...] = (50, 50, 50, 50), **options: Any) -> None:
         super().__init__(data, hidden=hidden, **options)
 

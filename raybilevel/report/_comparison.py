@@ -7,41 +7,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from raybilevel._compare.methods import OWN_NAMES
-from raybilevel._records.store import Record
+from raybilevel._records.incumbents import grouped, incumbent, loss_name
+from raybilevel._records.names import OWN_METHODS
+from raybilevel._records.record import Record
 from raybilevel.report import _frames as frames
 from raybilevel.report._charts import Chart, Series
-from raybilevel.report._frames import grouped
-from raybilevel.report._sources import known
 from raybilevel.report._statistics import Interval, PairedTest, holm, paired_test, rank
+from raybilevel.report._tables import Table
 
-OWN = (*OWN_NAMES, *OWN_NAMES.values())
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as it is printed: one list of words a row.
-
-    note: what a reader must know to read it.
-    """
-
-    name: str
-    title: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
+OWN = (*OWN_METHODS, *OWN_METHODS.values())
 
 
 def method_order(records: Sequence[Record]) -> list[str]:
     """raybilevel's own methods first, the others by name."""
-    methods = {r["method_name"] for r in records}
+    methods = {r.method_name for r in records}
     own = [m for m in OWN if m in methods]
     return own + sorted(methods - set(own))
 
 
 def unit_name(records: Sequence[Record]) -> str:
-    unit = str(records[0]["settings"].get("budget_unit", "trainings"))
-    return {"seconds": "seconds", "gpu_seconds": "GPU-seconds"}.get(unit, unit)
+    unit = records[0].settings.budget_unit
+    return "GPU-seconds" if unit == "gpu_seconds" else unit
 
 
 # Figures.
@@ -58,7 +44,7 @@ def charts(records: Sequence[Record]) -> list[Chart]:
     return [chart for chart in found if chart.series]
 
 
-def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis: str) -> Chart:
+def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis: frames.Axis) -> Chart:
     """Best F so far: mean over seeds, with its interval."""
     series, ends = [], {}
     by_method = grouped(records, "method_name")
@@ -82,7 +68,7 @@ def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis:
         )
     label, what = (unit_name(records), "cost") if axis == "spent" else ("seconds since the start", "wall-clock")
     best = min(ends, key=lambda m: ends[m], default="none")
-    seeds = len({r["settings"]["seed"] for r in records})
+    seeds = len({r.settings.seed for r in records})
     over = "one seed" if seeds == 1 else f"mean over {seeds} seeds with a 95 % bootstrap interval"
     told = ", ".join(f"{m} {v:.4g}" for m, v in sorted(ends.items(), key=lambda item: item[1]))
     everything = [y for s in series for y in s.y]
@@ -100,7 +86,7 @@ def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis:
     )
 
 
-def charged(axis: str) -> str:
+def charged(axis: frames.Axis) -> str:
     if axis == "spent":
         return "Epochs of stopped trainings and upper-level steps are charged."
     return "Includes the start of workers, which every method waits for."
@@ -110,7 +96,7 @@ def overhead(records: Sequence[Record], order: Sequence[str]) -> Chart:
     """Seconds per run: in the searcher, in upper-level steps, in trainings."""
     parts = ("trainings", "upper-level steps", "searcher")
     rows: dict[str, list[tuple[str, float, float]]] = {part: [] for part in parts}
-    by_method = grouped([r for r in records if r.get("trials")], "method_name")
+    by_method = grouped([r for r in records if r.trials], "method_name")
     for method in (m for m in order if m in by_method):
         start = 0.0
         for part, value in zip(parts, seconds_of(by_method[method]), strict=True):
@@ -140,9 +126,9 @@ def overhead(records: Sequence[Record], order: Sequence[str]) -> Chart:
 
 def seconds_of(records: Sequence[Record]) -> tuple[float, float, float]:
     """Mean seconds in trainings, upper-level steps and the searcher."""
-    trainings = [sum(sum(trial["took"]) for trial in r["trials"]) for r in records]
-    upper = [r["overhead"].get("upper_seconds", 0.0) for r in records]
-    searcher = [r["overhead"].get("suggest_cpu_seconds", 0.0) for r in records]
+    trainings = [sum(sum(trial.took) for trial in r.trials) for r in records]
+    upper = [r.overhead.upper_seconds or 0.0 for r in records if r.overhead is not None] or [0.0]
+    searcher = [r.overhead.suggest_cpu_seconds for r in records if r.overhead is not None] or [0.0]
     return fmean(trainings), fmean(upper), fmean(searcher)
 
 
@@ -159,7 +145,7 @@ def tables(records: Sequence[Record], everything: Sequence[Record]) -> list[Tabl
     for problem, members in grouped(records, "problem_name").items():
         found.append(winners(problem, members, order))
     found += [ranks(records, order), tests(records)]
-    missing = [r for r in everything if r["status"] != "done" or not known(r)]
+    missing = [r for r in everything if r.status != "done" or r.lowest is None]
     if missing:
         found.append(not_run(missing))
     return [table for table in found if table.rows]
@@ -167,23 +153,23 @@ def tables(records: Sequence[Record], everything: Sequence[Record]) -> list[Tabl
 
 def winners(problem: str, records: Sequence[Record], order: Sequence[str]) -> Table:
     """F, test loss and refit at the marks, trainings and overhead, the best F in bold."""
-    end = max(r["settings"]["budget"] for r in records)
-    marks = [m for m in sorted(records[0].get("marks") or [end / 2]) if m < end] + [end]
-    loss = frames.loss_name(records)
-    has_refit = loss is not None and any(r["refits"] for r in records)
+    end = max(r.settings.budget for r in records)
+    marks = [m for m in sorted(records[0].marks or [end / 2]) if m < end] + [end]
+    loss = loss_name(records)
+    has_refit = loss is not None and any(r.refits for r in records)
     unit = unit_name(records)
     headers = ["method", *(f"F at {m:g}" for m in marks)]
     headers += [loss.replace("_", " ")] if loss else []
     headers += ["after refit"] if has_refit else []
     headers += ["trainings", "stopped", "searcher s", "upper steps s", "wall s", "seeds"]
     by_method = grouped(records, "method_name")
-    best = {m: lowest({k: frames.at(v, frames.upper, m) for k, v in by_method.items()}) for m in marks}
+    best = {m: lowest({k: frames.at(v, frames.upper_loss, m) for k, v in by_method.items()}) for m in marks}
     rows = []
     for method in (m for m in order if m in by_method):
         members = by_method[method]
         row = [method]
         for mark in marks:
-            text = cell(frames.at(members, frames.upper, mark))
+            text = cell(frames.at(members, frames.upper_loss, mark))
             row.append(f"**{text}**" if method == best[mark] else text)
         if loss:
             row.append(cell(frames.at(members, frames.metric(loss), end)))
@@ -191,7 +177,7 @@ def winners(problem: str, records: Sequence[Record], order: Sequence[str]) -> Ta
             row.append(cell(frames.at(members, frames.refitted(loss), end)))
         row += counts(members)
         rows.append(tuple(row))
-    dimension = len(records[0]["space"])
+    dimension = len(records[0].space)
     return Table(
         f"{problem}-winners",
         f"{problem}: {dimension} hyperparameter{'s' if dimension > 1 else ''}, budget {end:g} {unit}",
@@ -205,15 +191,14 @@ def winners(problem: str, records: Sequence[Record], order: Sequence[str]) -> Ta
 
 
 def counts(records: Sequence[Record]) -> list[str]:
-    status = [[o.get("status", "done" if o["upper"] is not None else "failed") for o in r["observations"]]
-              for r in records]  # fmt: skip
-    overheads = [r.get("overhead") or {} for r in records]
+    status = [[o.status for o in r.observations] for r in records]
+    overheads = [r.overhead for r in records if r.overhead is not None]
     return [
         f"{fmean(s.count('done') for s in status):.3g}",
         f"{fmean(s.count('stopped') for s in status):.3g}",
-        number([o.get("suggest_cpu_seconds") for o in overheads]),
-        number([o.get("upper_seconds") for o in overheads]),
-        f"{fmean(r['seconds'] for r in records):.0f}",
+        number([o.suggest_cpu_seconds for o in overheads]),
+        number([o.upper_seconds for o in overheads]),
+        f"{fmean(r.seconds for r in records):.0f}",
         str(len(records)),
     ]
 
@@ -232,10 +217,10 @@ def final_losses(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, f
     """Final F by method, for each problem and seed; infinite where no training ran to its end."""
     blocks: dict[tuple[str, int], dict[str, float]] = {}
     for record in records:
-        index = frames.incumbent(record, record["settings"]["budget"])
-        value = None if index is None else frames.upper(record, index)
-        block = blocks.setdefault((record["problem_name"], record["settings"]["seed"]), {})
-        block[record["method_name"]] = math.inf if value is None else value
+        index = incumbent(record, record.settings.budget)
+        value = None if index is None else frames.upper_loss(record, index)
+        block = blocks.setdefault((record.problem_name, record.settings.seed), {})
+        block[record.method_name] = math.inf if value is None else value
     return blocks
 
 
@@ -285,7 +270,7 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
 
 def is_own(method: str, records: Sequence[Record]) -> bool:
     """Whether a method's name stands for one of raybilevel's, alone or with a scheduler."""
-    kinds = {r["settings"]["method"] for r in records if r["method_name"] == method}
+    kinds = {r.settings.method for r in records if r.method_name == method}
     return any(kind.partition("+")[0] in OWN for kind in kinds)
 
 
@@ -319,9 +304,9 @@ def not_run(records: Sequence[Record]) -> Table:
     rows: dict[tuple[str, str, str], list[str]] = {}
     for record in records:
         reasons = {"interrupted": "stopped by Ctrl-C", "done": "no training ran to its end within the budget"}
-        why = str(record["error"] or "") or reasons.get(record["status"], "")
-        where = f"{record['problem_name']} seed {record['settings']['seed']}"
-        rows.setdefault((record["method_name"], record["status"], why), []).append(where)
+        why = record.error or reasons.get(record.status, "")
+        where = f"{record.problem_name} seed {record.settings.seed}"
+        rows.setdefault((record.method_name, record.status, why), []).append(where)
     return Table(
         "not-run",
         "Not run, or not to the end",

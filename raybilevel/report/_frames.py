@@ -3,76 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
-from benchmarks.suite import incumbent_at
-from raybilevel._records.store import Record
+from raybilevel._records.incumbents import incumbent
+from raybilevel._records.record import Observation, Record
 from raybilevel.report._statistics import Interval, bootstrap
 from raybilevel.space import flatten
 
+Axis = Literal["spent", "seconds"]
 Value = Callable[[Record, int], float | None]
-"""Something of a record at its incumbent, by the incumbent's index."""
+"""Something of a record at its incumbent, by the incumbent's position."""
 
 
 def observations(records: Sequence[Record]) -> pd.DataFrame:
     """One row per ended training: problem, method, seed, status, upper_loss, best_upper_loss, cost, seconds, metrics
-    as columns of their own, and each hyperparameter as `config/<name>`."""
-    rows = []
-    for record in records:
-        head = {
-            "problem": record["problem_name"],
-            "method": record["method_name"],
-            "seed": record["settings"]["seed"],
-        }
-        for number, o in enumerate(record["observations"]):
-            best = record["observations"][o["incumbent"]]["upper"]
-            rows.append(
-                {
-                    **head,
-                    "training": number,
-                    "status": o.get("status", "done" if o["upper"] is not None else "failed"),
-                    "upper_loss": o["upper"],
-                    "best_upper_loss": best,
-                    "lower_loss": o["lower"],
-                    "cost": o["cost"],
-                    "spent": o.get("spent", o["cost"]),
-                    "seconds": o["seconds"],
-                    **o["metrics"],
-                    **{f"config/{'/'.join(path)}": v for path, v in flatten(o["hyperparameters"]).items()},
-                }
-            )
-    return pd.DataFrame(rows)
+    as columns of their own, and each hyperparameter as `config/<name>`. A metric that is called as one of the other
+    columns is `metric/<name>`."""
+    return pd.DataFrame(
+        [row_of(record, number, o) for record in records for number, o in enumerate(record.observations)]
+    )
 
 
-def grouped(records: Sequence[Record], key: str) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(str(record[key]), []).append(record)
-    return groups
+def row_of(record: Record, number: int, observation: Observation) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "problem": record.problem_name,
+        "method": record.method_name,
+        "seed": record.settings.seed,
+        "training": number,
+        "status": observation.status,
+        "upper_loss": observation.upper_loss,
+        "best_upper_loss": record.observations[observation.incumbent].upper_loss,
+        "lower_loss": observation.lower_loss,
+        "cost": observation.cost,
+        "spent": observation.spent,
+        "seconds": observation.seconds,
+    }
+    metrics = {f"metric/{name}" if name in row else name: value for name, value in observation.metrics.items()}
+    config = {f"config/{'/'.join(path)}": v for path, v in flatten(observation.hyperparameters).items()}
+    return {**row, **metrics, **config}
 
 
-def incumbent(record: Record, spent: float, axis: str = "spent") -> int | None:
-    """Index of the incumbent once so much is spent, on the axis "spent", "cost" or "seconds"; None before there is
-    one, and where the run was not carried on so far."""
-    observations = [{**o, "cost": o.get(axis, o["cost"])} for o in record["observations"]]
-    if not observations or not (record["exhausted"] or axis != "spent" or record["settings"]["budget"] >= spent):
-        return None
-    return incumbent_at(observations, spent)
-
-
-def upper(record: Record, index: int) -> float | None:
-    value: float | None = record["observations"][index]["upper"]
-    return value
+def upper_loss(record: Record, index: int) -> float | None:
+    return record.observations[index].upper_loss
 
 
 def metric(name: str) -> Value:
-    return lambda record, index: record["observations"][index]["metrics"].get(name)
+    return lambda record, index: record.observations[index].metrics.get(name)
 
 
 def refitted(name: str) -> Value:
-    return lambda record, index: record["refits"].get(str(index), {}).get(name)
+    return lambda record, index: record.refits.get(index, {}).get(name)
 
 
 def at(records: Sequence[Record], value: Value, spent: float) -> Interval | None:
@@ -85,16 +67,10 @@ def at(records: Sequence[Record], value: Value, spent: float) -> Interval | None
     return bootstrap(found) if found else None
 
 
-def loss_name(records: Sequence[Record]) -> str | None:
-    """The metric that says how good a result is on data that no one has seen, where there is one."""
-    names = {name for r in records for o in r["observations"] for name in o["metrics"]}
-    return "test_loss" if "test_loss" in names else next((n for n in sorted(names) if n.endswith("_loss")), None)
-
-
-def curve(records: Sequence[Record], axis: str) -> pd.DataFrame:
+def curve(records: Sequence[Record], axis: Axis) -> pd.DataFrame:
     """Best F so far along an axis ("spent" or "seconds"): x, mean, low, high, from where every record has one."""
     found: list[dict[str, Any]] = []
-    points = sorted({o.get(axis, o["cost"]) for r in records for o in r["observations"]})
+    points = sorted({getattr(o, axis) for r in records for o in r.observations})
     last: tuple[float, ...] | None = None
     for x in points:
         values = [best_so_far(r, x, axis) for r in records]
@@ -111,15 +87,13 @@ def curve(records: Sequence[Record], axis: str) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["x", "mean", "low", "high"])
 
 
-def end_of(record: Record, axis: str) -> float:
+def end_of(record: Record, axis: Axis) -> float:
     """How far a run was carried on."""
     if axis == "spent":
-        return float(record["settings"]["budget"])
-    return max((trial["seconds"][-1] for trial in record.get("trials", ()) if trial["seconds"]), default=0.0)
+        return record.settings.budget
+    return max((trial.seconds[-1] for trial in record.trials if trial.seconds), default=0.0)
 
 
-def best_so_far(record: Record, x: float, axis: str) -> float | None:
-    values = [
-        o["upper"] for o in record["observations"] if o["upper"] is not None and o.get(axis, o["cost"]) <= x + 1e-9
-    ]
-    return min(values, default=None)
+def best_so_far(record: Record, x: float, axis: Axis) -> float | None:
+    found = (o.upper_loss for o in record.observations if o.upper_loss is not None and getattr(o, axis) <= x + 1e-9)
+    return min(found, default=None)

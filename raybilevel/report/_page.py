@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +11,15 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import table as markdown_table
-from raybilevel._records.store import Record
+from raybilevel._records.record import Record
 from raybilevel._version import __version__
 from raybilevel.errors import ConfigError
 from raybilevel.report import _comparison as comparison
 from raybilevel.report import _frames as frames
 from raybilevel.report import _single as single
 from raybilevel.report._charts import Chart
-from raybilevel.report._comparison import Table
 from raybilevel.report._sources import Source, check, read_folder
+from raybilevel.report._tables import Table, table_csv, write_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,24 +120,24 @@ def sections_of(source: Source) -> list[Section]:
     good, counted, sections = source.good, source.done, []
     problems = comparison.charts(counted)
     tables = comparison.tables(counted, source.records)
-    for problem in dict.fromkeys(r["problem_name"] for r in counted):
+    for problem in dict.fromkeys(r.problem_name for r in counted):
         names = {f"{problem}-cost", f"{problem}-time"}
         sections.append(
             Section(
                 problem,
                 [c for c in problems if c.name in names],
                 [t for t in tables if t.name == f"{problem}-winners"],
-                about_problem([r for r in counted if r["problem_name"] == problem]),
+                about_problem([r for r in counted if r.problem_name == problem]),
             )
         )
     rest = [c for c in problems if c.name == "overhead"]
     sections.append(Section("All problems", rest, [t for t in tables if not t.name.endswith("-winners")]))
     for record in first_seeds(good):
-        head = f"{record['problem_name']}: {record['method_name']}, seed {record['settings']['seed']}"
-        note = "" if record["status"] == "done" else f"This run is {record['status']}; it is in no table."
+        head = f"{record.problem_name}: {record.method_name}, seed {record.settings.seed}"
+        note = "" if record.status == "done" else f"This run is {record.status}; it is in no table."
         charts = single.charts(record, file_name(head) + "-")
         # Hundreds of files of other methods' runs would help nobody; the page has them all.
-        sections.append(Section(head, charts, (), note, folded=True, files=record.get("search") is not None))
+        sections.append(Section(head, charts, (), note, folded=True, files=record.search is not None))
     return sections
 
 
@@ -148,25 +145,25 @@ def first_seeds(records: Sequence[Record]) -> list[Record]:
     """One run of each method on each problem, the one with the lowest seed."""
     order = comparison.method_order(records)
     found: dict[tuple[str, str], Record] = {}
-    for record in sorted(records, key=lambda r: r["settings"]["seed"]):
-        found.setdefault((record["problem_name"], record["method_name"]), record)
-    problems = list(dict.fromkeys(r["problem_name"] for r in records))
-    return sorted(found.values(), key=lambda r: (problems.index(r["problem_name"]), order.index(r["method_name"])))
+    for record in sorted(records, key=lambda r: r.settings.seed):
+        found.setdefault((record.problem_name, record.method_name), record)
+    problems = list(dict.fromkeys(r.problem_name for r in records))
+    return sorted(found.values(), key=lambda r: (problems.index(r.problem_name), order.index(r.method_name)))
 
 
 def about_run(record: Record) -> str:
-    names = ", ".join(p["name"] for p in record["space"][:12]) + (", ..." if len(record["space"]) > 12 else "")
-    told = "" if record["status"] == "done" else " It has not ended yet, or was stopped."
-    head = f"{record['problem_name']}, method {record['method_name']}, {len(record['space'])} hyperparameters ({names})"
-    return f"{head}: {len(record['observations'])} of {record['settings']['budget']:g} trainings.{told}"
+    names = ", ".join(p.name for p in record.space[:12]) + (", ..." if len(record.space) > 12 else "")
+    told = "" if record.status == "done" else " It has not ended yet, or was stopped."
+    head = f"{record.problem_name}, method {record.method_name}, {len(record.space)} hyperparameters ({names})"
+    return f"{head}: {len(record.observations)} of {record.settings.budget:g} trainings.{told}"
 
 
 def about_problem(records: Sequence[Record]) -> str:
-    settings = records[0]["settings"]
-    options = ", ".join(f"{k} = {v}" for k, v in settings["options"].items())
-    names = [p["name"] for p in records[0]["space"]]
+    settings = records[0].settings
+    options = ", ".join(f"{k} = {v}" for k, v in settings.options.items())
+    names = [p.name for p in records[0].space]
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"Problem {settings['problem']}{f' ({options})' if options else ''}; tuned: {shown}."
+    return f"Problem {settings.problem}{f' ({options})' if options else ''}; tuned: {shown}."
 
 
 def render(source: Source, sections: Sequence[Section], plotly_figure: Any) -> str:
@@ -211,7 +208,7 @@ def versions_of(records: Sequence[Record]) -> dict[str, str]:
     """Package -> the versions that the records were made with."""
     found: dict[str, set[str]] = {}
     for record in records:
-        for name, version in record["versions"].items():
+        for name, version in record.versions.items():
             if version is not None:
                 found.setdefault(name, set()).add(str(version))
     return {name: ", ".join(sorted(versions)) for name, versions in found.items()}
@@ -219,11 +216,10 @@ def versions_of(records: Sequence[Record]) -> dict[str, str]:
 
 def machines_of(records: Sequence[Record]) -> list[str]:
     found: dict[str, None] = {}
-    for record in records:
-        m = record.get("machine") or {}
-        if m:
-            gpus = f", {m['gpus']:g} GPUs ({', '.join(m['accelerators'])})" if m["gpus"] else ""
-            found[f"{m['nodes']} node{'s' if m['nodes'] != 1 else ''}, {m['cpus']:g} CPUs{gpus}, {m['system']}"] = None
+    for m in (record.machine for record in records):
+        if m is not None:
+            gpus = f", {m.gpus:g} GPUs ({', '.join(m.accelerators)})" if m.gpus else ""
+            found[f"{m.nodes} node{'s' if m.nodes != 1 else ''}, {m.cpus:g} CPUs{gpus}, {m.system}"] = None
     return list(found)
 
 
@@ -246,29 +242,3 @@ def bold(text: str) -> Any:
 
 def file_name(text: str) -> str:
     return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")
-
-
-def table_csv(table: Table) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(table.headers)
-    writer.writerows([cell.replace("**", "") for cell in row] for row in table.rows)
-    return out.getvalue()
-
-
-def markdown(tables: Sequence[Table]) -> str:
-    parts = []
-    for table in tables:
-        parts.append(f"## {table.title}\n\n{markdown_table(table.headers, table.rows)}")
-        if table.note:
-            parts.append(table.note)
-    return "\n\n".join(parts) + "\n"
-
-
-def write_tables(tables: Sequence[Table], observations: pd.DataFrame, folder: Path) -> None:
-    """Each table as CSV, all of them as Markdown, and every observation."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for table in tables:
-        (folder / f"{table.name}.csv").write_text(table_csv(table), encoding="utf-8")
-    (folder / "tables.md").write_text(markdown(tables), encoding="utf-8")
-    observations.to_csv(folder / "observations.csv", index=False)

@@ -16,7 +16,7 @@ from raybilevel._lower.levels import Levels
 from raybilevel._lower.variables import ModuleVariables
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
-from raybilevel.problem import BilevelProblem, LargeUpperLevel, leaves, move, upper_loss
+from raybilevel.problem import BilevelProblem, LargeUpperLevel, evaluate, leaves, move, upper_loss
 from raybilevel.space import Space, flatten, nest
 
 
@@ -38,8 +38,8 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
     """Try both levels on one batch at the centre of the space, before anything is trained.
 
     Raises:
-        ProblemError: a loss is not a scalar that can be differentiated, there is no data, or the lower-level
-            loss does not depend on a hyperparameter that is searched.
+        ProblemError: a loss is not a scalar that can be differentiated, there is no data, the lower-level loss does
+            not depend on a hyperparameter that is searched, or a metric has a name that is taken.
         NotFiniteError: a loss is NaN or infinite at the start weights.
     """
     name = type(problem).__name__
@@ -87,6 +87,9 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
                             "follow; use it in lower_loss as a tensor (no float(), .item() or .detach()), or make it "
                             "a constant"
                         )
+        if torch.device(problem.device).type == "cpu":  # else its data may lie on a device that is not here
+            with torch.no_grad():
+                evaluate(problem, model, nest(flat))
 
 
 def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any]) -> None:

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.fs
 
 from raybilevel._cluster.storage import Storage
-from raybilevel.tune._trainable import TRIAL_PATH, checkpoint_path
+from raybilevel._metrics import TRIAL_PATH
+from raybilevel.tune._trainable import checkpoint_path
 
 
 class Checkpoints:

@@ -21,14 +21,14 @@ from raybilevel._cluster.time_limit import time_limit
 from raybilevel._lower.functions import LevelGradient
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.training import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
+from raybilevel._metrics import FINISHED
 from raybilevel.errors import ProblemError
 from raybilevel.problem import Batch, BilevelProblem, Level, leaves
 from raybilevel.tune._trainable import (
-    FINISHED,
-    a_fifth,
     check_arguments,
     check_not_optimistic,
     checkpoint_due,
+    default_checkpoint_interval,
     report,
     send,
 )
@@ -59,7 +59,7 @@ def data_parallel_trainable(
     """
     check_arguments("data_parallel_trainable", problem, checkpoint_every, epoch_time_limit)
     check_not_optimistic("data_parallel_trainable", problem)
-    every = checkpoint_every or a_fifth(problem.epochs)
+    every = checkpoint_every or default_checkpoint_interval(problem.epochs)
     given = {"seed": seed, "checkpoint_every": every, "epoch_time_limit": epoch_time_limit}
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         data_parallel, problem=Shared(problem), scaling=scaling, settings=given

@@ -11,15 +11,19 @@ from ray import tune
 
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
+from raybilevel._metrics import FINISHED, PASSES, STEP
 from raybilevel.errors import ProblemError
 from raybilevel.hypergradient import DescentSettings
 from raybilevel.hypergradient._descent import CHECKPOINT_FILE, BilevelDescent, dump_checkpoint, load_checkpoint
 from raybilevel.problem import BilevelProblem, LargeUpperLevel
 from raybilevel.space import STARTS, Space
 from raybilevel.tune._domains import split_param_space
-from raybilevel.tune._trainable import FINISHED, PASSES, a_fifth, check_arguments, check_not_optimistic, send
-
-HYPERPARAMETERS = "hyperparameters"
+from raybilevel.tune._trainable import (
+    check_arguments,
+    check_not_optimistic,
+    default_checkpoint_interval,
+    send,
+)
 
 
 def hypergradient_trainable(
@@ -45,7 +49,8 @@ def hypergradient_trainable(
     seed:     of the initial weights and the order of batches; of a module's start, with its number.
     checkpoint_every: steps between checkpoints; None for five in a descent.
     epoch_time_limit: seconds that an epoch of the lower level may take, a step's hypergradient counted as one more; a
-        descent whose step takes longer than all of its epochs may hangs, and its process is ended. None for no limit.
+        descent whose step takes longer than all of its epochs may is treated as hung and its worker killed. None for
+        no limit.
 
     Raises:
         ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, has neither a space nor
@@ -65,7 +70,7 @@ def hypergradient_trainable(
         )
     settings = settings or DescentSettings()
     settings.check(problem, space)
-    every = checkpoint_every or a_fifth(settings.steps)
+    every = checkpoint_every or default_checkpoint_interval(settings.steps)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         descend, problem=Shared(problem), settings=settings, space=box, seed=seed, checkpoint_every=every,
         epoch_time_limit=epoch_time_limit,
@@ -95,7 +100,7 @@ def descend(
         if descent.step + 1 == settings.steps:
             epochs += problem.value.epochs
         with time_limit(epoch_time_limit and epoch_time_limit * epochs):
-            metrics: dict[str, Any] = {**descent.run_step(), "step": descent.step}
+            metrics: dict[str, Any] = {**descent.run_step(), STEP: descent.step}
             if descent.finished:
                 metrics |= descent.conclude()
         metrics |= {PASSES: descent.passes, FINISHED: descent.finished}

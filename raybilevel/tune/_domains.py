@@ -1,16 +1,23 @@
-"""Tune's search domains -> the box of the upper level."""
+"""Tune's search domains <-> the box of the upper level."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer, LogUniform, Quantized, Uniform
 
 from raybilevel.errors import SpaceError
-from raybilevel.space import Parameter, Space, flatten, nest
+from raybilevel.space import DOMAINS, Parameter, Space, flatten, nest
 
-SUPPORTED = "tune.uniform, tune.loguniform, tune.quniform and tune.qloguniform"
+SUPPORTED = " or ".join(f"tune.{name}" for name in DOMAINS)
+
+
+def to_param_space(space: Space, constants: Mapping[str, Any]) -> dict[str, Any]:
+    """The Tune `param_space` of a box and the nested constants around it."""
+    domains = {p.path: getattr(tune, p.domain)(*p.arguments) for p in space.parameters}
+    return nest({**domains, **flatten(constants)})
 
 
 def split_param_space(param_space: Mapping[str, Any]) -> tuple[Space, dict[str, Any]]:
@@ -40,7 +47,10 @@ def without_wrappers(tree: Any, path: tuple[str, ...] = ()) -> Any:
                 f"{'/'.join(path) or 'param_space'}: grid_search cannot be combined with a searcher; "
                 f"use {SUPPORTED}, or run without search_alg"
             )
-        return {key: without_wrappers(value, (*path, str(key))) for key, value in tree.items()}
+        for key in tree:
+            if not isinstance(key, str):
+                raise SpaceError(f"{'/'.join((*path, str(key)))}: the key {key!r} is no text; write {str(key)!r}")
+        return {key: without_wrappers(value, (*path, key)) for key, value in tree.items()}
     # Tune replaces sample_from and objects by placeholders before a searcher sees the space.
     if isinstance(tree, tuple) and tree and tree[0] == "__fn_ph":
         raise SpaceError(f"{'/'.join(path)}: sample_from cannot be searched; use {SUPPORTED}, or make it a constant")

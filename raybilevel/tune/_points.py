@@ -2,32 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from raybilevel.errors import SpaceError
-from raybilevel.space import Space, flatten, nest
-
-
-def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = "points_to_evaluate") -> None:
-    """Whether points name every hyperparameter of the space, nested as it is, within its bounds.
-
-    Raises:
-        SpaceError: naming the point and what is wrong with it.
-    """
-    for number, point in enumerate(points):
-        names = {"/".join(path) for path in flatten(point)}
-        unknown = names - set(space.names)
-        if unknown:
-            raise SpaceError(
-                f"{name}[{number}]: {', '.join(sorted(unknown))} not in the space, which has {', '.join(space.names)}"
-            )
-        for parameter in space.parameters:
-            value = space.value(point, parameter)
-            if not parameter.low <= value <= parameter.high:
-                raise SpaceError(
-                    f"{name}[{number}]: {parameter.name} = {value} is outside [{parameter.low}, {parameter.high}]"
-                )
+from raybilevel.space import flatten, nest
 
 
 def reported_config(result: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -8,13 +8,10 @@ from typing import Any
 
 from ray.tune.utils.util import flatten_dict
 
+from raybilevel._metrics import FINISHED, GRADIENT, LOWER_LOSS, PASSES, UPPER_LOSS
 from raybilevel.errors import RaybilevelError
 from raybilevel.search import Observation
 from raybilevel.space import Space
-from raybilevel.tune._trainable import FINISHED, GRADIENT, PASSES
-
-UPPER_LOSS = "upper_loss"
-LOWER_LOSS = "lower_loss"
 
 
 class MissingMetricError(RaybilevelError):

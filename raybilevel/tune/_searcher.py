@@ -18,6 +18,7 @@ from raybilevel._cluster.pace import StepTime
 from raybilevel._cluster.resources import bundles_of, step_options
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps
+from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel._tune_changes.run import tune_run
 from raybilevel.errors import ConfigError, RaybilevelError, SpaceError
 from raybilevel.methods import Method, make_method
@@ -25,10 +26,10 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.search import BilevelOptimizer, Observation
 from raybilevel.search import _state_file as state_file
 from raybilevel.search_state import SearchState, Training
-from raybilevel.space import Space
+from raybilevel.space import Space, check_points
 from raybilevel.tune._checkpoints import Checkpoints
-from raybilevel.tune._points import check_points, reported_config, unflatten
-from raybilevel.tune._results import LOWER_LOSS, UPPER_LOSS, MissingMetricError, Objective, ran_to_its_end
+from raybilevel.tune._points import reported_config, unflatten
+from raybilevel.tune._results import MissingMetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
 from raybilevel.tune._session import Session, job_of_ray
 from raybilevel.tune._setup import set_up

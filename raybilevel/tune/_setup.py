@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raybilevel._metrics import UPPER_LOSS
 from raybilevel.errors import ConfigError
 from raybilevel.methods import Method
 from raybilevel.problem import BilevelProblem
 from raybilevel.search._checks import check_search
-from raybilevel.space import Space
+from raybilevel.space import Space, check_points
 from raybilevel.tune._domains import split_param_space
-from raybilevel.tune._points import check_points
-from raybilevel.tune._results import UPPER_LOSS, Objective
+from raybilevel.tune._results import Objective
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,9 @@ from ray import tune
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
 from raybilevel._lower.training import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
+from raybilevel._metrics import CHECKPOINT_DIR_NAME, EPOCH, FINISHED, GPUS, GRADIENT, PASSES, TRIAL_PATH
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.problem import BilevelProblem
-
-FINISHED = "lower_level_finished"
-GRADIENT = "lower_gradient"
-PASSES = "lower_passes"
-TRIAL_PATH = "trial_path"
-GPUS = "gpus"
 
 
 def lower_level_trainable(
@@ -38,15 +33,15 @@ def lower_level_trainable(
 
     seed:             of the initial weights and the order of batches; the same for every trial.
     checkpoint_every: epochs between checkpoints; None for five in a training.
-    epoch_time_limit: seconds that an epoch, its losses included, may take; a training that takes longer hangs, and its
-        process is ended. None for no limit. Its report is not part of that: a scheduler may hold that up.
+    epoch_time_limit: seconds that an epoch, its losses included, may take; a training that takes longer is treated as
+        hung and its worker killed. None for no limit. Its report is not part of that: a scheduler may hold that up.
 
     Raises:
         ProblemError: `problem` is not a `BilevelProblem` instance.
         ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
     """
     check_arguments("lower_level_trainable", problem, checkpoint_every, epoch_time_limit)
-    every = checkpoint_every or a_fifth(problem.epochs)
+    every = checkpoint_every or default_checkpoint_interval(problem.epochs)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         lower_level, problem=Shared(problem), seed=seed, checkpoint_every=every, epoch_time_limit=epoch_time_limit
     )
@@ -74,8 +69,8 @@ def check_not_optimistic(function: str, problem: BilevelProblem) -> None:
         )
 
 
-def a_fifth(count: int) -> int:
-    """Epochs or steps between checkpoints, so that there are five."""
+def default_checkpoint_interval(count: int) -> int:
+    """Epochs or steps between checkpoints, of so many in all: there are five."""
     return max(1, -(-count // 5))
 
 
@@ -131,7 +126,7 @@ def checkpoint_due(training: LowerLevelTraining, saved: int, every: int) -> bool
 
 def report(training: LowerLevelTraining) -> dict[str, Any]:
     """The metrics of one epoch; the gradient only where it means something, at the end of the training."""
-    metrics: dict[str, Any] = {**training.losses(), "epoch": training.epoch, FINISHED: training.finished}
+    metrics: dict[str, Any] = {**training.losses(), EPOCH: training.epoch, FINISHED: training.finished}
     if training.finished:
         metrics[GRADIENT] = training.gradient()
     return {**metrics, PASSES: training.passes}
@@ -139,5 +134,5 @@ def report(training: LowerLevelTraining) -> dict[str, Any]:
 
 def checkpoint_path(result: Mapping[str, Any]) -> str | None:
     """Where a trial's checkpoint of this result lies on the experiment's filesystem."""
-    folder, name = result.get(TRIAL_PATH), result.get("checkpoint_dir_name")
+    folder, name = result.get(TRIAL_PATH), result.get(CHECKPOINT_DIR_NAME)
     return f"{folder}/{name}" if folder and name else None

@@ -33,9 +33,11 @@ from raybilevel import BilevelSearch, lower_level_trainable
 from raybilevel._cluster.local_files import local_filesystem
 from raybilevel._command import experiment
 from raybilevel._config.experiment import ExperimentConfig, resolved
-from raybilevel.problems import make_problem
+from raybilevel._config.plan import resolve
+from raybilevel._records.names import CONFIG_FILE, TUNE_FOLDER
 from raybilevel.search import _state_file as state_file
 from raybilevel.search_state import SearchState
+from raybilevel.tune._domains import to_param_space
 from raybilevel.tune._snapshot import ResumableGenerator, prepare_resume, read_trials
 
 CLUSTER = """
@@ -64,9 +66,9 @@ def live(address: str, folder: Path, samples: int, how: str | None) -> None:
     """One driver's life, up to the end of the experiment if nobody kills it."""
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     settings = config(samples)
-    problem, filesystem = make_problem(settings.problem), local_filesystem()
-    run = folder / experiment.TUNE_FOLDER
-    trainable = tune.with_resources(lower_level_trainable(problem), {"cpu": 1})
+    plan, filesystem = resolve(settings), local_filesystem()
+    run = folder / TUNE_FOLDER
+    trainable = tune.with_resources(lower_level_trainable(plan.problem), {"cpu": 1})
     if how == "--resume":
         with open(os.devnull, "w") as nowhere:
             experiment.run(settings, folder, resume=True, console=Console(file=nowhere))
@@ -77,26 +79,24 @@ def live(address: str, folder: Path, samples: int, how: str | None) -> None:
         # No space, no searcher: all of it comes back from the storage.
         tune.Tuner.restore(str(run), trainable, storage_filesystem=filesystem).fit()
         return
-    search = ResumableGenerator(BilevelSearch(problem, metric="upper_loss", mode="min", max_concurrent=1))
-    space = experiment.param_space(settings)
+    search = ResumableGenerator(BilevelSearch(plan.problem, metric="upper_loss", mode="min", max_concurrent=1))
+    space = to_param_space(plan.space, plan.constants)
     if how == "tune.run":
         tune.run(
             trainable, config=space, search_alg=search, metric="upper_loss", mode="min", num_samples=samples,
-            reuse_actors=True, name=experiment.TUNE_FOLDER, storage_path=str(folder), storage_filesystem=filesystem,
+            reuse_actors=True, name=TUNE_FOLDER, storage_path=str(folder), storage_filesystem=filesystem,
             resume="AUTO", verbose=0,
         )  # fmt: skip
         return
     folder.mkdir(parents=True)
-    (folder / experiment.CONFIG_FILE).write_text(resolved(experiment.with_method(settings)))
+    (folder / CONFIG_FILE).write_text(resolved(plan.config))
     tune.Tuner(
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
             search_alg=search, metric="upper_loss", mode="min", num_samples=samples, reuse_actors=True
         ),
-        run_config=tune.RunConfig(
-            name=experiment.TUNE_FOLDER, storage_path=str(folder), storage_filesystem=filesystem, verbose=0
-        ),
+        run_config=tune.RunConfig(name=TUNE_FOLDER, storage_path=str(folder), storage_filesystem=filesystem, verbose=0),
     ).fit()
 
 
@@ -147,13 +147,13 @@ def killed(child: int, folder: Path, chance: random.Random) -> int | None:
 
 def progress(folder: Path) -> int:
     """What a driver has written so far: trials and checkpoints."""
-    return len(list((folder / experiment.TUNE_FOLDER).glob("lower_level_*"))) + len(
-        list((folder / experiment.TUNE_FOLDER).glob("lower_level_*/checkpoint_*"))
+    return len(list((folder / TUNE_FOLDER).glob("lower_level_*"))) + len(
+        list((folder / TUNE_FOLDER).glob("lower_level_*/checkpoint_*"))
     )
 
 
 def observed(folder: Path) -> SearchState:
-    newest = max((folder / experiment.TUNE_FOLDER).glob("searcher-state-*.pkl"))
+    newest = max((folder / TUNE_FOLDER).glob("searcher-state-*.pkl"))
     return state_file.read(newest).state
 
 
@@ -186,7 +186,7 @@ def main(root: Path, kills: int, samples: int) -> dict[str, Any]:
             child = 0
         status: int | None = None
         while status is None:
-            begun = (folder / experiment.TUNE_FOLDER / "tuner.pkl").exists()
+            begun = (folder / TUNE_FOLDER / "tuner.pkl").exists()
             how = RESUMES[len(lives) % len(RESUMES)] if begun else "begun"
             if not begun:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -205,7 +205,7 @@ def main(root: Path, kills: int, samples: int) -> dict[str, Any]:
         cluster.stdin.close()
         cluster.wait(60)
     one, other = observed(root / "undisturbed"), observed(folder)
-    trials = read_trials(folder / experiment.TUNE_FOLDER) or []
+    trials = read_trials(folder / TUNE_FOLDER) or []
     return {
         "killed": len(lives),
         "kills_by_how_it_had_gone_on": Counter(lives),

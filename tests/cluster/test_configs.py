@@ -20,7 +20,6 @@ from ray.scripts.scripts import cli
 from typer.main import get_command
 
 from raybilevel._cluster.resources import fitting
-from raybilevel._command.experiment import bundles
 from raybilevel._config.experiment import read_config
 from raybilevel.cli import app
 
@@ -112,9 +111,10 @@ def test_the_kuberay_job_is_one_that_ray_s_autoscaler_reads() -> None:
     assert "search.max_failures=3" in given["settings"]
     assert "search.max_concurrent=8" in given["settings"]
     config_of_gpus = read_config(FOLDER.parent / "digits.yaml", given["settings"])
-    lower, upper = bundles(config_of_gpus), [config_of_gpus.upper_resources]
+    resources, on_gpu = config_of_gpus.resources, config_of_gpus.on_gpu
+    lower, upper = resources.of_training(on_gpu).bundles, [resources.of_step(on_gpu)]
     assert config_of_gpus.options["device"] == "cuda"
-    both = {"CPU": lower[0]["cpu"], "GPU": lower[0]["gpu"] + upper[0]["gpu"]}
+    both = {"CPU": lower[0]["CPU"], "GPU": lower[0]["GPU"] + upper[0]["GPU"]}
     assert fitting([types["gpu"]["resources"]], [both]) == 1  # a training, and a step beside it
     mounts = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     assert given["config"].is_relative_to(mounts[0]["mountPath"])

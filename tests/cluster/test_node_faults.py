@@ -195,7 +195,7 @@ def test_two_experiments_share_a_cluster(cluster: Cluster, tmp_path: Path) -> No
     cluster.add_node(num_cpus=2)
     program = (
         "import sys, ray; from pathlib import Path; from rich.console import Console\n"
-        "from raybilevel import experiment; from raybilevel._config.experiment import read_config\n"
+        "from raybilevel._command import experiment; from raybilevel._config.experiment import read_config\n"
         "config = read_config('configs/digits.yaml', ['search.trainings=8', 'options={train: 100, epochs: 4}',\n"
         "    'search.max_concurrent=1', 'search.seed=' + sys.argv[2]])\n"
         "experiment.run(config, Path(sys.argv[1]), address=sys.argv[3], console=Console(quiet=True))\n"

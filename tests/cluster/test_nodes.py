@@ -110,6 +110,6 @@ def test_a_comparison_on_several_nodes_needs_a_storage_and_leaves_nothing_there(
     assert run_all(runs, tmp_path / "out", None, None, quiet, str(storage)) == (0, False)
     for run in runs:
         record = records.read(tmp_path / "out" / run.path)
-        assert record["status"] == "done"
-        assert [o["status"] for o in record["observations"]].count("done") >= 4
+        assert record.status == "done"
+        assert [o.status for o in record.observations].count("done") >= 4
     assert not list(storage.iterdir())

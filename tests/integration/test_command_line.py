@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from raybilevel.cli import main, show_how_to_go_on
+from raybilevel._command.output import show_how_to_go_on
+from raybilevel._version import __version__
+from raybilevel.cli import main
 
 ROOT = Path(__file__).parents[2]
 DATA = os.environ.get("RAYBILEVEL_TEST_DATA")
@@ -102,6 +104,14 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(how: signal.Signals, tmp_path
         (["check", "configs/digits.yaml", "--set", "space.extra={loguniform: [1, 2]}"], "does not depend on it"),
         (["check", "configs/digits.yaml", "--set", "space.weight_decay.fc1={loguniform: [2, 1]}"], "weight_decay/fc1"),
         (["check", "configs/digits.yaml", "--set", "space.weight_decay.fc1={choice: [2, 1]}"], "unknown domain"),
+        (["check", "configs/digits.yaml", "--set", "resources.lower.cpu=9999"], "a training asks for CPU: 9999"),
+        (["run", "configs/digits.yaml", "--set", "resources.lower.cpu=9999"], "join a cluster by --address"),
+        (
+            ["check", "configs/digits.yaml", "--set", "search.points_to_evaluate=[{weight_decay: {fc1: 1e9}}]"],
+            "search.points_to_evaluate[0]",
+        ),
+        (["run", "configs/compare/quick.yaml"], "use `raybilevel compare configs/compare/quick.yaml`"),
+        (["compare", "configs/digits.yaml"], "use `raybilevel run configs/digits.yaml`"),
         (["check", "configs/mnist.yaml"], "--data"),
         (["check", "configs/mnist.yaml", "--data", "no_such_folder"], "expected in"),
         (["run", "configs/digits.yaml", "--resume"], "--out"),
@@ -151,6 +161,14 @@ def test_check_says_what_a_config_would_do(
         main()
     assert not exit_.value.code
     assert "all right" in capsys.readouterr().out
+
+
+def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["raybilevel", "--version"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert not exit_.value.code
+    assert capsys.readouterr().out == f"raybilevel {__version__}\n"
 
 
 def test_problems_lists_what_ships() -> None:

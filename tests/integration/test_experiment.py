@@ -6,21 +6,20 @@ import os
 import signal
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raybilevel import problems
-from raybilevel._command.experiment import (
-    CONFIG_FILE,
-    SUMMARY_FILE,
-    check_room,
-    loss_after_refit,
-    reuses_processes,
-    run,
-)
+from raybilevel._command.experiment import run
+from raybilevel._command.refit import loss_after_refit
+from raybilevel._command.resources import check_room, reuses_processes
 from raybilevel._config.experiment import ExperimentConfig
+from raybilevel._config.plan import resolve
+from raybilevel._config.resources import ResourcesConfig
+from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE
 from raybilevel.errors import ConfigError
 from tests.tiny_problems import Parabola
 
@@ -65,10 +64,12 @@ def test_a_refit_that_fails_costs_no_more_than_its_loss(
 
 
 @pytest.mark.slow
-def test_a_refit_that_hangs_is_ended_after_the_limits_of_its_epochs(caplog: pytest.LogCaptureFixture) -> None:
-    limited = config("parabola")
-    limited = limited.model_copy(update={"search": limited.search.model_copy(update={"epoch_time_limit": 0.5})})
-    assert loss_after_refit(FailsOnAllData("hangs"), {"x": {"a": 1.0}}, limited) is None
+def test_a_refit_that_hangs_is_killed_after_the_limits_of_its_epochs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(problems.PROBLEMS, "no refit", FailsOnAllData)
+    plan = replace(resolve(config("no refit", how="hangs")), epoch_time_limit=0.5)
+    assert loss_after_refit(plan, {"x": {"a": 1.0}}) is None
     assert "the refit on all data failed" in caplog.text
 
 
@@ -116,12 +117,12 @@ def test_what_this_machine_has_not_is_named(
     resources: Any, wrong: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It has two CPUs and a GPU."""
-    search = {"trainings": 4}
-    given = ExperimentConfig.model_validate({"problem": "digits", "search": search, "resources": resources})
-    check_room(given, alone=False)
+    given = ResourcesConfig.model_validate(resources)
+    asked = given.of_training(on_gpu=False), given.of_step(on_gpu=False)
+    check_room(*asked, alone=False)
     assert ("waits for one that joins" in caplog.text) == (wrong is not None)
     with pytest.raises(ConfigError, match=wrong) if wrong else nullcontext():
-        check_room(given, alone=True)
+        check_room(*asked, alone=True)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,5 @@ def test_what_this_machine_has_not_is_named(
 def test_no_idle_process_is_kept_that_steps_wait_for_or_that_may_be_lost(
     lower: Any, upper: Any, max_failures: int, reuses: bool
 ) -> None:
-    search = {"trainings": 4, "max_failures": max_failures}
-    resources = {"lower": lower, "upper": upper}
-    given = ExperimentConfig.model_validate({"problem": "digits", "search": search, "resources": resources})
-    assert reuses_processes(given) == reuses
+    given = ResourcesConfig(lower=lower, upper=upper)
+    assert reuses_processes(given.of_training(on_gpu=False), given.of_step(on_gpu=False), max_failures) == reuses

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from raybilevel import BilevelSearch, lower_level_trainable
 from raybilevel._cluster import pace
 from raybilevel._cluster.environment import waiting_trials
 from raybilevel._cluster.local_files import local_filesystem
-from raybilevel._command.experiment import reuses_processes, with_room_for_steps
-from raybilevel._config.experiment import ExperimentConfig
+from raybilevel._command.resources import for_tune, reuses_processes, with_room_for_steps
+from raybilevel._config.experiment import read_config
+from raybilevel._config.plan import resolve
+from raybilevel._config.resources import TrainingResources
 from raybilevel._lower.training import CHECKPOINT_FILE, load_checkpoint, train
 from raybilevel.errors import ConfigError, ProblemError, RaybilevelError, SpaceError
 from raybilevel.methods._base import UpperResult, UpperStep
@@ -40,6 +42,7 @@ from tests.tiny_problems import Parabola, Unlucky
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 SPACE = {"x": {"a": tune.loguniform(1e-4, 1e2)}}
 
 
@@ -216,11 +219,10 @@ class KillsAnIdleProcess(tune.Callback):
 
 @pytest.mark.slow
 def test_a_process_that_dies_idle_costs_no_trial_where_trials_are_tried_again(tmp_path: Path) -> None:
-    config = {"problem": "digits", "search": {"trainings": 4, "max_failures": -1}}
     search = BilevelSearch(Parabola(), max_concurrent=1)
     analysis = tune.run(
         lower_level_trainable(search.problem), config=SPACE, search_alg=search, metric="upper_loss", mode="min",
-        num_samples=4, max_failures=-1, reuse_actors=reuses_processes(ExperimentConfig.model_validate(config)),
+        num_samples=4, max_failures=-1, reuse_actors=reuses_processes(TrainingResources(({"CPU": 1},)), {}, -1),
         storage_path=str(tmp_path), callbacks=[KillsAnIdleProcess()], raise_on_failed_trial=False, verbose=0,
     )  # fmt: skip
     assert [trial.status for trial in analysis.trials] == ["TERMINATED"] * 4
@@ -402,16 +404,13 @@ def test_trainings_and_steps_share_the_only_gpu(tmp_path: Path) -> None:
     class OnGpu(Parabola):
         device = "cuda"
 
-    lower = {"cpu": 1.0, "gpu": 1.0}
-    config = ExperimentConfig.model_validate(
-        {"problem": "digits", "search": {"trainings": 5}, "resources": {"lower": lower}}
-    )
-    assert with_room_for_steps(config, Parabola()) is config  # whose steps need no GPU
-    shared = with_room_for_steps(config, OnGpu()).resources
-    search = BilevelSearch(Parabola(), max_concurrent=1, upper_resources=shared.upper)
+    plan = resolve(read_config(CONFIGS / "digits.yaml", ["resources.lower={cpu: 1, gpu: 1}"]))
+    assert with_room_for_steps(plan) is plan  # whose steps need no GPU
+    shared = with_room_for_steps(replace(plan, problem=OnGpu()))
+    search = BilevelSearch(Parabola(), max_concurrent=1, upper_resources=shared.step)
     analysis = tune.run(
-        tune.with_resources(lower_level_trainable(search.problem), shared.lower), config=SPACE, search_alg=search,
-        metric="upper_loss", mode="min", num_samples=5, storage_path=str(tmp_path), verbose=0,
+        tune.with_resources(lower_level_trainable(search.problem), for_tune(shared.training)), config=SPACE,
+        search_alg=search, metric="upper_loss", mode="min", num_samples=5, storage_path=str(tmp_path), verbose=0,
     )  # fmt: skip
     assert [trial.last_result["gpus"] for trial in analysis.trials] == ["0"] * 5
     assert len(search.state.done) == 5

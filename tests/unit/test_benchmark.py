@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,13 @@ import torch
 
 from benchmarks import report
 from benchmarks.__main__ import main, narrowed, parser
+from benchmarks.made_up import Quadratic
 from benchmarks.objective import BudgetSpent, Objective
 from benchmarks.ours import bilevel
 from benchmarks.reference import implicit_gradient
-from benchmarks.suite import PEERS, MethodEntry, ProblemEntry, Run, execute, read_suite
+from benchmarks.suite import PEERS, MethodEntry, ProblemEntry, Run, box_of, execute, read_suite
 from raybilevel._records import store as records
+from raybilevel._records.record import Hyperparameter, Observation, Record, Settings
 from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import SeveralOptima
@@ -36,7 +37,7 @@ def test_cost_counts_trainings_and_shares_of_a_training() -> None:
     objective.charge(objective.passes_per_training / 2)
     assert objective.cost == pytest.approx(1.5)
     objective.value(centre(2))
-    assert [o["cost"] for o in objective.finish()] == pytest.approx([1, 2.5])
+    assert [o.cost for o in objective.observations()] == pytest.approx([1, 2.5])
     objective.charge(1.5 * objective.passes_per_training)
     with pytest.raises(BudgetSpent):
         objective.value(centre(2))
@@ -53,8 +54,8 @@ def test_a_diverged_training_costs_one_and_counts_as_the_worst(monkeypatch: pyte
 
     monkeypatch.setattr(module, "train", diverges)
     assert objective.value(centre(2)) == max(first, second)
-    observed = objective.finish()
-    assert observed[2]["upper"] is None and observed[2]["cost"] == 3 and observed[2]["incumbent"] in (0, 1)
+    observed = objective.observations()
+    assert observed[2].upper_loss is None and observed[2].cost == 3 and observed[2].incumbent in (0, 1)
 
 
 def test_implicit_gradient_agrees_with_differences() -> None:
@@ -68,7 +69,7 @@ def test_implicit_gradient_agrees_with_differences() -> None:
         assert found.gradient[i].item() == pytest.approx(difference, rel=2e-3)  # the quotient's error at this step
     assert found.residual is not None and found.residual <= 1e-10 and found.iterations <= 40
     # One gradient of F, the products, and one for the mixed derivative.
-    assert objective.charged == 0 and objective.observed[1].extra == pytest.approx(found.iterations + 2)
+    assert objective.charged == objective.observed[1].extra_passes == pytest.approx(found.iterations + 2)
 
 
 @pytest.mark.parametrize("method", [*PEERS, "default", "paper"])
@@ -78,15 +79,15 @@ def test_every_method_keeps_to_its_budget_and_repeats_itself(method: str) -> Non
     if method == "cma-es":
         pytest.importorskip("cmaes", reason="the extra `bench` is not installed")
     first, second = execute(run_of(method)), execute(run_of(method))
-    assert first["status"] == "done", first["error"]
-    assert [o["unit"] for o in first["observations"]] == [o["unit"] for o in second["observations"]]
-    costs = [o["cost"] for o in first["observations"]]
+    assert first.status == "done", first.error
+    assert [o.unit for o in first.observations] == [o.unit for o in second.observations]
+    costs = [o.cost for o in first.observations]
     assert costs == sorted(costs) and costs[0] >= 1
     # The last training begins below the budget, and an upper-level step may come with it.
     assert costs[-1] < 5 + 3
-    assert {"cost", "upper", "lower", "metrics", "hyperparameters", "incumbent"} <= set(first["observations"][0])
-    assert first["versions"]["raybilevel"] and first["settings"]["seed"] == 0
-    assert json.loads(json.dumps(first)) == first
+    assert all(o.upper_loss is not None and o.lower_loss is not None and o.metrics for o in first.observations)
+    assert first.versions["raybilevel"] and first.settings.seed == 0
+    assert Record.model_validate_json(first.model_dump_json()) == first
 
 
 @pytest.mark.parametrize("slots", [2, 5])
@@ -94,22 +95,22 @@ def test_slots_share_the_time(slots: int) -> None:
     problem = Ridge(groups=2)
     objective = Objective(problem, problem.space, 0, 8.0 * slots)
     steps = bilevel(objective, 0, "default", {}, slots)
-    observations = objective.finish()
-    times = [o["cost"] for o in observations]
+    observations = objective.observations()
+    times = [o.cost for o in observations]
     assert times == sorted(times)
     assert times[-1] <= 8.0 + 3  # what is under way when the time is up is not waited for
-    spent = sum(o["passes"] for o in observations) + sum(step["passes"] for step in steps)
-    mean = sum(o["passes"] for o in observations) / len(observations)
+    spent = sum(o.passes for o in observations) + sum(step.passes for step in steps)
+    mean = sum(o.passes for o in observations) / len(observations)
     assert 0.6 * slots * times[-1] < spent / mean <= slots * (times[-1] + 3)  # few slots stand idle
-    best = [observations[o["incumbent"]]["upper"] for o in observations]
-    assert best == [min(o["upper"] for o in observations[: i + 1]) for i in range(len(observations))]
+    best = [observations[o.incumbent].upper_loss for o in observations]
+    assert best == [min(o.upper_loss for o in observations[: i + 1]) for i in range(len(observations))]
 
 
 def test_seeds_and_ablations_make_a_difference() -> None:
-    units = [[o["unit"] for o in execute(run)["observations"]] for run in (run_of("random"), run_of("random", seed=1))]
+    units = [[o.unit for o in execute(run).observations] for run in (run_of("random"), run_of("random", seed=1))]
     assert units[0] != units[1]
-    steps = execute(run_of("default", budget=9, hypergradients=False))["steps"]
-    assert steps and all(not step["hypergradients"] for step in steps)
+    steps = execute(run_of("default", budget=9, hypergradients=False)).steps
+    assert steps and all(not step.hypergradients for step in steps)
 
 
 def test_methods_and_problems_may_have_seeds_of_their_own(tmp_path: Path) -> None:
@@ -134,8 +135,19 @@ def test_a_failure_is_recorded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(suite.PEERS, "random", suite.Peer(fails))
     record = execute(run_of("random"))
-    assert record["status"] == "failed" and "no such luck" in record["error"]
+    assert record.status == "failed" and "no such luck" in record.error
     assert "FAILED: ValueError: no such luck" in report.markdown([record, execute(run_of("diagonal"))], (3, 5))
+
+
+def test_where_every_training_failed_the_table_says_so() -> None:
+    failed = Observation(status="failed", unit=(0.5,), hyperparameters={"a": 1.0}, cost=1.0)
+    text = report.markdown([record([]).model_copy(update={"observations": (failed, failed)})], (5,))
+    assert "F\\* = unknown" in text and "2 trainings diverged" in text
+
+
+def test_a_problem_without_a_box_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Quadratic has no `space` of its own"):
+        box_of(Quadratic())
 
 
 def small_suite(folder: Path) -> Path:
@@ -170,7 +182,7 @@ def test_the_command_resumes_and_redoes_what_is_half_written(
     assert main(arguments) == 0
     told = capsys.readouterr().out
     assert f"{written[0]}: half-written" in told and "3 of them have a record" in told
-    assert records.read(written[0])["status"] == "done"
+    assert records.read(written[0]).status == "done"
     assert written[1].read_text() == good
     assert (written[0].with_name(f"{written[0].name}.old1")).exists()
 
@@ -183,7 +195,7 @@ def test_the_command_narrows_the_suite_and_refuses_unknown_names(
     assert "no method 'sobol' in the config; it has random, lbfgsb, grid" in capsys.readouterr().err
     assert main([config, "--out", str(tmp_path), "--methods", "random", "--seeds", "1", "--budget", "2"]) == 0
     (record,) = records.read_all(tmp_path)[0]
-    assert record["settings"]["budget"] == 2 and len(record["observations"]) == 2
+    assert record.settings.budget == 2 and len(record.observations) == 2
 
 
 @pytest.mark.parametrize(
@@ -230,23 +242,19 @@ def test_an_ablation_runs_on_its_own_problems_only(tmp_path: Path) -> None:
     assert runs == [("a", "default"), ("a", "random"), ("b", "random"), ("b", "part")]
 
 
-def record(uppers: list[float], budget: float = 10, exhausted: bool = False) -> dict[str, Any]:
-    observations: list[dict[str, Any]] = []
-    for i, upper in enumerate(uppers):
-        best = min(range(i + 1), key=lambda j: uppers[j])
-        observations.append({"upper": upper, "cost": 2.0 * (i + 1), "incumbent": best, "metrics": {"test_loss": upper}})
-    return {
-        "observations": observations,
-        "settings": {"budget": budget, "problem": "p", "options": {}},
-        "status": "done",
-        "exhausted": exhausted,
-        "refits": {},
-        "optimum": None,
-        "space": [{}],
-        "method_name": "m",
-        "problem_name": "p",
-        "seconds": 1.0,
-    }
+def record(uppers: list[float], budget: float = 10, exhausted: bool = False, optimum: float | None = None) -> Record:
+    observations = tuple(
+        Observation(
+            status="done", unit=(0.5,), hyperparameters={"a": 1.0}, upper_loss=upper, metrics={"test_loss": upper},
+            cost=2.0 * number, incumbent=min(range(number), key=lambda j: uppers[j]),
+        )
+        for number, upper in enumerate(uppers, 1)
+    )  # fmt: skip
+    return Record(
+        kind="benchmark", status="done", problem_name="p", method_name="m", epochs_per_training=1, seconds=1.0,
+        settings=Settings(problem="p", options={}, method="random", seed=0, budget=budget), exhausted=exhausted,
+        space=(Hyperparameter(name="a", low=0.0, high=1.0, log=False),), observations=observations, optimum=optimum,
+    )  # fmt: skip
 
 
 def test_table_worked_out_by_hand() -> None:
@@ -258,7 +266,7 @@ def test_table_worked_out_by_hand() -> None:
     interval = report.Interval.of([2.0, 4.0])
     assert interval.mean == 3 and interval.half == pytest.approx(12.706, rel=1e-4)  # t_{0.975, 1} * sqrt(2) / sqrt(2)
     assert "3 ±1e+01 (50 %)" in report.markdown(runs, (5, 20))
-    assert report.curve([{**run, "optimum": 2.0} for run in runs]) == (
+    assert report.curve([record([3.0, 2.0], optimum=2.0), record([4.0, 5.0], optimum=2.0)]) == (
         [2, 4, 10],
         [0.5, 1e-6, 1e-6],
         [0.75, pytest.approx(0.5), pytest.approx(0.5)],
@@ -267,7 +275,7 @@ def test_table_worked_out_by_hand() -> None:
 
 
 def test_regret_may_be_of_each_seed_on_its_own() -> None:
-    runs = [record([3.0, 2.0]) | {"optimum": 1.0}, record([4.0, 5.0]) | {"optimum": 4.0}]
+    runs = [record([3.0, 2.0], optimum=1.0), record([4.0, 5.0], optimum=4.0)]
     text = report.markdown(runs, (5, 10))
     assert "F\\* = 1 to 4" in text
     assert "3 ±1e+01 (50 %)" in text  # of 100 % and 0 %
@@ -277,5 +285,5 @@ def test_known_optimum_counts_as_best_seen() -> None:
     problem = SeveralOptima(2)
     objective = Objective(problem, problem.space, 0, 2)
     objective.value(centre(2))
-    known = record([3.0]) | {"optimum": problem.optimum}
+    known = record([3.0], optimum=problem.optimum)
     assert report.best_seen([known]) == problem.optimum

@@ -12,8 +12,8 @@ from ray import tune
 from torch import Tensor, nn
 
 from raybilevel import hypergradient_trainable
-from raybilevel._command.experiment import check, with_method
 from raybilevel._config.experiment import ExperimentConfig, read_config
+from raybilevel._config.plan import resolve, with_method
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError, ProblemError
 from raybilevel.hypergradient._descent import BilevelDescent, dump_checkpoint, load_checkpoint
 from raybilevel.methods import make_method
@@ -282,7 +282,7 @@ def test_shards_are_refused_where_there_are_none() -> None:
         {"problem": "treatment_effects", "options": {"units": 50}, "search": search}
     )
     with pytest.raises(ProblemError, match="TreatmentEffects has no shard"):
-        check(config)
+        resolve(config)
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -338,6 +338,3 @@ def test_the_method_is_chosen_by_the_upper_level(tmp_path: Path) -> None:
     assert chosen("problem: p\nspace: {a: {uniform: [0, 1]}}\nsearch: {trainings: 2}") == "default"
     assert chosen(f"problem: p\nspace: {{{many}}}\nsearch: {{trainings: 2}}") == "hypergradient"
     assert chosen(f"problem: p\nspace: {{{many}}}\nsearch: {{trainings: 2, method: paper}}") == "paper"
-    path = tmp_path / "config.yaml"
-    path.write_text("problem: p\nspace: {constant: 1}\nsearch: {trainings: 2}")
-    assert read_config(path).split_space() == (STARTS, {"constant": 1})

@@ -53,7 +53,7 @@ def test_runs_put_the_seeds_outermost_and_take_the_problems_own_box(tmp_path: Pa
         ("raybilevel", 0), ("random", 0), ("raybilevel", 1), ("random", 1),
     ]  # fmt: skip
     assert runs[0].experiment.space == {"decay": {f"g{g}": {"loguniform": [1e-4, 10.0]} for g in range(2)}}
-    assert runs[0].settings["budget_unit"] == "trainings"
+    assert runs[0].settings.budget_unit == "trainings"
 
 
 def test_a_problem_may_have_its_own_budget_seeds_and_methods(tmp_path: Path) -> None:
@@ -109,9 +109,12 @@ def test_what_is_wrong_with_a_problem_is_named(tmp_path: Path) -> None:
         ({"problem": "digits"}, "problem 'x': digits has no box of its own; give its `space`"),
         ({"problem": "ridge", "options": {"gruops": 2}}, "problem 'x'.*no option 'gruops'"),
         ({"problem": "ridge", "space": {"decay": {"loguniform": [2, 1]}}}, "problem 'x'.*decay"),
+        ({"problem": "ridge", "space": {"decay": 1.0}}, "problem 'x': its `space` has no hyperparameter"),
     ):
         with pytest.raises(ValueError, match=words):
             read_comparison(written(tmp_path, problems={"x": problem})).runs(None)
+    with pytest.raises(ConfigError, match=r"one run; use `raybilevel run .*digits.yaml`"):
+        read_comparison(CONFIGS / "digits.yaml")
     with pytest.raises(ConfigError, match="no scale 'huge'; it has small"):
         read_comparison(written(tmp_path, scales={"small": {"seeds": 1}}), scale="huge")
 

@@ -20,7 +20,9 @@ from raybilevel._compare.methods import (
     parse,
 )
 from raybilevel._compare.searchers import TimedSearcher
+from raybilevel._records.names import OWN_METHODS
 from raybilevel.errors import ConfigError
+from raybilevel.methods import METHODS
 from raybilevel.problems.ridge import Ridge
 from raybilevel.space import Parameter, Space
 
@@ -36,6 +38,10 @@ def setting(groups: int = 2, trainings: float | None = 6, **changes: Any) -> Set
     problem = Ridge(groups)
     param_space = {"decay": {f"g{g}": tune.loguniform(1e-4, 10.0) for g in range(groups)}}
     return replace(Setting(problem, problem.space, param_space, 60, 0, trainings, 2), **changes)
+
+
+def test_raybilevel_s_own_methods_are_there() -> None:
+    assert set(OWN_METHODS.values()) <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGES))

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from raybilevel._config.experiment import ExperimentConfig, ResourcesConfig, parse_yaml, read_config, resolved
+from raybilevel._config.experiment import ExperimentConfig, read_config, resolved
+from raybilevel._config.files import parse_yaml
+from raybilevel._config.resources import ResourcesConfig
+from raybilevel._config.space import read_space, write_space
 from raybilevel.errors import ConfigError
-from raybilevel.space import Parameter
+from raybilevel.space import Parameter, Space
 
 MINIMAL = """
 problem: digits
@@ -24,12 +27,13 @@ def config_file(folder: Path, text: str = MINIMAL) -> Path:
 
 
 def test_domains_become_the_box_and_the_rest_constants(tmp_path: Path) -> None:
-    space, constants = read_config(config_file(tmp_path)).split_space()
-    assert space.parameters == (
+    config = read_config(config_file(tmp_path))
+    assert config.parameters == (
         Parameter(("decay",), 1e-6, 1.0, log=True),
         Parameter(("nested", "a"), 0.0, 1.0, step=0.25),
     )
-    assert constants == {"nested": {"constant": 1e-3}}
+    assert config.constants == {"nested": {"constant": 1e-3}}
+    assert read_space(write_space(Space(config.parameters))) == (config.parameters, {})
 
 
 def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
@@ -67,7 +71,15 @@ def test_overrides_reach_keys_of_a_saved_config_that_were_left_open(tmp_path: Pa
         (MINIMAL.replace("[1e-6, 1.0]", "[1e-6]"), None, r"decay: loguniform takes \[low, high\]"),
         (MINIMAL.replace("[1e-6, 1.0]", "[1, 1e-6]"), None, "decay: the lower bound"),
         (MINIMAL.replace("[1e-6, 1.0]", "[0, 1.0]"), None, "decay: .*positive lower bound"),
-        ("problem: digits\nspace: {a: 1}\nsearch: {trainings: 1, method: default}", None, "no hyperparameter"),
+        (MINIMAL, "space.decay=[1e-3, 1e2]", r"space: decay: \[0.001, 100.0\] is a list, and no domain"),
+        (MINIMAL, "space={group: {decay: [1e-3, 1e2]}}", "group: unknown domain 'decay'.* write decay: {loguniform"),
+        (MINIMAL, "space.decay=(1e-5, 1.)", r"decay: '\(1e-5, 1.\)' is text, and no domain"),
+        (MINIMAL, "space.decay={loguniform: (1e-5, 1.)}", r"decay: expected {loguniform: \[low, high\]} and nothing"),
+        (MINIMAL, "space.decay={quniform: 3}", r"decay: expected {quniform: \[low, high, step\]}"),
+        (MINIMAL, "space.decay={uniform: [no, 1]}", r"decay: uniform takes \[low, high\], finite numbers, got"),
+        (MINIMAL, "space.nested={1: {uniform: [0, 1]}}", "nested/1: the key 1 is no text"),
+        (MINIMAL, "space={2: {uniform: [0, 1]}}", "space: 2: the key 2 is no text"),
+        ("problems: {}\nmethods: []\nbudget: {}", None, "a config of a comparison; use `raybilevel compare"),
         ("- a list", None, "expected keys and values"),
         ("a: [", None, "not a YAML file"),
         ("!!python/object/apply:os.system ['true']", None, "not a YAML file"),
@@ -80,6 +92,14 @@ def test_what_is_wrong_is_named_with_the_file(text: str, override: str | None, w
     with pytest.raises(ConfigError, match=words) as caught:
         read_config(path, [override] if override else [])
     assert str(path) in str(caught.value) or "--set" in str(caught.value)
+
+
+def test_each_mistake_has_a_line_of_its_own(tmp_path: Path) -> None:
+    path = config_file(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        read_config(path, ["search.trials=1", "space.decay=[1, 2]", "space.nested={a: {uniform: [2, 1]}}"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3 and all(line.startswith(f"{path}: ") for line in lines)
 
 
 def test_numbers_with_an_exponent_are_numbers() -> None:

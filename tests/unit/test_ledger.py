@@ -47,14 +47,14 @@ def test_every_epoch_is_charged_and_only_whole_trainings_are_results() -> None:
     train(book, trial(0.2), upper=0.1, epochs=2)  # lower, but no trained lower level
     train(book, trial(0.3), upper=1.5)
     found = book.observations()
-    assert [o["status"] for o in found] == ["done", "stopped", "done"]
-    assert [o["cost"] for o in found] == pytest.approx([1, 1.5, 2.5])
-    assert [o["upper"] for o in found] == [2.0, None, 1.5]
-    assert found[1]["stopped_upper"] == 0.1
-    assert [o["incumbent"] for o in found] == [0, 0, 2]
-    assert found[0]["metrics"] == {"test_loss": 0.5}
-    assert found[0]["hyperparameters"] == {"decay": {"a": 0.1}}
-    assert found[0]["unit"] == pytest.approx([0.5])
+    assert [o.status for o in found] == ["done", "stopped", "done"]
+    assert [o.cost for o in found] == pytest.approx([1, 1.5, 2.5])
+    assert [o.upper_loss for o in found] == [2.0, None, 1.5]
+    assert found[1].stopped_upper_loss == 0.1
+    assert [o.incumbent for o in found] == [0, 0, 2]
+    assert found[0].metrics == {"test_loss": 0.5}
+    assert found[0].hyperparameters == {"decay": {"a": 0.1}}
+    assert found[0].unit == pytest.approx([0.5])
 
 
 def test_upper_level_steps_are_charged_in_trainings() -> None:
@@ -62,7 +62,7 @@ def test_upper_level_steps_are_charged_in_trainings() -> None:
     train(book, trial(), upper=1.0)
     assert book.passes_per_training == EPOCHS
     assert book.spent() == pytest.approx(1 + 6 / EPOCHS)
-    assert book.observations()[0]["cost"] == pytest.approx(2.5)
+    assert book.observations()[0].cost == pytest.approx(2.5)
 
 
 def test_failures_are_charged_and_a_loss_that_is_not_finite_is_one() -> None:
@@ -73,9 +73,9 @@ def test_failures_are_charged_and_a_loss_that_is_not_finite_is_one() -> None:
     book.on_trial_error(0, [], broken)
     train(book, diverged, upper=float("nan"))
     found = book.observations()
-    assert [o["status"] for o in found] == ["failed", "failed"]
-    assert [o["epochs"] for o in found] == [2, 6]  # the epoch in which it failed counts
-    assert book.best == 0
+    assert [o.status for o in found] == ["failed", "failed"]
+    assert [o.epochs for o in found] == [2, 6]  # the epoch in which it failed counts
+    assert book.best is None
 
 
 def test_when_the_budget_is_spent_nothing_counts_any_more() -> None:
@@ -113,7 +113,7 @@ def test_the_unit_of_the_budget(budget: dict[str, float], spent: float) -> None:
     book = ledger(**budget)
     train(book, trial(), upper=1.0)
     assert book.spent() == pytest.approx(spent)
-    assert book.observations()[0]["spent"] == pytest.approx(spent)
+    assert book.observations()[0].spent == pytest.approx(spent)
 
 
 def test_seconds_of_gpus_are_those_that_trials_and_steps_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,5 +152,5 @@ def test_a_population_member_that_takes_over_another_is_charged_for_what_it_ran(
     book.on_trial_start(0, [], who)
     for epoch in (1, 2, 1, 2, 3, 4):
         report(book, who, epoch)
-    assert book.observations()[0]["epochs"] == 6
+    assert book.observations()[0].epochs == 6
     assert book.cost(book.epochs, 0) == pytest.approx(1.5)

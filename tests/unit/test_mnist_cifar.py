@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from pathlib import Path
@@ -19,6 +20,7 @@ from raybilevel.problems._classification import LayerDecay, Minibatch
 from raybilevel.problems._datasets import Images
 from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.mnist import Mnist, Mnist1K
+from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.search import check_problem
 from raybilevel.space import Parameter, Space, flatten
 from tests.problems_for_tests import levels_at
@@ -228,6 +230,15 @@ def test_a_minibatch_survives_the_move_to_a_device() -> None:
     assert isinstance(moved, Minibatch) and moved.examples == 70
     assert moved.x.dtype == torch.double and moved.y.dtype == torch.int64
     assert problem.batch_size(moved) == 64
+
+
+def test_mnist_has_a_box_with_every_decay_of_its_layers() -> None:
+    deep = Mnist1K("data", hidden=(8, 8))
+    assert deep.space.names == tuple(f"weight_decay/fc{layer}" for layer in (1, 2, 3))
+    assert {(p.low, p.high, p.log) for p in deep.space.parameters} == {(math.exp(-10), math.exp(5), True)}
+    assert Mnist1K("data", share="all").space.names == ("weight_decay",)
+    kinds = Mnist1KKinds("data", hidden=(8,)).space.names
+    assert kinds == ("weight_decay/fc1", "weight_decay/fc2", "bias_decay/fc1", "bias_decay/fc2")
 
 
 def test_mnist_splits_are_disjoint_and_depend_on_the_seed() -> None:

@@ -12,13 +12,15 @@ import pytest
 
 from benchmarks.suite import MethodEntry, ProblemEntry, Run, execute
 from raybilevel._records import store as records
+from raybilevel._records.record import Observation, Record
 from raybilevel.errors import DataError, RaybilevelError
 from raybilevel.report import _comparison as comparison
 from raybilevel.report import _frames as frames
 from raybilevel.report import _single as single
 from raybilevel.report._charts import Chart, Series, Surface
-from raybilevel.report._page import drawing, render, sections_of, table_csv
+from raybilevel.report._page import drawing, render, sections_of
 from raybilevel.report._sources import read_folder
+from raybilevel.report._tables import Table, table_csv
 
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
 
@@ -26,7 +28,7 @@ METHODS, SEEDS, BUDGET = ("default", "random", "diagonal"), (0, 1), 6.0
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[tuple[Run, dict[str, Any]]]:
+def runs() -> list[tuple[Run, Record]]:
     problem = ProblemEntry(problem="ridge", options={"groups": 2})
     found = []
     for seed in SEEDS:
@@ -37,7 +39,7 @@ def runs() -> list[tuple[Run, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def written(runs: list[tuple[Run, dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(runs: list[tuple[Run, Record]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with its report; for tests that only look."""
     from raybilevel import report
 
@@ -54,7 +56,7 @@ def page_of(folder: Path) -> str:
 
 
 @pytest.fixture
-def folder(runs: list[tuple[Run, dict[str, Any]]], tmp_path: Path) -> Path:
+def folder(runs: list[tuple[Run, Record]], tmp_path: Path) -> Path:
     for run, record in runs:
         records.write(tmp_path / run.path, record)
     return tmp_path
@@ -90,35 +92,35 @@ def test_tables_are_written_as_csv_and_markdown(written: Path) -> None:
         assert len(list(csv.DictReader(file))) == len(frames.observations(read_folder(folder).good))
 
 
-def test_a_notebook_gets_frames_and_figures(folder: Path, runs: list[tuple[Run, dict[str, Any]]]) -> None:
+def test_a_notebook_gets_frames_and_figures(folder: Path, runs: list[tuple[Run, Record]]) -> None:
     from raybilevel import report
 
     loaded = report.load(folder)
-    count = sum(len(record["observations"]) for _, record in runs)
+    count = sum(len(record.observations) for _, record in runs)
     assert len(loaded.observations) == count
     assert {"problem", "method", "seed", "upper_loss", "best_upper_loss", "cost", "config/decay/g0"} <= set(
         loaded.observations.columns
     )
     last = loaded.observations.groupby(["method", "seed"])["best_upper_loss"].last()
     for run, record in runs:
-        uppers = [o["upper"] for o in record["observations"]]
+        uppers = [o.upper_loss for o in record.observations]
         assert last[run.method_name, run.seed] == pytest.approx(min(uppers))
     assert type(loaded.figures["ridge-2-cost"]).__name__ == "Figure"
     assert "ranks" in loaded.tables
 
 
-def test_the_curve_is_the_mean_of_the_best_so_far(runs: list[tuple[Run, dict[str, Any]]]) -> None:
+def test_the_curve_is_the_mean_of_the_best_so_far(runs: list[tuple[Run, Record]]) -> None:
     members = [record for run, record in runs if run.method_name == "random"]
     data = frames.curve(members, "spent")
     assert data["mean"].is_monotonic_decreasing
-    best = [min(o["upper"] for o in r["observations"] if o["cost"] <= 4) for r in members]
+    best = [min(o.upper_loss for o in r.observations if o.cost <= 4) for r in members]
     at = data[data["x"] <= 4].iloc[-1]
     assert at["mean"] == pytest.approx(sum(best) / 2)
     assert (at["low"], at["high"]) == pytest.approx((min(best), max(best)))
     assert data["x"].iloc[-1] == BUDGET
 
 
-def test_the_paired_test_is_against_the_peer_with_the_lowest_mean(runs: list[tuple[Run, dict[str, Any]]]) -> None:
+def test_the_paired_test_is_against_the_peer_with_the_lowest_mean(runs: list[tuple[Run, Record]]) -> None:
     found = comparison.comparisons([record for _, record in runs])
     assert [c.own for c in found] == ["default"]
     blocks = comparison.final_losses([record for _, record in runs])
@@ -132,15 +134,20 @@ def test_what_did_not_end_well_is_named_and_in_no_average(folder: Path) -> None:
     from raybilevel import report
 
     paths = sorted((folder / "records" / "ridge-2").glob("*.json"))
-    record = json.loads(paths[0].read_text())
+    record = records.read(paths[0])
+    failed = tuple(o.model_copy(update={"upper_loss": None, "status": "failed"}) for o in record.observations)
+    changes: dict[str, Any]
     for name, changes in (
-        ("ax", {"status": "unavailable", "error": "AxSearch is broken", "observations": []}),
+        ("ax", {"status": "unavailable", "error": "AxSearch is broken", "observations": ()}),
         ("odd", {"status": "failed", "error": "ValueError: no"}),
-        ("slow", {"observations": [{**o, "upper": None} for o in record["observations"]]}),
+        ("slow", {"observations": failed}),
     ):
-        records.write(folder / "records" / "ridge-2" / f"{name}.json", {**record, "method_name": name, **changes})
+        other = record.model_copy(update={"method_name": name, **changes})
+        records.write(folder / "records" / "ridge-2" / f"{name}.json", other)
     half = folder / "records" / "ridge-2" / "half.json"
     half.write_text(paths[0].read_text()[:200])
+    former = folder / "records" / "ridge-2" / "former.json"
+    former.write_text(json.dumps({**json.loads(paths[0].read_text()), "format": 1}))
     loaded = report.load(folder)
     missing = loaded.tables["not-run"].set_index("method")["reason"].to_dict()
     assert missing == {
@@ -149,8 +156,39 @@ def test_what_did_not_end_well_is_named_and_in_no_average(folder: Path) -> None:
     winners = loaded.tables["ridge-2-winners"].set_index("method")
     assert set(winners.index) == {*METHODS, "slow"}
     assert winners.loc["slow", "F at 6"] == "-"
-    assert len(loaded.wrong) == 1 and "half.json" in loaded.wrong[0]
+    assert len(loaded.wrong) == 2
+    assert "former.json: a record of format 1; this version reads format 2" in loaded.wrong[0]
+    assert "half.json: half-written or damaged" in loaded.wrong[1]
     assert "half.json" in page_of(folder)
+
+
+def test_a_run_with_a_failed_training_is_reported(folder: Path) -> None:
+    from raybilevel import report
+
+    path = next(path for path in (folder / "records" / "ridge-2").glob("default-seed0-*.json"))
+    record = records.read(path)
+    best = {o.incumbent for o in record.observations}
+    number = next(n for n in range(len(record.observations)) if n not in best)
+    before, other, after = record.observations[:number], record.observations[number], record.observations[number + 1 :]
+    failed = Observation(
+        status="failed", unit=other.unit, hyperparameters=other.hyperparameters, cost=other.cost,
+        incumbent=other.incumbent,
+    )  # fmt: skip
+    path.write_text(record.model_copy(update={"observations": (*before, failed, *after)}).model_dump_json())
+    assert report.write(folder).is_file()
+    loaded = report.load(folder)
+    frame = loaded.observations
+    own = frame[(frame["method"] == "default") & (frame["seed"] == 0)]
+    assert own["status"].tolist()[number] == "failed"
+    names = {trace.name: trace.x for trace in loaded.figures["ridge-2-default-seed-0-cost"].data}
+    assert list(names["failed trainings"]) == [1.0]  # the benchmark charges it in full
+
+
+def test_a_metric_with_the_name_of_a_column_is_kept_beside_it(runs: list[tuple[Run, Record]]) -> None:
+    _, record = runs[0]
+    first = record.observations[0].model_copy(update={"metrics": {"status": 3.0, "mine": 4.0}})
+    row = frames.observations([record.model_copy(update={"observations": (first,)})]).iloc[0]
+    assert (row["status"], row["metric/status"], row["mine"]) == ("done", 3.0, 4.0)
 
 
 def test_a_folder_of_neither_kind_is_refused(tmp_path: Path) -> None:
@@ -193,5 +231,5 @@ def test_epochs_that_follow_each_other_are_one_bar() -> None:
 
 
 def test_table_csv_is_without_the_marks_of_bold() -> None:
-    table = comparison.Table("n", "t", ("a", "b"), (("x, y", "**1**"),))
+    table = Table("n", "t", ("a", "b"), (("x, y", "**1**"),))
     assert table_csv(table) == 'a,b\n"x, y",1\n'

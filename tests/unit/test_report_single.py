@@ -3,47 +3,42 @@
 from __future__ import annotations
 
 import functools
-import json
-from typing import Any
 
 import pytest
 
+from raybilevel._config.experiment import ExperimentConfig, SearchConfig
+from raybilevel._records.record import Record
+from raybilevel._records.run_folder import record_of
 from raybilevel.methods import make_method
 from raybilevel.problems.ridge import Ridge
 from raybilevel.report import _single as single
 from raybilevel.report._charts import Chart
-from raybilevel.report._sources import observations_of
 from raybilevel.search import _state_file as state_file
 from raybilevel.search._local import search
 from raybilevel.search._optimizer import BilevelOptimizer
 
 
 @functools.cache
-def record_of(groups: int, cost: float = 9) -> dict[str, Any]:
+def record(groups: int, cost: int = 9) -> Record:
     problem = Ridge(groups)
     optimizer = BilevelOptimizer(problem.space, make_method("default"), seed=0)
     search(problem, optimizer, cost)
     saved = state_file.SavedSearch(
         **vars(optimizer.saved()), metric="upper_loss", mode="min", constants="{}", checkpoints={}
     )
-    names = {index: trial for trial, index in optimizer.trials.items()}
-    return {
-        "problem_name": "ridge", "method_name": "default", "status": "done", "epochs_per_training": problem.epochs,
-        "space": [{"name": p.name} for p in problem.space.parameters], "seconds": 1.0, "trials": [], "steps": [],
-        "observations": list(observations_of(optimizer.state, problem.space, names, {}, 0.0)), "refits": {},
-        "settings": {"budget": cost}, "search": json.loads(state_file.ADAPTER.dump_json(saved)),
-    }  # fmt: skip
+    config = ExperimentConfig(problem="ridge", search=SearchConfig(trainings=cost, method="default"))
+    return record_of(config, saved, state_file.ADAPTER.dump_python(saved, mode="json"), {}, {})
 
 
 @pytest.fixture(scope="module", params=[1, 2, 5])
-def drawn(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Chart]]:
-    record = record_of(request.param)
-    return record, {chart.name: chart for chart in single.charts(record)}
+def drawn(request: pytest.FixtureRequest) -> tuple[Record, dict[str, Chart]]:
+    found = record(request.param)
+    return found, {chart.name: chart for chart in single.charts(found)}
 
 
-def test_every_figure_of_a_search_is_there_and_told_in_words(drawn: tuple[dict[str, Any], dict[str, Chart]]) -> None:
-    record, charts = drawn
-    shape = "parallel" if len(record["space"]) > 2 else "value-function"
+def test_every_figure_of_a_search_is_there_and_told_in_words(drawn: tuple[Record, dict[str, Chart]]) -> None:
+    found, charts = drawn
+    shape = "parallel" if len(found.space) > 2 else "value-function"
     assert {"progress", "path", "predictions", shape, "sensitivities", "multipliers", "errors", "cost"} == set(charts)
     for chart in charts.values():
         assert chart.alt and chart.caption and chart.x_label + chart.y_label
@@ -52,23 +47,22 @@ def test_every_figure_of_a_search_is_there_and_told_in_words(drawn: tuple[dict[s
             assert len(series.x) == len(series.y) > 0
 
 
-def test_figures_show_what_was_trained(drawn: tuple[dict[str, Any], dict[str, Chart]]) -> None:
-    record, charts = drawn
-    done = [o for o in record["observations"] if o["upper"] is not None]
+def test_figures_show_what_was_trained(drawn: tuple[Record, dict[str, Chart]]) -> None:
+    found, charts = drawn
+    done = [o for o in found.observations if o.upper_loss is not None]
     best = next(s for s in charts["progress"].series if s.name == "best so far")
-    assert best.y == pytest.approx([min(o["upper"] for o in done[: i + 1]) for i in range(len(done))])
+    assert best.y == pytest.approx([min(o.upper_loss for o in done[: i + 1]) for i in range(len(done))])
     points = [y for s in charts["progress"].series if s.kind == "points" for y in s.y]
-    assert sorted(points) == pytest.approx(sorted(o["upper"] for o in done))
+    assert sorted(points) == pytest.approx(sorted(o.upper_loss for o in done))
     split = {s.name: s.length[0] for s in charts["cost"].series if s.length}
     assert split["trainings"] == len(done)
-    assert sum(split.values()) == pytest.approx(record["observations"][-1]["cost"], abs=1e-6)
-    table = dict(single.tables(record)[0].rows)
+    assert sum(split.values()) == pytest.approx(found.observations[-1].cost, abs=1e-6)
+    table = dict(single.tables(found)[0].rows)
     assert float(table["F (validation loss)"]) == pytest.approx(best.y[-1], rel=1e-5)
 
 
 def test_the_slice_goes_through_what_was_trained() -> None:
-    record = record_of(1)
-    chart = next(c for c in single.charts(record) if c.name == "value-function")
+    chart = next(c for c in single.charts(record(1)) if c.name == "value-function")
     curve, trained = chart.series[0], chart.series[1]
     assert chart.x_log and curve.low is not None and curve.high is not None
     for x, y in zip(trained.x, trained.y, strict=True):
@@ -79,7 +73,7 @@ def test_the_slice_goes_through_what_was_trained() -> None:
 
 
 def test_the_contour_has_the_paths_of_the_trust_regions() -> None:
-    chart = next(c for c in single.charts(record_of(2)) if c.name == "value-function")
+    chart = next(c for c in single.charts(record(2)) if c.name == "value-function")
     assert chart.surface is not None and len(chart.surface.z) == len(chart.surface.y)
     paths = [s for s in chart.series if s.kind == "line"]
     trained = set(zip(chart.series[0].x, chart.series[0].y, strict=True))

@@ -10,15 +10,12 @@ from ray import tune
 
 from raybilevel._cluster.resources import bundles_of, fitting, most_slots, task_options
 from raybilevel._cluster.storage import locate
-from raybilevel._command.experiment import (
-    CONFIG_FILE,
-    TUNE_FOLDER,
-    cluster,
-    first_bundle,
-    prepare_folder,
-    trial_resources,
-)
+from raybilevel._command.cluster import cluster
+from raybilevel._command.folder import prepare_folder
+from raybilevel._command.resources import for_tune
 from raybilevel._config.experiment import ExperimentConfig, read_config, resolved
+from raybilevel._config.resources import ResourcesConfig
+from raybilevel._records.names import CONFIG_FILE, TUNE_FOLDER
 from raybilevel.errors import ConfigError
 from tests.tiny_problems import Parabola
 
@@ -30,37 +27,52 @@ def config(lower: Any) -> ExperimentConfig:
 
 
 def test_fractions_and_custom_resources() -> None:
-    given = config({"cpu": 2, "gpu": 0.5, "fast_disk": 1})
-    assert trial_resources(given) == {"cpu": 2, "gpu": 0.5, "fast_disk": 1}
-    assert task_options(first_bundle(given)) == {"num_cpus": 2, "num_gpus": 0.5, "resources": {"fast_disk": 1}}
+    training = ResourcesConfig(lower={"cpu": 2, "gpu": 0.5, "fast_disk": 1}).of_training(on_gpu=False)
+    assert for_tune(training) == {"cpu": 2, "gpu": 0.5, "fast_disk": 1}
+    assert task_options(training.first) == {"num_cpus": 2, "num_gpus": 0.5, "resources": {"fast_disk": 1}}
 
 
 def test_bundles_become_a_placement_group(tmp_path: Path) -> None:
     given = config({"bundles": [{"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}], "strategy": "STRICT_PACK"})
-    group = trial_resources(given)
-    assert group == tune.PlacementGroupFactory([{"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}], "STRICT_PACK")
-    assert first_bundle(given) == {"cpu": 1, "gpu": 1}  # what a process holds, and so keeps from an upper-level step
+    training = given.resources.of_training(given.on_gpu)
+    assert for_tune(training) == tune.PlacementGroupFactory([{"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}], "STRICT_PACK")
+    assert training.first == {"CPU": 1, "GPU": 1}  # what a process holds, and so keeps from an upper-level step
     (tmp_path / "config.yaml").write_text(resolved(given).replace("space: {}", "space: {a: {uniform: [0, 1]}}"))
     assert read_config(tmp_path / "config.yaml").resources == given.resources  # as --resume compares them
 
 
-@pytest.mark.parametrize(("device", "lower"), [(None, {"cpu": 1}), ("cuda", {"cpu": 1, "gpu": 1}), ("mps", {"cpu": 1})])
-def test_a_training_has_a_gpu_of_its_own_where_it_runs_on_one(device: str | None, lower: Any) -> None:
+@pytest.mark.parametrize(
+    ("device", "lower", "upper"),
+    [(None, {"CPU": 1}, {}), ("cuda:0", {"CPU": 1, "GPU": 1}, {"GPU": 1}), ("mps", {"CPU": 1}, {})],
+)
+def test_a_training_has_a_gpu_of_its_own_where_it_runs_on_one(device: str | None, lower: Any, upper: Any) -> None:
     raw = {"problem": "digits", "options": {"device": device}, "search": {"trainings": 1}}
     given = ExperimentConfig.model_validate(raw)
-    assert trial_resources(given) == first_bundle(given) == lower
-    asked = ExperimentConfig.model_validate({**raw, "resources": {"lower": {"gpu": 0.25}}})
-    assert trial_resources(asked) == first_bundle(asked) == {"gpu": 0.25}
+    assert given.resources.of_training(given.on_gpu).bundles == (lower,)
+    assert given.resources.of_step(given.on_gpu) == upper
+    asked = ResourcesConfig(lower={"gpu": 0.25}, upper={"cpu": 1})
+    assert asked.of_training(given.on_gpu).bundles == ({"GPU": 0.25},) and asked.of_step(given.on_gpu) == {"CPU": 1}
 
 
-@pytest.mark.parametrize("lower", ["{bundles: []}", "{bundles: [{CPU: 1}], strategy: TIGHT}", "{cpu: many}"])
-def test_wrong_resources_are_named(lower: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lower", "words"),
+    [
+        ("{bundles: []}", r"resources\.lower\.bundles: "),
+        ("{bundles: [{CPU: 1}], strategy: TIGHT}", r"resources\.lower\.strategy: "),
+        ("{bundles: [{GPU: 1.5}]}", r"resources\.lower\.bundles\.0: GPU: .* whole number of them, got 1.5"),
+        ("{cpu: many}", r"resources\.lower\.cpu: "),
+        ("{GPUs: 1}", r"resources\.lower: GPUs: no such resource; write gpu"),
+        ("{disk: -1}", r"resources\.lower: disk: expected an amount of at least 0, got -1"),
+    ],
+)
+def test_wrong_resources_are_named(lower: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(
         f"problem: digits\nspace: {{a: {{uniform: [0, 1]}}}}\nsearch: {{trainings: 1}}\nresources: {{lower: {lower}}}\n"
     )
-    with pytest.raises(ConfigError, match=r"resources\.lower"):
+    with pytest.raises(ConfigError, match=words) as caught:
         read_config(path)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

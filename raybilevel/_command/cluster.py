@@ -1,0 +1,64 @@
+"""The Ray cluster that a command runs on, and its signals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from raybilevel.errors import ConfigError
+
+
+@contextmanager
+def cluster(address: str | None, cpus: int | None = None) -> Iterator[bool]:
+    """A cluster to run on: the one that this process has joined already, the one at `address`, or a local one. Whether
+    it is the last, which no other machine will join.
+
+    cpus: of the local one; by default all.
+
+    Raises:
+        ConfigError: there is none at `address`, or it is one of Ray Client.
+    """
+    if ray.is_initialized():
+        yield False
+        return
+    if address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            f"--address {address}: over Ray Client the search runs in a process that this command does not see; "
+            "submit the command to the cluster by `ray job submit`"
+        )
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # on Ctrl-C it gives advice for a script, not for a command
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address is None:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+    else:
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise ConfigError(f"--address {address}: {str(error).splitlines()[0]}") from error
+    try:
+        with sigterm_as_ctrl_c():
+            yield address is None
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Tune saves the experiment on SIGINT only; schedulers of clusters send SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

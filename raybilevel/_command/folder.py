@@ -1,0 +1,63 @@
+"""The folder of a run, and its storage where that is another place: the config and the summary lie in both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from raybilevel._cluster.storage import Storage, locate
+from raybilevel._config.experiment import ExperimentConfig, read_config, resolved, resume_key
+from raybilevel._records.names import CONFIG_FILE, TUNE_FOLDER
+from raybilevel.errors import ConfigError, StorageError
+
+
+def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Storage) -> None:
+    """Keep the config of a new run, or check that it is the one of the run to go on with.
+
+    Raises:
+        ConfigError: there is a run already, or none to go on with, or it has another config; or `out` cannot be
+            written.
+        StorageError: the storage cannot be reached.
+    """
+    saved = out / CONFIG_FILE
+    try:
+        begun = place.exists(TUNE_FOLDER)
+        elsewhere = place.read(CONFIG_FILE) if resume and not saved.exists() and place.exists(CONFIG_FILE) else None
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"cannot reach the storage {place.path}: {error}") from error
+    if resume:
+        if not begun:
+            raise ConfigError(f"--resume: there is no run in {place.path}; leave --resume out to begin one")
+        if elsewhere is not None:  # the run began on another machine
+            keep(CONFIG_FILE, elsewhere, out, place)
+        if resume_key(read_config(saved)) != resume_key(config):
+            raise ConfigError(
+                f"--resume: the config differs from the one in {saved}, with which the run began; only "
+                "search.max_concurrent may"
+            )
+        return
+    if begun:
+        raise ConfigError(
+            f"{place.path} already holds a run; choose another --out (or --storage), or go on with it by --resume"
+        )
+    keep(CONFIG_FILE, resolved(config), out, place)
+
+
+def keep(name: str, text: str, out: Path, place: Storage) -> None:
+    """A file of the run in its folder and, where that is another place, in the storage.
+
+    Raises:
+        ConfigError: the folder cannot be written. StorageError: the storage cannot.
+    """
+    here = locate(out)
+    try:
+        here.write(name, text)
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"cannot write to {out}: {getattr(error, 'strerror', None) or error}") from error
+    if place.path == here.path:
+        return
+    try:
+        place.write(name, text)
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"cannot write to the storage {place.path}: {error}") from error

@@ -1,0 +1,53 @@
+"""What the command says when a run has ended, or was stopped."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from raybilevel._records.names import CONFIG_FILE
+from raybilevel.space import flatten
+
+WITH_A_ROW = ("test_loss",)
+"""Metrics that the command shows in rows of their own."""
+
+
+def show_how_to_go_on(
+    console: Console, command: str, folder: Path, data: Path | None, address: str | None, storage: str | None
+) -> None:
+    """The command that resumes, as a shell takes it."""
+    options = {"--out": folder, "--data": data, "--address": address, "--storage": storage}
+    given = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
+    again = [sys.argv[0], command, str(folder / CONFIG_FILE), *given, "--resume"]  # it holds every --set
+    console.print(f"  {shlex.join(again)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    """The best hyperparameters of a run, its losses, and what it took."""
+    best = summary["best"]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    if best is not None:
+        for path, value in flatten(best["hyperparameters"]).items():
+            table.add_row("/".join(path), f"{value:.6g}")
+        for key, label in (
+            ("upper_loss", "F (validation loss)"),
+            ("test_loss", "test loss"),
+            ("test_loss_refit", "test loss after a refit on all data"),
+        ):
+            if best[key] is not None:
+                table.add_row(label, f"{best[key]:.5g}")
+    others = [f"{name} {value:.4g}" for name, value in summary["metrics"].items() if name not in WITH_A_ROW]
+    if others:
+        table.add_row("metrics", ", ".join(others))
+    failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""
+    table.add_row("trainings", f"{summary['trainings']}{failed}; cost {summary['cost']:.1f} trainings in all")
+    table.add_row("verdict", summary["verdict"])
+    table.add_row("results", str(folder))
+    console.print(table, highlight=False)

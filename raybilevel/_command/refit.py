@@ -1,0 +1,48 @@
+"""The training on all data, with the hyperparameters that a run has found."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from raybilevel._cluster.resources import task_options
+from raybilevel._cluster.shared import Shared
+from raybilevel._cluster.time_limit import time_limit
+from raybilevel._config.plan import Plan
+from raybilevel._lower.training import refit
+from raybilevel.problem import BilevelProblem
+
+logger = logging.getLogger(__name__)
+
+
+def loss_after_refit(plan: Plan, found: Mapping[str, Any]) -> float | None:
+    """The test loss after a training on all data; None where the problem has none, or the training fails: what was
+    found before is not lost with it.
+
+    found: the config of the training, nested.
+    """
+    limit = plan.epoch_time_limit and 2 * plan.problem.epochs * plan.epoch_time_limit  # its epochs have more data
+    refitted = refit_task.options(**refit_options(plan)).remote(Shared(plan.problem), found, plan.seed, limit)
+    try:
+        metrics = ray.get(refitted)
+    except ray.exceptions.RayError as error:
+        logger.error("the refit on all data failed, the summary is without it: %s", str(error).splitlines()[-1])
+        return None
+    return (metrics or {}).get("test_loss")
+
+
+def refit_options(plan: Plan) -> dict[str, Any]:
+    """Of the Ray task: what the process of a training has."""
+    return task_options({"CPU": 1, **plan.training.first})
+
+
+@ray.remote(max_retries=1)  # type: ignore[untyped-decorator]
+def refit_task(
+    problem: Shared[BilevelProblem], config: Mapping[str, Any], seed: int, limit: float | None = None
+) -> dict[str, float] | None:
+    """The metrics after the training; limit: seconds that it may take."""
+    with time_limit(limit):
+        return refit(problem.value, config, seed)

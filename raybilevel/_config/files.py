@@ -1,0 +1,99 @@
+"""YAML files of keys and values, and what is wrong with them in words."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from raybilevel.errors import ConfigError
+
+UNION_TAG = "one of: "
+"""Begins the tags of a config's unions, which pydantic names among the keys."""
+
+
+class Checked(BaseModel):
+    """A part of a config: unknown keys are refused, and nothing is changed later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+class Loader(yaml.SafeLoader):
+    """YAML without code, in which 1e-6 is a number, as in YAML 1.2."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader)  # a SafeLoader
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, unchecked.
+
+    Raises:
+        ConfigError: it is missing, not YAML, or holds something else.
+    """
+    try:
+        raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config file: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    return raw
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted key of a config to a YAML value.
+
+    Raises:
+        ConfigError: it is not key=value, or the key is not one of a group.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected key=value, e.g. --set search.trainings=40")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {parent} is not a group of keys")
+    try:
+        node[last] = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
+
+
+def validated(kind: type[Config], raw: dict[str, Any], path: str | Path) -> Config:
+    """The content of a file as a config.
+
+    Raises:
+        ConfigError: keys are unknown, missing or wrong; a line for each mistake, with file and key.
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {mistake}" for mistake in mistakes(error))) from error
+
+
+def mistakes(error: ValidationError) -> list[str]:
+    """What is wrong with a config, by the dotted names of its keys."""
+    found = []
+    for mistake in error.errors():
+        key = ".".join(part for part in map(str, mistake["loc"]) if not part.startswith(UNION_TAG))
+        said = "no such key" if mistake["type"] == "extra_forbidden" else mistake["msg"].removeprefix("Value error, ")
+        found += [f"{key}: {line}" if key else line for line in said.splitlines()]
+    return found

@@ -1,0 +1,208 @@
+"""A run as it will be done: everything that its config says, made and checked once, before Ray is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from raybilevel._config.experiment import ExperimentConfig
+from raybilevel._config.resources import TrainingResources
+from raybilevel.errors import ConfigError, ProblemError, RaybilevelError, SpaceError
+from raybilevel.methods import make_method
+from raybilevel.methods._base import Method
+from raybilevel.methods._registry import name_for
+from raybilevel.problem import BilevelProblem, LargeUpperLevel
+from raybilevel.problems import make_problem
+from raybilevel.search._checks import check_search
+from raybilevel.space import STARTS, Space, check_points
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run, and how.
+
+    config:    what it was made from, with the method by its name where that was "auto".
+    space:     the box that is searched, or `STARTS`; `constants` are the rest of a trial's config, nested.
+    points:    configurations that are trained first.
+    training, step: what a lower-level training and an upper-level step ask of the cluster, by Ray's names.
+    seed:      of the search, and of every training's initial weights and order of batches.
+    trainings: lower-level trainings, or descents; `max_concurrent` of them at once, None for as many as fit.
+    epoch_time_limit, step_time_limit: seconds; None for no limit.
+    max_failures: how often a training that fails is tried again; -1 for any number.
+    """
+
+    config: ExperimentConfig
+    problem: BilevelProblem
+    method: Method
+    space: Space
+    constants: Mapping[str, Any]
+    points: tuple[Mapping[str, Any], ...]
+    training: TrainingResources
+    step: Mapping[str, float]
+    seed: int
+    trainings: int
+    max_concurrent: int | None
+    epoch_time_limit: float | None
+    step_time_limit: float | None
+    max_failures: int
+
+    @property
+    def upper_level(self) -> str:
+        """What the upper level is, in words."""
+        if isinstance(self.problem, LargeUpperLevel) and self.space.of_starts:
+            count = sum(parameter.numel() for parameter in self.problem.upper_variables().parameters())
+            return f"{count:,} upper-level variables"
+        return f"{self.space.dimension} hyperparameters"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine has at the most; Ray may be told to take less."""
+
+    cpus: float
+    gpus: float
+
+
+def this_machine() -> Machine:
+    return Machine(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
+
+
+def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine | None = None) -> Plan:
+    """The plan of a run, after everything about it was checked that can be without Ray.
+
+    data:    the folder of the problem's data files.
+    machine: where it runs alone; None for a cluster, of which nothing is known yet.
+
+    Raises:
+        RaybilevelError: something is wrong; where it is more than one thing, a ConfigError with a line for each.
+    """
+    config = with_method(config)
+    search, mistakes = config.search, Mistakes()
+    problem = mistakes.made_by(lambda: make_problem(config.problem, config.options, data))
+    method = mistakes.made_by(lambda: make_method(search.method, **search.settings))
+    if machine is not None:
+        mistakes.made_by(lambda: check_machine(config, machine))
+    if problem is None or method is None:
+        raise mistakes.as_one()
+    space = mistakes.made_by(lambda: space_of(config, method))
+    if space is None:
+        raise mistakes.as_one()
+    mistakes.made_by(lambda: check_points(search.points_to_evaluate, space, "search.points_to_evaluate"))
+    mistakes.made_by(lambda: check_levels(problem, space, config.constants, method))
+    if mistakes.found:
+        raise mistakes.as_one()
+    return Plan(
+        config=config,
+        problem=problem,
+        method=method,
+        space=space,
+        constants=config.constants,
+        points=tuple(search.points_to_evaluate),
+        training=config.resources.of_training(config.on_gpu),
+        step=config.resources.of_step(config.on_gpu),
+        seed=search.seed,
+        trainings=search.trainings,
+        max_concurrent=search.max_concurrent,
+        epoch_time_limit=search.epoch_time_limit,
+        step_time_limit=search.step_time_limit,
+        max_failures=search.max_failures,
+    )
+
+
+def with_method(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with its method chosen: by the dimension, where it is "auto"."""
+    if config.search.method != "auto":
+        return config
+    search = config.search.model_copy(update={"method": name_for(len(config.parameters))})
+    return config.model_copy(update={"search": search})
+
+
+class Mistakes:
+    """What is wrong, gathered so that it is said at once."""
+
+    def __init__(self) -> None:
+        self.found: list[RaybilevelError] = []
+
+    def made_by(self, make: Callable[[], Made]) -> Made | None:
+        """What a function returns; None, and its error kept, where it raises one."""
+        try:
+            return make()
+        except RaybilevelError as error:
+            self.found.append(error)
+            return None
+
+    def as_one(self) -> RaybilevelError:
+        """The only mistake as it is, several as a line each."""
+        if len(self.found) == 1:
+            return self.found[0]
+        return ConfigError("\n".join(map(str, self.found)))
+
+
+def space_of(config: ExperimentConfig, method: Method) -> Space:
+    """What is searched: the box of the config, or without one the starts of descents.
+
+    Raises:
+        SpaceError: there is no box, and the method needs one; or a hyperparameter is given twice.
+    """
+    if config.parameters:
+        return Space(config.parameters)
+    if method.descent is not None:
+        return STARTS
+    raise SpaceError(
+        f"space: method {config.search.method!r} needs a hyperparameter to search; give at least one, e.g. decay: "
+        "{loguniform: [1e-6, 1.0]}"
+    )
+
+
+def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], method: Method) -> None:
+    """Try both levels before anything is trained.
+
+    Raises:
+        ProblemError, NotFiniteError: the problem breaks its contract, or cannot be evaluated in this space at all.
+        ConfigError: the method cannot search it.
+    """
+    try:
+        check_search(problem, space, constants, method)
+    except RaybilevelError:
+        raise
+    except KeyError as error:
+        raise ProblemError(
+            f"space: {type(problem).__name__} reads the hyperparameter {error}, which is not there; give it a "
+            "domain or a constant"
+        ) from error
+    except Exception as error:  # whatever a problem's own code raises
+        raise ProblemError(
+            f"{type(problem).__name__} cannot be evaluated at the centre of the space: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_machine(config: ExperimentConfig, machine: Machine) -> None:
+    """Whether a machine can hold a training, and an upper-level step, at all.
+
+    Raises:
+        ConfigError: it cannot; a line for each that is too large.
+    """
+    if config.on_gpu and not machine.gpus:
+        raise ConfigError(
+            f"options.device: {config.options['device']!r}, and this machine has no GPU; join a cluster that has by "
+            "--address"
+        )
+    has = {"CPU": machine.cpus, "GPU": machine.gpus}
+    training, step = config.resources.of_training(config.on_gpu).bundles, config.resources.of_step(config.on_gpu)
+    mistakes = []
+    for key, what, bundles in (("lower", "a training", training), ("upper", "an upper-level step", (step,))):
+        for name, there in has.items():
+            asked = sum(bundle.get(name, 0.0) for bundle in bundles)
+            if asked > there:
+                mistakes.append(
+                    f"resources.{key}: {what} asks for {name}: {asked:g}, this machine has {there:g}; ask for less, or "
+                    "join a cluster by --address"
+                )
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))

@@ -1,0 +1,90 @@
+"""The `space` of a config <-> the hyperparameters that are searched and the constants around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raybilevel.errors import SpaceError
+from raybilevel.space import DOMAINS, Parameter, Space, nest
+
+Path = tuple[str, ...]
+
+EXAMPLE = "{loguniform: [1e-6, 1.0]}"
+LIKE_DOMAINS = ("(", "[", "tune.", *(f"{name}(" for name in DOMAINS))
+"""How a text begins that was meant as a domain."""
+
+
+def read_space(tree: Mapping[Any, Any]) -> tuple[tuple[Parameter, ...], dict[str, Any]]:
+    """The hyperparameters of a space in their order, and the nested constants around them.
+
+    Raises:
+        SpaceError: entries are wrong; a line for each, with its name.
+    """
+    parameters: list[Parameter] = []
+    constants: dict[Path, Any] = {}
+    mistakes: list[str] = []
+
+    def visit(path: Path, key: Any, entry: Any) -> None:
+        path = (*path, str(key))
+        try:
+            if not isinstance(key, str):
+                raise SpaceError(f"{'/'.join(path)}: the key {key!r} is no text; write it in quotes, '{key}'")
+            if is_domain("/".join(path), entry):
+                ((domain, arguments),) = entry.items()
+                parameters.append(Parameter.of(path, domain, arguments))
+            elif isinstance(entry, Mapping) and entry:
+                for inner_key, inner in entry.items():
+                    visit(path, inner_key, inner)
+            else:
+                check_constant("/".join(path), entry)
+                constants[path] = entry
+        except SpaceError as error:
+            mistakes.append(str(error))
+
+    for key, entry in tree.items():
+        visit((), key, entry)
+    if mistakes:
+        raise SpaceError("\n".join(mistakes))
+    return tuple(parameters), nest(constants)
+
+
+def write_space(space: Space) -> dict[str, Any]:
+    """A box as the `space` of a config."""
+    return nest({p.path: {p.domain: list(p.arguments)} for p in space.parameters})
+
+
+def is_domain(name: str, entry: Any) -> bool:
+    """Whether an entry is a domain, and not a group of entries or a constant.
+
+    Raises:
+        SpaceError: it is neither, but has something of a domain.
+    """
+    if not isinstance(entry, Mapping):
+        return False
+    known = [key for key in entry if key in DOMAINS]
+    only = next(iter(entry)) if len(entry) == 1 else None
+    if isinstance(only, str) and isinstance(entry[only], list):
+        if not known:
+            raise SpaceError(
+                f"{name}: unknown domain {only!r}; choose one of {', '.join(DOMAINS)}, or, where {only!r} is a "
+                f"hyperparameter, write {only}: {EXAMPLE}"
+            )
+        return True
+    if known:
+        wanted = f"{{{known[0]}: [{', '.join(DOMAINS[known[0]].arguments)}]}}"
+        raise SpaceError(f"{name}: expected {wanted} and nothing beside it, got {dict(entry)}")
+    return False
+
+
+def check_constant(name: str, entry: Any) -> None:
+    """A constant is a number, a text or the like, and nothing that was meant to be searched.
+
+    Raises:
+        SpaceError: it looks as if it were.
+    """
+    advice = f"to search between two numbers write {EXAMPLE} with your own, else make it an option of the problem"
+    if isinstance(entry, list):
+        raise SpaceError(f"{name}: {entry} is a list, and no domain; {advice}")
+    if isinstance(entry, str) and entry.lstrip().startswith(LIKE_DOMAINS):
+        raise SpaceError(f"{name}: {entry!r} is text, and no domain; {advice}")

@@ -1,0 +1,203 @@
+"""The folder of `raybilevel run`, finished or not, read as a record."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from raybilevel._config.experiment import ExperimentConfig, read_config
+from raybilevel._metrics import EPOCH, FINISHED, GPUS, STEP, UPPER_LOSS, problem_metrics
+from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE, TUNE_FOLDER
+from raybilevel._records.record import Observation, Record, Settings, TrialLog, box
+from raybilevel.errors import DataError, StateError
+from raybilevel.search_state import SearchState, Training
+from raybilevel.space import Space
+
+if TYPE_CHECKING:
+    from raybilevel.search._state_file import SavedSearch
+
+Lines = Sequence[Mapping[str, Any]]
+"""What a trial reported, one result an epoch."""
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / TUNE_FOLDER).is_dir() and (folder / CONFIG_FILE).is_file()
+
+
+def read_run(folder: Path) -> Record:
+    """A folder of `raybilevel run` as a record.
+
+    Raises:
+        DataError: it has no search state yet.
+        StateError: the search state cannot be read.
+    """
+    from raybilevel.search import _state_file as state_file  # takes the models' packages, seconds to import
+
+    states = sorted((folder / TUNE_FOLDER).glob("searcher-state-*.pkl"))
+    if not states:
+        raise DataError(f"{folder}: no search state in {TUNE_FOLDER}/ yet; Tune writes the first within seconds")
+    saved = state_file.read(states[-1])
+    return record_of(
+        read_config(folder / CONFIG_FILE),
+        saved,
+        state_file.ADAPTER.dump_python(saved, mode="json"),
+        trial_results(folder / TUNE_FOLDER),
+        read_json(folder / SUMMARY_FILE),
+    )
+
+
+def record_of(
+    config: ExperimentConfig,
+    saved: SavedSearch,
+    search: dict[str, Any],
+    results: Mapping[str, Lines],
+    summary: Mapping[str, Any],
+) -> Record:
+    """The record of a run.
+
+    search:  `saved` as plain values.
+    results: by trial.
+    summary: empty while the run is under way.
+    """
+    firsts = [lines[0] for lines in results.values()]
+    began = min((float(first["timestamp"]) - float(first["time_total_s"]) for first in firsts), default=0.0)
+    names = {index: trial for trial, index in saved.trials.items()}
+    space, best = Space(saved.parameters), saved.state.best
+    observations = tuple(observations_of(saved.state, space, names, results, began))
+    refit = (summary.get("best") or {}).get("test_loss_refit")
+    position = {training.index: number for number, training in enumerate(saved.state.told)}
+    return Record(
+        kind="run",
+        status="done" if summary else "running",
+        problem_name=config.problem,
+        method_name=config.search.method,
+        settings=Settings(
+            problem=config.problem,
+            options=config.options,
+            method=config.search.method,
+            method_settings=config.search.settings,
+            space=config.space,
+            resources=config.resources.model_dump(),
+            seed=config.search.seed,
+            budget=float(config.search.trainings),
+        ),
+        epochs_per_training=max((reached(lines[-1]) for lines in results.values()), default=1),
+        space=box(space),
+        versions=summary.get("versions", {}),
+        exhausted=bool(summary),
+        seconds=summary.get("wall_seconds", max((o.seconds for o in observations), default=0.0)),
+        observations=observations,
+        trials=tuple(trial_log(trial, lines, began, saved) for trial, lines in results.items()),
+        refits={} if refit is None or best is None else {position[best.index]: {"test_loss": refit}},
+        search=search,
+        verdict=summary.get("verdict"),
+        diagnostics=summary.get("diagnostics", {}),
+    )
+
+
+def observations_of(
+    state: SearchState, space: Space, names: Mapping[int, str], results: Mapping[str, Lines], began: float
+) -> Iterator[Observation]:
+    """The trainings of a search that have ended.
+
+    names:   trials by the index of their training. results: by trial. began: when the run did, as a Unix time.
+    """
+    best: tuple[int, float] | None = None
+    for number, (training, cost) in enumerate(zip(state.told, state.costs(), strict=True)):
+        done = training.status == "done"
+        if done and (best is None or training.upper_loss < best[1]):
+            best = (number, training.upper_loss)
+        trial = names.get(training.index, "")
+        lines = results.get(trial, ())
+        yield Observation(
+            trial=trial,
+            status=training.status if training.status in ("done", "stopped") else "failed",
+            unit=training.unit,
+            hyperparameters=config_of(space, training),
+            upper_loss=finite(training.upper_loss) if done else None,
+            lower_loss=finite(training.lower_loss) if done else None,
+            stopped_upper_loss=finite(training.upper_loss) if training.status == "stopped" else None,
+            metrics=problem_metrics(lines[-1]) if lines else {},
+            passes=training.passes,
+            extra_passes=sum(step.passes for step in state.steps if step.finished <= number),
+            # A training whose trial left no file has no time: it sorts by the order in which it ended.
+            seconds=float(lines[-1]["timestamp"]) - began if lines else float(training.finished),
+            incumbent=0 if best is None else best[0],
+            cost=cost,
+            spent=cost,
+        )
+
+
+def trial_log(trial: str, lines: Lines, began: float, saved: SavedSearch) -> TrialLog:
+    index, last = saved.trials.get(trial), lines[-1]
+    status = "unknown" if index is None else saved.state.trainings[index].status
+    return TrialLog(
+        trial=trial,
+        status="done" if last.get(FINISHED) else "running" if status == "pending" else status,
+        node=str(last.get("node_ip", "")),
+        pid=int(last.get("pid", 0)),
+        gpus=str(last.get(GPUS, "")),
+        seconds=tuple(float(line["timestamp"]) - began for line in lines),
+        took=tuple(float(line["time_this_iter_s"]) for line in lines),
+        epochs=tuple(reached(line) for line in lines),
+        upper_losses=tuple(finite(float(line[UPPER_LOSS])) for line in lines),
+    )
+
+
+def reached(line: Mapping[str, Any]) -> int:
+    """The epoch of a training, or the step of a descent."""
+    return int(line[EPOCH] if EPOCH in line else line.get(STEP, 1))
+
+
+def trial_results(folder: Path) -> dict[str, Lines]:
+    """What each trial reported, by Tune's JSON logger; a half-written last line is left out."""
+    found: dict[str, Lines] = {}
+    for path in sorted(folder.glob("*/result.json")):
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        if lines:
+            found[str(lines[0]["trial_id"])] = lines
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's content, nothing where there is no whole one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def search_of(record: Record) -> SavedSearch | None:
+    """The search of one of raybilevel's own methods, as its state file has it; None where a record has none.
+
+    Raises:
+        StateError: what is there is none.
+    """
+    if record.search is None:
+        return None
+    from raybilevel.search import _state_file as state_file  # takes the models' packages, seconds to import
+
+    try:
+        return state_file.ADAPTER.validate_python(record.search)
+    except ValueError as error:
+        raise StateError(f"{record.problem_name} {record.method_name}: not a search state: {error}") from error
+
+
+def config_of(space: Space, training: Training) -> dict[str, Any]:
+    """The hyperparameters of a training, nested."""
+    return space.to_config(torch.tensor(training.unit, dtype=torch.double))
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

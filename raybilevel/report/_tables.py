@@ -1,0 +1,58 @@
+"""Tables as words: as Markdown, as CSV, and on the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is printed: one list of words a row.
+
+    note: what a reader must know to read it.
+    """
+
+    name: str
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table_csv(table: Table) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(table.headers)
+    writer.writerows([cell.replace("**", "") for cell in row] for row in table.rows)
+    return out.getvalue()
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    parts = []
+    for table in tables:
+        parts.append(f"## {table.title}\n\n{markdown_table(table.headers, table.rows)}")
+        if table.note:
+            parts.append(table.note)
+    return "\n\n".join(parts) + "\n"
+
+
+def write_tables(tables: Sequence[Table], observations: pd.DataFrame, folder: Path) -> None:
+    """Each table as CSV, all of them as Markdown, and every observation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in tables:
+        (folder / f"{table.name}.csv").write_text(table_csv(table), encoding="utf-8")
+    (folder / "tables.md").write_text(markdown(tables), encoding="utf-8")
+    observations.to_csv(folder / "observations.csv", index=False)
