@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -60,7 +60,7 @@ class BilevelProblem(ABC):
     dtype: torch.dtype = torch.float32
     optimistic: bool = False
 
-    @property
+    @cached_property  # which, unlike a property, leaves it to a problem to set an attribute of this name
     def space(self) -> Space | None:
         """The problem's own box of hyperparameters, which comparisons search; None: the search space is the user's."""
         return None

@@ -9,13 +9,13 @@ import torch
 from ray.tune import result as tune_result
 from torch import nn
 
-from raybilevel._lower.levels import check_problem
 from raybilevel._lower.training import train
 from raybilevel._metrics import OF_TUNE, RESERVED, check_metrics, problem_metrics
 from raybilevel.errors import ProblemError
 from raybilevel.hypergradient._descent import BilevelDescent
 from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problems.ridge import Ridge
+from raybilevel.search import check_problem
 
 CONFIG = {"decay": {"g0": 1e-2, "g1": 1e-2}}
 

@@ -183,7 +183,7 @@ def test_the_reference_of_the_benchmark(problem: Counting, products: Products) -
     objective = Objective(problem, problem.space, 0, 5)
     with pytest.raises(Exception, match=r"^$"):
         lbfgsb_centre(objective, 0)
-    charged = sum(observed.passes + observed.extra for observed in objective.observed) + objective.charged
+    charged = sum(observed.passes for observed in objective.observed) + objective.charged
     assert charged == pytest.approx(problem.passes + products.count, rel=SAME)
     assert products.count > 0
 

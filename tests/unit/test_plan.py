@@ -110,4 +110,4 @@ def test_the_problem_is_made_and_checked_once(monkeypatch: pytest.MonkeyPatch) -
     checked: list[Any] = []
     monkeypatch.setattr(plans, "check_search", lambda *given: checked.append(given))
     plan = resolve(config())
-    assert checked == [(plan.problem, plan.space, plan.constants)]
+    assert checked == [(plan.problem, plan.space, plan.constants, plan.method)]

@@ -101,7 +101,7 @@ def test_the_incumbent_is_that_of_the_last_training_before() -> None:
     assert incumbent(full(), 1e9, "seconds") == 2
 
 
-ALGORITHM = ("_lower/training.py", "_metrics.py", "hypergradient/_krylov.py", "tune/_scheduler.py")
+ALGORITHM = ("_lower/training.py", "_metrics.py", "_linear/krylov.py", "tune/_scheduler.py")
 REST = ("problems/ridge.py", "report/_frames.py", "_command/progress.py", "_compare/ledger.py", "cli.py")
 
 
@@ -129,7 +129,7 @@ def changed(package: Path, name: str, before: str, after: str) -> bool:
 
 
 def test_the_digest_changes_with_the_algorithms_code(package: Path) -> None:
-    assert changed(package, "hypergradient/_krylov.py", "    return ", "    return 2 * ")
+    assert changed(package, "_linear/krylov.py", "    return ", "    return 2 * ")
     assert changed(package, "_lower/training.py", "self.epoch += 1", "self.epoch += 2")
     for name in ALGORITHM:
         assert changed(package, name, "from __future__ import annotations\n", "X = 1\n")
@@ -137,7 +137,7 @@ def test_the_digest_changes_with_the_algorithms_code(package: Path) -> None:
 
 def test_the_digest_does_not_change_with_words_or_with_other_code(package: Path) -> None:
     assert not changed(package, "_lower/training.py", "self.epoch += 1", "self.epoch += 1  # the next")
-    assert not changed(package, "hypergradient/_krylov.py", '"""', '"""In other words: ')
+    assert not changed(package, "_linear/krylov.py", '"""', '"""In other words: ')
     assert not changed(package, "_metrics.py", '"""What a descent along', '"""All that a descent along')
     for name in REST:
         assert not changed(package, name, "from __future__ import annotations\n", "X = 1\n")
