@@ -43,8 +43,10 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
         NotFiniteError: a loss is NaN or infinite at the start weights.
     """
     name = type(problem).__name__
-    if not isinstance(problem.epochs, int) or problem.epochs < 1:
-        raise ProblemError(f"{name}.epochs must be a whole number of at least 1, got {problem.epochs!r}")
+    for setting in ("epochs", "evaluate_every"):
+        number = getattr(problem, setting)
+        if not isinstance(number, int) or number < 1:
+            raise ProblemError(f"{name}.{setting} must be a whole number of at least 1, got {number!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = problem.model()

@@ -89,11 +89,12 @@ def test_frozen_parameters_are_no_parameters_to_train():
         check_problem(Broken(model=lambda: Ridge().model().requires_grad_(False)), Ridge().space)
 
 
-@pytest.mark.parametrize("epochs", [0, -1, 2.5, None])
-def test_epochs_are_a_whole_number(epochs: Any):
+@pytest.mark.parametrize("setting", ["epochs", "evaluate_every"])
+@pytest.mark.parametrize("number", [0, -1, 2.5, None])
+def test_epochs_are_a_whole_number(setting: str, number: Any):
     problem = Ridge()
-    problem.epochs = epochs
-    with pytest.raises(ProblemError, match="epochs must be a whole number"):
+    setattr(problem, setting, number)
+    with pytest.raises(ProblemError, match=f"{setting} must be a whole number"):
         check_problem(problem, problem.space)
 
 

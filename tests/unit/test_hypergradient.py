@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.linearisation import Differences
 from raybilevel._lower.variables import BoxVariables, ModuleVariables, weights_of
 from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.hypergradient import (
@@ -144,6 +145,18 @@ def test_products_are_those_of_dense_second_derivatives(example: Example) -> Non
         torch.testing.assert_close(linear.mixed(q), mixed @ q)
         torch.testing.assert_close(linear.mixed_transposed(r), mixed.T @ r)
         assert functions.passes == 3
+
+
+def test_products_by_differences_are_the_exact_ones_and_cost_a_gradient_each(example: Example) -> None:
+    functions, exact = example.functions(), example.functions().linearise(example.x, example.y)
+    differences = Differences(functions, example.x, example.y)
+    q, r = torch.arange(N, dtype=torch.double) - 3, torch.arange(P, dtype=torch.double) + 1
+    for cost, name, direction in ((1, "hessian", q), (2, "mixed", q), (1, "mixed_transposed", r)):
+        before, truth = functions.passes, getattr(exact, name)(direction)
+        found = getattr(differences, name)(direction)
+        assert functions.passes - before == cost
+        # a difference of 1e-8 of the point, and rounding of 1e-16 over that
+        assert float((found - truth).norm()) <= 1e-6 * float(truth.norm())
 
 
 def test_terms_that_are_linear_or_constant_are_only_added(example: Example) -> None:

@@ -82,6 +82,26 @@ def test_minres_ends_at_a_least_squares_solution_where_there_is_no_other(
         assert found.residual == pytest.approx(residual, rel=1e-3) and found.iterations < 200
 
 
+@pytest.mark.parametrize(("least", "negative"), [(1e-6, False), (-1e-2, True)])
+def test_minres_ends_where_the_curvature_along_the_residual_is_flat_or_negative(least: float, negative: bool) -> None:
+    """Against the residuals themselves: the one before the end is curved, the one at the end is not."""
+    values = torch.tensor([4.0, 3.0, 2.0, 1.0, least], dtype=torch.double)
+    given = LinearSystem(lambda v: values * v, torch.ones(5, dtype=torch.double), lambda v: v)
+    found, _ = MinimalResidual(1e-12, flat=1e-4).solve(given, None)
+    curvatures = []
+    for limit in range(found.iterations):
+        iterate, _ = MinimalResidual(1e-12, limit=limit).solve(given, None)
+        residual = given.right - values * iterate.solution
+        curvatures.append(float(residual @ (values * residual) / (residual @ residual)))
+    largest = max(abs(c) for c in curvatures)
+    assert all(c > 1e-4 * largest for c in curvatures[:-1]) and curvatures[-1] <= 1e-4 * largest
+    assert found.negative is negative is (curvatures[-1] < -1e-4 * largest)
+    # the iterate is the one before the step along that residual
+    torch.testing.assert_close(found.solution, iterate.solution)
+    whole, _ = MinimalResidual(1e-12).solve(given, None)
+    assert whole.iterations > found.iterations - 1 and not whole.negative
+
+
 def test_a_neumann_series_takes_its_rate_from_all_directions_and_says_if_it_diverges() -> None:
     values = torch.tensor([1.0, 1.0, 3.0], dtype=torch.double)
     right = torch.tensor([1.0, 1.0, 1e-7], dtype=torch.double)  # hardly any of the direction of 3

@@ -17,6 +17,7 @@ from raybilevel._lower import training as lower_level
 from raybilevel._lower.training import LowerLevelTraining, dump_checkpoint, load_checkpoint, refit, train
 from raybilevel.errors import CheckpointError, NotFiniteError, ProblemError
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level
+from raybilevel.tune._trainable import checkpoint_due
 from tests.problems_for_tests import Network, Ridge, vector
 
 X = vector(0.1, 2.0, 0.5)
@@ -261,6 +262,21 @@ def test_another_format_is_an_error(state: Any, found: str):
     torch.save(state, buffer)
     with pytest.raises(CheckpointError, match=f"has format {found}; this version reads 2"):
         load_checkpoint(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("evaluate_every", "checkpoint_every", "saved"),
+    [(1, 3, [3, 6, 9, 10]), (2, 3, [4, 6, 10]), (4, 1, [4, 8, 10]), (1, 20, [10]), (20, 1, [10])],
+)
+def test_a_checkpoint_is_due_at_the_next_report(evaluate_every: int, checkpoint_every: int, saved: list[int]):
+    problem = Ridge(epochs=10, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    problem.evaluate_every = evaluate_every
+    training, found = LowerLevelTraining(problem, problem.config(X)), [0]
+    while not training.finished:
+        training.run_epoch()
+        if training.reports and checkpoint_due(training, found[-1], checkpoint_every):
+            found.append(training.epoch)
+    assert found[1:] == saved
 
 
 # Refits.

@@ -135,6 +135,30 @@ def test_the_hypergradient_is_that_of_the_reduced_problem():
     assert found.gradient.tolist() == pytest.approx(reduced.tolist(), abs=1e-6 * reduced.norm().item())
 
 
+class Priced(Logistic):
+    """F has a price on the decays themselves, which does not depend on the weights."""
+
+    price = 0.1
+
+    def upper_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:  # type: ignore[override]
+        return super().upper_loss(model, batch) + self.price * self.decay(hyperparameters).sum()
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        weights = model.get_parameter("weight")[0]
+        return super().upper_loss(model, batch) + (self.decay(hyperparameters) * weights.square()).sum() / 2
+
+
+@pytest.mark.parametrize("estimate", [lagrangian_point, descend])
+def test_a_part_of_the_upper_level_that_is_of_x_alone_is_in_the_hypergradient(
+    estimate: Callable[..., LagrangianPoint],
+):
+    point = trained_point(Priced(rows=20), UNIT)
+    exact = implicit(Logistic(rows=20), point.y, UNIT)
+    price = torch.autograd.functional.jacobian(lambda unit: 0.1 * Logistic().values(unit).sum(), UNIT)
+    found = estimate(point, 1e-3, max_passes=1000, tolerance=1e-7).gradient
+    assert (found - exact - price).norm() < 1e-2 * exact.norm() < 0.1 * price.norm()
+
+
 def test_an_unfinished_training_has_the_hypergradient_of_the_tilted_problem():
     problem, point = Logistic(rows=20), unfinished()
     exact = implicit(problem, point.y, UNIT)  # a linear term has no second derivative
