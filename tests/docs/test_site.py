@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -55,3 +56,12 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
 def test_pages_made_from_the_code_show_it(site: Path, page: str, texts: tuple[str, ...]) -> None:
     text = (site / page / "index.html").read_text(encoding="utf-8")
     assert all(expected in text for expected in texts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/reference/api").glob("*.md")), ids=lambda page: page.stem)
+def test_pages_on_modules_have_every_public_name(site: Path, page: Path) -> None:
+    module = importlib.import_module("raybilevel" if page.stem == "raybilevel" else f"raybilevel.{page.stem}")
+    text = (site / "reference/api" / page.stem / "index.html").read_text(encoding="utf-8")
+    shown = re.sub(r"<[^>]+>", " ", text)
+    assert [name for name in module.__all__ if not re.search(rf"\b{name}\b", shown)] == []
