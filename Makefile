@@ -1,6 +1,7 @@
 # make run      sets everything up, then runs the main job    (CONFIG=, DATA=, OUT=, ARGS=)
 # make test     sets everything up, then runs the tests       (ARGS=)
 # make check    format, lint, import layers, types
+# make docs     builds the documents as a site in build/site
 # make compare  compares methods under one budget             (COMPARE=configs/compare/..., DATA=, OUT=, ARGS=)
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ PEERS := $(VENV)/peers
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster test-ray compare check format clean bench-algorithm bench-scale bench-recycling \
+.PHONY: setup run test test-all test-cluster test-ray compare check format docs clean bench-algorithm bench-scale bench-recycling \
 	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers
 
 setup: $(STAMP)
@@ -133,6 +134,10 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Warnings are errors. It needs no network. The variable silences a notice of the theme.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -31,19 +31,19 @@ class RaybilevelError(Exception):
 
 
 class ConfigError(RaybilevelError, ValueError):
-    """A config file or a setting is wrong."""
+    """A config file or a setting is wrong. The message names the file and the key."""
 
 
 class SpaceError(RaybilevelError, ValueError):
-    """A search space cannot be searched."""
+    """A search space cannot be searched. The message names the hyperparameter."""
 
 
 class ProblemError(RaybilevelError, ValueError):
-    """A `BilevelProblem` breaks its contract."""
+    """A `BilevelProblem` breaks its contract. The message names the method or the attribute."""
 
 
 class DataError(RaybilevelError, OSError):
-    """A data file is missing or damaged."""
+    """A data file is missing or damaged. The message names it."""
 
 
 class StorageError(RaybilevelError, OSError):
@@ -51,7 +51,7 @@ class StorageError(RaybilevelError, OSError):
 
 
 class StateError(RaybilevelError, ValueError):
-    """A saved search cannot be read."""
+    """A saved search cannot be read: it is damaged, of another version, or of another search."""
 
 
 class CheckpointError(RaybilevelError, ValueError):
@@ -59,8 +59,8 @@ class CheckpointError(RaybilevelError, ValueError):
 
 
 class StepError(RaybilevelError, RuntimeError):
-    """An upper-level step raised something, in another process; with its traceback as text, as not every exception
-    survives the way back."""
+    """An upper-level step raised something in another process. The message has its traceback as text, since not every
+    exception can be sent back."""
 
 
 class NotFiniteError(RaybilevelError, ArithmeticError):

@@ -30,8 +30,11 @@ __all__ = [
 ]
 
 Level = Literal["lower", "upper"]
+"""Which data: "lower" for training, "upper" for validation."""
 Batch = Any
+"""A tensor, or tuples, lists and dicts of tensors, nested."""
 Hyperparameters = Mapping[str, Any]
+"""Tensors of shape (), named and nested as the search space. Values that are no floats are as in the trial's config."""
 
 
 class BilevelProblem(ABC):
@@ -39,19 +42,19 @@ class BilevelProblem(ABC):
 
         min_{x, y} F(x, y)   subject to   y in argmin_y' f(x, y')
 
-    F, the upper level, is the mean of `upper_loss` over the upper batches (validation data); f, the lower
-    level, is the mean of `lower_loss` over the lower batches (training data), regularisers included. Means
-    are weighted by `batch_size`. During a training the model is in `train()` mode; F, f and their gradients
-    are taken in `eval()` mode. Trainings in one process share the problem, which reaches each process once: keep
-    nothing of a training in it.
+    F, the upper level, is the mean of `upper_loss` over the upper batches, the validation data. f, the lower level, is
+    the mean of `lower_loss` over the lower batches, the training data, regularisers included. Means are weighted by
+    `batch_size`. During a training run the model is in `train()` mode. F, f and their gradients are taken in `eval()`
+    mode. Training runs in one process share the problem, which reaches each process once. Keep nothing of a training
+    run in it.
 
-    epochs: passes over the lower batches in one training.
-    evaluate_every: epochs between looks at F, f and `evaluate`, each of which takes a pass over the data without
-        gradients; a training reports, and may be stopped or saved, after these epochs and the last.
-    device, dtype: where and in which precision a training runs; batches are moved and cast to them.
-    optimistic: where many y minimise f, take the one with the lowest F, as the problem above says, and not the one that
-        the training happens to reach. Each training then goes on from there, at up to twice the cost, and its weights
-        have seen the upper level's data: judge them by other data.
+    epochs: passes over the lower batches in one training run.
+    evaluate_every: epochs between evaluations of F, f and `evaluate`, each a pass over the data without gradients.
+        A training run reports, and may be stopped or saved, after these epochs and the last.
+    device, dtype: where and in which precision a training run computes. Batches are moved and cast to them.
+    optimistic: if many y minimise f, take the one with the lowest F, as the problem above says, and not the one that
+        the training run happens to reach. Each training run then continues, at up to twice the cost. Its weights have
+        seen the upper level's data, so judge them by other data.
     """
 
     epochs: int = 50
@@ -71,30 +74,34 @@ class BilevelProblem(ABC):
 
     @abstractmethod
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
-        """f on one batch, shape (). Floats in the trial's config arrive as 0-dimensional tensors under their
-        names, nested as the space is; differentiable in them and in the model's parameters."""
+        """f on one batch, shape (), differentiable in the hyperparameters and in the model's parameters.
+
+        hyperparameters: floats in the trial's config as tensors of shape (), named and nested as the space is.
+        """
 
     @abstractmethod
     def upper_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """F on one batch, shape (). Define it as `upper_loss(self, model, batch)`, or, where F depends on x itself and
-        not through the weights only, as `upper_loss(self, model, hyperparameters, batch)`."""
+        """F on one batch, shape (). Define it as `upper_loss(self, model, batch)`. If F depends on x itself, and not
+        through the weights only, define it as `upper_loss(self, model, hyperparameters, batch)`."""
 
     @abstractmethod
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterable[Batch]:
-        """One pass over a level's data, shuffled by the generator where there is one, else in a fixed order."""
+        """One pass over a level's data: shuffled by the generator if there is one, in a fixed order if it is None."""
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """What trains y. Any torch optimizer; it is stepped with a closure, so L-BFGS works too."""
+        """What trains y: any torch optimizer. It is stepped with a closure, so L-BFGS works too. By default it is SGD
+        with a rate of 0.1 and Nesterov momentum of 0.9."""
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
 
     def evaluate(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Further metrics of a trained model, e.g. {"test_loss": ...}; reported with every epoch. Define it as
-        `evaluate(self, model)`, or as `evaluate(self, model, hyperparameters)`. Names that raybilevel or Ray Tune
-        reports itself, e.g. "upper_loss" or "training_iteration", are refused."""
+        """Further metrics of a model, e.g. {"test_loss": ...}, reported with every epoch. Define it as
+        `evaluate(self, model)` or as `evaluate(self, model, hyperparameters)`. The model is in `eval()` mode.
+
+        Names that raybilevel or Ray Tune reports itself, e.g. "upper_loss" or "training_iteration", are refused."""
         return {}
 
     def refit_batches(self, generator: torch.Generator | None) -> Iterable[Batch] | None:
-        """One pass over training plus validation data, for the final refit; None where a refit makes no sense."""
+        """One pass over training plus validation data, for the final refit. None if a refit makes no sense."""
         return None
 
     def batch_size(self, batch: Batch) -> int:

@@ -47,8 +47,13 @@ class Parameter:
     """One continuous hyperparameter, searched between `low` and `high`.
 
     path: where it stands in the (nested) config, e.g. ("weight_decay", "fc1").
+    low, high: its bounds, both included, in its own unit.
     log:  searched on a logarithmic scale.
-    step: suggestions are multiples of it (Tune's `q`); None for any value.
+    step: suggestions are multiples of it (Tune's `q`). None allows any value.
+
+    Raises:
+        SpaceError: the bounds are not finite or not in order, a logarithmic scale reaches 0, or no multiple of the step
+            lies within the bounds.
     """
 
     path: tuple[str, ...]
@@ -143,7 +148,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Space:
-    """The box X of the upper level, one `Parameter` a coordinate, d of them."""
+    """The box X of the upper level: d coordinates, one `Parameter` each.
+
+    Raises:
+        SpaceError: there is no parameter, or two have the same name.
+    """
 
     parameters: tuple[Parameter, ...]
 
@@ -159,6 +168,7 @@ class Space:
 
     @property
     def dimension(self) -> int:
+        """d, the number of hyperparameters."""
         return len(self.parameters)
 
     @property
@@ -171,6 +181,7 @@ class Space:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Flat names, in the order of the coordinates."""
         return tuple(parameter.name for parameter in self.parameters)
 
     def decode(self, unit: Tensor) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class Budget(Checked):
 class ProblemEntry(Checked):
     """A problem as in a config of `raybilevel run`; in the file also `config`, the path of one.
 
+    problem: one of `raybilevel problems`.
+    options: arguments of its constructor, and `device`.
     space:  by default the problem's own box.
     budget, seeds, methods: instead of the comparison's.
     """
@@ -66,7 +68,12 @@ class ProblemEntry(Checked):
 
 
 class MethodEntry(Checked):
-    """A method, with settings of its searcher and of its scheduler other than their defaults."""
+    """A method, with settings of its searcher and of its scheduler other than their defaults.
+
+    method:    its name, e.g. "raybilevel", "optuna" or "optuna+asha".
+    searcher:  settings of the searcher, or of raybilevel's method.
+    scheduler: settings of the scheduler.
+    """
 
     method: str
     searcher: dict[str, Any] = Field(default_factory=dict)
@@ -84,6 +91,7 @@ class MethodEntry(Checked):
 class CompareConfig(Checked):
     """A comparison.
 
+    seeds:     how many runs each method has on each problem; their seeds are 0, 1, and so on.
     methods:   names, or entries by a name of your own.
     marks:     costs at which tables report, in the unit of the budget; by default half of it and all of it.
     resources: of a training and of an upper-level step, as in a config of `raybilevel run`.

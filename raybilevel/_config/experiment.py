@@ -23,6 +23,8 @@ class SearchConfig(Checked):
     trainings:      lower-level trainings, the budget; with method "hypergradient" descents, each from its own start.
     method:         "auto": "hypergradient" where x is a module or has more than 100 hyperparameters, else "default".
     settings:       of the method, other than its defaults.
+    seed:           of initial weights, the order of batches and everything that the search draws.
+    points_to_evaluate: hyperparameters to train first, nested as the space is.
     max_concurrent: trainings and upper-level steps at once; by default as many trainings as fit into the cluster, but
         no more than 16, or a quarter of all where that is more.
     epoch_time_limit, step_time_limit: seconds after which an epoch of a training, or an upper-level step, is treated as
@@ -44,7 +46,8 @@ class SearchConfig(Checked):
 class ExperimentConfig(Checked):
     """A config file.
 
-    problem: one of `raybilevel problems`; options: of its constructor.
+    problem: one of `raybilevel problems`.
+    options: arguments of its constructor, and `device`.
     space:   nested; a domain is {loguniform: [low, high]}, {quniform: [low, high, step]} and so on, the rest constants.
         Without a domain the upper level is the problem's `upper_variables`.
     """

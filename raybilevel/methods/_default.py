@@ -43,7 +43,7 @@ than a step needs, and slots wait for it."""
 
 @dataclass(frozen=True)
 class Default(Method):
-    """Trust regions on a model of F with hypergradients; see docs/method.md for the equations and the ablations.
+    """Trust regions on a model of F with hypergradients; docs/explanation/method.md has the equations.
 
     start_points:  size of the start design, if there are not more slots.
     decrease:      how far below the trained F a descent may end, relative to |F|; decides the multiplier.

@@ -87,7 +87,7 @@ def write(folder: str | Path) -> Path:
     """`report.html` in the folder, `figures/` (SVG, PNG, CSV) and `tables/` (CSV, Markdown); the page's path.
 
     Raises:
-        As `load`.
+        DataError, RaybilevelError, ConfigError: as `load`.
     """
     from raybilevel.report._static import write_figures
 

@@ -170,7 +170,7 @@ def test_images_are_averaged() -> None:
 
 @pytest.mark.slow
 def test_a_descent_beats_random_architectures_on_digits() -> None:
-    """Of the mean of a few; the best of many random ones is as good (docs/hypergradient.md)."""
+    """Of the mean of a few; the best of many random ones is as good (docs/explanation/families.md)."""
     config = read_config(Path(__file__).parents[2] / "configs" / "architecture.yaml")
     problem = Architecture()
     descent = BilevelDescent(problem, {"start": 0.0}, HypergradientDescent(**config.search.settings))

@@ -309,6 +309,6 @@ def test_documents_state_the_tested_versions() -> None:
     (versions,) = {change.versions for change in (*CHANGES, IDLE_ACTORS)}
     (default,) = re.findall(r"^VERSIONS \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert tuple(default.split()) == versions
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"| {version} |" in readme for version in versions)
+    limits = (ROOT / "docs" / "explanation" / "limits.md").read_text()
+    assert all(f"| {version} |" in limits for version in versions)
     assert f"ray=={versions[-1]}\n" in (ROOT / "constraints.txt").read_text()

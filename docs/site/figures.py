@@ -1,4 +1,4 @@
-"""Draw docs/run.svg from a run's summary: python docs/figures.py RUN_FOLDER [OUTPUT.svg]."""
+"""Draw docs/images/run.svg from a run's summary: python docs/site/figures.py RUN_FOLDER [OUTPUT.svg]."""
 
 import json
 import sys
@@ -33,5 +33,5 @@ def draw(summary: dict, output: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent / "run.svg"
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parents[1] / "images/run.svg"
     draw(json.loads((folder / "summary.json").read_text(encoding="utf-8")), target)

@@ -1,0 +1,57 @@
+"""A run from the command line, as the pages on its report and its summary describe it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.docs.pages import ROOT, run
+
+PAGE = ROOT / "docs/reference/summary.md"
+SECTIONS = {"The whole": None, "best": "best", "diagnostics": "diagnostics", "history": "history"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a page that speaks of runs/digits finds it."""
+    found = tmp_path_factory.mktemp("run")
+    command = [
+        *(sys.executable, "-m", "raybilevel", "run", str(ROOT / "configs/digits.yaml"), "--out", "runs/digits"),
+        *("--set", "search.trainings=5", "--set", "options.epochs=3"),
+    ]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=found, env=environment, check=True, capture_output=True, timeout=300)
+    return found
+
+
+def documented(section: str) -> set[str]:
+    text = PAGE.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]*) \|", text, flags=re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+def keys(value: Any) -> set[str]:
+    entries: Iterable[dict[str, Any]] = value if isinstance(value, list) else [value]
+    return {key for entry in entries for key in entry}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_page_on_the_summary_names_every_key(folder: Path, section: str) -> None:
+    summary = json.loads((folder / "runs/digits/summary.json").read_text(encoding="utf-8"))
+    name = SECTIONS[section]
+    assert documented(section) == keys(summary if name is None else summary[name])
+
+
+@pytest.mark.slow
+def test_the_page_on_the_report_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    run(ROOT / "docs/tutorials/report.md")
