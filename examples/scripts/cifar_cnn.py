@@ -64,11 +64,16 @@ def augmented(x, generator):
     return pad(x, (1, 1, 1, 1)).roll((across, down), (2, 3))[:, :, 1:-1, 1:-1]
 
 
-def evaluate(model, x, y):
+def evaluate(model, data):
     model.eval()
-    with torch.no_grad():
-        logits = model(x)
-    return cross_entropy(logits, y).item(), (logits.argmax(1) == y).float().mean().item()
+    metrics = {}
+    for name in ("val", "test"):
+        x, y = data[name]
+        with torch.no_grad():
+            logits = model(x)
+        metrics[f"{name}_loss"] = cross_entropy(logits, y).item()
+        metrics[f"{name}_accuracy"] = (logits.argmax(1) == y).float().mean().item()
+    return metrics
 
 
 def trainable(config):
@@ -91,20 +96,10 @@ def trainable(config):
             optimizer.zero_grad()
             training_loss(model, config, (augmented(x, generator), y)).backward()
             optimizer.step()
-        val_loss, val_accuracy = evaluate(model, *data["val"])
-        test_loss, test_accuracy = evaluate(model, *data["test"])
         with tempfile.TemporaryDirectory() as folder:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
             torch.save(state, Path(folder) / "state.pt")
-            tune.report(
-                {
-                    "val_loss": val_loss,
-                    "val_accuracy": val_accuracy,
-                    "test_loss": test_loss,
-                    "test_accuracy": test_accuracy,
-                },
-                checkpoint=tune.Checkpoint.from_directory(folder),
-            )
+            tune.report(evaluate(model, data), checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 def main(searcher="random", num_samples=20, seed=0, data=None):

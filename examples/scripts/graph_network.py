@@ -2,13 +2,11 @@
 
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from ray import tune
-from scipy.sparse import csr_array
+from sample_data import communities, cora
 from search_algorithms import command_line, search_algorithm
 from torch import nn
 
@@ -28,31 +26,7 @@ PATIENCE = 20  # epochs
 
 @lru_cache
 def load_data(folder=None):
-    """Node features x, edges (2, m) in both directions, labels y and the nodes to train, validate and test on."""
     return cora(folder) if folder else communities()
-
-
-def cora(folder):
-    with np.load(Path(folder) / "planetoid" / "cora.npz") as file:
-        words = csr_array((file["x_data"], file["x_indices"], file["x_indptr"]), shape=file["x_shape"])
-        x = torch.tensor(words.toarray())
-        edges, y = torch.tensor(file["edges"]).long().T, torch.tensor(file["labels"]).long()
-        nodes = {name: torch.tensor(file[f"{name}_idx"]).long() for name in ("train", "val", "test")}
-    return {"x": x / x.sum(1, keepdim=True), "edges": torch.cat([edges, edges.flip(0)], 1), "y": y, **nodes}
-
-
-def communities(nodes=600, classes=4, features=32):
-    """A stochastic block model: five neighbours of a node's own class, three of others, features in much noise."""
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(nodes) % classes
-    same = y[:, None] == y
-    probability = torch.where(same, 5 * classes / nodes, 3 * classes / (classes - 1) / nodes)
-    upper = torch.rand(nodes, nodes, generator=generator).lt(probability).triu(1)
-    centres = torch.randn(classes, features, generator=generator)
-    x = 0.4 * centres[y] + torch.randn(nodes, features, generator=generator)
-    order = torch.randperm(nodes, generator=generator)
-    train, val, test = order.tensor_split([60, 260])
-    return {"x": x, "edges": (upper | upper.T).nonzero().T, "y": y, "train": train, "val": val, "test": test}
 
 
 class Convolution(nn.Module):

@@ -73,11 +73,16 @@ def train(model, config, data, optimizer, epoch):
         optimizer.step()
 
 
-def test(model, x, y):
+def test(model, data):
     model.eval()
-    with torch.no_grad():
-        output = model(x)
-    return F.nll_loss(output, y).item(), (output.argmax(1) == y).float().mean().item()
+    metrics = {}
+    for name in ("val", "test"):
+        x, y = data[name]
+        with torch.no_grad():
+            logits = model(x)
+        metrics[f"{name}_loss"] = F.nll_loss(logits, y).item()
+        metrics[f"{name}_accuracy"] = (logits.argmax(1) == y).float().mean().item()
+    return metrics
 
 
 def trainable(config):
@@ -88,16 +93,7 @@ def trainable(config):
     for epoch in range(1, config["epochs"] + 1):
         train(model, config, data, optimizer, epoch)
         scheduler.step()
-        val_loss, val_accuracy = test(model, *data["val"])
-        test_loss, test_accuracy = test(model, *data["test"])
-        tune.report(
-            {
-                "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
-            }
-        )
+        tune.report(test(model, data))
 
 
 def main(searcher="random", num_samples=20, seed=0, data=None):

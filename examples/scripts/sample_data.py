@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from sklearn.datasets import load_digits
 
 MNIST_HEADERS = {"images-idx3": 16, "labels-idx1": 8}  # bytes
@@ -43,6 +44,30 @@ def cifar10(folder, train=1000, val=1000):
     with np.load(Path(folder) / "cifar10" / "cifar10_train_first4000_lossless.npz") as file:
         x, y = (torch.tensor(file[name]) for name in ("x", "y"))
     return split(standardised(x.permute(0, 3, 1, 2)), y.long(), train, val)
+
+
+def cora(folder):
+    """Citations among papers: words x, topics y, edges (2, m) in both directions, and the nodes of each part."""
+    with np.load(Path(folder) / "planetoid" / "cora.npz") as file:
+        words = csr_array((file["x_data"], file["x_indices"], file["x_indptr"]), shape=file["x_shape"])
+        x = torch.tensor(words.toarray())
+        edges, y = torch.tensor(file["edges"]).long().T, torch.tensor(file["labels"]).long()
+        nodes = {name: torch.tensor(file[f"{name}_idx"]).long() for name in ("train", "val", "test")}
+    return {"x": x / x.sum(1, keepdim=True), "edges": torch.cat([edges, edges.flip(0)], 1), "y": y, **nodes}
+
+
+def communities(nodes=600, classes=4, features=32):
+    """A stochastic block model: five neighbours of a node's own class, three of others, features in much noise."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(nodes) % classes
+    same = y[:, None] == y
+    probability = torch.where(same, 5 * classes / nodes, 3 * classes / (classes - 1) / nodes)
+    upper = torch.rand(nodes, nodes, generator=generator).lt(probability).triu(1)
+    centres = torch.randn(classes, features, generator=generator)
+    x = 0.4 * centres[y] + torch.randn(nodes, features, generator=generator)
+    order = torch.randperm(nodes, generator=generator)
+    train, val, test = order.tensor_split([60, 260])
+    return {"x": x, "edges": (upper | upper.T).nonzero().T, "y": y, "train": train, "val": val, "test": test}
 
 
 def standardised(images):

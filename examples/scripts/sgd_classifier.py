@@ -46,10 +46,15 @@ def build_model(config):
     )
 
 
-def evaluate(model, x, y):
+def evaluate(model, data):
     """Log loss and accuracy, each the mean of those of the two classes."""
-    weights = compute_sample_weight("balanced", y)
-    return log_loss(y, model.predict_proba(x), sample_weight=weights), balanced_accuracy_score(y, model.predict(x))
+    metrics = {}
+    for name in ("val", "test"):
+        x, y = data[name]
+        weights = compute_sample_weight("balanced", y)
+        metrics[f"{name}_loss"] = log_loss(y, model.predict_proba(x), sample_weight=weights)
+        metrics[f"{name}_accuracy"] = balanced_accuracy_score(y, model.predict(x))
+    return metrics
 
 
 def trainable(config):
@@ -61,16 +66,7 @@ def trainable(config):
         rows = rng.permutation(len(x))
         model.partial_fit(x[rows], y[rows], classes=[0, 1])
         if epoch % 5 == 0 or epoch == config["epochs"]:
-            val_loss, val_accuracy = evaluate(model, *data["val"])
-            test_loss, test_accuracy = evaluate(model, *data["test"])
-            tune.report(
-                {
-                    "val_loss": val_loss,
-                    "val_accuracy": val_accuracy,
-                    "test_loss": test_loss,
-                    "test_accuracy": test_accuracy,
-                }
-            )
+            tune.report(evaluate(model, data))
 
 
 def main(searcher="random", num_samples=20, seed=0):

@@ -92,11 +92,16 @@ def training_loss(model, config, batch):
     return cross_entropy(model(x), y, label_smoothing=config["smoothing"])
 
 
-def validate(model, x, y):
+def validate(model, data):
     model.eval()
-    with torch.no_grad():
-        logits = model(x)
-    return cross_entropy(logits, y).item(), (logits.argmax(1) == y).float().mean().item()
+    metrics = {}
+    for name in ("val", "test"):
+        x, y = data[name]
+        with torch.no_grad():
+            logits = model(x)
+        metrics[f"{name}_loss"] = cross_entropy(logits, y).item()
+        metrics[f"{name}_accuracy"] = (logits.argmax(1) == y).float().mean().item()
+    return metrics
 
 
 def trainable(config):
@@ -111,16 +116,7 @@ def trainable(config):
             training_loss(model, config, (erased(x, config["reprob"]), y)).backward()
             optimizer.step()
         scheduler.step()
-        val_loss, val_accuracy = validate(model, *data["val"])
-        test_loss, test_accuracy = validate(model, *data["test"])
-        tune.report(
-            {
-                "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
-            }
-        )
+        tune.report(validate(model, data))
 
 
 def main(searcher="random", num_samples=20, seed=0, data=None):

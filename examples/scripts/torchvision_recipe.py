@@ -70,11 +70,16 @@ def training_loss(model, config, batch, labels):
     return cross_entropy(model(x), y, weight, label_smoothing=config["label_smoothing"], reduction="sum") / len(y)
 
 
-def evaluate(model, x, y):
+def evaluate(model, data):
     model.eval()
-    with torch.inference_mode():
-        logits = model(x)
-    return cross_entropy(logits, y).item(), (logits.argmax(1) == y).float().mean().item()
+    metrics = {}
+    for name in ("val", "test"):
+        x, y = data[name]
+        with torch.no_grad():
+            logits = model(x)
+        metrics[f"{name}_loss"] = cross_entropy(logits, y).item()
+        metrics[f"{name}_accuracy"] = (logits.argmax(1) == y).float().mean().item()
+    return metrics
 
 
 def trainable(config):
@@ -98,16 +103,7 @@ def trainable(config):
                 optimizer.step()
                 optimizer.zero_grad()
                 scheduler.step()
-        val_loss, val_accuracy = evaluate(model, *data["val"])
-        test_loss, test_accuracy = evaluate(model, *data["test"])
-        tune.report(
-            {
-                "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
-            }
-        )
+        tune.report(evaluate(model, data))
 
 
 def main(searcher="random", num_samples=20, seed=0, data=None):
