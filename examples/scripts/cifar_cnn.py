@@ -15,7 +15,7 @@ SPACE = {
     "channels": tune.choice([4, 8, 16]),
     "l1": tune.choice([16, 32, 64, 128]),
     "l2": tune.choice([16, 32, 64, 128]),
-    "lr": tune.loguniform(3e-3, 3e-1),
+    "lr": tune.loguniform(1e-2, 3e-1),
     "momentum": tune.uniform(0.6, 0.95),
     "batch_size": tune.choice([16, 32, 64]),
     "weight_decay": tune.loguniform(1e-6, 3e-2),
