@@ -1,7 +1,6 @@
 """A small GPT on the characters of ten sonnets: AdamW without decay of norms and biases, warm-up, cosine schedule."""
 
 import math
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -28,7 +27,6 @@ SPACE = {
 }
 
 
-@lru_cache
 def load_data():
     """Codes of characters: six sonnets to train on, two to validate, two to test; and the number of characters."""
     text = TEXT.read_text()

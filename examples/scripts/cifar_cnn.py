@@ -1,7 +1,6 @@
 """A small convolutional network, after Ray's CIFAR tutorial: checkpoints, a loop over epochs, a report after each."""
 
 import tempfile
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -25,7 +24,6 @@ SPACE = {
 }
 
 
-@lru_cache
 def load_data(folder=None):
     return cifar10(folder) if folder else digits()
 
@@ -113,7 +111,7 @@ def main(searcher="random", num_samples=20, seed=0, data=None):
             num_samples=num_samples,
             reuse_actors=True,
         ),
-        run_config=tune.RunConfig(verbose=1, checkpoint_config=tune.CheckpointConfig(num_to_keep=1)),
+        run_config=tune.RunConfig(verbose=1),
     ).fit()
 
 

@@ -1,6 +1,5 @@
 """A graph convolutional or attention network that labels nodes, full batch, in the style of PyTorch Geometric."""
 
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -24,7 +23,6 @@ SPACE = {
 PATIENCE = 20  # epochs
 
 
-@lru_cache
 def load_data(folder=None):
     return cora(folder) if folder else communities()
 

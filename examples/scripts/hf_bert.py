@@ -2,7 +2,6 @@
 
 import random
 import tempfile
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -69,7 +68,6 @@ def dataset(rows, noise, rng):
     return examples
 
 
-@lru_cache
 def load_data():
     rng = random.Random(0)
     return {"train": dataset(800, 0.1, rng), "val": dataset(500, 0.0, rng), "test": dataset(1000, 0.0, rng)}

@@ -2,7 +2,6 @@
 
 import logging
 import warnings
-from functools import lru_cache
 
 import lightning
 import torch
@@ -29,7 +28,6 @@ SPACE = {
 }
 
 
-@lru_cache
 def load_data():
     return digits(train=300)
 

@@ -1,7 +1,5 @@
 """PyTorch's MNIST example: two convolutions, two dropouts, Adadelta, a learning rate that falls in steps."""
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from ray import tune
@@ -23,7 +21,6 @@ SPACE = {
 }
 
 
-@lru_cache
 def load_data(folder=None):
     return mnist(folder) if folder else digits(train=300, val=500)
 

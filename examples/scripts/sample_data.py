@@ -1,9 +1,11 @@
 """The data of the scripts, as tensors, split into training, validation and test data.
 
 Folders hold files as their publishers gave them: MNIST's four `.gz` files, and arrays of CIFAR-10 and Cora as `.npz`.
+Each process reads a data set once. The cache is here, since a cached function of a script cannot be sent to workers.
 """
 
 import gzip
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,14 @@ def split(x, y, train, val, seed=0):
     return {name: (x[rows], y[rows]) for name, rows in parts}
 
 
+@lru_cache
 def digits(train=500, val=500):
     """scikit-learn's 1797 digits: images of shape (n, 1, 8, 8), standardised, and labels."""
     x, y = load_digits(return_X_y=True)
     return split(standardised(torch.tensor(x).view(-1, 1, 8, 8)), torch.tensor(y), train, val)
 
 
+@lru_cache
 def mnist(folder, train=1000, val=1000, test=2000):
     """The first of MNIST's 60,000 training images, shape (n, 1, 28, 28)."""
 
@@ -39,6 +43,7 @@ def mnist(folder, train=1000, val=1000, test=2000):
     return split(standardised(images), labels.long(), train, val)
 
 
+@lru_cache
 def cifar10(folder, train=1000, val=1000):
     """The first 4000 of CIFAR-10's training images, shape (n, 3, 32, 32)."""
     with np.load(Path(folder) / "cifar10" / "cifar10_train_first4000_lossless.npz") as file:
@@ -46,6 +51,7 @@ def cifar10(folder, train=1000, val=1000):
     return split(standardised(x.permute(0, 3, 1, 2)), y.long(), train, val)
 
 
+@lru_cache
 def cora(folder):
     """Citations among papers: words x, topics y, edges (2, m) in both directions, and the nodes of each part."""
     with np.load(Path(folder) / "planetoid" / "cora.npz") as file:

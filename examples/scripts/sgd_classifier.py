@@ -1,7 +1,5 @@
 """scikit-learn's SGDClassifier, trained by partial_fit: is a digit an 8? Both answers count the same."""
 
-from functools import lru_cache
-
 import numpy as np
 from ray import tune
 from sample_data import digits
@@ -23,7 +21,6 @@ SPACE = {
 }
 
 
-@lru_cache
 def load_data():
     return {
         name: (x.flatten(1).numpy().astype(np.float64), (y == 8).long().numpy())

@@ -1,7 +1,6 @@
 """A tabular regression by an MLP with mixup, an exponential moving average of the weights and early stopping."""
 
 import copy
-from functools import lru_cache
 
 import torch
 from ray import tune
@@ -27,7 +26,6 @@ SPACE = {
 PATIENCE = 10  # epochs
 
 
-@lru_cache
 def load_data(rows=3000, features=8):
     """Prices of houses that never were: eight features, of which five matter; a tenth of the prices are wildly wrong.
 

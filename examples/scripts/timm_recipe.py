@@ -1,7 +1,6 @@
 """A small residual network by timm's recipe: AdamW, warm-up and cosine, stochastic depth, random erasing."""
 
 import math
-from functools import lru_cache
 
 import torch
 from ray import tune
@@ -26,7 +25,6 @@ SPACE = {
 }
 
 
-@lru_cache
 def load_data(folder=None):
     return cifar10(folder) if folder else digits(train=300)
 

@@ -3,8 +3,6 @@
 The classes are unequally frequent in the training data, and equally in the rest.
 """
 
-from functools import lru_cache
-
 import torch
 from ray import tune
 from sample_data import cifar10, digits, shuffled_batches
@@ -28,7 +26,6 @@ SPACE = {
 }
 
 
-@lru_cache
 def load_data(folder=None):
     data = cifar10(folder) if folder else digits(train=800)
     x, y = data["train"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.search.sample import Domain
 from ray.tune.search.variant_generator import generate_variants
 from ray.tune.utils import flatten_dict
@@ -82,6 +82,18 @@ def test_an_unknown_searcher_is_refused() -> None:
     pytest.importorskip("optuna", reason="optuna is not installed")
     with pytest.raises(ValueError, match="unknown searcher 'tpe'; choose one of random, optuna-tpe, optuna-gp"):
         importlib.import_module("search_algorithms").search_algorithm("tpe")
+
+
+@pytest.mark.usefixtures("folder_on_path")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_trainable_can_be_sent_to_workers(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # There the module is not `__main__`: what is pickled by its name only, such as a cached function, is not found.
+    module = imported(script)
+    cloudpickle.register_pickle_by_value(module)
+    sent = cloudpickle.dumps(module.trainable)
+    monkeypatch.setitem(sys.modules, script, ModuleType(script))
+    cloudpickle.unregister_pickle_by_value(module)
+    assert cloudpickle.loads(sent).__name__ == "trainable"
 
 
 @pytest.mark.usefixtures("folder_on_path")
