@@ -24,7 +24,7 @@ PEERS := $(VENV)/peers
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster test-ray compare check format docs clean bench-algorithm bench-scale bench-recycling \
+.PHONY: setup run test test-all test-cluster test-ray compare check format docs clean bench-algorithm bench-scale bench-recycling bench-scripts \
 	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers
 
 setup: $(STAMP)
@@ -124,6 +124,12 @@ bench-graph: $(STAMP)
 # With DATA: ARGS="--config configs/architecture_cifar.yaml".
 bench-architecture: $(STAMP)
 	$(BIN)/python -m benchmarks.architecture $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
+
+# The scripts of examples/scripts with several searchers, at an equal number of trials: records and a table; resumable.
+bench-scripts: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
+		--editable ".[bench,lightning,transformers]"
+	$(BIN)/python -m benchmarks.scripts --out "$(OUT)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = (
     "raybilevel",
     "raybilevel.errors",
+    "raybilevel.functional",
     "raybilevel.hypergradient",
     "raybilevel.methods",
     "raybilevel.problem",

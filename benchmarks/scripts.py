@@ -1,0 +1,192 @@
+"""The scripts of examples/scripts with several searchers: make bench-scripts OUT=DIR.
+
+    python -m benchmarks.scripts --out DIR [--scripts NAME ...] [--searchers NAME ...] [--trials N] [--seeds N]
+
+Every searcher has the same number of trials, on a local Ray. OUT/records.jsonl gets a line for each run, and a run that
+has one is not run again. The table is made from these lines alone: the lowest validation loss that a search has seen,
+its test loss, and the difference from random search with the same seeds, each as a mean over seeds with its interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from benchmarks.families import shown, table, wide_console
+from raybilevel.report._statistics import bootstrap, paired_test
+
+FOLDER = Path(__file__).parents[1] / "examples" / "scripts"
+SCRIPTS = (
+    "cifar_cnn", "mnist_step_lr", "char_gpt", "lightning_digits", "hf_bert", "sgd_classifier", "graph_network",
+    "tabular_mlp", "timm_recipe", "torchvision_recipe",
+)  # fmt: skip
+SEARCHERS = ("random", "optuna-tpe", "optuna-gp")
+REFERENCE = "random"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What tells one run from another."""
+
+    script: str
+    searcher: str
+    seed: int
+    trials: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial reported last; test_accuracy is None of a regression. `seconds` are those of its training."""
+
+    val_loss: float
+    test_loss: float
+    test_accuracy: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """The trials in the order in which they ended, and how many failed; `seconds` are those of the whole run."""
+
+    key: Key
+    trials: tuple[Trial, ...]
+    failed: int
+    seconds: float
+    versions: dict[str, str]
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial of the lowest validation loss; None where all failed."""
+        return min(self.trials, key=lambda trial: trial.val_loss, default=None)
+
+
+def read(file: Path) -> list[Run]:
+    """The runs of a file of records, of which the last line may be a part of one: its run was stopped."""
+    runs = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        trials = tuple(Trial(**trial) for trial in found["trials"])
+        runs.append(Run(**{**found, "key": Key(**found["key"]), "trials": trials}))
+    return runs
+
+
+def append(file: Path, run: Run) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.exists() and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as records:
+        records.write("\n" * part + json.dumps(asdict(run)) + "\n")
+
+
+def performed(key: Key) -> Run:
+    """A run of a script, whose folder is on the path."""
+    begun = time.monotonic()
+    results = importlib.import_module(key.script).main(searcher=key.searcher, num_samples=key.trials, seed=key.seed)
+    seconds = time.monotonic() - begun
+    shutil.rmtree(results.experiment_path)  # under ~/ray_results, where scripts leave it
+    ended = sorted((result for result in results if result.error is None), key=lambda one: one.metrics["timestamp"])
+    versions = {"python": sys.version.split()[0], "ray": ray.__version__}
+    trials = tuple(trial_of(result.metrics) for result in ended)
+    return Run(key, trials, len(results) - len(trials), seconds, versions)
+
+
+def trial_of(metrics: Mapping[str, Any]) -> Trial:
+    return Trial(
+        metrics["val_loss"], metrics["test_loss"], metrics.get("test_accuracy"), seconds=metrics["time_total_s"]
+    )
+
+
+def pairs(runs: Sequence[Run], others: Sequence[Run]) -> tuple[list[float], list[float]]:
+    """Lowest validation losses of two searchers, on the seeds that both have."""
+    first, second = ({run.key.seed: run.best.val_loss for run in each if run.best} for each in (runs, others))
+    seeds = sorted(first.keys() & second.keys())
+    return [first[seed] for seed in seeds], [second[seed] for seed in seeds]
+
+
+def rows(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
+    """A row for each script and searcher that has a run."""
+    for script in dict.fromkeys(run.key.script for run in runs):
+        of_script = [run for run in runs if run.key.script == script]
+        reference = [run for run in of_script if run.key.searcher == REFERENCE]
+        for searcher in dict.fromkeys(run.key.searcher for run in of_script):
+            given = [run for run in of_script if run.key.searcher == searcher]
+            best = [run.best for run in given if run.best]
+            trials = [trial for run in given for trial in run.trials]
+            mine, theirs = pairs(given, reference)
+            yield (
+                f"{script}, {searcher}",
+                str(len(given)),
+                str(sum(run.failed for run in given)),
+                mean([trial.seconds for trial in trials], digits=1),
+                mean([trial.val_loss for trial in best]),
+                mean([trial.test_loss for trial in best]),
+                mean([trial.test_accuracy for trial in best]),
+                shown(paired_test(mine, theirs).difference, 4) if mine and searcher != REFERENCE else "",
+            )
+
+
+COLUMNS = (
+    "script, searcher", "runs", "failed trials", "s/trial", "best val loss", "its test loss", "its test accuracy",
+    f"less {REFERENCE}",
+)  # fmt: skip
+
+
+def mean(values: Sequence[float | None], digits: int = 4) -> str:
+    known = [value for value in values if value is not None]
+    return shown(bootstrap(known), digits) if known else ""
+
+
+def arguments() -> argparse.ArgumentParser:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scripts", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, type=Path, help="folder of the records and the table")
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS, metavar="NAME")
+    parser.add_argument("--searchers", nargs="+", choices=SEARCHERS, default=SEARCHERS, metavar="NAME")
+    parser.add_argument("--trials", type=int, default=25, help="of each search, by default %(default)s")
+    parser.add_argument("--seeds", type=int, default=5, help="how many, by default %(default)s")
+    parser.add_argument("--cpus", type=int, help="trials at a time, by default as many as there are processors")
+    return parser
+
+
+def start_ray(cpus: int | None) -> None:
+    """A local Ray, whose workers find the scripts."""
+    sys.path.insert(0, str(FOLDER))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    options = arguments().parse_args(given)
+    file, console = options.out / "records.jsonl", wide_console()
+    wanted = [
+        Key(script, searcher, seed, options.trials)
+        for script in options.scripts
+        for seed in range(options.seeds)
+        for searcher in options.searchers
+    ]
+    known = {run.key for run in read(file)}
+    missing = [key for key in wanted if key not in known]
+    if missing:
+        start_ray(options.cpus)
+    for key in missing:
+        append(file, performed(key))
+    runs = [run for run in read(file) if run.key in set(wanted)]
+    console.print(table(COLUMNS, list(rows(runs))), highlight=False)
+    console.print(f"records in {file}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
