@@ -52,6 +52,9 @@ class BilevelProblem(ABC):
     evaluate_every: epochs between evaluations of F, f and `evaluate`, each a pass over the data without gradients.
         A training run reports, and may be stopped or saved, after these epochs and the last.
     device, dtype: where and in which precision a training run computes. Batches are moved and cast to them.
+    upper_likelihood: what F is, which tells the search how much of it is chance. "log_likelihood" is a mean negative
+        log-likelihood of independent examples (cross-entropy), "squared_error" a multiple of a mean squared error of
+        one target an example, and "none" is neither. "auto" tells by the torch function that `upper_loss` ends in.
     optimistic: if many y minimise f, take the one with the lowest F, as the problem above says, and not the one that
         the training run happens to reach. Each training run then continues, at up to twice the cost. Its weights have
         seen the upper level's data, so judge them by other data.
@@ -61,6 +64,7 @@ class BilevelProblem(ABC):
     evaluate_every: int = 1
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
+    upper_likelihood: Literal["auto", "log_likelihood", "squared_error", "none"] = "auto"
     optimistic: bool = False
 
     @cached_property  # which, unlike a property, leaves it to a problem to set an attribute of this name

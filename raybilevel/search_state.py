@@ -19,6 +19,7 @@ Origin = str
 """Where a proposal comes from. Of the search itself: "start" (the method's design), "given" (by the user), "fill" (a
 space-filling point), "unknown" (a trial that it did not ask for). Of a method's steps: what the method calls it."""
 Unit = tuple[float, ...]
+Likelihood = Literal["log_likelihood", "squared_error"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,28 @@ class Training(PickledOnce):
 
 
 @dataclass(frozen=True)
+class Shrinkage:
+    """How far hyperparameters of a kind may differ, as an upper-level step learned it; see `_models.generalisation`.
+
+    groups:     the coordinates of each group.
+    likelihood: what makes a likelihood of F.
+    examples:   of the upper level, n.
+    learned:    tau, by the evidence, at this step; 0 where members may differ freely.
+    strength:   tau in use after it.
+    mode:       where the model of F has its penalised minimum, shape (d,), in the unit cube.
+    supported:  hyperparameters that the examples can tell apart: the trace of the Hessian over that with the penalty.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    likelihood: Likelihood
+    examples: int
+    learned: float
+    strength: float
+    mode: Unit
+    supported: float
+
+
+@dataclass(frozen=True)
 class StepRecord(PickledOnce):
     """One finished upper-level step.
 
@@ -97,6 +120,7 @@ class StepRecord(PickledOnce):
     settled:     a trust region in which it found nothing better to propose.
     failed:      it raised, or its worker died; the search goes on without it.
     passes:      what it cost, in gradient evaluations of f.
+    shrinkage:   what it learned of groups of hyperparameters, if there are any.
     """
 
     number: int
@@ -112,6 +136,7 @@ class StepRecord(PickledOnce):
     finished: int = 0
     settled: int | None = None
     failed: bool = False
+    shrinkage: Shrinkage | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +223,11 @@ class SearchState:
     def settled(self) -> frozenset[int]:
         """Trust regions in which a step found nothing better to propose."""
         return frozenset(step.settled for step in self.steps if step.settled is not None)
+
+    @property
+    def shrinkage(self) -> Shrinkage | None:
+        """What the last step that looked at groups of hyperparameters learned."""
+        return next((step.shrinkage for step in reversed(self.steps) if step.shrinkage is not None), None)
 
     @property
     def cost(self) -> float:

@@ -184,6 +184,16 @@ class Space:
         """Flat names, in the order of the coordinates."""
         return tuple(parameter.name for parameter in self.parameters)
 
+    def groups(self, smallest: int = 4) -> tuple[tuple[int, ...], ...]:
+        """The coordinates of hyperparameters that are of a kind: siblings in the nested space, with equal bounds, scale
+        and step, at least `smallest` of them. So `weight_decay: {fc1, fc2, fc3, fc4}` makes a group, and
+        hyperparameters at the top level make none."""
+        found: dict[Any, list[int]] = {}
+        for coordinate, p in enumerate(self.parameters):
+            if len(p.path) > 1:
+                found.setdefault((p.path[:-1], p.low, p.high, p.log, p.step), []).append(coordinate)
+        return tuple(tuple(group) for group in found.values() if len(group) >= smallest)
+
     def decode(self, unit: Tensor) -> dict[str, Any]:
         """The nested dict of 0-dimensional tensors at a point of the unit cube, shape (d,); differentiable."""
         return nest({p.path: p.decode(u) for p, u in zip(self.parameters, unit, strict=True)})

@@ -15,6 +15,7 @@ from botorch.optim import optimize_acqf
 from torch import Tensor
 
 from raybilevel._models.gaussian_process import FittedGP, exact, fit, value_rows
+from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.value_function import nearest, thinned
 from raybilevel.search_state import Training
 from raybilevel.space import sobol_points
@@ -85,11 +86,36 @@ def fit_upper_model(
 
 
 def minimise_in_box(
-    model: UpperModel, low: Tensor, high: Tensor, starts: Sequence[Tensor], beta: float, seed: int
+    model: UpperModel,
+    low: Tensor,
+    high: Tensor,
+    starts: Sequence[Tensor],
+    beta: float,
+    seed: int,
+    penalty: GroupPenalty | None = None,
 ) -> Tensor:
-    """The point of a box with the lowest mean - sqrt(beta) * deviation, shape (d,)."""
+    """The point of a box with the lowest mean - sqrt(beta) * deviation, with a penalty if there is one, shape (d,)."""
+    if penalty is not None:
+        return maximise(PenalisedConfidenceBound(model, penalty, beta), low, high, starts, seed)
     acquisition = UpperConfidenceBound(model.process.model, beta=beta, maximize=False)
     return maximise(acquisition, low, high, starts, seed)
+
+
+class PenalisedConfidenceBound(AcquisitionFunction):  # type: ignore[misc]
+    """-(G + (strength / 2) |P x|^2) at the lower confidence bound of F; see `generalisation`."""
+
+    def __init__(self, model: UpperModel, penalty: GroupPenalty, beta: float) -> None:
+        super().__init__(model.process.model)
+        self.upper, self.penalty, self.beta = model, penalty, beta
+
+    def forward(self, X: Tensor) -> Tensor:
+        process, warp = self.upper.process, self.upper.warp
+        posterior = process.model.posterior(X)
+        bound = posterior.mean[..., 0, 0]
+        if self.beta > 0:
+            bound = bound - math.sqrt(self.beta) * posterior.variance[..., 0, 0].clamp_min(1e-18).sqrt()
+        upper = torch.exp(process.shift + process.scale * bound) + warp.low - warp.spread
+        return -self.penalty(upper, X.squeeze(-2))
 
 
 def expected_improvement(model: UpperModel, dimension: int, starts: Sequence[Tensor], seed: int) -> Tensor:

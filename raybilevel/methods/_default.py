@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -18,6 +19,7 @@ from raybilevel._descents.fixed_x import LagrangianPoint, descend, lagrangian_po
 from raybilevel._descents.joint import joint_descent
 from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.likelihood import upper_likelihood
 from raybilevel._lower.variables import BoxVariables
 from raybilevel._models.acquisition import (
     UpperModel,
@@ -25,12 +27,14 @@ from raybilevel._models.acquisition import (
     fit_upper_model,
     minimise_in_box,
 )
+from raybilevel._models.generalisation import Surface, learn
+from raybilevel._models.shrinkage import GroupPenalty, judged
 from raybilevel._models.value_function import ValueFunction, fit_value_function
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError
 from raybilevel.methods._base import LoadCheckpoint, Method, StepMethod, UpperResult, UpperStep
 from raybilevel.methods._trust_region import TrustRegion, TrustRegionRule, distance
 from raybilevel.problem import BilevelProblem
-from raybilevel.search_state import Proposal, RegionHistory, SearchState, StepRecord, Unit
+from raybilevel.search_state import Proposal, RegionHistory, SearchState, Shrinkage, StepRecord, Training, Unit
 from raybilevel.space import Space, sobol_points
 
 logger = logging.getLogger(__name__)
@@ -39,6 +43,9 @@ SAME = 1e-3
 ENOUGH_TO_BEGIN = 8
 """Trainings after which steps begin, however many of the start design are still under way: half of hundreds is more
 than a step needs, and slots wait for it."""
+PLAIN_STEPS = 4
+"""Upper-level steps before groups of hyperparameters are held together: from points at which their members are equal,
+nothing is seen of what their differences are worth."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Default(Method):
     explore_every: one proposal in so many looks at the whole box, half of those far from all that is known.
     max_regions:   trust regions open at once, where there are slots for them.
     settled:       a region is left when a step promised and brought less than this share of the spread of F.
+    generalise:    hyperparameters of a kind may differ as far as the validation examples support it, and F is judged
+        with the penalty that follows (`_models.generalisation`); False for the lowest F.
     beta:          a region's next point minimises mean - sqrt(beta) deviation of the model of F.
     max_rows:      values and derivatives that a Gaussian process may hold.
     """
@@ -70,6 +79,7 @@ class Default(Method):
     max_regions: int = 4
     max_rows: int = 500
     settled: float = 0.001
+    generalise: bool = True
     beta: float = 0.0
     region: TrustRegionRule = field(default_factory=TrustRegionRule)
 
@@ -97,13 +107,14 @@ class Default(Method):
         return torch.cat([diagonal, sobol_points(space.dimension, max(1, count - 3), seed)])[:count]
 
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
+        plain, state = state, judged(state)
         done = state.done
         starting = [t for t in state.pending if t.proposal.origin in ("start", "given")]
         if len(done) <= min(len(starting), ENOUGH_TO_BEGIN):
             return None
         number = len(state.steps) + len(running)
         pending = tuple(t.unit for t in state.pending)
-        step = UpperStep(number, "region", self._incumbent(state), state, seed + 1000 * number, pending=pending)
+        step = UpperStep(number, "region", self._incumbent(state), plain, seed + 1000 * number, pending=pending)
         if number % self.explore_every == self.explore_every - 1:
             return self._look(step, running)
         regions = self.open_regions(state, running)
@@ -138,7 +149,13 @@ class Default(Method):
 
     def converged(self, state: SearchState) -> bool:
         """Every region that was begun has settled or collapsed."""
+        state = judged(state)
         return any(t.proposal.region is not None for t in state.done) and not self.open_regions(state, ())
+
+    def incumbent(self, state: SearchState) -> Training | None:
+        """The training expected to be best on new data: the lowest F at trained weights, with the penalty on groups."""
+        best = judged(state).best
+        return None if best is None else state.trainings[best.index]
 
     def open_regions(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[TrustRegion, ...]:
         """Regions that still promise something: not collapsed, not settled, not beaten by another."""
@@ -233,6 +250,7 @@ class Default(Method):
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
         model_of_upper = fit_upper_model(state.measured, pending, centre, self.max_rows)
+        shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
         value_function = fit_value_function(state.done, centre, True, self.max_rows)
         starts = [centre]
         if point is not None and descent is not None and self.joint_share > 0:
@@ -244,7 +262,8 @@ class Default(Method):
                 passes += point.levels.passes - before
                 starts.append(joint.x)
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
-        unit = snap(self._propose(step, model_of_upper, centre, starts), space)
+        penalty = None if shrinkage is None else GroupPenalty.of(shrinkage)
+        unit = snap(self._propose(step, model_of_upper, centre, starts, penalty), space)
         if not is_new(unit, step):
             # The model expects nothing better here than what is trained already: look elsewhere.
             if step.origin == "region":
@@ -263,8 +282,32 @@ class Default(Method):
             value_function.deviation(unit).item(),
         )
         return UpperResult(
-            StepRecord(step.number, step.centre, passes, **record), proposal, found, unreadable=unreadable
+            StepRecord(step.number, step.centre, passes, shrinkage=shrinkage, **record),
+            proposal,
+            found,
+            unreadable=unreadable,
         )
+
+    def _shrinkage(
+        self,
+        problem: BilevelProblem,
+        space: Space,
+        constants: Mapping[str, Any],
+        state: SearchState,
+        model: UpperModel,
+    ) -> Shrinkage | None:
+        """How far hyperparameters of a kind may differ; None where there are none, or too little is known yet."""
+        groups = space.groups()
+        if not (self.generalise and self.hypergradients and groups) or len(state.steps) < PLAIN_STEPS:
+            return None
+        incumbent = self.incumbent(state)
+        assert incumbent is not None
+        around = torch.tensor(incumbent.unit, dtype=torch.double)
+        known = upper_likelihood(problem, BoxVariables(space, constants).given(around))
+        if known.kind is None:
+            say_once(type(problem).__name__)
+            return None
+        return learn(Surface.of(model, known.kind), state, groups, known.examples, around)
 
     def _first_multiplier(self, state: SearchState) -> float:
         """Where the last descent ended relative to its Cauchy estimate; 10 before there is one."""
@@ -274,14 +317,31 @@ class Default(Method):
         factor = min(4.0, max(0.25, last.decrease / self.decrease))
         return min(1000.0, max(3.0, last.first * factor))
 
-    def _propose(self, step: UpperStep, model: UpperModel, centre: Tensor, starts: list[Tensor]) -> Tensor:
+    def _propose(
+        self,
+        step: UpperStep,
+        model: UpperModel,
+        centre: Tensor,
+        starts: list[Tensor],
+        penalty: GroupPenalty | None = None,
+    ) -> Tensor:
         if step.origin == "fill":
             known = [t.unit for t in step.state.trainings] + list(step.pending)
             return farthest(torch.tensor(known, dtype=torch.double), step.seed)
         if step.origin == "global":
             return expected_improvement(model, len(centre), starts, step.seed)
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
-        return minimise_in_box(model, low, high, starts, self.beta + 0.25 * step.rank, step.seed)
+        return minimise_in_box(model, low, high, starts, self.beta + 0.25 * step.rank, step.seed, penalty)
+
+
+@lru_cache
+def say_once(problem: str) -> None:
+    """That groups of hyperparameters are not held together, once in a process."""
+    logger.warning(
+        "%s: hyperparameters of a kind are not held together (generalise), since F is not known to be a mean negative "
+        "log-likelihood or a mean squared error; set upper_likelihood on the problem, or generalise=False",
+        problem,
+    )
 
 
 def farthest(known: Tensor, seed: int) -> Tensor:

@@ -1,0 +1,72 @@
+"""What kind of loss F is, and of how many examples: what a search must know to tell chance from gain."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raybilevel.errors import ProblemError
+from raybilevel.problem import BilevelProblem, Hyperparameters, move, upper_loss
+from raybilevel.search_state import Likelihood
+
+KINDS = ("auto", "log_likelihood", "squared_error", "none")
+MEAN = 1  # torch's number of the reduction
+LOG_LIKELIHOODS = ("NllLossBackward", "BinaryCrossEntropyBackward", "BinaryCrossEntropyWithLogitsBackward")
+
+
+@dataclass(frozen=True)
+class UpperLikelihood:
+    """kind: None where F is not known to be a likelihood. examples: n."""
+
+    kind: Likelihood | None
+    examples: int
+
+
+_KNOWN: weakref.WeakKeyDictionary[BilevelProblem, UpperLikelihood] = weakref.WeakKeyDictionary()
+
+
+def upper_likelihood(problem: BilevelProblem, hyperparameters: Hyperparameters) -> UpperLikelihood:
+    """Of a problem, looked up once in a process.
+
+    Raises:
+        ProblemError: `upper_likelihood` has a value that is not known.
+    """
+    if problem not in _KNOWN:
+        sizes = [problem.batch_size(batch) for batch in problem.batches("upper", None)]
+        _KNOWN[problem] = UpperLikelihood(_kind(problem, hyperparameters), sum(sizes))
+    return _KNOWN[problem]
+
+
+def _kind(problem: BilevelProblem, hyperparameters: Hyperparameters) -> Likelihood | None:
+    said = problem.upper_likelihood
+    if said not in KINDS:
+        name = type(problem).__name__
+        raise ProblemError(f"{name}.upper_likelihood must be one of {', '.join(KINDS)}, got {said!r}")
+    if said == "none" or problem.optimistic:  # weights that have seen the examples make F lower still
+        return None
+    if said != "auto":
+        return said
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = problem.model().to(dtype=problem.dtype).eval()
+        batch = move(next(iter(problem.batches("upper", None))), "cpu", problem.dtype)
+        loss = upper_loss(problem, model, hyperparameters, batch)
+    return kind_of(loss, problem.batch_size(batch))
+
+
+def kind_of(loss: Tensor, examples: int) -> Likelihood | None:
+    """By the torch function that a loss is the direct result of, if it took the plain mean of one term an example."""
+    made_by: Any = loss.grad_fn
+    saved = {name: getattr(made_by, f"_saved_{name}", None) for name in ("reduction", "target", "weight", "pos_weight")}
+    if saved["reduction"] != MEAN or saved["weight"] is not None or saved["pos_weight"] is not None:
+        return None
+    if saved["target"] is None or saved["target"].numel() != examples:
+        return None
+    name = made_by.name()
+    if name.startswith("MseLossBackward"):
+        return "squared_error"
+    return "log_likelihood" if name.startswith(LOG_LIKELIHOODS) else None

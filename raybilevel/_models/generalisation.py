@@ -1,0 +1,229 @@
+"""How far hyperparameters of a kind may differ, by the evidence of the model of F: shrinkage against overtuning.
+
+Within a group the prior is x ~ N(the group's mean, 1 / (n tau)) in the unit cube, and exp(-n G) is the likelihood
+(`shrinkage`). The mode of the posterior and the Laplace approximation of the evidence for tau are
+
+    x_tau = argmin_x G(x) + (tau / 2) |P x|^2
+    log p(tau) = -n G(x_tau) - (n tau / 2) |P x_tau|^2 - (1 / 2) sum_j log(1 + e_j / tau)
+
+with e_j the curvatures of G at x_tau in the range of P (MacKay 1992, "Bayesian interpolation"). It is the idea of James
+and Stein (1961) for hyperparameters: a group whose members have nothing to tell apart collapses to one value, at no
+loss, and one that has keeps its freedom. What it cures is overtuning (Schneider et al. 2025, arXiv:2506.19540).
+
+Of the quadratic model around x_tau follows, too, what F says of new data. The examples support
+
+    s = d - rank P + sum_j e_j / (e_j + tau)
+
+hyperparameters, and the loss to expect on new data at x is F(x) + s / n - grad F(x_tau) . (x - x_tau): at x_tau the
+optimism of a maximum of likelihood (Akaike 1974), and what has been gained from there by first order is lost again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from raybilevel._models.acquisition import UpperModel
+from raybilevel._models.gaussian_process import exact
+from raybilevel._models.shrinkage import SMALLEST_ERROR, Groups, off_mean
+from raybilevel.search_state import Likelihood, SearchState, Shrinkage
+
+STRENGTHS = tuple(10 ** (3 - i / 4) for i in range(25))
+"""Of tau, strong to weak, 1000 to 0.001."""
+NAT = 1.0
+"""The strongest tau within so much of the best log evidence is taken: the evidence is flat, the model too hopeful."""
+STEADY = 3
+"""Steps of whose strengths the median is in use."""
+REACH = 0.2
+"""How far beyond the incumbent and its shrunk image x_tau is sought."""
+
+
+@dataclass(frozen=True)
+class Surface:
+    """G by the posterior mean of F, in closed form: F(x) = exp(shift + scale m(x)) + offset with
+
+        m = constant + sum_i k_i q_i,   k_i = exp(-D_i . (x - x_i) / 2),   D_i = L^-2 (x - x_i),   q_i = a_i + b_i . D_i
+
+    for a process that has observed values with weights a_i and derivatives with weights b_i (`DerivativeRBFKernel`).
+
+    points:             x_i, shape (k, d).
+    value_weights:      a, shape (k,).
+    derivative_weights: b, shape (k, d).
+    inverse_squares:    the diagonal of L^-2, shape (d,).
+    """
+
+    points: Tensor
+    value_weights: Tensor
+    derivative_weights: Tensor
+    inverse_squares: Tensor
+    constant: float
+    shift: float
+    scale: float
+    offset: float
+    likelihood: Likelihood
+
+    @classmethod
+    def of(cls, model: UpperModel, likelihood: Likelihood) -> Surface:
+        gaussian, d = model.process.model, model.process.model.dimension
+        rows = gaussian.train_inputs[0]
+        with exact(), torch.no_grad():
+            kernel = gaussian.covar_module
+            covariance = kernel(rows).to_dense() + gaussian.likelihood.noise_covar(rows).to_dense()
+            residual = (gaussian.train_targets - gaussian.mean_constant * rows[:, d]).unsqueeze(1)
+            weights = torch.cholesky_solve(residual, torch.linalg.cholesky(covariance)).squeeze(1) * kernel.outputscale
+            lengths = kernel.base_kernel.lengthscale.squeeze(0).expand(d)
+        points, place = torch.unique(rows[:, :d], dim=0, return_inverse=True)
+        return cls(
+            points,
+            torch.zeros(len(points), dtype=rows.dtype).index_add(0, place, weights * rows[:, d]),
+            torch.zeros_like(points).index_add(0, place, weights.unsqueeze(1) * rows[:, d + 1 :]),
+            lengths.square().reciprocal(),
+            gaussian.mean_constant.item(),
+            model.process.shift,
+            model.process.scale,
+            model.warp.low - model.warp.spread,
+            likelihood,
+        )
+
+    def value(self, x: Tensor) -> float:
+        return self.value_and_gradient(x)[0]
+
+    def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
+        """G, and its gradient, shape (d,)."""
+        mean, gradient, _, _, _ = self._mean(x)
+        above = math.exp(self.shift + self.scale * mean)
+        slope = above * self.scale * gradient
+        if self.likelihood == "log_likelihood":
+            return above + self.offset, slope
+        upper = max(above + self.offset, SMALLEST_ERROR)
+        return math.log(upper) / 2, slope / (2 * upper)
+
+    def hessian(self, x: Tensor) -> Tensor:
+        """Of G, shape (d, d)."""
+        mean, gradient, k, difference, q = self._mean(x)
+        cross = difference.T @ (k.unsqueeze(1) * self.derivative_weights * self.inverse_squares)
+        weighted = k * q
+        second = difference.T @ (weighted.unsqueeze(1) * difference) - cross - cross.T
+        second = second - torch.diag(weighted.sum() * self.inverse_squares)
+        outer = torch.outer(gradient, gradient)
+        above = math.exp(self.shift + self.scale * mean)
+        hessian = above * (self.scale * second + self.scale**2 * outer)
+        if self.likelihood == "log_likelihood":
+            return hessian
+        upper = max(above + self.offset, SMALLEST_ERROR)
+        return hessian / (2 * upper) - (above * self.scale / upper) ** 2 * outer / 2
+
+    def _mean(self, x: Tensor) -> tuple[float, Tensor, Tensor, Tensor, Tensor]:
+        """m, its gradient, and k, D and q at every point."""
+        away = x - self.points
+        difference = away * self.inverse_squares
+        k = torch.exp(-(away * difference).sum(1) / 2)
+        q = self.value_weights + (self.derivative_weights * difference).sum(1)
+        gradient = k @ (self.derivative_weights * self.inverse_squares - q.unsqueeze(1) * difference)
+        return self.constant + (k @ q).item(), gradient, k, difference, q
+
+
+@dataclass(frozen=True)
+class Mode:
+    """x_tau, the log evidence for tau, and the hyperparameters that are supported there."""
+
+    strength: float
+    x: Tensor
+    evidence: float
+    supported: float
+
+
+def learn(
+    surface: Surface, state: SearchState, groups: tuple[tuple[int, ...], ...], examples: int, around: Tensor
+) -> Shrinkage:
+    """Of the model of F, with x_tau sought around a point of the unit cube, shape (d,)."""
+    found = list(modes(surface, groups, examples, around, seen_from(state, around, groups)))
+    learned = strongest(found)
+    before = [step.shrinkage.learned for step in state.steps if step.shrinkage is not None]
+    in_use = math.exp(median(math.log(strength) for strength in [*before[1 - STEADY :], learned.strength]))
+    mode = min(found, key=lambda m: abs(math.log(m.strength / in_use)))
+    return Shrinkage(
+        groups, surface.likelihood, examples, learned.strength, in_use, tuple(mode.x.tolist()), mode.supported
+    )
+
+
+def modes(
+    surface: Surface,
+    groups: Groups,
+    examples: int,
+    around: Tensor,
+    seen: Tensor,
+    strengths: Sequence[float] = STRENGTHS,
+) -> Iterator[Mode]:
+    """For each strength, strong to weak, each begun where the one before has ended.
+
+    seen: directions along which hypergradients are known, shape (k, d).
+    """
+    rank = sum(len(group) - 1 for group in groups)
+    x = around - off_mean(around, groups)
+    low = (torch.minimum(x, around) - REACH).clamp(0, 1)
+    high = (torch.maximum(x, around) + REACH).clamp(0, 1)
+    basis = orthonormal(seen)
+    for strength in strengths:
+        x = penalised_minimum(surface, groups, strength, low, high, x)
+        bends = curvatures(surface.hessian(x), basis, rank)
+        differing = off_mean(x, groups).square().sum().item()
+        evidence = (
+            -examples * (surface.value(x) + strength * differing / 2) - (bends / strength).log1p().sum().item() / 2
+        )
+        supported = len(x) - rank + (bends / (bends + strength)).sum().item()
+        yield Mode(strength, x, evidence, supported)
+
+
+def strongest(found: Sequence[Mode]) -> Mode:
+    """The strongest within a nat of the best, of modes in the order strong to weak."""
+    best = max(mode.evidence for mode in found)
+    return next(mode for mode in found if mode.evidence >= best - NAT)
+
+
+def penalised_minimum(
+    surface: Surface, groups: Groups, strength: float, low: Tensor, high: Tensor, start: Tensor
+) -> Tensor:
+    """A local minimum of G + (tau / 2) |P x|^2 in a box, shape (d,), by L-BFGS-B."""
+
+    def merit(point: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
+        x = torch.from_numpy(point)
+        value, gradient = surface.value_and_gradient(x)
+        off = off_mean(x, groups)
+        return value + strength / 2 * off.square().sum().item(), (gradient + strength * off).numpy()
+
+    bounds = torch.stack([low, high], 1).numpy()
+    start = start.clamp(low, high)
+    found = minimize(merit, start.numpy(), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 200})
+    return torch.from_numpy(found.x).clamp(low, high)
+
+
+def seen_from(state: SearchState, around: Tensor, groups: Groups) -> Tensor:
+    """P (x_i - x) of the trainings whose hypergradients are known, shape (k, d)."""
+    known = [t.unit for t in state.done if t.hypergradient]
+    return off_mean(torch.tensor(known, dtype=torch.double).reshape(-1, len(around)) - around, groups)
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """A basis of the span of rows, shape (k, d) -> (d, r)."""
+    _, lengths, basis = torch.linalg.svd(rows, full_matrices=False)
+    return basis[lengths > 1e-3 * lengths.max()].T if len(rows) else rows.T
+
+
+def curvatures(hessian: Tensor, basis: Tensor, rank: int) -> Tensor:
+    """Of G in the range of P, shape (rank,), those below 0 as 0.
+
+    The model is too flat where no hypergradient is known: directions outside the basis, shape (d, r), get the median of
+    those within (the mean is too strong).
+    """
+    known = torch.linalg.eigvalsh(basis.T @ hessian @ basis).clamp_min(0)[-rank:]
+    unseen = known.median() if len(known) else torch.zeros((), dtype=hessian.dtype)
+    return torch.cat([known, unseen.expand(rank - len(known))])

@@ -1,0 +1,91 @@
+"""A penalty on how far hyperparameters of a kind differ, and F as a likelihood.
+
+With n validation examples, exp(-n G) is the likelihood of the hyperparameters x: G = F where F is a mean negative
+log-likelihood, G = log(F) / 2 where it is a mean squared error (the variance at its own best). With P the projection
+off the mean of each group, what the search minimises is
+
+    G(x) + (tau / 2) |P x|^2
+
+in the unit cube. Where a search compares values of F, its penalised form in the unit of F stands for it: F + (tau / 2)
+|P x|^2 and F exp(tau |P x|^2) have the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from raybilevel.search_state import Likelihood, SearchState, Shrinkage, Training
+
+Groups = Sequence[Sequence[int]]
+SMALLEST_ERROR = 1e-300
+
+
+def off_mean(x: Tensor, groups: Groups) -> Tensor:
+    """P x: each group less its mean, 0 elsewhere, shape (..., d)."""
+    result = torch.zeros_like(x)
+    for group in groups:
+        members = list(group)
+        result[..., members] = x[..., members] - x[..., members].mean(-1, keepdim=True)
+    return result
+
+
+def negative_log_likelihood(upper: Tensor, likelihood: Likelihood) -> Tensor:
+    """G, per example."""
+    return upper if likelihood == "log_likelihood" else upper.clamp_min(SMALLEST_ERROR).log() / 2
+
+
+@dataclass(frozen=True)
+class GroupPenalty:
+    """G + (strength / 2) |P x|^2."""
+
+    groups: Groups
+    likelihood: Likelihood
+    strength: float
+
+    @classmethod
+    def of(cls, shrinkage: Shrinkage) -> GroupPenalty:
+        return cls(shrinkage.groups, shrinkage.likelihood, shrinkage.strength)
+
+    def __call__(self, upper: Tensor, x: Tensor) -> Tensor:
+        """At values of F, shape (...), and points, shape (..., d)."""
+        return negative_log_likelihood(upper, self.likelihood) + self.strength / 2 * self._differing(x)
+
+    def in_units_of_upper(self, upper: Tensor, x: Tensor) -> Tensor:
+        """The same in the unit of F; a monotone function of it."""
+        differing = self.strength * self._differing(x)
+        return upper + differing / 2 if self.likelihood == "log_likelihood" else upper * differing.exp()
+
+    def _differing(self, x: Tensor) -> Tensor:
+        return off_mean(x, self.groups).square().sum(-1)
+
+
+def judged(state: SearchState) -> SearchState:
+    """The search with F, seen and predicted, replaced by what it is judged by: its penalised form, with the strength in
+    use. The search itself where there is none."""
+    shrinkage = state.shrinkage
+    if shrinkage is None or shrinkage.strength == 0 or not state.trainings:
+        return state
+    penalty = GroupPenalty.of(shrinkage)
+    x = torch.tensor([t.unit for t in state.trainings], dtype=torch.double)
+    seen = torch.tensor([[t.upper_loss, _predicted(t)] for t in state.trainings], dtype=torch.double)
+    penalised = penalty.in_units_of_upper(seen, x.unsqueeze(1).expand(-1, 2, -1)).tolist()
+    trainings = tuple(
+        replace(
+            t,
+            upper_loss=upper,
+            proposal=t.proposal
+            if t.proposal.predicted_upper_loss is None
+            else replace(t.proposal, predicted_upper_loss=predicted),
+        )
+        for t, (upper, predicted) in zip(state.trainings, penalised, strict=True)
+    )
+    return replace(state, trainings=trainings)
+
+
+def _predicted(training: Training) -> float:
+    predicted = training.proposal.predicted_upper_loss
+    return float("nan") if predicted is None else predicted
