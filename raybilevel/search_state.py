@@ -92,10 +92,11 @@ class Shrinkage:
     groups:     the coordinates of each group.
     likelihood: what makes a likelihood of F.
     examples:   of the upper level, n.
-    learned:    tau, by the evidence, at this step; 0 where members may differ freely.
-    strength:   tau in use after it.
-    mode:       where the model of F has its penalised minimum, shape (d,), in the unit cube.
-    supported:  hyperparameters that the examples can tell apart: the trace of the Hessian over that with the penalty.
+    learned:    tau by the evidence at this step.
+    strength:   tau by this step and those before.
+    mode:       where the model of F has its minimum under that penalty, shape (d,), in the unit cube.
+    supported:  how many hyperparameters the examples determine.
+    applied:    the search uses the penalty; otherwise it only says what it would be.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -105,6 +106,7 @@ class Shrinkage:
     strength: float
     mode: Unit
     supported: float
+    applied: bool
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel.problem import BilevelProblem, Hyperparameters, LargeUpperLevel, Level
+from raybilevel.space import Parameter, Space
 
 
 class Parabola(BilevelProblem):
@@ -87,3 +88,44 @@ class ManyParabolas(LargeUpperLevel):
 
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Any]:
         yield (torch.zeros(1, dtype=torch.double),)
+
+
+class Means(BilevelProblem):
+    """Validation examples z_i ~ N(truth, 1) in every coordinate, and y*(x) = x. So F is their mean negative
+    log-likelihood but for a constant, |x - mean z|^2 / 2 + const, and the best x on new data is the truth."""
+
+    epochs = 1
+    dtype = torch.double
+    upper_likelihood = "log_likelihood"
+
+    def __init__(self, truth: tuple[float, ...], examples: int = 50, seed: int = 0) -> None:
+        self.truth = torch.tensor(truth, dtype=torch.double)
+        generator = torch.Generator().manual_seed(seed)
+        self.z = self.truth + torch.randn(examples, len(truth), generator=generator, dtype=torch.double)
+
+    @property
+    def space(self) -> Space:
+        return Space(tuple(Parameter(("mean", f"m{j}"), -2.0, 2.0) for j in range(len(self.truth))))
+
+    def model(self) -> nn.Module:
+        model = nn.Linear(len(self.truth), 1, bias=False, dtype=torch.double)
+        nn.init.zeros_(model.weight)
+        return model
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        x = torch.stack(list(hyperparameters["mean"].values()))
+        return (model.weight[0] - x).square().sum() / 2
+
+    def upper_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return (batch[0] - model.weight[0]).square().sum(1).mean() / 2
+
+    def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Any]:
+        yield (self.z,)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(model.parameters(), max_iter=20, line_search_fn="strong_wolfe")
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """What F is on average over validation examples, at these weights."""
+        d = len(self.truth)
+        return {"test_loss": ((model.weight[0] - self.truth).square().sum().item() + d) / 2}

@@ -48,6 +48,8 @@ def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None
         table.add_row("metrics", ", ".join(others))
     failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""
     table.add_row("trainings", f"{summary['trainings']}{failed}; cost {summary['cost']:.1f} trainings in all")
+    if summary["new_data"] is not None:
+        table.add_row("new data", summary["new_data"]["in_words"])
     table.add_row("verdict", summary["verdict"])
     table.add_row("results", str(folder))
     console.print(table, highlight=False)

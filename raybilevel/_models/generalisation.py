@@ -10,12 +10,8 @@ with e_j the curvatures of G at x_tau in the range of P (MacKay 1992, "Bayesian 
 and Stein (1961) for hyperparameters: a group whose members have nothing to tell apart collapses to one value, at no
 loss, and one that has keeps its freedom. What it cures is overtuning (Schneider et al. 2025, arXiv:2506.19540).
 
-Of the quadratic model around x_tau follows, too, what F says of new data. The examples support
-
-    s = d - rank P + sum_j e_j / (e_j + tau)
-
-hyperparameters, and the loss to expect on new data at x is F(x) + s / n - grad F(x_tau) . (x - x_tau): at x_tau the
-optimism of a maximum of likelihood (Akaike 1974), and what has been gained from there by first order is lost again.
+The examples determine s = d - rank P + sum_j e_j / (e_j + tau) hyperparameters; `shrinkage.expected_loss` says what
+follows for new data.
 """
 
 from __future__ import annotations
@@ -142,16 +138,31 @@ class Mode:
 
 
 def learn(
-    surface: Surface, state: SearchState, groups: tuple[tuple[int, ...], ...], examples: int, around: Tensor
+    surface: Surface,
+    state: SearchState,
+    groups: tuple[tuple[int, ...], ...],
+    examples: int,
+    around: Tensor,
+    applied: bool = True,
 ) -> Shrinkage:
     """Of the model of F, with x_tau sought around a point of the unit cube, shape (d,)."""
+    if not groups:
+        unit = tuple(around.tolist())
+        return Shrinkage(groups, surface.likelihood, examples, 0.0, 0.0, unit, float(len(unit)), applied)
     found = list(modes(surface, groups, examples, around, seen_from(state, around, groups)))
     learned = strongest(found)
     before = [step.shrinkage.learned for step in state.steps if step.shrinkage is not None]
     in_use = math.exp(median(math.log(strength) for strength in [*before[1 - STEADY :], learned.strength]))
     mode = min(found, key=lambda m: abs(math.log(m.strength / in_use)))
     return Shrinkage(
-        groups, surface.likelihood, examples, learned.strength, in_use, tuple(mode.x.tolist()), mode.supported
+        groups,
+        surface.likelihood,
+        examples,
+        learned.strength,
+        in_use,
+        tuple(mode.x.tolist()),
+        mode.supported,
+        applied,
     )
 
 
@@ -221,9 +232,9 @@ def orthonormal(rows: Tensor) -> Tensor:
 def curvatures(hessian: Tensor, basis: Tensor, rank: int) -> Tensor:
     """Of G in the range of P, shape (rank,), those below 0 as 0.
 
-    The model is too flat where no hypergradient is known: directions outside the basis, shape (d, r), get the median of
-    those within (the mean is too strong).
+    The model is too flat where no hypergradient is known: directions of that range outside the basis, shape (d, r), get
+    the median of those within (the mean is too strong).
     """
-    known = torch.linalg.eigvalsh(basis.T @ hessian @ basis).clamp_min(0)[-rank:]
+    known = torch.linalg.eigvalsh(basis.T @ hessian @ basis).clamp_min(0)
     unseen = known.median() if len(known) else torch.zeros((), dtype=hessian.dtype)
     return torch.cat([known, unseen.expand(rank - len(known))])

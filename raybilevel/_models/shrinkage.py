@@ -12,6 +12,7 @@ in the unit cube. Where a search compares values of F, its penalised form in the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -67,7 +68,7 @@ def judged(state: SearchState) -> SearchState:
     """The search with F, seen and predicted, replaced by what it is judged by: its penalised form, with the strength in
     use. The search itself where there is none."""
     shrinkage = state.shrinkage
-    if shrinkage is None or shrinkage.strength == 0 or not state.trainings:
+    if shrinkage is None or not shrinkage.applied or shrinkage.strength == 0:
         return state
     penalty = GroupPenalty.of(shrinkage)
     x = torch.tensor([t.unit for t in state.trainings], dtype=torch.double)
@@ -84,6 +85,29 @@ def judged(state: SearchState) -> SearchState:
         for t, (upper, predicted) in zip(state.trainings, penalised, strict=True)
     )
     return replace(state, trainings=trainings)
+
+
+def expected_loss(state: SearchState, training: Training) -> float | None:
+    """F to expect on new data from a training's hyperparameters; None where it is not known.
+
+    With a quadratic G, Gaussian noise of the examples and the prior of the groups, it exceeds G on the examples by
+
+        s / n + tau x_tau' P (x - x_tau)
+
+    with s the hyperparameters that the examples determine. At x_tau this is the optimism of a maximum of likelihood
+    (Akaike 1974). The second term is -grad G(x_tau) . (x - x_tau): what has been gained beyond x_tau, to first order,
+    is chance, and is lost again on new data.
+    """
+    shrinkage = state.shrinkage
+    if shrinkage is None:
+        return None
+    mode = torch.tensor(shrinkage.mode, dtype=torch.double)
+    x = torch.tensor(training.unit, dtype=torch.double)
+    beyond = shrinkage.strength * (off_mean(mode, shrinkage.groups) @ (x - mode)).item()
+    optimism = shrinkage.supported / shrinkage.examples + beyond
+    if shrinkage.likelihood == "log_likelihood":
+        return training.upper_loss + optimism
+    return training.upper_loss * math.exp(2 * optimism)
 
 
 def _predicted(training: Training) -> float:

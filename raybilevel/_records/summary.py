@@ -9,10 +9,12 @@ from dataclasses import asdict
 from typing import Any
 
 from raybilevel._metrics import HYPERPARAMETERS, problem_metrics
+from raybilevel._models.shrinkage import judged
 from raybilevel._records.run_folder import config_of, finite
 from raybilevel._records.versions import versions
 from raybilevel.methods._base import Method
 from raybilevel.search._diagnostics import diagnose, verdict
+from raybilevel.search._new_data import new_data
 from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space
 
@@ -29,10 +31,13 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of `summary.json`.
 
+    Its `best` is the training expected to be best on new data, `lowest` the one with the lowest F.
+
     trial_results: what each training last reported, by its index.
     about:         problem, method and seed.
     """
-    best = method.incumbent(state)
+    best, lowest = method.incumbent(state), state.best
+    expected = new_data(state, best)
     test_losses = {index: r["test_loss"] for index, r in trial_results.items() if "test_loss" in r}
     return {
         **about,
@@ -47,6 +52,15 @@ def summarise(
             "test_loss_refit": test_loss_refit,
             "checkpoint": checkpoints.get(best.index),
         },
+        "lowest": None
+        if lowest is None
+        else {
+            "hyperparameters": found(trial_results, lowest) or config_of(space, lowest),
+            "upper_loss": lowest.upper_loss,
+            "test_loss": test_losses.get(lowest.index),
+            "checkpoint": checkpoints.get(lowest.index),
+        },
+        "new_data": None if expected is None else asdict(expected),
         "metrics": {} if best is None else problem_metrics(trial_results.get(best.index, {})),
         "trainings": len(state.told),
         "failed_trainings": sum(t.status == "failed" for t in state.told),
@@ -54,7 +68,7 @@ def summarise(
         "failed_upper_steps": sum(step.failed for step in state.steps),
         "cost": state.cost,
         "wall_seconds": wall_seconds,
-        "verdict": verdict(state, method.converged(state), test_losses),
+        "verdict": verdict(judged(state), method.converged(state), test_losses),
         "diagnostics": asdict(diagnose(state)),
         "history": history(state, space, test_losses, trial_results),
     }

@@ -262,7 +262,7 @@ class Default(Method):
                 passes += point.levels.passes - before
                 starts.append(joint.x)
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
-        penalty = None if shrinkage is None else GroupPenalty.of(shrinkage)
+        penalty = GroupPenalty.of(shrinkage) if shrinkage is not None and shrinkage.applied else None
         unit = snap(self._propose(step, model_of_upper, centre, starts, penalty), space)
         if not is_new(unit, step):
             # The model expects nothing better here than what is trained already: look elsewhere.
@@ -296,18 +296,19 @@ class Default(Method):
         state: SearchState,
         model: UpperModel,
     ) -> Shrinkage | None:
-        """How far hyperparameters of a kind may differ; None where there are none, or too little is known yet."""
-        groups = space.groups()
-        if not (self.generalise and self.hypergradients and groups) or len(state.steps) < PLAIN_STEPS:
+        """How far hyperparameters of a kind may differ; None while too little is known, or if F is no likelihood."""
+        if len(state.steps) < PLAIN_STEPS or not self.hypergradients:
             return None
+        groups = space.groups()
         incumbent = self.incumbent(state)
         assert incumbent is not None
         around = torch.tensor(incumbent.unit, dtype=torch.double)
         known = upper_likelihood(problem, BoxVariables(space, constants).given(around))
         if known.kind is None:
-            say_once(type(problem).__name__)
+            if groups and self.generalise:
+                say_once(type(problem).__name__)
             return None
-        return learn(Surface.of(model, known.kind), state, groups, known.examples, around)
+        return learn(Surface.of(model, known.kind), state, groups, known.examples, around, self.generalise)
 
     def _first_multiplier(self, state: SearchState) -> float:
         """Where the last descent ended relative to its Cauchy estimate; 10 before there is one."""

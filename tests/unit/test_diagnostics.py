@@ -9,7 +9,8 @@ import pytest
 from raybilevel._records.summary import summarise
 from raybilevel.methods import make_method
 from raybilevel.search._diagnostics import agreement, diagnose, verdict
-from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
+from raybilevel.search._new_data import new_data
+from raybilevel.search_state import Proposal, SearchState, Shrinkage, StepRecord, Training
 from raybilevel.space import Parameter, Space
 
 
@@ -80,8 +81,34 @@ def test_the_summary_is_json_with_failures_in_its_history() -> None:
         "hyperparameters": {"a": 1.0}, "lower_loss": pytest.approx(0.02), "upper_loss": pytest.approx(0.01),
         "test_loss": 0.5, "test_loss_refit": 0.25, "checkpoint": "/there",
     }  # fmt: skip
+    assert again["lowest"] == {
+        key: again["best"][key] for key in ("hyperparameters", "upper_loss", "test_loss", "checkpoint")
+    }
+    assert again["new_data"] is None
     assert again["trainings"] == 6
     assert again["failed_trainings"] == 1
     assert again["history"][-1]["upper_loss"] is None
     assert again["history"][-1]["best_upper_loss"] == pytest.approx(0.01)
     assert set(again["versions"]) >= {"python", "ray", "torch", "botorch", "gpytorch", "numpy", "raybilevel"}
+
+
+def test_what_is_expected_of_new_data() -> None:
+    trainings = tuple(
+        Training(i, Proposal(unit, "start"), "done", i, upper_loss=upper, lower_loss=0.0)
+        for i, (unit, upper) in enumerate((((0.5, 0.5, 0.2), 0.30), ((0.1, 0.9, 0.2), 0.21)))
+    )
+    shrinkage = Shrinkage(((0, 1),), "log_likelihood", 100, 2.0, 2.0, (0.45, 0.55, 0.2), 2.125, applied=True)
+    state = SearchState(trainings, (StepRecord(0, 0, 1.0, shrinkage=shrinkage),))
+    found = new_data(state, make_method("default").incumbent(state))
+    assert found is not None
+    # 0.02125 by the number of hyperparameters; 2 (-0.05, 0.05) . (x - mode) from the mode: -0.01 and 0.07
+    assert found.expected_loss == pytest.approx(0.30 + 0.02125 - 0.01)
+    assert found.expected_loss_of_lowest == pytest.approx(0.21 + 0.02125 + 0.07)
+    assert found.in_words == (
+        "F 0.3, expected on new data about 0.31; 1 of 3 hyperparameters is not supported by 100 examples and follows "
+        "the others of its group; the lowest F is 0.21, expected on new data about 0.3"
+    )
+    plain = replace(state.steps[0], shrinkage=replace(shrinkage, applied=False, supported=3.0))
+    found = new_data(SearchState(trainings, (plain,)), trainings[1])
+    assert found is not None and found.in_words == "F 0.21, expected on new data about 0.31"
+    assert new_data(SearchState(trainings), trainings[0]) is None

@@ -13,6 +13,7 @@ from raybilevel.search import _state_file as state_file
 from raybilevel.search._optimizer import BilevelOptimizer
 from raybilevel.search._state_file import SavedSearch
 from tests.problems_for_tests import Ridge
+from tests.tiny_problems import Means
 
 PROBLEM = Ridge(dimension=2)
 METHODS = {
@@ -94,3 +95,21 @@ def test_a_trial_lost_before_a_save_stays_lost(tmp_path: Path):
     restored = restore(tmp_path / "state.json", Default())
     assert restored.state.pending == ()
     assert list(restored.queue) == list(search.queue)
+
+
+def test_a_restored_search_knows_how_far_hyperparameters_may_differ(tmp_path: Path):
+    problem = Means((0.4,) * 4)
+    search = BilevelOptimizer(problem.space, Default(), seed=3)
+    checkpoints = local.search(problem, search, 18)
+    assert search.state.shrinkage is not None
+    save(search, tmp_path / "state.json")
+    restored = restore(tmp_path / "state.json", Default())
+    assert restored.state == search.state
+    assert restored.method.incumbent(restored.state) == search.method.incumbent(search.state) != search.state.best
+    step, again = search.plan(), restored.plan()
+    assert step is not None and step == again
+    found = [
+        Default().run(problem, problem.space, {}, one, lambda index: load_checkpoint(checkpoints[index]))
+        for one in (step, again)
+    ]
+    assert found[0].proposal == found[1].proposal

@@ -131,3 +131,20 @@ def test_sobol_points_are_seeded_and_in_the_cube():
     assert torch.equal(points, sobol_points(3, 8, seed=5))
     assert not torch.equal(points, sobol_points(3, 8, seed=6))
     assert sobol_points(3, 0, seed=5).shape == (0, 3)
+
+
+def test_siblings_with_equal_bounds_and_scale_are_of_a_kind() -> None:
+    def parameters(parent: tuple[str, ...], count: int, high: float = 1.0, log: bool = True) -> list[Parameter]:
+        return [Parameter((*parent, f"p{high}{log}{i}"), 0.1, high, log=log) for i in range(count)]
+
+    space = Space(
+        (
+            *parameters(("decay",), 4),
+            *parameters(("decay",), 3, high=2.0),
+            *parameters(("decay",), 4, log=False),
+            *parameters(("other", "decay"), 5),
+            *parameters((), 6),
+        )
+    )
+    assert space.groups() == (tuple(range(4)), tuple(range(7, 11)), tuple(range(11, 16)))
+    assert space.groups(smallest=3)[1] == (4, 5, 6)

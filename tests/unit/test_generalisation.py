@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from raybilevel._models.acquisition import UpperModel, fit_upper_model, minimise_in_box
+from raybilevel._models.generalisation import (
+    STRENGTHS,
+    Mode,
+    Surface,
+    curvatures,
+    learn,
+    modes,
+    orthonormal,
+    penalised_minimum,
+    seen_from,
+    strongest,
+)
+from raybilevel._models.shrinkage import GroupPenalty, negative_log_likelihood, off_mean
+from raybilevel.methods import Default
+from raybilevel.methods._default import PLAIN_STEPS, say_once
+from raybilevel.search import BilevelOptimizer, search
+from raybilevel.search_state import Likelihood, Proposal, SearchState, Shrinkage, StepRecord, Training
+from raybilevel.space import sobol_points
+from tests.tiny_problems import Means
+
+D = 5
+GROUP = (tuple(range(D)),)
+BENT = torch.tensor([3.0, 1.0, 0.5, 2.0, 0.2], dtype=torch.double)
+TARGET = torch.tensor([0.2, 0.35, 0.5, 0.4, 0.7], dtype=torch.double)
+
+
+def valley(x: Tensor) -> Tensor:
+    return 0.5 + (BENT * (x - TARGET).square()).sum(-1) / 2 + 0.3 * (x[..., 0] - x[..., 1]).pow(4)
+
+
+def observed(function: Callable[[Tensor], Tensor], points: Tensor) -> list[Training]:
+    found = []
+    for i, point in enumerate(points):
+        x = point.clone().requires_grad_()
+        value = function(x)
+        (slope,) = torch.autograd.grad(value, x)
+        slopes = tuple(slope.tolist()) if i % 2 == 0 else None  # values alone, too
+        proposal = Proposal(tuple(point.tolist()), "region")
+        found.append(Training(i, proposal, "done", i, upper_loss=value.item(), hypergradient=slopes))
+    return found
+
+
+def fitted() -> UpperModel:
+    trainings = observed(valley, sobol_points(D, 10, 1))
+    return fit_upper_model(trainings, [torch.full((D,), 0.45).double()], torch.full((D,), 0.5).double(), 500)
+
+
+class Quadratic(Surface):
+    """G = (x - c)' H (x - c) / 2."""
+
+    @classmethod
+    def make(cls, hessian: Tensor, centre: Tensor) -> Quadratic:
+        made = cls(centre, centre, hessian, centre, 0.0, 0.0, 1.0, 0.0, "log_likelihood")
+        return made
+
+    def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
+        slope = self.derivative_weights @ (x - self.points)
+        return ((x - self.points) @ slope).item() / 2, slope
+
+    def hessian(self, x: Tensor) -> Tensor:
+        return self.derivative_weights
+
+
+@pytest.mark.parametrize("likelihood", ["log_likelihood", "squared_error"])
+def test_the_closed_form_is_the_posterior_mean_and_its_derivatives(likelihood: Likelihood) -> None:
+    model = fitted()
+    surface = Surface.of(model, likelihood)
+
+    def reference(x: Tensor) -> Tensor:
+        z = model.process.mean(x)
+        return negative_log_likelihood(z.exp() + model.warp.low - model.warp.spread, likelihood)
+
+    for x in (torch.full((D,), 0.4).double(), TARGET, sobol_points(D, 3, 5)[2]):
+        point = x.clone().requires_grad_()
+        value = reference(point)
+        (slope,) = torch.autograd.grad(value, point)
+        found = surface.value_and_gradient(x)
+        assert found[0] == pytest.approx(value.item(), abs=1e-8)
+        assert torch.allclose(found[1], slope, atol=1e-7)
+        step = 1e-4
+        differences = torch.stack(
+            [
+                (surface.value_and_gradient(x + step * e)[1] - surface.value_and_gradient(x - step * e)[1]) / (2 * step)
+                for e in torch.eye(D, dtype=torch.double)
+            ]
+        )
+        # central differences: an error of the order of the step squared
+        assert torch.allclose(surface.hessian(x), differences, atol=1e-5)
+
+
+def test_the_evidence_of_a_quadratic_is_exact() -> None:
+    """exp(-n G) and Gaussian differences within the group integrate in closed form: dense algebra is the reference."""
+    projection = torch.eye(D).double() - torch.full((D, D), 1 / D).double()
+    bends = torch.tensor([2.0, 3.0, 1.0, 0.4, 5.0], dtype=torch.double)
+    basis = torch.linalg.eigh(projection).eigenvectors  # the mean's direction first: H does not couple it with the rest
+    hessian, centre, n = basis @ torch.diag(bends) @ basis.T, 0.5 + (TARGET - 0.5) / 4, 40
+
+    def log_marginal(tau: float) -> float:
+        precision = n * (hessian + tau * projection)
+        best = torch.linalg.solve(precision, n * hessian @ centre)
+        merit = (best - centre) @ hessian @ (best - centre) + tau * best @ projection @ best
+        prior = (D - 1) / 2 * math.log(n * tau)
+        return (-n * merit / 2 - torch.linalg.slogdet(precision).logabsdet / 2).item() + prior
+
+    strengths = (30.0, 3.0, 0.3)  # at none of which a bound of the box is active
+    found = list(modes(Quadratic.make(hessian, centre), GROUP, n, centre, projection, strengths))
+    told = [mode.evidence - found[0].evidence for mode in found]
+    assert told == pytest.approx(
+        [log_marginal(tau) - log_marginal(strengths[0]) for tau in strengths], abs=1e-4
+    )  # where L-BFGS-B ends
+    for mode in found:
+        exact = torch.linalg.solve(hessian + mode.strength * projection, hessian @ centre)
+        assert torch.allclose(mode.x, exact, atol=1e-4)
+        assert mode.supported == pytest.approx(1 + (bends[1:] / (bends[1:] + mode.strength)).sum().item())
+
+
+def test_directions_that_were_not_seen_get_the_median_curvature() -> None:
+    hessian = torch.diag(torch.tensor([4.0, 1.0, -2.0, 9.0, 9.0]).double())
+    seen = torch.tensor([[1.0, 0, 0, 0, 0], [2.0, 0, 0, 0, 0], [0, 0.5, 0, 0, 0], [0, 0, 1.0, 0, 0]]).double()
+    basis = orthonormal(seen)
+    assert basis.shape == (5, 3)
+    assert curvatures(hessian, basis, 5).sort().values.tolist() == pytest.approx([0.0, 1.0, 1.0, 1.0, 4.0])
+    assert curvatures(hessian, orthonormal(torch.zeros(0, 5).double()), 4).tolist() == [0.0] * 4
+    assert curvatures(hessian, orthonormal(torch.zeros(2, 5).double()), 4).tolist() == [0.0] * 4
+
+
+def test_the_strongest_within_a_nat_is_taken() -> None:
+    x = torch.zeros(1)
+    found = [Mode(tau, x, evidence, 1.0) for tau, evidence in ((100.0, -3.0), (10.0, -0.9), (1.0, 0.0), (0.1, -0.5))]
+    assert strongest(found).strength == 10.0
+
+
+def test_the_strength_in_use_is_the_median_of_three_steps() -> None:
+    surface = Quadratic.make(torch.diag(BENT), TARGET)
+    seen = tuple(observed(valley, sobol_points(D, 10, 1)))
+
+    def before(*learned: float) -> SearchState:
+        shrinkage = Shrinkage(GROUP, "log_likelihood", 100, 0.0, 0.0, (), 0.0, True)
+        return SearchState(
+            seen, tuple(StepRecord(i, 0, 1.0, shrinkage=replace(shrinkage, learned=t)) for i, t in enumerate(learned))
+        )
+
+    found = learn(surface, before(), GROUP, 100, TARGET)
+    assert found.learned in STRENGTHS and found.strength == pytest.approx(found.learned)
+    assert learn(surface, before(1000.0, 1000.0), GROUP, 100, TARGET).strength == pytest.approx(1000.0)
+    # of two, their geometric mean; of those before the last two, nothing
+    found = learn(surface, before(100 * found.learned), GROUP, 100, TARGET)
+    assert found.strength == pytest.approx(10 * found.learned)
+    assert learn(surface, before(1e-3, 1e3, 1e3), GROUP, 100, TARGET).strength == pytest.approx(1e3)
+
+
+def test_without_groups_every_hyperparameter_counts() -> None:
+    found = learn(Quadratic.make(torch.diag(BENT), TARGET), SearchState(), (), 100, TARGET)
+    assert (found.supported, found.strength, found.mode) == (D, 0.0, tuple(TARGET.tolist()))
+
+
+def test_a_regions_next_point_minimises_f_with_the_penalty() -> None:
+    model, low, high = fitted(), torch.full((D,), 0.25).double(), torch.full((D,), 0.65).double()
+    surface = Surface.of(model, "log_likelihood")
+    for strength in (0.1, 2.0, 1000.0):
+        penalty = GroupPenalty(GROUP, "log_likelihood", strength)
+        found = minimise_in_box(model, low, high, [(low + high) / 2], 0.0, 0, penalty)
+        reference = penalised_minimum(surface, GROUP, strength, low, high, (low + high) / 2)
+        assert torch.allclose(found, reference, atol=2e-3)  # L-BFGS-B ends by changes of the merit
+    assert off_mean(found, GROUP).abs().max() < 1e-3
+
+
+def test_pending_points_keep_proposals_of_one_region_apart() -> None:
+    model, low, high = fitted(), torch.zeros(D).double(), torch.ones(D).double()
+    penalty = GroupPenalty(GROUP, "log_likelihood", 1.0)
+    first, later = (minimise_in_box(model, low, high, [TARGET], beta, 0, penalty) for beta in (0.0, 1.0))
+    assert (first - later).abs().max() > 1e-3
+
+
+def run(problem: Means, cost: float = 20, seed: int = 0, slots: int = 1, **settings: bool) -> BilevelOptimizer:
+    optimizer = BilevelOptimizer(problem.space, Default(**settings), seed, slots)  # type: ignore[arg-type]
+    search(problem, optimizer, cost)
+    return optimizer
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_group_with_nothing_to_tell_apart_collapses(seed: int) -> None:
+    problem = Means((0.4,) * 8, seed=seed)
+    optimizer = run(problem)
+    best, lowest = optimizer.method.incumbent(optimizer.state), optimizer.state.best
+    assert best is not None and lowest is not None
+    means = torch.tensor(best.unit)
+    spread = (problem.z.mean(0) / 4).std()  # of the lowest F
+    assert means.std() < 0.35 * spread
+    truth = (problem.truth + 2) / 4
+    assert (means - truth).norm() < 0.7 * (problem.z.mean(0) / 4 + 0.5 - truth).norm()
+
+
+def test_a_group_with_much_to_tell_apart_keeps_its_freedom() -> None:
+    problem = Means((-1.5, 1.5, 0.0, 1.0, -1.0, 0.5, -0.5, 1.2))
+    optimizer = run(problem)
+    best, lowest = optimizer.method.incumbent(optimizer.state), optimizer.state.best
+    assert best is not None and lowest is not None
+    assert best.upper_loss - lowest.upper_loss < 0.01 * (optimizer.state.trainings[0].upper_loss - lowest.upper_loss)
+    shrinkage = optimizer.state.shrinkage
+    assert shrinkage is not None and shrinkage.supported > 7
+
+
+def proposals(optimizer: BilevelOptimizer) -> list[Proposal]:
+    return [training.proposal for training in optimizer.state.trainings]
+
+
+def test_switched_off_the_search_is_that_of_a_loss_that_is_no_likelihood() -> None:
+    problem, plain = Means((0.4,) * 5), Means((0.4,) * 5)
+    plain.upper_likelihood = "none"
+    off = run(problem, generalise=False)
+    assert proposals(off) == proposals(run(plain, generalise=False)) == proposals(run(plain))
+    assert proposals(off) != proposals(run(problem))
+    assert off.method.incumbent(off.state) is off.state.best
+    # what the examples determine is said all the same
+    assert off.state.shrinkage is not None and off.state.shrinkage.strength > 0
+
+
+def test_a_loss_that_is_no_likelihood_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    problem = Means((0.4,) * 4)
+    problem.upper_likelihood = "none"
+    say_once.cache_clear()
+    run(problem)
+    assert [record.getMessage()[:25] for record in caplog.records if "generalise" in record.getMessage()] == [
+        "Means: hyperparameters of"
+    ]
+
+
+def test_the_first_steps_are_plain() -> None:
+    known = [step.shrinkage is not None for step in run(Means((0.4,) * 5)).state.steps]
+    assert known == [False] * PLAIN_STEPS + [True] * (len(known) - PLAIN_STEPS)
+
+
+def test_seen_from_takes_points_with_hypergradients() -> None:
+    state = SearchState(tuple(observed(valley, sobol_points(D, 4, 1))))
+    rows = seen_from(state, TARGET, GROUP)
+    units = torch.tensor([t.unit for t in state.trainings], dtype=torch.double)
+    assert torch.allclose(rows, off_mean(units[[0, 2]] - TARGET, GROUP))

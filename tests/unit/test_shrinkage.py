@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raybilevel._models.shrinkage import GroupPenalty, expected_loss, judged, off_mean
+from raybilevel.search_state import Likelihood, Proposal, SearchState, Shrinkage, StepRecord, Training
+
+GROUPS = ((0, 2), (1, 3, 4))
+
+
+def search(
+    units: list[list[float]],
+    uppers: list[float],
+    strength: float,
+    likelihood: Likelihood = "log_likelihood",
+    **others: object,
+) -> SearchState:
+    trainings = tuple(
+        Training(i, Proposal(tuple(unit), "start", predicted_upper_loss=upper), "done", i, upper_loss=upper)
+        for i, (unit, upper) in enumerate(zip(units, uppers, strict=True))
+    )
+    values: dict[str, object] = {"mode": tuple(units[0]), "supported": 2.0, "applied": True} | others
+    found = Shrinkage(((0, 1),), likelihood, 10, strength, strength, **values)  # type: ignore[arg-type]
+    return SearchState(trainings, (StepRecord(0, 0, 1.0, shrinkage=found),))
+
+
+def test_off_mean_is_the_projection_off_each_groups_mean() -> None:
+    d = 6
+    dense = torch.zeros(d, d).double()
+    for group in GROUPS:
+        for i in group:
+            for j in group:
+                dense[i, j] = float(i == j) - 1 / len(group)
+    x = torch.randn(3, d, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    assert torch.allclose(off_mean(x, GROUPS), x @ dense)
+    assert torch.allclose(dense @ dense, dense)
+
+
+def test_the_penalty_by_hand() -> None:
+    x = torch.tensor([0.2, 0.6, 0.9]).double()  # |P x|^2 = 0.08 for the group of the first two
+    penalty = GroupPenalty(((0, 1),), "log_likelihood", 5.0)
+    assert penalty(torch.tensor(1.5), x).item() == pytest.approx(1.7)
+    assert penalty.in_units_of_upper(torch.tensor(1.5), x).item() == pytest.approx(1.7)
+    squared = GroupPenalty(((0, 1),), "squared_error", 5.0)
+    assert squared(torch.tensor(1.5), x).item() == pytest.approx(math.log(1.5) / 2 + 0.2)
+    assert squared.in_units_of_upper(torch.tensor(1.5), x).item() == pytest.approx(1.5 * math.exp(0.4))
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 10), st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=5),
+    st.sampled_from(["log_likelihood", "squared_error"]),
+    st.floats(0, 10),
+)
+def test_both_units_of_the_penalty_put_points_in_one_order(
+    points: list[tuple[float, float, float]], likelihood: Likelihood, strength: float
+) -> None:
+    penalty = GroupPenalty(((0, 1),), likelihood, strength)
+    upper = torch.tensor([p[0] for p in points], dtype=torch.double)
+    x = torch.tensor([p[1:] for p in points], dtype=torch.double)
+    merit, shown = penalty(upper, x), penalty.in_units_of_upper(upper, x)
+    order = shown.argsort()
+    assert (merit[order].diff() >= -1e-12).all()
+
+
+def test_a_search_is_judged_by_f_with_the_penalty() -> None:
+    apart, alike = [0.1, 0.9], [0.5, 0.5]
+    state = search([apart, alike], [1.0, 1.1], 2.0)  # |P x|^2 = 0.32 and 0
+    assert state.best is state.trainings[0]
+    seen = judged(state)
+    assert [t.upper_loss for t in seen.trainings] == pytest.approx([1.32, 1.1])
+    assert [t.proposal.predicted_upper_loss for t in seen.trainings] == pytest.approx([1.32, 1.1])
+    assert seen.best is not None and seen.best.index == 1
+    assert seen.steps == state.steps
+
+
+def test_without_a_penalty_a_search_is_judged_as_it_is() -> None:
+    for state in (SearchState(), search([[0.1, 0.9]], [1.0], 0.0), search([[0.1, 0.9]], [1.0], 2.0, applied=False)):
+        assert judged(state) is state
+
+
+def test_trainings_without_f_stay_without() -> None:
+    state = search([[0.1, 0.9]], [1.0], 2.0).add(Proposal((0.2, 0.4), "region"))
+    waiting = judged(state).trainings[1]
+    assert waiting.status == "pending" and math.isnan(waiting.upper_loss)
+    assert waiting.proposal.predicted_upper_loss is None
+
+
+def test_the_loss_on_new_data_of_a_gaussian_mean() -> None:
+    # z_i ~ N(truth, 1) in d coordinates, G(x) = |x - mean z|^2 / 2, truths ~ N(0, 1 / (n tau)) about a common mean of a
+    # group of d: averaged over truths and examples, the formula is the measured gap, both at x_tau and at mean z.
+    d, n, tau, draws = 8, 20, 0.5, 20_000
+    generator = torch.Generator().manual_seed(0)
+    group = (tuple(range(d)),)
+    truth = off_mean(torch.randn(draws, d, generator=generator, dtype=torch.double), group) / math.sqrt(n * tau)
+    mean = truth + torch.randn(draws, d, generator=generator, dtype=torch.double) / math.sqrt(n)
+    mode = mean - off_mean(mean, group) * tau / (1 + tau)
+    supported = 1 + (d - 1) / (1 + tau)
+    for x in (mode, mean):
+        seen, new = (x - mean).square().sum(1) / 2, (x - truth).square().sum(1) / 2
+        # the examples' own variance: at the truth, F on them is on average F on new data
+        seen = seen - (truth - mean).square().sum(1) / 2
+        measured = (new - seen).mean().item()
+        told = []
+        for i in range(500):
+            state = search([x[i].tolist()], [0.0], tau, mode=tuple(mode[i].tolist()), supported=supported)
+            state = _with(state, groups=group, examples=n)
+            told.append(expected_loss(state, state.trainings[0]))
+        assert sum(told) / len(told) == pytest.approx(measured, rel=0.1)  # type: ignore[arg-type]  # of chance
+
+
+def test_a_squared_error_grows_by_a_factor() -> None:
+    state = search([[0.5, 0.5]], [4.0], 1.0, "squared_error")
+    assert expected_loss(state, state.trainings[0]) == pytest.approx(4.0 * math.exp(2 * 2.0 / 10))
+    assert expected_loss(SearchState(state.trainings), state.trainings[0]) is None
+
+
+def _with(state: SearchState, **changes: object) -> SearchState:
+    from dataclasses import replace
+
+    step = state.steps[0]
+    assert step.shrinkage is not None
+    return SearchState(state.trainings, (replace(step, shrinkage=replace(step.shrinkage, **changes)),))  # type: ignore[arg-type]
