@@ -25,6 +25,7 @@ from raybilevel._records.versions import core_digest, versions
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.methods import METHODS
 from raybilevel.problem import BilevelProblem
+from raybilevel.problems.banded_ridge import BandedRidge
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic
 from raybilevel.problems.income import Income
@@ -38,6 +39,7 @@ from raybilevel.space import Space
 PEER_PACKAGES = ("scipy", "optuna", "cmaes")
 
 PROBLEMS: dict[str, Callable[..., BilevelProblem]] = {
+    "banded_ridge": BandedRidge,
     "cleaning": HyperCleaning,
     "digits_logistic": DigitsLogistic,
     "income": Income,

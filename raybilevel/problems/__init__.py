@@ -9,6 +9,7 @@ from typing import Any
 from raybilevel.errors import ConfigError
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems.architecture import Architecture
+from raybilevel.problems.banded_ridge import BandedRidge
 from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
@@ -53,6 +54,7 @@ __all__ = [
 
 PROBLEMS: dict[str, type[BilevelProblem]] = {
     "architecture": Architecture,
+    "banded_ridge": BandedRidge,
     "cifar_lenet": CifarLenet,
     "cleaning": HyperCleaning,
     "digits": DigitsPerceptron,
