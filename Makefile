@@ -25,7 +25,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup run test test-all test-cluster test-ray compare check format docs clean bench-algorithm bench-scale bench-recycling bench-scripts \
-	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers
+	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-generalisation
 
 setup: $(STAMP)
 
@@ -77,6 +77,12 @@ bench-algorithm: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
 		--editable ".[bench]"
 	$(BIN)/python -m benchmarks configs/bench/algorithm.yaml --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# What many hyperparameters are worth on new data: records and table in OUT. It takes an hour and can be resumed.
+bench-generalisation: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
+		--editable ".[bench]"
+	$(BIN)/python -m benchmarks.generalisation --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 # What a search costs its driver, and how many slots it keeps busy. A part: ARGS=latency|memory|slots|overhead|sharing.
 bench-scale: $(STAMP)

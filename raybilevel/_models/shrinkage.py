@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from raybilevel.search_state import Likelihood, SearchState, Shrinkage, Training
+from raybilevel.search_state import Likelihood, SearchState, Shrinkage, Training, Unit
 
 Groups = Sequence[Sequence[int]]
 SMALLEST_ERROR = 1e-300
@@ -87,10 +87,11 @@ def judged(state: SearchState) -> SearchState:
     return replace(state, trainings=trainings)
 
 
-def expected_loss(state: SearchState, training: Training) -> float | None:
-    """F to expect on new data from a training's hyperparameters; None where it is not known.
+def expected_loss(shrinkage: Shrinkage, unit: Unit, upper: float) -> float:
+    """What F is to be expected to be on new data at a point of the unit cube where it is `upper` on the examples.
 
-    With a quadratic G, Gaussian noise of the examples and the prior of the groups, it exceeds G on the examples by
+    With a quadratic G, Gaussian noise of the examples and the prior of the groups, G on new data exceeds that on the
+    examples by
 
         s / n + tau x_tau' P (x - x_tau)
 
@@ -98,16 +99,10 @@ def expected_loss(state: SearchState, training: Training) -> float | None:
     (Akaike 1974). The second term is -grad G(x_tau) . (x - x_tau): what has been gained beyond x_tau, to first order,
     is chance, and is lost again on new data.
     """
-    shrinkage = state.shrinkage
-    if shrinkage is None:
-        return None
-    mode = torch.tensor(shrinkage.mode, dtype=torch.double)
-    x = torch.tensor(training.unit, dtype=torch.double)
+    mode, x = (torch.tensor(point, dtype=torch.double) for point in (shrinkage.mode, unit))
     beyond = shrinkage.strength * (off_mean(mode, shrinkage.groups) @ (x - mode)).item()
     optimism = shrinkage.supported / shrinkage.examples + beyond
-    if shrinkage.likelihood == "log_likelihood":
-        return training.upper_loss + optimism
-    return training.upper_loss * math.exp(2 * optimism)
+    return upper + optimism if shrinkage.likelihood == "log_likelihood" else upper * math.exp(2 * optimism)
 
 
 def _predicted(training: Training) -> float:

@@ -113,7 +113,8 @@ class BandedRidge(BilevelProblem):
         decay = torch.stack([hyperparameters["decay"][f"g{g}"] for g in range(self.groups)])
         squares = (model(batch.x) - batch.target.unsqueeze(1)).square() * batch.trained
         by_group = model.get_parameter("weight").square().sum(1).reshape(self.groups, self.features).sum(1)
-        return ((squares.sum(0) / batch.trained.sum(0)).sum() + (decay * by_group).sum()) / 2
+        loss: Tensor = ((squares.sum(0) / batch.trained.sum(0)).sum() + (decay * by_group).sum()) / 2
+        return loss
 
     def upper_loss(self, model: nn.Module, batch: Folded) -> Tensor:
         squares = (model(batch.x) - batch.target.unsqueeze(1)).square()

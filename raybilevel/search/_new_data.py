@@ -36,8 +36,7 @@ def new_data(state: SearchState, result: Training | None) -> NewData | None:
     shrinkage, lowest = state.shrinkage, state.best
     if shrinkage is None or result is None or lowest is None:
         return None
-    expected, of_lowest = expected_loss(state, result), expected_loss(state, lowest)
-    assert expected is not None and of_lowest is not None
+    expected, of_lowest = (expected_loss(shrinkage, t.unit, t.upper_loss) for t in (result, lowest))
     d, n = len(result.unit), shrinkage.examples
     words = f"F {result.upper_loss:.3g}, expected on new data about {expected:.2g}"
     beyond = d - round(shrinkage.supported)

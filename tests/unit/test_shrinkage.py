@@ -105,23 +105,14 @@ def test_the_loss_on_new_data_of_a_gaussian_mean() -> None:
         # the examples' own variance: at the truth, F on them is on average F on new data
         seen = seen - (truth - mean).square().sum(1) / 2
         measured = (new - seen).mean().item()
-        told = []
-        for i in range(500):
-            state = search([x[i].tolist()], [0.0], tau, mode=tuple(mode[i].tolist()), supported=supported)
-            state = _with(state, groups=group, examples=n)
-            told.append(expected_loss(state, state.trainings[0]))
-        assert sum(told) / len(told) == pytest.approx(measured, rel=0.1)  # type: ignore[arg-type]  # of chance
+        shrinkages = (
+            Shrinkage(group, "log_likelihood", n, tau, tau, tuple(point), supported, applied=True)
+            for point in mode[:500].tolist()
+        )
+        told = [expected_loss(s, tuple(point), 0.0) for s, point in zip(shrinkages, x[:500].tolist(), strict=True)]
+        assert sum(told) / len(told) == pytest.approx(measured, rel=0.1)  # of chance
 
 
 def test_a_squared_error_grows_by_a_factor() -> None:
-    state = search([[0.5, 0.5]], [4.0], 1.0, "squared_error")
-    assert expected_loss(state, state.trainings[0]) == pytest.approx(4.0 * math.exp(2 * 2.0 / 10))
-    assert expected_loss(SearchState(state.trainings), state.trainings[0]) is None
-
-
-def _with(state: SearchState, **changes: object) -> SearchState:
-    from dataclasses import replace
-
-    step = state.steps[0]
-    assert step.shrinkage is not None
-    return SearchState(state.trainings, (replace(step, shrinkage=replace(step.shrinkage, **changes)),))  # type: ignore[arg-type]
+    shrinkage = Shrinkage(((0, 1),), "squared_error", 10, 1.0, 1.0, (0.5, 0.5), 2.0, applied=True)
+    assert expected_loss(shrinkage, (0.5, 0.5), 4.0) == pytest.approx(4.0 * math.exp(2 * 2.0 / 10))

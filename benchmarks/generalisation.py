@@ -1,0 +1,196 @@
+"""Whether many hyperparameters pay on new data: raybilevel with and without shrinkage, one shared value, black boxes.
+
+    python -m benchmarks.generalisation --data DIR --out DIR
+
+Each problem is run on ten splits of its data at a cost of 25 trainings. The first table has the test loss of the
+trained weights and after a refit, and the paired difference of the refit to raybilevel's. The second holds the loss
+that a search expects on new data against the test loss. DIR gets generalisation.md and, in records/, every run. Those
+there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.__main__ import run_all
+from benchmarks.families import shown
+from benchmarks.suite import MethodEntry, ProblemEntry, Run, incumbent_at
+from raybilevel._models.shrinkage import expected_loss
+from raybilevel._records import store as records
+from raybilevel.report._statistics import Interval, bootstrap
+from raybilevel.search_state import Shrinkage
+
+COST = 25.0
+SPLITS = 10
+OURS, LOWEST, SHARED = "raybilevel", "raybilevel, lowest F", "one shared value"
+
+PROBLEMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits-8": ("digits_logistic", {"groups": 8}),
+    "digits-16": ("digits_logistic", {"groups": 16}),
+    "digits-64": ("digits_logistic", {"groups": 64}),
+    "cleaning-20": ("cleaning", {}),
+    "income-20": ("income", {}),
+    "long-tail-20": ("long_tail", {}),
+    "banded-ridge-4": ("banded_ridge", {"groups": 4}),
+    "banded-ridge-20": ("banded_ridge", {"groups": 20}),
+}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    OURS: ("default", {}),
+    LOWEST: ("default", {"generalise": False}),
+    SHARED: ("diagonal", {}),
+    "Optuna TPE": ("optuna-tpe", {}),
+    "random": ("random", {}),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one run: F and test losses of its result, and what the search expected of new data.
+
+    predicted, measured: by how much the loss on new data exceeds F, against the same for the first training, whose
+        hyperparameters were not chosen by F; None where the search says nothing.
+    """
+
+    upper: float
+    test: float
+    refit: float | None
+    predicted: float | None
+    measured: float
+
+
+def runs(data: str | None, splits: int, problems: Sequence[str]) -> list[Run]:
+    """The splits outermost, so that a part of them is a fair comparison already."""
+    found = []
+    for split in range(splits):
+        for problem in problems:
+            name, options = PROBLEMS[problem]
+            seed = "seed" if name == "banded_ridge" else "split_seed"
+            entry = ProblemEntry(problem=name, options={**options, seed: split + 1})  # split 0 is the other benchmark's
+            for method, (kind, settings) in METHODS.items():
+                searched = MethodEntry.model_validate({"method": kind, "settings": settings})
+                found.append(Run(problem, entry, method, searched, split, COST, (COST,), data))
+    return found
+
+
+def outcome(record: Mapping[str, Any]) -> Outcome:
+    observations = record["observations"]
+    index = incumbent_at(observations, COST)
+    assert index is not None
+    result, first = observations[index], observations[0]
+    refits = record["refits"].get(str(index), {})
+    learned = [step["shrinkage"] for step in record["steps"] if step["shrinkage"] is not None]
+    predicted = None
+    if learned:
+        expected = expected_loss(shrinkage_of(learned[-1]), tuple(result["unit"]), result["upper"])
+        predicted = expected - result["upper"]
+    gaps = [o["metrics"]["test_loss"] - o["upper"] for o in (result, first)]
+    return Outcome(
+        result["upper"], result["metrics"]["test_loss"], refits.get("test_loss"), predicted, gaps[0] - gaps[1]
+    )
+
+
+def shrinkage_of(saved: Mapping[str, Any]) -> Shrinkage:
+    groups = tuple(tuple(group) for group in saved["groups"])
+    return Shrinkage(**{**saved, "groups": groups, "mode": tuple(saved["mode"])})
+
+
+def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
+    """outcomes: by problem, method and split."""
+    return "\n\n".join(
+        [
+            f"Means over splits at cost {COST:g} with 95 % bootstrap intervals. The last column is the paired "
+            "difference of the refit to raybilevel's: positive where raybilevel is better.",
+            losses(outcomes),
+            "By how much the loss on new data exceeds F, expected and measured, against the first training.",
+            optimism(outcomes),
+            "",
+        ]
+    )
+
+
+def losses(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
+    lines = [
+        "| problem | method | splits | F | test loss | after a refit | refit, less raybilevel's |",
+        "| --- " * 7 + "|",
+    ]
+    for problem, methods in outcomes.items():
+        for method, splits in methods.items():
+            ours = methods.get(OURS, {})
+            paired = [(splits[s].refit, ours[s].refit) for s in splits if s in ours]
+            differences = [other - own for other, own in paired if other is not None and own is not None]
+            against = "" if method == OURS or not differences else judged(bootstrap(differences))
+            lines.append(
+                f"| {problem} | {method} | {len(splits)} | {mean(splits, lambda o: o.upper)} "
+                f"| {mean(splits, lambda o: o.test)} | {mean(splits, lambda o: o.refit)} | {against} |"
+            )
+    return "\n".join(lines)
+
+
+def judged(difference: Interval) -> str:
+    """With the word for it: an interval beyond 0 is a win or a loss."""
+    low, high = difference.ends
+    return f"{shown(difference)} {'win' if low > 0 else 'loss' if high < 0 else 'tie'}"
+
+
+def mean(splits: Mapping[int, Outcome], value: Callable[[Outcome], float | None]) -> str:
+    known = [found for outcome in splits.values() if (found := value(outcome)) is not None]
+    return shown(bootstrap(known)) if known else "-"
+
+
+def optimism(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
+    lines = ["| problem | result of | expected | measured | ratio |", "| --- " * 5 + "|"]
+    for problem, methods in outcomes.items():
+        for method in (OURS, LOWEST):
+            known = {s: o for s, o in methods.get(method, {}).items() if o.predicted is not None}
+            if not known:
+                continue
+            measured = statistics.fmean(o.measured for o in known.values())
+            ratio = statistics.fmean(o.predicted or 0.0 for o in known.values()) / measured if measured > 0 else None
+            lines.append(
+                f"| {problem} | {method} | {mean(known, lambda o: o.predicted)} | {mean(known, lambda o: o.measured)} "
+                f"| {'-' if ratio is None else f'{ratio:.2f}'} |"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generalisation", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="folder of the data files")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder of records and table; an earlier run is resumed"
+    )
+    parser.add_argument("--splits", type=int, default=SPLITS, help="of the data, by default %(default)s")
+    parser.add_argument("--only", default=",".join(PROBLEMS), help="problems, comma-separated")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args(arguments)
+    problems = options.only.split(",")
+    if unknown := [name for name in problems if name not in PROBLEMS]:
+        parser.error(f"no problem {unknown[0]!r}; choose from {', '.join(PROBLEMS)}")
+    data = str(Path(options.data).expanduser().absolute()) if options.data else None
+    wanted = runs(data, options.splits, problems)
+    run_all(wanted, options.out, options.workers)
+    outcomes: dict[str, dict[str, dict[int, Outcome]]] = {}
+    failed = 0
+    for run in wanted:
+        record = records.read(options.out / run.path)
+        if record["status"] == "done":
+            outcomes.setdefault(run.problem_name, {}).setdefault(run.method_name, {})[run.seed] = outcome(record)
+        else:
+            failed += 1
+    text = report(outcomes)
+    (options.out / "generalisation.md").write_text(text, encoding="utf-8")
+    print(text)
+    if failed:
+        print(f"{failed} runs failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

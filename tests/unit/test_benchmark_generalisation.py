@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.generalisation import (
+    LOWEST,
+    METHODS,
+    OURS,
+    PROBLEMS,
+    SHARED,
+    Outcome,
+    main,
+    outcome,
+    report,
+    runs,
+)
+from raybilevel._records import store as records
+
+
+def test_every_method_has_the_same_splits() -> None:
+    found = runs("data", 2, ["digits-8", "banded-ridge-4"])
+    assert len(found) == len({run.path for run in found}) == 2 * 2 * len(METHODS)
+    assert {run.problem.options.get("split_seed") for run in found if run.problem_name == "digits-8"} == {1, 2}
+    assert {run.problem.options.get("seed") for run in found if run.problem_name == "banded-ridge-4"} == {1, 2}
+    for run in runs("data", 1, list(PROBLEMS)):
+        assert run.budget == 25
+
+
+def observation(x: list[float], upper: float, test: float, incumbent: int) -> dict[str, object]:
+    return {"unit": x, "upper": upper, "metrics": {"test_loss": test}, "cost": 1.0 + incumbent, "incumbent": incumbent}
+
+
+def test_the_measured_gap_is_beyond_that_of_the_first_training() -> None:
+    shrinkage = {
+        "groups": [[0, 1]], "likelihood": "log_likelihood", "examples": 100, "learned": 2.0, "strength": 2.0,
+        "mode": [0.4, 0.6], "supported": 3.0, "applied": True,
+    }  # fmt: skip
+    record = {
+        "observations": [observation([0.5, 0.5], 1.0, 1.1, 0), observation([0.3, 0.7], 0.6, 0.9, 1)],
+        "refits": {"1": {"test_loss": 0.8}},
+        "steps": [{"shrinkage": None}, {"shrinkage": shrinkage}, {"shrinkage": None}],
+    }
+    found = outcome(record)
+    assert (found.upper, found.test, found.refit) == (0.6, 0.9, 0.8)
+    assert found.measured == pytest.approx(0.3 - 0.1)
+    assert found.predicted == pytest.approx(0.03 + 2 * 0.1 * (0.1 + 0.1))
+    assert outcome({**record, "steps": []}).predicted is None
+
+
+def test_the_tables_say_who_wins() -> None:
+    ours = {s: Outcome(0.2, 0.2, 0.1 + 0.01 * s, 0.01, 0.02) for s in range(4)}
+    shared = {s: Outcome(0.3, 0.2, 0.15 + 0.01 * s, None, 0.0) for s in range(4)}
+    lowest = {s: Outcome(0.1, 0.3, 0.09 + 0.01 * s, 0.2, 0.1) for s in range(4)}
+    text = report({"p": {OURS: ours, SHARED: shared, LOWEST: lowest}})
+    lines = text.splitlines()
+    (against_shared,) = (line for line in lines if line.startswith(f"| p | {SHARED} | 4 |"))
+    (against_lowest,) = (line for line in lines if line.startswith(f"| p | {LOWEST} | 4 |"))
+    assert against_shared.endswith("| 0.050 [0.050, 0.050] win |")
+    assert against_lowest.endswith("| -0.010 [-0.010, -0.010] loss |")
+    gaps = [
+        line.split(" | ")[-1] for line in lines if line.startswith((f"| p | {OURS} | 0.0", f"| p | {LOWEST} | 0.2"))
+    ]
+    assert gaps == ["0.50 |", "2.00 |"]
+
+
+def test_a_benchmark_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import benchmarks.generalisation as module
+
+    monkeypatch.setattr(module, "COST", 3.0)
+    monkeypatch.setattr(module, "METHODS", {name: METHODS[name] for name in (OURS, SHARED)})
+    arguments = ["--out", str(tmp_path), "--only", "digits-8", "--splits", "1", "--workers", "1"]
+    assert main(arguments) == 0
+    assert "2 runs, 0 of them have a record" in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "2 runs, 2 of them have a record" in capsys.readouterr().out
+    found, wrong = records.read_all(tmp_path)
+    assert len(found) == 2 and not wrong
+    assert "| digits-8 | one shared value | 1 |" in (tmp_path / "generalisation.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--only", "nothing"])
