@@ -20,11 +20,12 @@ from typing import Any
 
 from benchmarks.__main__ import run_all
 from benchmarks.families import shown
-from benchmarks.suite import MethodEntry, ProblemEntry, Run, incumbent_at
+from benchmarks.suite import MethodEntry, ProblemEntry, Run
 from raybilevel._models.shrinkage import expected_loss
 from raybilevel._records import store as records
+from raybilevel._records.incumbents import incumbent_at
+from raybilevel._records.record import Record
 from raybilevel.report._statistics import Interval, bootstrap
-from raybilevel.search_state import Shrinkage
 
 COST = 25.0
 SPLITS = 10
@@ -78,26 +79,17 @@ def runs(data: str | None, splits: int, problems: Sequence[str]) -> list[Run]:
     return found
 
 
-def outcome(record: Mapping[str, Any]) -> Outcome:
-    observations = record["observations"]
-    index = incumbent_at(observations, COST)
+def outcome(record: Record) -> Outcome:
+    index = incumbent_at(record.observations, COST)
     assert index is not None
-    result, first = observations[index], observations[0]
-    refits = record["refits"].get(str(index), {})
-    learned = [step["shrinkage"] for step in record["steps"] if step["shrinkage"] is not None]
-    predicted = None
-    if learned:
-        expected = expected_loss(shrinkage_of(learned[-1]), tuple(result["unit"]), result["upper"])
-        predicted = expected - result["upper"]
-    gaps = [o["metrics"]["test_loss"] - o["upper"] for o in (result, first)]
-    return Outcome(
-        result["upper"], result["metrics"]["test_loss"], refits.get("test_loss"), predicted, gaps[0] - gaps[1]
-    )
-
-
-def shrinkage_of(saved: Mapping[str, Any]) -> Shrinkage:
-    groups = tuple(tuple(group) for group in saved["groups"])
-    return Shrinkage(**{**saved, "groups": groups, "mode": tuple(saved["mode"])})
+    result, first = record.observations[index], record.observations[0]
+    upper, upper_of_first = result.upper_loss, first.upper_loss
+    assert upper is not None and upper_of_first is not None
+    learned = [step.shrinkage for step in record.steps if step.shrinkage is not None]
+    predicted = expected_loss(learned[-1], result.unit, upper) - upper if learned else None
+    measured = result.metrics["test_loss"] - upper - (first.metrics["test_loss"] - upper_of_first)
+    refitted = record.refits.get(index, {}).get("test_loss")
+    return Outcome(upper, result.metrics["test_loss"], refitted, predicted, measured)
 
 
 def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
@@ -180,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = 0
     for run in wanted:
         record = records.read(options.out / run.path)
-        if record["status"] == "done":
+        if record.status == "done":
             outcomes.setdefault(run.problem_name, {}).setdefault(run.method_name, {})[run.seed] = outcome(record)
         else:
             failed += 1

@@ -164,5 +164,6 @@ def told(step: UpperStep, result: UpperResult) -> Step:
         multiplier=record.multiplier,
         violation=record.violation,
         decrease=record.decrease,
+        shrinkage=record.shrinkage,
         hypergradients={index: tuple(gradient) for index, gradient in result.hypergradients.items()},
     )

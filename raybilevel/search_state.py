@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-__all__ = ["Origin", "Proposal", "RegionHistory", "SearchState", "Shrinkage", "Status", "StepRecord", "Training", "Unit"]
+__all__ = [
+    "Origin",
+    "Proposal",
+    "RegionHistory",
+    "SearchState",
+    "Shrinkage",
+    "Status",
+    "StepRecord",
+    "Training",
+    "Unit",
+]
 
 Status = Literal["pending", "done", "stopped", "failed", "lost"]
 Origin = str

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raybilevel.search_state import Shrinkage
 from raybilevel.space import Space
 
 FORMAT: Final = 2
@@ -117,6 +118,7 @@ class Step(Stored):
 
     began, ended: seconds since the start of the run.
     targets:      trainings whose hypergradients it took, which are in `hypergradients`.
+    shrinkage:    what it learned of groups of hyperparameters.
     """
 
     number: int
@@ -131,6 +133,7 @@ class Step(Stored):
     violation: float | None = None
     decrease: float | None = None
     hypergradients: dict[int, tuple[float, ...]] = {}
+    shrinkage: Shrinkage | None = None
 
 
 class Overhead(Stored):

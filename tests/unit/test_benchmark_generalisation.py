@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from benchmarks.generalisation import (
     report,
     runs,
 )
+from benchmarks.suite import execute
 from raybilevel._records import store as records
+from raybilevel._records.record import Step
+from raybilevel.search_state import Shrinkage
 
 
 def test_every_method_has_the_same_splits() -> None:
@@ -28,25 +32,23 @@ def test_every_method_has_the_same_splits() -> None:
         assert run.budget == 25
 
 
-def observation(x: list[float], upper: float, test: float, incumbent: int) -> dict[str, object]:
-    return {"unit": x, "upper": upper, "metrics": {"test_loss": test}, "cost": 1.0 + incumbent, "incumbent": incumbent}
-
-
 def test_the_measured_gap_is_beyond_that_of_the_first_training() -> None:
-    shrinkage = {
-        "groups": [[0, 1]], "likelihood": "log_likelihood", "examples": 100, "learned": 2.0, "strength": 2.0,
-        "mode": [0.4, 0.6], "supported": 3.0, "applied": True,
-    }  # fmt: skip
-    record = {
-        "observations": [observation([0.5, 0.5], 1.0, 1.1, 0), observation([0.3, 0.7], 0.6, 0.9, 1)],
-        "refits": {"1": {"test_loss": 0.8}},
-        "steps": [{"shrinkage": None}, {"shrinkage": shrinkage}, {"shrinkage": None}],
-    }
-    found = outcome(record)
+    shrinkage = Shrinkage(((0, 1),), "log_likelihood", 100, 2.0, 2.0, (0.4, 0.6), 3.0, applied=True)
+    (run,) = (run for run in runs(None, 1, ["banded-ridge-4"]) if run.method_name == OURS)
+    record = execute(replace(run, budget=2.0, marks=(2.0,)))
+    first, last = (
+        o.model_copy(update={"unit": unit, "upper_loss": upper, "metrics": {"test_loss": test}, "incumbent": i})
+        for i, (o, unit, upper, test) in enumerate(
+            zip(record.observations, ((0.5, 0.5), (0.3, 0.7)), (1.0, 0.6), (1.1, 0.9), strict=True)
+        )
+    )
+    steps = tuple(Step(number=i, shrinkage=found) for i, found in enumerate((None, shrinkage, None)))
+    changes = {"observations": (first, last), "refits": {1: {"test_loss": 0.8}}, "steps": steps}
+    found = outcome(record.model_copy(update=changes))
     assert (found.upper, found.test, found.refit) == (0.6, 0.9, 0.8)
     assert found.measured == pytest.approx(0.3 - 0.1)
     assert found.predicted == pytest.approx(0.03 + 2 * 0.1 * (0.1 + 0.1))
-    assert outcome({**record, "steps": []}).predicted is None
+    assert outcome(record.model_copy(update={**changes, "steps": ()})).predicted is None
 
 
 def test_the_tables_say_who_wins() -> None:
