@@ -305,7 +305,7 @@ class Default(Method):
         around = torch.tensor(incumbent.unit, dtype=torch.double)
         known = upper_likelihood(problem, BoxVariables(space, constants).given(around))
         if known.kind is None:
-            if groups and self.generalise:
+            if groups and self.generalise and problem.upper_likelihood == "auto":
                 say_once(type(problem).__name__)
             return None
         return learn(Surface.of(model, known.kind), state, groups, known.examples, around, self.generalise)
@@ -340,7 +340,7 @@ def say_once(problem: str) -> None:
     """That groups of hyperparameters are not held together, once in a process."""
     logger.warning(
         "%s: hyperparameters of a kind are not held together (generalise), since F is not known to be a mean negative "
-        "log-likelihood or a mean squared error; set upper_likelihood on the problem, or generalise=False",
+        "log-likelihood or a mean squared error; set upper_likelihood on the problem ('none' if it is neither)",
         problem,
     )
 

@@ -26,6 +26,7 @@ class Analytic(BilevelProblem):
 
     epochs = 50
     dtype = torch.double
+    upper_likelihood = "none"  # there are no examples
     dimension: int
 
     @property

@@ -229,12 +229,18 @@ def test_switched_off_the_search_is_that_of_a_loss_that_is_no_likelihood() -> No
 
 def test_a_loss_that_is_no_likelihood_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     problem = Means((0.4,) * 4)
-    problem.upper_likelihood = "none"
+    problem.upper_likelihood = "auto"  # the loss ends in a division
     say_once.cache_clear()
     run(problem)
     assert [record.getMessage()[:25] for record in caplog.records if "generalise" in record.getMessage()] == [
         "Means: hyperparameters of"
     ]
+    caplog.clear()
+    problem = Means((0.4,) * 4)
+    problem.upper_likelihood = "none"
+    say_once.cache_clear()
+    run(problem)
+    assert not caplog.records
 
 
 def test_the_first_steps_are_plain() -> None:
