@@ -6,17 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
-from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer, LogUniform, Quantized, Uniform
+from ray.tune.search.sample import (
+    Categorical,
+    Domain,
+    Float,
+    Function,
+    Integer,
+    LogUniform,
+    Normal,
+    Quantized,
+    Uniform,
+)
 
 from raybilevel.errors import SpaceError
-from raybilevel.space import DOMAINS, Parameter, Space, flatten, nest
+from raybilevel.space import CHOICE, DOMAINS, Parameter, Space, flatten, nest
 
-SUPPORTED = " or ".join(f"tune.{name}" for name in DOMAINS)
+SUPPORTED = " or ".join(f"tune.{name}" for name in [*DOMAINS, CHOICE])
 
 
 def to_param_space(space: Space, constants: Mapping[str, Any]) -> dict[str, Any]:
     """The Tune `param_space` of a box and the nested constants around it."""
-    domains = {p.path: getattr(tune, p.domain)(*p.arguments) for p in space.parameters}
+    domains = {
+        p.path: tune.choice(list(p.choices)) if p.choices else getattr(tune, p.domain)(*p.arguments)
+        for p in space.parameters
+    }
     return nest({**domains, **flatten(constants)})
 
 
@@ -64,19 +77,20 @@ def without_wrappers(tree: Any, path: tuple[str, ...] = ()) -> Any:
 
 def parameter(name: str, path: tuple[str, ...], domain: Domain) -> Parameter:
     sampler = domain.get_sampler()
-    step = None
+    step: tuple[float, ...] = ()
     if isinstance(sampler, Quantized):
-        step, sampler = float(sampler.q), sampler.get_sampler()
+        step, sampler = (float(sampler.q),), sampler.get_sampler()
     if isinstance(domain, Function):
         raise SpaceError(f"{name}: sample_from cannot be searched; use {SUPPORTED}, or make it a constant")
-    if isinstance(domain, Categorical | Integer):
-        kind = "choice" if isinstance(domain, Categorical) else "randint"
-        raise SpaceError(
-            f"{name}: tune.{kind} has no gradient and is not supported yet; fix its value, run one search per value, "
-            f"or use {SUPPORTED} for a continuous hyperparameter"
-        )
-    if not isinstance(domain, Float) or not isinstance(sampler, Uniform | LogUniform):
-        raise SpaceError(
-            f"{name}: {type(domain).__name__} with {type(sampler).__name__} sampling is not supported; use {SUPPORTED}"
-        )
-    return Parameter(path, float(domain.lower), float(domain.upper), isinstance(sampler, LogUniform), step)
+    if isinstance(domain, Categorical):
+        return Parameter.of_choices(path, domain.categories)
+    quantised = "q" if step else ""
+    if isinstance(domain, Float) and isinstance(sampler, Normal):
+        return Parameter.of(path, f"{quantised}randn", (sampler.mean, sampler.sd, *step))
+    if isinstance(domain, Float | Integer) and isinstance(sampler, Uniform | LogUniform):
+        log = "log" if isinstance(sampler, LogUniform) else ""
+        kind = "randint" if isinstance(domain, Integer) else "uniform"
+        return Parameter.of(path, f"{quantised}{log}{kind}", (domain.lower, domain.upper, *step))
+    raise SpaceError(
+        f"{name}: {type(domain).__name__} with {type(sampler).__name__} sampling is not supported; use {SUPPORTED}"
+    )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from ray import tune
 
 from raybilevel.errors import SpaceError
@@ -28,13 +29,11 @@ def test_every_supported_domain_and_nested_constants() -> None:
 
 
 def test_a_box_becomes_tune_s_domains_and_back() -> None:
-    arguments = {"low": 0.5, "high": 2.0, "step": 0.5}
-    box = Space(
-        tuple(
-            Parameter.of(("deep", name), name, [arguments[a] for a in domain.arguments])
-            for name, domain in DOMAINS.items()
-        )
-    )
+    arguments = {"low": 2.0, "high": 8.0, "step": 2.0, "mean": 1.0, "sd": 2.0}
+    numbers = [
+        Parameter.of(("deep", name), name, [arguments[a] for a in domain.arguments]) for name, domain in DOMAINS.items()
+    ]
+    box = Space((*numbers, Parameter.of_choices(("deep", "activation"), ["relu", "tanh", None])))
     constants = {"deep": {"kept": 7}, "name": "text"}
     assert split_param_space(to_param_space(box, constants)) == (box, constants)
 
@@ -46,10 +45,67 @@ def test_a_box_becomes_tune_s_domains_and_back() -> None:
         ({"a": [tune.uniform(0, 1)]}, "a: domains inside a list"),
         ({"a": tune.uniform(0, 1), "b": ("__ref_ph", "hash")}, "b: an object"),
         ({"a": {"b": {"grid_search": [1, 2]}}}, "a/b: grid_search"),
-        ({"a": tune.qrandint(1, 9, 2)}, "a: tune.randint"),
+        ({"a": tune.choice(["relu"])}, "a: a choice needs at least two values"),
+        ({"a": tune.choice([1, 2, 1])}, "a: 1 is given twice"),
+        ({"a": tune.randint(3, 4)}, "a: the lower bound must be below"),
+        ({"a": tune.sample_from(lambda spec: 1)}, "a: sample_from"),
         ({"a": {1: tune.uniform(0, 1)}}, "a/1: the key 1 is no text; write '1'"),
     ],
 )
 def test_what_cannot_be_searched_is_named(space: dict[str, object], words: str) -> None:
     with pytest.raises(SpaceError, match=words):
         split_param_space(space)
+
+
+INTEGERS = {
+    "randint": (tune.randint(1, 5), [1, 2, 3, 4]),
+    "qrandint": (tune.qrandint(2, 9, 2), [2, 4, 6, 8]),
+    "qrandint by one": (tune.qrandint(1, 4, 1), [1, 2, 3]),
+    "lograndint": (tune.lograndint(1, 5), [1, 2, 3, 4]),
+    "qlograndint": (tune.qlograndint(2, 8, 2), [2, 4, 6, 8]),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_whole_numbers_are_those_that_tune_draws(name: str) -> None:
+    domain, values = INTEGERS[name]
+    space, _ = split_param_space({"n": domain})
+    units = torch.linspace(0, 1, 201, dtype=torch.double)
+    found = [space.to_config(unit[None])["n"] for unit in units]
+    assert sorted(set(found)) == values and all(type(value) is int for value in found)
+    (levels,) = space.discrete.values()
+    assert [space.to_config(torch.tensor([level]))["n"] for level in levels] == values
+    assert {domain.sample() for _ in range(300)} <= set(values)
+
+
+def test_whole_numbers_at_the_ends_are_as_likely_as_others() -> None:
+    space, _ = split_param_space({"n": tune.randint(0, 5)})
+    found = [space.to_config(torch.tensor([(i + 0.5) / 1000]))["n"] for i in range(1000)]
+    assert [found.count(n) for n in range(5)] == [200] * 5
+
+
+def test_choices_keep_their_values() -> None:
+    given = [None, "relu", (1, 2), True, 1]
+    space, _ = split_param_space({"c": tune.choice(given), "width": tune.choice([64, 16, 32])})
+    activation, width = space.parameters
+    assert space.unordered == (0,) and width.choices == (16, 32, 64)
+    for value in given:
+        again = space.to_config(space.encode({"c": value, "width": 32}))
+        assert again == {"c": value, "width": 32} and type(again["c"]) is type(value)
+    with pytest.raises(SpaceError, match=r"c: expected one of None, 'relu', \(1, 2\), True, 1, got 'tanh'"):
+        space.encode({"c": "tanh", "width": 16})
+    assert activation.smooth is False and space.smooth == (False, False)
+
+
+def test_normal_domains_have_their_quantiles() -> None:
+    space, _ = split_param_space({"x": tune.randn(10, 2), "y": tune.qrandn(0, 1, 0.5)})
+    units = torch.arange(0.05, 1, 0.1, dtype=torch.double)
+    found = torch.tensor([space.to_config(torch.stack([u, u]))["x"] for u in units])
+    expected = torch.distributions.Normal(10.0, 2.0).icdf(units)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+    point = torch.tensor([0.3, 0.9], dtype=torch.double, requires_grad=True)
+    decoded = space.decode(point)["x"]
+    (slope,) = torch.autograd.grad(decoded, point)
+    assert space.parameters[0].slope(decoded.item()) == pytest.approx(slope[0].item(), rel=1e-9)
+    assert space.encode(space.to_config(point.detach()))[0].item() == pytest.approx(0.3)
+    assert space.to_config(point.detach())["y"] == 1.5  # of 1.28, the nearest multiple
