@@ -38,8 +38,8 @@ def bilevel(
     With one slot the clock is the cost. With more it is simulated: trainings and steps last as long as the gradient
     evaluations they take, and end in that order; an observation's cost is then when it ended, in trainings.
     """
-    check_problem(objective.problem, objective.space)
-    drive = Drive(objective, BilevelOptimizer(objective.space, configured(method, settings), seed, slots), slots)
+    space = check_problem(objective.problem, objective.space)
+    drive = Drive(objective, BilevelOptimizer(space, configured(method, settings), seed, slots), slots)
     drive.run()
     return tuple(drive.steps)
 

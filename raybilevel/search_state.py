@@ -74,7 +74,7 @@ class Training(PickledOnce):
     finished: the order in which results came in, 0, 1, ...; -1 while pending.
     lower_loss, upper_loss: f and F at the trained weights; where another metric is searched, that one, with its sign
         turned where it is maximised, stands for F.
-    lower_gradient: df/dx there, shape (d,), in the unit cube.
+    lower_gradient: df/dx there, shape (d,), in the unit cube; NaN where it is not known, as below.
     passes:         what it cost, in gradient evaluations of f.
     hypergradient: dF(x, y*(x))/dx there from an upper-level step, shape (d,), in the unit cube; empty where the step
         found none.

@@ -94,14 +94,14 @@ def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine 
     if space is None:
         raise mistakes.as_one()
     mistakes.made_by(lambda: check_points(search.points_to_evaluate, space, "search.points_to_evaluate"))
-    mistakes.made_by(lambda: check_levels(problem, space, config.constants, method))
-    if mistakes.found:
+    checked = mistakes.made_by(lambda: check_levels(problem, space, config.constants, method))
+    if checked is None or mistakes.found:
         raise mistakes.as_one()
     return Plan(
         config=config,
         problem=problem,
         method=method,
-        space=space,
+        space=checked,
         constants=config.constants,
         points=tuple(search.points_to_evaluate),
         training=config.resources.of_training(config.on_gpu),
@@ -160,15 +160,15 @@ def space_of(config: ExperimentConfig, method: Method) -> Space:
     )
 
 
-def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], method: Method) -> None:
-    """Try both levels before anything is trained.
+def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], method: Method) -> Space:
+    """Try both levels before anything is trained; the space, as `check_search` returns it.
 
     Raises:
         ProblemError, NotFiniteError: the problem breaks its contract, or cannot be evaluated in this space at all.
         ConfigError: the method cannot search it.
     """
     try:
-        check_search(problem, space, constants, method)
+        return check_search(problem, space, constants, method)
     except RaybilevelError:
         raise
     except KeyError as error:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from raybilevel.errors import SpaceError
-from raybilevel.space import DOMAINS, Parameter, Space, nest
+from raybilevel.space import CHOICE, DOMAINS, Parameter, Space, nest
 
 Path = tuple[str, ...]
 
 EXAMPLE = "{loguniform: [1e-6, 1.0]}"
-LIKE_DOMAINS = ("(", "[", "tune.", *(f"{name}(" for name in DOMAINS))
+KNOWN = (*DOMAINS, CHOICE)
+LIKE_DOMAINS = ("(", "[", "tune.", *(f"{name}(" for name in KNOWN))
 """How a text begins that was meant as a domain."""
 
 
@@ -62,17 +63,18 @@ def is_domain(name: str, entry: Any) -> bool:
     """
     if not isinstance(entry, Mapping):
         return False
-    known = [key for key in entry if key in DOMAINS]
+    known = [key for key in entry if key in KNOWN]
     only = next(iter(entry)) if len(entry) == 1 else None
     if isinstance(only, str) and isinstance(entry[only], list):
         if not known:
             raise SpaceError(
-                f"{name}: unknown domain {only!r}; choose one of {', '.join(DOMAINS)}, or, where {only!r} is a "
+                f"{name}: unknown domain {only!r}; choose one of {', '.join(KNOWN)}, or, where {only!r} is a "
                 f"hyperparameter, write {only}: {EXAMPLE}"
             )
         return True
     if known:
-        wanted = f"{{{known[0]}: [{', '.join(DOMAINS[known[0]].arguments)}]}}"
+        arguments = ("values", "...") if known[0] == CHOICE else DOMAINS[known[0]].arguments
+        wanted = f"{{{known[0]}: [{', '.join(arguments)}]}}"
         raise SpaceError(f"{name}: expected {wanted} and nothing beside it, got {dict(entry)}")
     return False
 

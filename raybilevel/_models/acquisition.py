@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,15 @@ from botorch.exceptions.warnings import BotorchWarning
 from botorch.optim import optimize_acqf
 from torch import Tensor
 
+from raybilevel._models.discrete import NONE, Levels, promising, snapped, widened, with_setting
 from raybilevel._models.gaussian_process import FittedGP, exact, fit, value_rows
 from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.value_function import nearest, thinned
 from raybilevel.search_state import Training
 from raybilevel.space import sobol_points
+
+ROUNDS = 2
+"""Of settings of the discrete coordinates that are tried in one maximisation."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,17 @@ class UpperModel:
 
 
 def fit_upper_model(
-    trainings: Sequence[Training], pending: Sequence[Tensor], near: Tensor, max_rows: int
+    trainings: Sequence[Training],
+    pending: Sequence[Tensor],
+    near: Tensor,
+    max_rows: int,
+    unordered: Sequence[int] = (),
 ) -> UpperModel:
     """The model of measured trainings; where rows run out, hypergradients nearest to `near` are kept, and with them at
-    most half of the rows are values (`thinned`)."""
+    most half of the rows are values (`thinned`).
+
+    unordered: coordinates of choices without an order.
+    """
     warp = Warp.of(torch.tensor([t.upper_loss for t in trainings], dtype=torch.double))
     trainings = thinned(trainings, near, max_rows // 2 if any(t.hypergradient for t in trainings) else max_rows)
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
@@ -73,7 +84,7 @@ def fit_upper_model(
     known = [i for i, t in enumerate(trainings) if t.hypergradient]
     kept = [known[i] for i in nearest(x[known], near, (max_rows - len(x)) // x.shape[1])] if known else []
     gradients = {i: slope[i] * torch.tensor(trainings[i].hypergradient, dtype=torch.double) for i in kept}
-    process = fit(x, warp(upper), gradients)
+    process = fit(x, warp(upper), gradients, categorical=unordered)
     if pending:
         # Kriging believer (Ginsbourger et al. 2010): a pending point counts as observed at its posterior mean.
         points = torch.stack(list(pending))
@@ -93,12 +104,13 @@ def minimise_in_box(
     beta: float,
     seed: int,
     penalty: GroupPenalty | None = None,
+    discrete: Levels = NONE,
 ) -> Tensor:
     """The point of a box with the lowest mean - sqrt(beta) * deviation, with a penalty if there is one, shape (d,)."""
+    acquisition: AcquisitionFunction = UpperConfidenceBound(model.process.model, beta=beta, maximize=False)
     if penalty is not None:
-        return maximise(PenalisedConfidenceBound(model, penalty, beta), low, high, starts, seed)
-    acquisition = UpperConfidenceBound(model.process.model, beta=beta, maximize=False)
-    return maximise(acquisition, low, high, starts, seed)
+        acquisition = PenalisedConfidenceBound(model, penalty, beta)
+    return maximise(acquisition, low, high, starts, seed, discrete=discrete)
 
 
 class PenalisedConfidenceBound(AcquisitionFunction):  # type: ignore[misc]
@@ -118,20 +130,62 @@ class PenalisedConfidenceBound(AcquisitionFunction):  # type: ignore[misc]
         return -self.penalty(upper, X.squeeze(-2))
 
 
-def expected_improvement(model: UpperModel, dimension: int, starts: Sequence[Tensor], seed: int) -> Tensor:
+def expected_improvement(
+    model: UpperModel, dimension: int, starts: Sequence[Tensor], seed: int, discrete: Levels = NONE
+) -> Tensor:
     """The point of the unit cube with the largest (log) expected improvement over the incumbent, shape (d,)."""
     acquisition = LogExpectedImprovement(model.process.model, best_f=model.best, maximize=False)
-    return maximise(acquisition, torch.zeros(dimension).double(), torch.ones(dimension).double(), starts, seed)
+    low, high = torch.zeros(dimension).double(), torch.ones(dimension).double()
+    return maximise(acquisition, low, high, starts, seed, discrete=discrete)
 
 
 def maximise(
-    acquisition: AcquisitionFunction, low: Tensor, high: Tensor, starts: Sequence[Tensor], seed: int, restarts: int = 4
+    acquisition: AcquisitionFunction,
+    low: Tensor,
+    high: Tensor,
+    starts: Sequence[Tensor],
+    seed: int,
+    restarts: int = 4,
+    discrete: Levels = NONE,
 ) -> Tensor:
-    """Multi-start L-BFGS-B in a box, from `starts` and the best of 64 scrambled Sobol points."""
-    raw = low + sobol_points(len(low), 64, seed) * (high - low)
+    """Multi-start L-BFGS-B in a box, from `starts` and the best of 64 scrambled Sobol points.
+
+    discrete: coordinates that have a few values. They are free of the box. The continuous ones are optimised at the
+        most promising settings of the others, then at the neighbours of the best.
+    """
+    low, high = widened(low, high, discrete)
+    raw = snapped(low + sobol_points(len(low), 64, seed) * (high - low), discrete)
     with torch.no_grad():
         order = acquisition(raw.unsqueeze(1)).argsort(descending=True, stable=True)
-    chosen = [*(start.clamp(low, high) for start in starts), *raw[order[:restarts]]]
+    chosen = [*(snapped(start, discrete).clamp(low, high) for start in starts), *raw[order[:restarts]]]
+    if not discrete:
+        return ascended(acquisition, low, high, chosen)
+    tried: dict[tuple[float, ...], tuple[float, Tensor]] = {}
+    points = torch.stack(chosen)
+    for _ in range(ROUNDS):
+        for candidate in promising(acquisition, points, discrete):
+            fixed = {j: candidate[j].item() for j in discrete}
+            setting = tuple(fixed.values())
+            if setting in tried:
+                continue
+            point = candidate
+            if len(fixed) < len(low):
+                others = [with_setting(start, fixed) for start in chosen[:2]]
+                point = ascended(acquisition, low, high, [candidate, *others], fixed)
+            with torch.no_grad():
+                tried[setting] = acquisition(point[None, None]).item(), point
+        points = max(tried.values(), key=lambda found: found[0])[1].unsqueeze(0)
+    return points[0]
+
+
+def ascended(
+    acquisition: AcquisitionFunction,
+    low: Tensor,
+    high: Tensor,
+    starts: Sequence[Tensor],
+    fixed: Mapping[int, float] | None = None,
+) -> Tensor:
+    """The best of L-BFGS-B from each start, shape (d,); `fixed` coordinates keep their values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BotorchWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -139,8 +193,9 @@ def maximise(
             acquisition,
             bounds=torch.stack([low, high]),
             q=1,
-            num_restarts=len(chosen),
-            batch_initial_conditions=torch.stack(chosen).unsqueeze(1),
+            num_restarts=len(starts),
+            batch_initial_conditions=torch.stack(list(starts)).unsqueeze(1),
+            fixed_features=dict(fixed) if fixed else None,
             options={"maxiter": 60},
         )
     point: Tensor = found[0].detach().clamp(low, high)

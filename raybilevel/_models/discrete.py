@@ -10,6 +10,7 @@ from torch import Tensor
 
 Levels = Mapping[int, Sequence[float]]
 """Coordinates that have a few values, with those."""
+NONE: Levels = {}
 
 TRIED = 4
 """Settings of the discrete coordinates whose continuous ones are optimised."""
@@ -23,6 +24,21 @@ def snapped(points: Tensor, discrete: Levels) -> Tensor:
         levels = torch.tensor(values, dtype=points.dtype)
         nearest = (points[..., coordinate, None] - levels).abs().argmin(-1)
         found[..., coordinate] = levels[nearest]
+    return found
+
+
+def widened(low: Tensor, high: Tensor, discrete: Levels) -> tuple[Tensor, Tensor]:
+    """A box, both shape (d,), with the whole range of the discrete coordinates: a step along them is no small one."""
+    low, high = low.clone(), high.clone()
+    low[list(discrete)], high[list(discrete)] = 0.0, 1.0
+    return low, high
+
+
+def with_setting(point: Tensor, setting: Mapping[int, float]) -> Tensor:
+    """A point, shape (d,), with these values of its discrete coordinates."""
+    found = point.clone()
+    for coordinate, value in setting.items():
+        found[coordinate] = value
     return found
 
 

@@ -28,7 +28,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from raybilevel._models.acquisition import UpperModel
-from raybilevel._models.gaussian_process import exact
+from raybilevel._models.gaussian_process import SAME_CHOICE, exact
 from raybilevel._models.shrinkage import SMALLEST_ERROR, Groups, off_mean
 from raybilevel.search_state import Likelihood, SearchState, Shrinkage
 
@@ -54,6 +54,7 @@ class Surface:
     value_weights:      a, shape (k,).
     derivative_weights: b, shape (k, d).
     inverse_squares:    the diagonal of L^-2, shape (d,).
+    unordered:          coordinates of choices without an order, in which D is 0 and k falls by another factor.
     """
 
     points: Tensor
@@ -65,6 +66,7 @@ class Surface:
     scale: float
     offset: float
     likelihood: Likelihood
+    unordered: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: UpperModel, likelihood: Likelihood) -> Surface:
@@ -87,6 +89,7 @@ class Surface:
             model.process.scale,
             model.warp.low - model.warp.spread,
             likelihood,
+            kernel.base_kernel.categorical,
         )
 
     def value(self, x: Tensor) -> float:
@@ -120,8 +123,11 @@ class Surface:
     def _mean(self, x: Tensor) -> tuple[float, Tensor, Tensor, Tensor, Tensor]:
         """m, its gradient, and k, D and q at every point."""
         away = x - self.points
+        differs = away[:, self.unordered].abs() > SAME_CHOICE
+        away[:, self.unordered] = 0
         difference = away * self.inverse_squares
-        k = torch.exp(-(away * difference).sum(1) / 2)
+        apart = (differs * self.inverse_squares[list(self.unordered)]).sum(1)
+        k = torch.exp(-((away * difference).sum(1) + apart) / 2)
         q = self.value_weights + (self.derivative_weights * difference).sum(1)
         gradient = k @ (self.derivative_weights * self.inverse_squares - q.unsqueeze(1) * difference)
         return self.constant + (k @ q).item(), gradient, k, difference, q

@@ -26,7 +26,9 @@ class ValueFunction:
         return self.process.deviation(unit)
 
 
-def fit_value_function(trainings: Sequence[Training], near: Tensor, gradients: bool, max_rows: int) -> ValueFunction:
+def fit_value_function(
+    trainings: Sequence[Training], near: Tensor, gradients: bool, max_rows: int, unordered: Sequence[int] = ()
+) -> ValueFunction:
     """v_hat of finished trainings; where rows run out, gradients are kept for the points nearest to `near`, and with
     them at most half of the rows are values (`thinned`)."""
     if gradients:
@@ -37,7 +39,10 @@ def fit_value_function(trainings: Sequence[Training], near: Tensor, gradients: b
     observed = {i: torch.tensor(trainings[i].lower_gradient, dtype=torch.double) for i in kept}
     # With exact gradients few rows tell the length scales: twice as many predicted no better, at three times the cost.
     iterations, rows = (25, 120) if gradients else (50, 250)
-    return ValueFunction(fit(x, values, observed, max_iterations=iterations, max_rows=rows, infer_gradient_noise=False))
+    process = fit(
+        x, values, observed, max_iterations=iterations, max_rows=rows, infer_gradient_noise=False, categorical=unordered
+    )
+    return ValueFunction(process)
 
 
 def thinned(trainings: Sequence[Training], near: Tensor, most: int) -> Sequence[Training]:

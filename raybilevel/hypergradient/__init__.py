@@ -23,7 +23,7 @@ from raybilevel.hypergradient._estimators import (
 )
 from raybilevel.hypergradient._fixed_point import AndersonAcceleration, FixedPoint
 from raybilevel.hypergradient._lower import LowerSolution, solve_lower
-from raybilevel.hypergradient._settings import DescentSettings
+from raybilevel.hypergradient._settings import DescentSettings, check_smooth
 
 __all__ = [
     "CHECKPOINT_FILE",
@@ -49,6 +49,7 @@ __all__ = [
     "RecycleSpace",
     "Selection",
     "Unrolled",
+    "check_smooth",
     "dump_checkpoint",
     "load_checkpoint",
     "solve_lower",

@@ -116,6 +116,8 @@ class DescentSettings:
             ProblemError: x is a point of a box, whose descents have no number, or the problem cannot be divided at all.
             ConfigError: it cannot be divided into so many.
         """
+        if not space.of_starts:
+            check_smooth(type(self).__name__, space)
         if self.shards == 1:
             return
         if not space.of_starts:
@@ -123,3 +125,17 @@ class DescentSettings:
         if not isinstance(problem, SupportsShards):
             raise ProblemError(f"{type(problem).__name__} has no shard(index, count), which shards={self.shards} needs")
         problem.shard(self.shards - 1, self.shards)
+
+
+def check_smooth(method: str, space: Space) -> None:
+    """What a method refuses that follows gradients in every hyperparameter.
+
+    Raises:
+        ConfigError: there are hyperparameters without one.
+    """
+    names = [p.name for p, smooth in zip(space.parameters, space.smooth, strict=True) if not smooth]
+    if names:
+        raise ConfigError(
+            f"{method} follows gradients in every hyperparameter, and the lower-level loss has none in "
+            f"{', '.join(names)}; use method='default', which searches them by values, or make them constants"
+        )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, Self
 from torch import Tensor
 
 from raybilevel.errors import ConfigError
-from raybilevel.hypergradient import DescentSettings
+from raybilevel.hypergradient import DescentSettings, check_smooth
 from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import Origin, Proposal, SearchState, StepRecord, Training, Unit
 from raybilevel.space import Space
@@ -83,11 +83,13 @@ class Method(Protocol):
     never which one it is.
 
     most_hyperparameters: that it is meant for; None for any number.
+    searches_by_values: whether it takes hyperparameters in which the lower level's loss is not differentiable.
     fills_slots: whether a slot that is free until the first step can be planned may train a space-filling point.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     most_hyperparameters: ClassVar[int | None] = 100
+    searches_by_values: ClassVar[bool] = False
     fills_slots: ClassVar[bool] = False
 
     def start_design(self, space: Space, slots: int, seed: int) -> Tensor:
@@ -114,6 +116,8 @@ class Method(Protocol):
                 f"{type(self).__name__} searches hyperparameters, and upper_variables() are none; use "
                 "method='hypergradient', or give a space"
             )
+        if not self.searches_by_values:
+            check_smooth(type(self).__name__, space)
 
     def for_metric(self, metric: str) -> Self:
         """The method that searches a metric other than the upper-level loss, of which there are no hypergradients.

@@ -27,6 +27,7 @@ from raybilevel._models.acquisition import (
     fit_upper_model,
     minimise_in_box,
 )
+from raybilevel._models.discrete import covering
 from raybilevel._models.generalisation import Surface, learn
 from raybilevel._models.shrinkage import GroupPenalty, judged
 from raybilevel._models.value_function import ValueFunction, fit_value_function
@@ -43,6 +44,8 @@ SAME = 1e-3
 ENOUGH_TO_BEGIN = 8
 """Trainings after which steps begin, however many of the start design are still under way: half of hundreds is more
 than a step needs, and slots wait for it."""
+VALUES_TO_MEET = 6
+"""Values of a hyperparameter that the start design meets all of; of more, some."""
 PLAIN_STEPS = 4
 """Upper-level steps before groups of hyperparameters are held together: from points at which their members are equal,
 nothing is seen of what their differences are worth."""
@@ -67,6 +70,7 @@ class Default(Method):
     max_rows:      values and derivatives that a Gaussian process may hold.
     """
 
+    searches_by_values: ClassVar[bool] = True
     fills_slots: ClassVar[bool] = True
 
     start_points: int = 3
@@ -101,10 +105,15 @@ class Default(Method):
         return replace(self, hypergradients=False)
 
     def start_design(self, space: Space, slots: int, seed: int) -> Tensor:
-        """Centre, two more points of the diagonal, and a scrambled Sobol sequence; at least one point a slot."""
+        """Centre, two more points of the diagonal, and a scrambled Sobol sequence; at least one point a slot.
+
+        Whole numbers and choices go through their values instead, and there are points enough to meet each of a few.
+        """
         diagonal = torch.tensor([[0.5], [0.25], [0.75]], dtype=torch.double).expand(3, space.dimension)
-        count = max(slots, self.start_points)
-        return torch.cat([diagonal, sobol_points(space.dimension, max(1, count - 3), seed)])[:count]
+        most = max((len(values) for values in space.discrete.values()), default=0)
+        count = max(slots, self.start_points, min(most, VALUES_TO_MEET))
+        points = torch.cat([diagonal, sobol_points(space.dimension, max(1, count - 3), seed)])[:count]
+        return covering(points, space.discrete, seed)
 
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
         plain, state = state, judged(state)
@@ -223,6 +232,9 @@ class Default(Method):
         point = descent = None
         for index in step.targets:
             training = state.trainings[index]
+            if not any(space.smooth):  # by values alone: there is no gradient to look for
+                found[index] = ()
+                continue
             try:
                 checkpoint = load(index)
             except CheckpointError as error:
@@ -242,16 +254,16 @@ class Default(Method):
                 continue
             if index == step.centre:
                 point, descent = here, estimate
-            found[index] = tuple(estimate.gradient.tolist())
+            found[index] = space.known(estimate.gradient.tolist())
             state = state.change(index, hypergradient=found[index])
             passes += levels.passes
             record = {"multiplier": estimate.multiplier, "violation": 0.0, "decrease": estimate.decrease}
             record["first"] = estimate.first
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
-        model_of_upper = fit_upper_model(state.measured, pending, centre, self.max_rows)
+        model_of_upper = fit_upper_model(state.measured, pending, centre, self.max_rows, space.unordered)
         shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
-        value_function = fit_value_function(state.done, centre, True, self.max_rows)
+        value_function = fit_value_function(state.done, centre, True, self.max_rows, space.unordered)
         starts = [centre]
         if point is not None and descent is not None and self.joint_share > 0:
             radius = trusted_radius(value_function, centre, descent, step.radius)
@@ -263,14 +275,14 @@ class Default(Method):
                 starts.append(joint.x)
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
         penalty = GroupPenalty.of(shrinkage) if shrinkage is not None and shrinkage.applied else None
-        unit = snap(self._propose(step, model_of_upper, centre, starts, penalty), space)
+        unit = snap(self._propose(step, space, model_of_upper, centre, starts, penalty), space)
         if not is_new(unit, step):
             # The model expects nothing better here than what is trained already: look elsewhere.
             if step.origin == "region":
                 record["settled"] = step.region
             for origin in ("global", "fill"):
                 step = replace(step, origin=origin, region=None)
-                unit = snap(self._propose(step, model_of_upper, centre, starts), space)
+                unit = snap(self._propose(step, space, model_of_upper, centre, starts), space)
                 if is_new(unit, step):
                     break
         proposal = Proposal(
@@ -321,6 +333,7 @@ class Default(Method):
     def _propose(
         self,
         step: UpperStep,
+        space: Space,
         model: UpperModel,
         centre: Tensor,
         starts: list[Tensor],
@@ -330,9 +343,10 @@ class Default(Method):
             known = [t.unit for t in step.state.trainings] + list(step.pending)
             return farthest(torch.tensor(known, dtype=torch.double), step.seed)
         if step.origin == "global":
-            return expected_improvement(model, len(centre), starts, step.seed)
+            return expected_improvement(model, len(centre), starts, step.seed, space.discrete)
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
-        return minimise_in_box(model, low, high, starts, self.beta + 0.25 * step.rank, step.seed, penalty)
+        beta = self.beta + 0.25 * step.rank
+        return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, space.discrete)
 
 
 @lru_cache

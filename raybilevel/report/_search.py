@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raybilevel.report._charts import Chart, Series, Surface
+from raybilevel.search._diagnostics import or_zero
 from raybilevel.search_state import SearchState, Training
 
 if TYPE_CHECKING:
@@ -199,13 +200,13 @@ def sensitivities(saved: SavedSearch, prefix: str) -> Chart:
     names = tuple(short([p.name for p in saved.parameters]))
     series = []
     if with_hypergradient:
-        sizes = [fmean(abs(t.hypergradient[j]) for t in with_hypergradient if t.hypergradient)
+        sizes = [fmean(abs(or_zero(t.hypergradient[j])) for t in with_hypergradient if t.hypergradient)
                  for j in range(len(names))]  # fmt: skip
         series.append(
             Series("|dF/dx|, hypergradients", "spans", [0.0] * len(names), list(names), length=sizes, colour=0)
         )
     else:
-        sizes = [fmean(abs(t.lower_gradient[j]) for t in done if t.lower_gradient) for j in range(len(names))]
+        sizes = [fmean(abs(or_zero(t.lower_gradient[j])) for t in done if t.lower_gradient) for j in range(len(names))]
         series.append(
             Series("|df/dx|, Danskin gradients", "spans", [0.0] * len(names), list(names), length=sizes, colour=2)
         )

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,25 +18,31 @@ from raybilevel._lower.variables import ModuleVariables
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
 from raybilevel.problem import BilevelProblem, LargeUpperLevel, evaluate, leaves, move, upper_loss
+from raybilevel.search._reads import Recorded
 from raybilevel.space import Space, flatten, nest
 
 
-def check_search(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], method: Method) -> None:
-    """Whether a method can search this problem over this space.
+def check_search(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], method: Method) -> Space:
+    """Whether a method can search this problem over this space; and the space, as `check_problem`.
 
     Raises:
         ConfigError, ProblemError: the method cannot search this problem, or not over this space.
         ProblemError, NotFiniteError: as `check_problem`, or `check_upper_variables` where x is a module.
     """
-    method.check(problem, space)
     if space.of_starts:
+        method.check(problem, space)
         check_upper_variables(problem, constants)
-    else:
-        check_problem(problem, space, constants)
+        return space
+    found = check_problem(problem, space, constants)
+    method.check(problem, found)
+    return found
 
 
-def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str, Any] | None = None) -> None:
+def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str, Any] | None = None) -> Space:
     """Try both levels on one batch at the centre of the space, before anything is trained.
+
+    Returns the space, with the hyperparameters marked in which f is differentiable (`Parameter.smooth`). The others are
+    searched by values of F.
 
     Raises:
         ProblemError: a loss is not a scalar that can be differentiated, there is no data, the lower-level loss does
@@ -62,15 +69,16 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
             path: torch.tensor(value, dtype=problem.dtype, requires_grad=True) if isinstance(value, float) else value
             for path, value in config.items()
         }
+        given = Recorded(nest(flat))
         for level in ("lower", "upper"):
             raw = next(iter(problem.batches(level, None)), None)
             if raw is None or not any(True for _ in leaves(raw)):
                 raise ProblemError(f"{name}.batches({level!r}, None) yields no tensors")
             batch = move(raw, "cpu", problem.dtype)
             loss = (
-                problem.lower_loss(model, nest(flat), batch)
+                problem.lower_loss(model, given, batch)
                 if level == "lower"
-                else upper_loss(problem, model, nest(flat), batch)
+                else upper_loss(problem, model, given, batch)
             )
             if not isinstance(loss, Tensor) or loss.dim() != 0:
                 shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -80,18 +88,30 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
             if not loss.requires_grad:
                 raise ProblemError(f"{name}.{level}_loss does not depend on the model's parameters")
             if level == "lower":
-                searched = [flat[parameter.path] for parameter in space.parameters]
-                gradients = torch.autograd.grad(loss, searched, allow_unused=True, retain_graph=True)
-                for parameter, gradient in zip(space.parameters, gradients, strict=True):
-                    if gradient is None:
-                        raise ProblemError(
-                            f"{parameter.name}: {name}.lower_loss does not depend on it, so it has no gradient to "
-                            "follow; use it in lower_loss as a tensor (no float(), .item() or .detach()), or make it "
-                            "a constant"
-                        )
+                smooth = differentiable(loss, flat, space)
         if torch.device(problem.device).type == "cpu":  # else its data may lie on a device that is not here
             with torch.no_grad():
-                evaluate(problem, model, nest(flat))
+                evaluate(problem, model, given)
+    unread = [p.name for p in space.parameters if p.name not in given.read]
+    if unread:
+        raise ProblemError(
+            f"{', '.join(unread)}: nothing in {name} reads it, so that no search can tell what it does; use it in "
+            "lower_loss or another method that is given the hyperparameters, or leave it out of the space"
+        )
+    parameters = (replace(p, smooth=p.smooth and p.name in smooth) for p in space.parameters)
+    return Space(tuple(parameters))
+
+
+def differentiable(loss: Tensor, given: Mapping[tuple[str, ...], Any], space: Space) -> frozenset[str]:
+    """Names of the searched hyperparameters in which f, on one batch, is differentiable.
+
+    given: what the loss was given, by path; floats as tensors that require gradients.
+    """
+    tensors = {p.name: given[p.path] for p in space.parameters if isinstance(given[p.path], Tensor)}
+    if not tensors:
+        return frozenset()
+    gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+    return frozenset(name for name, gradient in zip(tensors, gradients, strict=True) if gradient is not None)
 
 
 def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ def diagnose(state: SearchState) -> Diagnostics:
     return Diagnostics(
         **asdict(newest(state)),
         typical_value_error=median(errors) if errors else None,
-        hypergradient_norm=math.hypot(*known.hypergradient) if known and known.hypergradient else None,
+        hypergradient_norm=math.hypot(*map(or_zero, known.hypergradient)) if known and known.hypergradient else None,
         agreement=agreement(state),
     )
 
@@ -81,12 +81,17 @@ def agreement(state: SearchState) -> float | None:
         step = [b - a for a, b in zip(start.unit, end.unit, strict=True)]
         length = math.hypot(*step)
         if length > 0:
-            promised.append(sum(g * s for g, s in zip(start.hypergradient, step, strict=True)) / length)
+            promised.append(sum(or_zero(g) * s for g, s in zip(start.hypergradient, step, strict=True)) / length)
             trained.append((end.upper_loss - start.upper_loss) / length)
     if len(promised) < 3:
         return None
     norms = math.hypot(*promised) * math.hypot(*trained)
     return sum(a * b for a, b in zip(promised, trained, strict=True)) / norms if norms > 0 else None
+
+
+def or_zero(entry: float) -> float:
+    """An entry of a gradient; 0 where it is not known."""
+    return 0.0 if math.isnan(entry) else entry
 
 
 def neighbours(state: SearchState) -> list[tuple[Training, Training]]:

@@ -32,8 +32,8 @@ def search(
         ConfigError: the method's trials are descents.
         ProblemError, NotFiniteError: before anything is trained; see `check_problem`.
     """
-    space, constants = optimizer.space, constants or {}
-    check_search(problem, space, constants, optimizer.method)
+    constants = constants or {}
+    space = optimizer.space = check_search(problem, optimizer.space, constants, optimizer.method)
     if optimizer.method.descent is not None:
         raise ConfigError(f"the trials of {type(optimizer.method).__name__} are descents, which are not run here")
     checkpoints: dict[int, bytes] = {}

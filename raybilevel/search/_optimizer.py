@@ -24,7 +24,7 @@ from raybilevel.space import Space, sobol_points
 class Observation:
     """What an ended training reports; see `TrainedLowerLevel`.
 
-    lower_gradient: df/dx in the unit cube, shape (d,).
+    lower_gradient: df/dx in the unit cube, shape (d,); NaN where it is not known.
     complete: it ran to its end; otherwise only `upper_loss` and `passes` count.
     """
 
@@ -36,9 +36,7 @@ class Observation:
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.upper_loss) and (
-            not self.complete or all(map(math.isfinite, (self.lower_loss, *self.lower_gradient)))
-        )
+        return math.isfinite(self.upper_loss) and (not self.complete or math.isfinite(self.lower_loss))
 
 
 class BilevelOptimizer:

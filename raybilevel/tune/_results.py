@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Objective:
         upper, passes = self.sign * float(flat[self.metric]), float(flat.get(PASSES, 0.0))
         if not flat.get(FINISHED, False):
             return Observation(upper, passes=passes, complete=False)
-        gradient = {name: float(flat.get(f"{GRADIENT}/{name}", 0.0)) for name in space.names}
+        gradient = {name: float(flat.get(f"{GRADIENT}/{name}", math.nan)) for name in space.names}
         unit = space.to_unit_gradient(config, gradient)
         return Observation(upper, float(flat[LOWER_LOSS]), tuple(unit.tolist()), passes)
 

@@ -45,8 +45,10 @@ def set_up(
     space, constants = split_param_space(param_space)
     if objective == Objective(UPPER_LOSS, "max"):
         raise ConfigError("mode='max' with metric='upper_loss': the upper-level loss is minimised; use mode='min'")
-    check_search(problem, space, constants, method)
+    space = check_search(problem, space, constants, method)
     check_points(points, space)
+    if not all(space.smooth) and not space.of_starts:
+        logger.warning("%s", in_words(space))
     if objective.metric != UPPER_LOSS:
         method = method.for_metric(objective.metric)
         logger.warning(
@@ -60,3 +62,11 @@ def set_up(
             "hypergradient_trainable follows gradients without one", space.dimension,
         )  # fmt: skip
     return SetUp(space, constants, method)
+
+
+def in_words(space: Space) -> str:
+    """Which hyperparameters are searched with gradients, and which by values."""
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for parameter, smooth in zip(space.parameters, space.smooth, strict=True):
+        names[smooth].append(parameter.name)
+    return f"with gradients: {', '.join(names[True]) or 'none'}; by values: {', '.join(names[False])}"

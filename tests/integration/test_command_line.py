@@ -101,9 +101,12 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(how: signal.Signals, tmp_path
         (["check", "configs/digits.yaml", "--set", "options.trian=3"], "no option 'trian'; it has train"),
         (["check", "configs/digits.yaml", "--set", "search.method=asha"], "unknown method 'asha'"),
         (["check", "configs/digits.yaml", "--set", "search.settings.speed=3"], "no setting 'speed'"),
-        (["check", "configs/digits.yaml", "--set", "space.extra={loguniform: [1, 2]}"], "does not depend on it"),
+        (
+            ["check", "configs/digits.yaml", "--set", "space.extra={loguniform: [1, 2]}"],
+            "extra: nothing in",
+        ),
         (["check", "configs/digits.yaml", "--set", "space.weight_decay.fc1={loguniform: [2, 1]}"], "weight_decay/fc1"),
-        (["check", "configs/digits.yaml", "--set", "space.weight_decay.fc1={choice: [2, 1]}"], "unknown domain"),
+        (["check", "configs/digits.yaml", "--set", "space.weight_decay.fc1={choices: [2, 1]}"], "unknown domain"),
         (["check", "configs/digits.yaml", "--set", "resources.lower.cpu=9999"], "a training asks for CPU: 9999"),
         (["run", "configs/digits.yaml", "--set", "resources.lower.cpu=9999"], "join a cluster by --address"),
         (

@@ -63,7 +63,7 @@ def test_without_a_box_the_starts_of_descents_are_searched() -> None:
     ("changes", "lines"),
     [
         ({"problem": "parabel"}, ["unknown problem 'parabel'"]),
-        ({"space": {**SPACE, "b": {"uniform": [0, 1]}}}, ["b: Parabola.lower_loss does not depend on it"]),
+        ({"space": {**SPACE, "b": {"uniform": [0, 1]}}}, ["b: nothing in Parabola reads it"]),
         (
             {"problem": "parabel", "search": {"trainings": 1, "method": "asha"}, "resources": {"lower": {"cpu": 3}}},
             ["unknown problem 'parabel'", "unknown method 'asha'", "resources.lower: a training asks for CPU: 3"],
@@ -108,6 +108,11 @@ def test_of_a_cluster_nothing_is_known() -> None:
 
 def test_the_problem_is_made_and_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[Any] = []
-    monkeypatch.setattr(plans, "check_search", lambda *given: checked.append(given))
+
+    def check(problem: Any, space: Any, constants: Any, method: Any) -> Any:
+        checked.append((problem, space, constants, method))
+        return space
+
+    monkeypatch.setattr(plans, "check_search", check)
     plan = resolve(config())
     assert checked == [(plan.problem, plan.space, plan.constants, plan.method)]
