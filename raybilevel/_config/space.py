@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from raybilevel._parameter import CHOICE, DOMAINS
 from raybilevel.errors import SpaceError
-from raybilevel.space import CHOICE, DOMAINS, Parameter, Space, nest
+from raybilevel.space import Parameter, Space, nest
 
 Path = tuple[str, ...]
 

@@ -18,8 +18,9 @@ from ray.tune.search.sample import (
     Uniform,
 )
 
+from raybilevel._parameter import CHOICE, DOMAINS
 from raybilevel.errors import SpaceError
-from raybilevel.space import CHOICE, DOMAINS, Parameter, Space, flatten, nest
+from raybilevel.space import Parameter, Space, flatten, nest
 
 SUPPORTED = " or ".join(f"tune.{name}" for name in [*DOMAINS, CHOICE])
 

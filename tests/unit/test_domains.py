@@ -4,8 +4,9 @@ import pytest
 import torch
 from ray import tune
 
+from raybilevel._parameter import DOMAINS
 from raybilevel.errors import SpaceError
-from raybilevel.space import DOMAINS, Parameter, Space
+from raybilevel.space import Parameter, Space
 from raybilevel.tune._domains import split_param_space, to_param_space
 
 
