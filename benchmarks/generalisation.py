@@ -125,8 +125,10 @@ def losses(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
 
 
 def judged(difference: Interval) -> str:
-    """With the word for it: an interval beyond 0 is a win or a loss."""
-    low, high = difference.ends
+    """With the word for it: an interval beyond 0 is a win or a loss. A single split decides nothing."""
+    low, high = difference.low, difference.high
+    if low is None or high is None:
+        return shown(difference)
     return f"{shown(difference)} {'win' if low > 0 else 'loss' if high < 0 else 'tie'}"
 
 
