@@ -340,3 +340,8 @@ class SearchState:
 def put(trainings: tuple[Training, ...], place: int, training: Training) -> tuple[Training, ...]:
     """With another one in that place."""
     return (*trainings[:place], training, *trainings[place + 1 :])
+
+
+def or_zero(entry: float) -> float:
+    """An entry of a gradient; 0 where it is not known."""
+    return 0.0 if math.isnan(entry) else entry

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raybilevel.report._charts import Chart, Series, Surface
-from raybilevel.search._diagnostics import or_zero
-from raybilevel.search_state import SearchState, Training
+from raybilevel.search_state import SearchState, Training, or_zero
 
 if TYPE_CHECKING:
     from raybilevel._models.value_function import ValueFunction

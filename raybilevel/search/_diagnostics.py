@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Literal
 
-from raybilevel.search_state import SearchState, StepRecord, Training
+from raybilevel.search_state import SearchState, StepRecord, Training, or_zero
 
 Verdict = Literal["converged", "budget exhausted", "surrogate too poor", "validation set overfitted", "no result"]
 
@@ -87,11 +87,6 @@ def agreement(state: SearchState) -> float | None:
         return None
     norms = math.hypot(*promised) * math.hypot(*trained)
     return sum(a * b for a, b in zip(promised, trained, strict=True)) / norms if norms > 0 else None
-
-
-def or_zero(entry: float) -> float:
-    """An entry of a gradient; 0 where it is not known."""
-    return 0.0 if math.isnan(entry) else entry
 
 
 def neighbours(state: SearchState) -> list[tuple[Training, Training]]:

@@ -150,7 +150,7 @@ class BilevelOptimizer:
             finished=finished,
             lower_loss=observation.lower_loss,
             upper_loss=observation.upper_loss,
-            lower_gradient=tuple(observation.lower_gradient),
+            lower_gradient=tuple(g if math.isfinite(g) else math.nan for g in observation.lower_gradient),
             passes=observation.passes,
         )
 

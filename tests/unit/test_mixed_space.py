@@ -70,12 +70,12 @@ def test_what_has_a_gradient_is_found() -> None:
 def test_a_search_finds_the_best_choice_and_whole_number() -> None:
     problem = Mixed()
     optimizer = BilevelOptimizer(SPACE, Default(), seed=0)
-    search(problem, optimizer, cost=45)
+    search(problem, optimizer, cost=30)
     best = optimizer.method.incumbent(optimizer.state)
     assert best is not None
     found = optimizer.config_of(best)
     assert found["kind"] == "low" and found["layers"] == 3
-    assert best.upper_loss == pytest.approx(-0.5, abs=0.03)
+    assert best.upper_loss == pytest.approx(-0.5, abs=0.05)
     kinds = {optimizer.config_of(t)["kind"] for t in optimizer.state.trainings[:5]}
     assert kinds == set(SHIFTS)  # the start design meets every choice
 
