@@ -22,6 +22,7 @@ __all__ = [
     "StepRecord",
     "Training",
     "Unit",
+    "or_zero",
 ]
 
 Status = Literal["pending", "done", "stopped", "failed", "lost"]

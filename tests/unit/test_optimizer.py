@@ -111,7 +111,6 @@ def test_a_training_that_was_stopped_has_an_f_only():
         Observation(math.nan, 0.4, (0.1, 0.2)),
         Observation(math.inf, 0.4, (0.1, 0.2)),
         Observation(0.5, math.nan, (0.1, 0.2)),
-        Observation(0.5, 0.4, (0.1, math.inf)),
         Observation(math.nan, complete=False),
     ],
 )
@@ -119,6 +118,13 @@ def test_what_counts_as_a_failure(observation: Observation | None):
     search = told(optimizer(), observation)
     assert status(search, 0) == "failed"
     assert not math.isfinite(search.state.trainings[0].upper_loss)
+
+
+def test_an_infinite_slope_is_not_known_and_the_losses_are_kept():
+    search = told(optimizer(), Observation(0.5, 0.4, (0.1, math.inf)))
+    training = search.state.trainings[0]
+    assert status(search, 0) == "done" and (training.upper_loss, training.lower_loss) == (0.5, 0.4)
+    assert training.lower_gradient[0] == 0.1 and math.isnan(training.lower_gradient[1])
 
 
 def test_results_are_numbered_as_they_come():
