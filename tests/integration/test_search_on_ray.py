@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -39,6 +40,7 @@ from raybilevel.tune._scheduler import WORKER_START_S, PatientFIFO
 from raybilevel.tune._snapshot import prepare_resume
 from tests.processes import ends
 from tests.tiny_problems import Parabola, Unlucky
+from tests.unit.test_mixed_space import SHIFTS, Mixed
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -640,3 +642,33 @@ def test_processes_outlive_a_search_that_thinks(idle_timeout_s: float, processes
             storage_path=str(tmp_path), verbose=0,
         )  # fmt: skip
     assert len({trial.last_result["pid"] for trial in results.trials}) == processes
+
+
+def test_choices_and_whole_numbers_reach_trials_and_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    space = {
+        "a": tune.uniform(-1, 1),
+        "b": tune.uniform(-1, 1),
+        "kind": tune.choice(["high", "low", "middle"]),
+        "decay": tune.loguniform(1e-3, 1),
+        "layers": tune.randint(1, 6),
+        "rate": tune.loguniform(1e-4, 1),
+    }
+    search = BilevelSearch(Mixed())
+    tuner = tune.Tuner(
+        lower_level_trainable(Mixed()),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            search_alg=search, metric="upper_loss", mode="min", num_samples=7, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(verbose=0, storage_path=str(tmp_path)),
+    )
+    results = tuner.fit()
+    assert not results.errors and len(search.state.done) == 7
+    for training in search.state.done:
+        config = search.config_of(training)
+        assert config["kind"] in SHIFTS and type(config["layers"]) is int and 1 <= config["layers"] <= 5
+    known = [training.hypergradient for training in search.state.done if training.hypergradient]
+    assert known and all(
+        [math.isnan(entry) for entry in found] == [False, False, True, False, True, True] for found in known
+    )
+    assert "with gradients: a, b, decay; by values: kind, layers, rate" in caplog.text
