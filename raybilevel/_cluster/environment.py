@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 @contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """A variable inside the block; after it, as it was."""
+    """Set an environment variable inside the block, and restore it afterwards."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -22,10 +22,11 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 
 def waiting_trials(slots: int) -> AbstractContextManager[None]:
-    """Trials that may wait for a process or a node at once, unless the user has said how many.
+    """Let `slots` trials wait for a worker or a node at once, unless the user has set the number.
 
-    Tune's default for a searcher is one (without `max_concurrent_trials`): the others begin one after the other, which
-    is too slow where a process takes longer to start than a training, or where nodes are added for trials that wait.
+    Tune's default for a searcher without `max_concurrent_trials` is one, so trials start one after the other. That is
+    too slow if a worker takes longer to start than a training, or if an autoscaler adds nodes for pending trials.
     """
+    # Tune has no argument for this number; it reads the variable when a run begins.
     name = "TUNE_MAX_PENDING_TRIALS_PG"
     return nullcontext() if name in os.environ else environment(name, str(slots))

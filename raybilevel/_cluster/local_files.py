@@ -1,8 +1,8 @@
-"""A local or shared folder as the storage of an experiment, whose files are whole at every moment.
+"""A local or shared folder as the storage of an experiment, in which every file is complete at every moment.
 
-Tune copies the state of an experiment to its storage again and again. On a local disk a driver that dies in such a copy
-leaves an empty file, and Tune then begins the experiment anew. Object stores have no such moment: there a file appears
-when it is complete.
+Tune copies the state of an experiment to its storage again and again. If the driver dies during such a copy to a local
+disk, an empty file remains, and Tune then starts the experiment from scratch. Object stores do not have this problem:
+a file appears there when it is complete.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 class WholeFile(io.FileIO):
-    """A file that appears under its name in one step when it is closed; never, if writing fails or nobody closes it."""
+    """A file that appears under its name in one step when it is closed.
+
+    It never appears if writing fails or if nobody closes it.
+    """
 
     def __init__(self, path: str) -> None:
         folder, name = os.path.split(path)
         self._path = path
+        # In the same folder, as a rename is atomic only within a filesystem. Two writers get two names.
         self._part = os.path.join(folder, f".{name}.{os.getpid()}.{id(self)}.part")
         self._broken = False
         super().__init__(self._part, "wb")
@@ -30,7 +34,7 @@ class WholeFile(io.FileIO):
         try:
             rest = memoryview(data).cast("B")
             size = len(rest)
-            while rest:  # the system may take less than all at once
+            while rest:  # one call may write only a part
                 rest = rest[super().write(rest) or 0 :]
             return size
         except BaseException:
@@ -42,7 +46,7 @@ class WholeFile(io.FileIO):
             return
         try:
             if not self._broken:
-                os.fsync(self.fileno())
+                os.fsync(self.fileno())  # else a power loss after the rename may leave an empty file
                 os.replace(self._part, self._path)
         finally:
             super().close()
@@ -50,14 +54,16 @@ class WholeFile(io.FileIO):
                 os.unlink(self._part)
 
     def __del__(self) -> None:
+        # Nobody closed the file, so its content may be incomplete. The inherited destructor would call `close` and so
+        # publish it.
         self._broken = True
         self.close()
 
 
 class WholeFiles(LocalFileSystem):  # type: ignore[misc]
-    """fsspec's local files, written by way of `WholeFile`."""
+    """fsspec's local filesystem, which writes through `WholeFile`."""
 
-    protocol = ("raybilevel-local",)  # of its own, so that fsspec's cache of instances does not mix the two up
+    protocol = ("raybilevel-local",)  # its own name, as fsspec caches instances by protocol
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
         if mode != "wb":

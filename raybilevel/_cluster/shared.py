@@ -1,4 +1,4 @@
-"""A value that every process unpickles once, however often it is handed out."""
+"""A value that every process unpickles only once, however often it is sent."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ray import cloudpickle
 
 T = TypeVar("T")
 
-KEPT = 4
-"""Values that a process keeps: those of a few experiments that share workers."""
+MAX_CACHED_VALUES = 4
+"""Values that a process caches. A few experiments may share its worker."""
 
 _lock = threading.Lock()
 _kept: OrderedDict[str, Any] = OrderedDict()
 
 
 class Shared(Generic[T]):
-    """Hands a value, a problem with its data for instance, to tasks and trials.
+    """Sends a value, such as a problem with its data, to tasks and trials.
 
-    It pickles as one out-of-band buffer under a key, the buffer's hash. Ray maps such a buffer from its object store
-    without copying it, and only the first of its trials and upper-level steps in a process unpickles it; the later ones
-    find it by its key. They so share one object.
+    It pickles as one out-of-band buffer under a key, the hash of the buffer. Ray maps such a buffer from its object
+    store without a copy. Only the first trial or upper-level step in a process unpickles it. The later ones find the
+    value by its key and share that object.
     """
 
     def __init__(self, value: T) -> None:
@@ -33,7 +33,7 @@ class Shared(Generic[T]):
         self._pickled: tuple[str, bytes] | None = None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., Shared[T]], tuple[Any, ...]]:
-        if self._pickled is None:
+        if self._pickled is None:  # cached, as the value may hold a whole data set
             data = cloudpickle.dumps(self.value)
             self._pickled = hashlib.sha256(data).hexdigest(), data
         key, data = self._pickled
@@ -45,6 +45,6 @@ def _unpickle(key: str, data: Any) -> Shared[Any]:
         if key not in _kept:
             _kept[key] = pickle.loads(data)
         _kept.move_to_end(key)
-        while len(_kept) > KEPT:
+        while len(_kept) > MAX_CACHED_VALUES:
             _kept.popitem(last=False)
         return Shared(_kept[key])

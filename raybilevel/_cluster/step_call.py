@@ -1,4 +1,4 @@
-"""One upper-level step on its way to another process, and what runs it there."""
+"""One upper-level step as it is sent to another process, and the function that runs it there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from raybilevel.space import Space
 
 @dataclass(frozen=True)
 class SharedBySteps:
-    """What all steps of a search need; it is put into the object store once."""
+    """What all steps of a search need. It is put into the object store once."""
 
     problem: Shared[BilevelProblem]
     space: Space
@@ -37,11 +37,11 @@ class SharedBySteps:
 
 @dataclass(frozen=True)
 class StepCall:
-    """A step to be run in another process.
+    """A step to run in another process.
 
-    paths:  the checkpoints of the step's targets.
-    memory: what the method keeps between steps.
-    limit:  seconds that the step may take.
+    paths:  of the checkpoints of the step's targets, by the index of their training.
+    memory: the method's own state between steps.
+    limit:  timeout of the step in seconds; None for none.
     """
 
     step: UpperStep
@@ -50,7 +50,7 @@ class StepCall:
     limit: float | None
 
     def run(self, shared: SharedBySteps, blocks: Sequence[SearchState]) -> UpperResult:
-        """blocks: the older parts of the state, which the step does not hold itself; see `SentState`."""
+        """blocks: the older parts of the state, which the step itself does not contain; see `SentState`."""
         step = replace(self.step, state=joined(self.step.state, blocks))
         with time_limit(self.limit):
             return shared.method.run(
@@ -64,9 +64,9 @@ class StepCall:
 
 
 def run_call(pickled: bytes, stored: list[Any]) -> bytes:
-    """Run a pickled `StepCall`; its result or a `StepError`, and the seconds that it took, pickled.
+    """Run a pickled `StepCall`. Returns its result or a `StepError`, with its seconds, pickled.
 
-    Bytes travel both ways, as Ray's pickler in the driver would visit every object in Python.
+    Both directions use bytes, since Ray's own pickler would visit every object in Python in the driver.
 
     stored: a `SharedBySteps` and the blocks of the state. Their references come in a list, which costs the driver less
         than arguments that Ray resolves itself.
@@ -78,6 +78,7 @@ def run_call(pickled: bytes, stored: list[Any]) -> bytes:
     try:
         found = call.run(shared, blocks)
     except Exception as error:
+        # As text, since an exception of a problem's own code need not survive pickling.
         found = StepError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     result: bytes = cloudpickle.dumps((found, time.monotonic() - begun))
     return result

@@ -1,4 +1,4 @@
-"""Upper-level steps on Ray: in workers that stay for the next step, or as tasks if steps ask for resources."""
+"""Upper-level steps on Ray: in workers that stay for the next step, or as tasks if steps request resources."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raybilevel._cluster.pace import NEWEST, WORKER_START_S
+from raybilevel._cluster.pace import MEDIAN_WINDOW, WORKER_START_S
 from raybilevel._cluster.resources import nodes_alive
 from raybilevel._cluster.step_call import StepCall
 from raybilevel._cluster.step_worker import MAX_RETRIES, StepWorker, upper_level_step
 from raybilevel.errors import StepError
 from raybilevel.methods._base import UpperResult
 
-NOTHING: Mapping[str, Any] = {"num_cpus": 0}
-"""Options of a step that asks for no resources."""
+NO_RESOURCES: Mapping[str, Any] = {"num_cpus": 0}
+"""Options of a step that requests no resources."""
 MAX_IDLE_WORKERS = 16
 WORKER_IDLE_TIMEOUT_S = 300.0
-"""An idle worker holds the memory that torch takes, so it ends after this time."""
+"""An idle worker holds the memory of its torch, so it ends after this time."""
 DELIVERY_GRACE_S = 30.0
 NODE_REFRESH_S = 5.0
 INITIAL_STEP_ESTIMATE_S = 0.5
@@ -36,13 +36,13 @@ INITIAL_STEP_ESTIMATE_S = 0.5
 class StepDispatch:
     """The upper-level steps under way.
 
-    A step that asks for no resources runs in a worker that is kept for the next one, an actor. A task would pay for a
-    process start and its imports again: Ray ends idle processes on nodes whose CPUs are in use. A task also costs the
-    driver half as much again. If all workers are busy, a step waits for one, or a new worker is started if that is
-    faster. A worker that is idle for `WORKER_IDLE_TIMEOUT_S` ends. A step that asks for resources is a task, which
-    holds them only while it runs.
+    A step that requests no resources runs in a worker, an actor that is kept for the next step. A task would have to
+    start a process and import torch each time, since Ray ends idle processes on nodes whose CPUs are in use. A task
+    also costs the driver half as much again. If all workers are busy, a step waits for one, or a new worker is started
+    if that is faster. A worker that is idle for `WORKER_IDLE_TIMEOUT_S` ends. A step that requests resources is a task,
+    which holds them only while it runs.
 
-    clock: seconds, from anywhere.
+    clock: returns seconds, from any origin.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -51,7 +51,7 @@ class StepDispatch:
         self._waiting: deque[SentStep] = deque()
         self._idle: list[IdleWorker] = []
         self._undelivered: list[tuple[int, UpperResult | Exception]] = []
-        self._seconds: deque[float] = deque(maxlen=NEWEST)
+        self._seconds: deque[float] = deque(maxlen=MEDIAN_WINDOW)
         self._started = 0
         self._nodes: list[str] = []
         self._next_look = -math.inf
@@ -64,7 +64,7 @@ class StepDispatch:
         return list(self._running)
 
     def prepare(self, shared: ray.ObjectRef) -> None:
-        """Start a worker for the first step that asks for no resources."""
+        """Start a worker for the first step that requests no resources."""
         worker = self._start()
         worker.prepare.remote([shared])
         self._idle.append(IdleWorker(worker, self._clock()))
@@ -74,7 +74,7 @@ class StepDispatch:
     ) -> None:
         """options: of a Ray task. shared: a `SharedBySteps`."""
         step = SentStep(call.step.number, pickle.dumps(call, pickle.HIGHEST_PROTOCOL), [shared, *blocks])
-        if options == NOTHING:
+        if options == NO_RESOURCES:
             self._waiting.append(step)
             self._assign()
         else:
@@ -90,7 +90,7 @@ class StepDispatch:
         ended, self._undelivered = self._undelivered, []
         if not self._running:
             return ended
-        timeout = 0.0 if ended else timeout
+        timeout = 0.0 if ended else timeout  # there is something to return already
         ready, _ = ray.wait(self.results, num_returns=1 if timeout else len(self._running), timeout=timeout)
         for result in ready:
             step = self._running.pop(result)
@@ -106,7 +106,8 @@ class StepDispatch:
             outcome: tuple[UpperResult | StepError, float] = pickle.loads(ray.get(result))
             found, seconds = outcome
             self._seconds.append(seconds)
-        except ray.exceptions.RayTaskError as error:  # raised before the step began: its worker is fine
+        # `run_call` catches what a step raises, so this was raised before the step began. Its worker is fine.
+        except ray.exceptions.RayTaskError as error:
             found = StepError(str(error))
         except ray.exceptions.RayError as error:
             for worker in (step.worker, *(idle.worker for idle in self._idle)):
@@ -114,7 +115,7 @@ class StepDispatch:
                 kill(worker)
             self._idle.clear()
             self._next_look = -math.inf
-            if step.worker is None or step.sent.attempt > MAX_RETRIES:
+            if step.worker is None or step.sent.attempt > MAX_RETRIES:  # Ray itself retries a task
                 failure: Exception = error
                 return failure
             self._waiting.appendleft(replace(step.sent, attempt=step.sent.attempt + 1))
@@ -137,28 +138,31 @@ class StepDispatch:
             except ray.exceptions.RayError as error:  # the object store is full, for instance
                 self._undelivered.append((step.number, error))
                 continue
+            # A new worker has to start, and then to fetch and unpickle the problem.
             delay = 2 * WORKER_START_S if worker is None else 0.0
             self._running[result] = RunningStep(step, started, self._clock() + delay)
 
     def _start(self) -> ActorHandle:
-        """A new worker. The nodes that have CPUs take turns: a head node with no CPUs is for drivers, and its memory is
-        not for steps."""
+        """A new worker. The nodes that have CPUs take turns.
+
+        A head node without CPUs is for drivers, and steps must not use its memory.
+        """
         if self._clock() >= self._next_look:
             self._next_look = self._clock() + NODE_REFRESH_S
             self._nodes = [node["NodeID"] for node in nodes_alive() if node["Resources"].get("CPU")]
         options: dict[str, Any] = {}
         if self._nodes:
-            # Ray (2.60) ignores soft affinity of actors. If the node is lost, the step is retried elsewhere.
+            # Ray (2.60) ignores the soft affinity of actors. If the node is lost, the step is retried elsewhere.
             node = self._nodes[self._started % len(self._nodes)]
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         self._started += 1
-        # Longer than the dispatch keeps it, as a last step may be on its way.
+        # Longer than the dispatch keeps it, as the dispatch may have sent it a step at the last moment.
         return StepWorker.options(**options).remote(WORKER_IDLE_TIMEOUT_S + DELIVERY_GRACE_S)  # type: ignore[attr-defined]
 
     def _new_worker_is_faster(self) -> bool:
         """Whether the last waiting step would wait longer than a new worker takes to start.
 
-        A step is expected to take the median of past steps; before any has ended, the age of the oldest one.
+        The estimate of a step's time is the median of past steps. Before any has ended it is the age of the oldest one.
         """
         now = self._clock()
         ages = [max(0.0, now - step.begun) for step in self._running.values() if step.worker is not None]
@@ -190,7 +194,7 @@ class StepDispatch:
 
 @dataclass(frozen=True)
 class SentStep:
-    """A pickled `StepCall` with its arguments in the object store (see `run_call`); `attempt` counts from 1."""
+    """A pickled `StepCall` with its arguments in the object store (see `run_call`). `attempt` counts from 1."""
 
     number: int
     call: bytes
@@ -200,7 +204,7 @@ class SentStep:
 
 @dataclass(frozen=True)
 class RunningStep:
-    """A step in one of our workers, or a task (worker None). `begun` is when its worker is, or will be, ready."""
+    """A step in one of our workers, or a task if `worker` is None. `begun` is when its worker is, or will be, ready."""
 
     sent: SentStep
     worker: ActorHandle | None
@@ -209,7 +213,7 @@ class RunningStep:
 
 @dataclass(frozen=True)
 class IdleWorker:
-    """A worker that has been idle since then."""
+    """A worker that has been idle since this time."""
 
     worker: ActorHandle
     since: float

@@ -20,10 +20,7 @@ NODE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder of a filesystem.
-
-    path: on the filesystem, without a scheme.
-    """
+    """A folder of a filesystem. `path` has no scheme."""
 
     filesystem: pyarrow.fs.FileSystem
     path: str
@@ -38,7 +35,7 @@ class Storage:
         return text
 
     def write(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
+        """Write a file completely or not at all."""
         self.filesystem.create_dir(self.path, recursive=True)
         with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
             file.write(text.encode())
@@ -62,10 +59,10 @@ def locate(uri: str | Path) -> Storage:
 
 
 def check_access(storage: Storage) -> None:
-    """Write a file from this process, and read it and write another one on every node, before anything is trained.
+    """Check, before anything is trained, that every node can read what this process writes, and can write as well.
 
     Raises:
-        StorageError: the storage cannot be written, or nodes, which are named, cannot read or write it.
+        StorageError: the storage cannot be written, or some nodes, which are named, cannot read or write it.
     """
     marker, content = f"{storage.path}/.raybilevel-{uuid.uuid4().hex}", uuid.uuid4().bytes
     try:
@@ -75,19 +72,19 @@ def check_access(storage: Storage) -> None:
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"cannot write to the storage {storage.path}: {error}") from error
     try:
-        blind = nodes_without_access(storage, marker, content)
+        failures = nodes_without_access(storage, marker, content)
     finally:
         storage.filesystem.delete_file(marker)
-    if blind:
+    if failures:
         raise StorageError(
-            f"the storage {storage.path} cannot be used on {len(blind)} of the cluster's nodes: "
-            + "; ".join(f"{node}: {reason}" for node, reason in sorted(blind.items()))
+            f"the storage {storage.path} cannot be used on {len(failures)} of the cluster's nodes: "
+            + "; ".join(f"{node}: {reason}" for node, reason in sorted(failures.items()))
             + ". Use a folder that all nodes mount at the same place, or a URI that all of them reach (s3://..., gs://...)"
         )
 
 
 def nodes_without_access(storage: Storage, marker: str, content: bytes) -> dict[str, str]:
-    """Why other nodes cannot use the storage, by their addresses; this node is left out."""
+    """The reasons why other nodes cannot use the storage, by their addresses. This node is left out."""
     here = ray.get_runtime_context().get_node_id()
     asked = {
         probe_access.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(

@@ -6,21 +6,22 @@ import faulthandler
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STDERR = 2
+STDERR_FD = 2
+"""faulthandler writes to a file descriptor, and `sys.stderr` may be replaced by an object without one."""
 
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Kill this process if the block takes longer, after printing its stack; None for no limit.
+    """Print the stack and kill this process if the block takes longer; None for no limit.
 
-    A hung block may wait for a lock, a kernel or the network, and only killing its process is sure to end it. The clock
-    runs in C, without Python's lock, and a process has one. Ray sees a dead worker. Tune then counts the trial as
-    failed or, with `max_failures`, restarts it from its last checkpoint.
+    A hung block may wait for a lock, a kernel or the network, and only killing its process is sure to end it. The timer
+    runs in C and does not need Python's lock. A process has only one, so limits cannot be nested. Ray sees a dead
+    worker. Tune then counts the trial as failed or, with `max_failures`, restarts it from its last checkpoint.
     """
     if seconds is None:
         yield
         return
-    faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR_FD)
     try:
         yield
     finally:

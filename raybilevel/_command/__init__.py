@@ -1,1 +1,1 @@
-"""What `raybilevel run` does: trials and upper-level steps on Ray, progress, refit, summary."""
+"""The parts of `raybilevel run`: trials and upper-level steps on Ray, progress, refit, summary."""

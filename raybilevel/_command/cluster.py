@@ -1,4 +1,4 @@
-"""The Ray cluster that a command runs on, and its signals."""
+"""The Ray cluster of a command, and the command's signals."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from raybilevel.errors import ConfigError
 
 @contextmanager
 def cluster(address: str | None, cpus: int | None = None) -> Iterator[bool]:
-    """A cluster to run on: the one that this process has joined already, the one at `address`, or a local one. Whether
-    it is the last, which no other machine will join.
+    """Connect to a cluster: the one that this process has already joined, the one at `address`, or a new local one.
 
-    cpus: of the local one; by default all.
+    Yields whether it is local, so that no other machine will join it.
+
+    cpus: of a local cluster; by default all.
 
     Raises:
-        ConfigError: there is none at `address`, or it is one of Ray Client.
+        ConfigError: there is no cluster at `address`, or `address` is one of Ray Client.
     """
     if ray.is_initialized():
         yield False
@@ -35,7 +36,7 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[bool]:
         )
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray").setLevel(logging.WARNING)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # on Ctrl-C it gives advice for a script, not for a command
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # its advice after Ctrl-C is for scripts
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
@@ -53,7 +54,7 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[bool]:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Tune saves the experiment on SIGINT only; schedulers of clusters send SIGTERM."""
+    """Turn SIGTERM into SIGINT. Cluster schedulers send SIGTERM, and Tune saves the experiment on SIGINT only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""A whole run from a config: trials and upper-level steps on Ray, then the refit and the summary."""
+"""A run from a config: trials and upper-level steps on Ray, then the refit and the summary."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from raybilevel.tune._snapshot import prepare_resume
 
 
 class InterruptedRunError(RaybilevelError):
-    """The run was stopped by Ctrl-C; what it observed is kept, and `--resume` goes on."""
+    """The run was stopped by Ctrl-C. Its results are kept, and `--resume` continues it."""
 
 
 def run(
@@ -38,18 +38,17 @@ def run(
     storage: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run, or go on with, an experiment in the folder `out`; the summary, which is also written there.
+    """Run or resume an experiment in the folder `out`. Returns the summary, which is also written there.
 
     address: of a Ray cluster; by default a local one is started.
-    storage: where the trials and their checkpoints are kept, a folder or a URI that every node sees; by default `out`.
-        The config and the summary are kept there as well, so that the run outlives this machine: `resume` with another
-        `out` goes on with it.
+    storage: a folder or URI for trials and checkpoints that every node sees; by default `out`. The config and the
+        summary are kept there as well, so the run survives the loss of this machine: `resume` with another `out`
+        continues it.
 
     Raises:
-        ConfigError: the config, the folder or `resume` is wrong, or this machine alone has not what it asks for;
-            nothing was run.
+        ConfigError: the config, the folder or `resume` is wrong, or this machine lacks the resources; nothing was run.
         StorageError: the storage cannot be written, or nodes of the cluster do not see it; nothing was run.
-        StateError: what is to be resumed is damaged beyond repair; nothing was run.
+        StateError: the state to resume is damaged beyond repair; nothing was run.
         InterruptedRunError: Ctrl-C, or SIGTERM.
     """
     local = address is None and not ray.is_initialized()
@@ -69,7 +68,7 @@ def run(
         analysis = train_all(plan, searcher, place, resume, view)
         told = len(searcher.state.told)
         if told < plan.trainings and not searcher.exhausted:
-            # On SIGINT Tune saves and returns as if all were done.
+            # On SIGINT Tune saves its state and returns as if the run were complete.
             raise InterruptedRunError(f"stopped after {told} of {plan.trainings} trainings")
         summary = conclude(plan, searcher, analysis, began)
     keep(SUMMARY_FILE, as_text(summary), out, place)
@@ -77,9 +76,9 @@ def run(
 
 
 def conclude(plan: Plan, searcher: BilevelSearch, analysis: Any, began: float) -> dict[str, Any]:
-    """The summary of a run that has ended, after the refit.
+    """Refit, and summarise a run that has ended.
 
-    began: when, by `time.monotonic`.
+    began: start of the run, by `time.monotonic`.
     """
     results = trial_results(searcher, analysis)
     best = searcher.method.incumbent(searcher.state)

@@ -1,4 +1,4 @@
-"""The folder of a run, and its storage where that is another place: the config and the summary lie in both."""
+"""The folder of a run and, if that is elsewhere, its storage. Both hold the config and the summary."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from raybilevel.errors import ConfigError, StorageError
 
 
 def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Storage) -> None:
-    """Keep the config of a new run, or check that it is the one of the run to go on with.
+    """Write the config of a new run, or check that it is the config of the run to resume.
 
     Raises:
-        ConfigError: there is a run already, or none to go on with, or it has another config; or `out` cannot be
-            written.
+        ConfigError: there is a run already, or none to resume, or it has another config, or `out` cannot be written.
         StorageError: the storage cannot be reached.
     """
     saved = out / CONFIG_FILE
@@ -45,10 +44,11 @@ def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Sto
 
 
 def keep(name: str, text: str, out: Path, place: Storage) -> None:
-    """A file of the run in its folder and, where that is another place, in the storage.
+    """Write a file of the run to its folder and, if that is elsewhere, to the storage.
 
     Raises:
-        ConfigError: the folder cannot be written. StorageError: the storage cannot.
+        ConfigError: the folder cannot be written.
+        StorageError: the storage cannot be written.
     """
     here = locate(out)
     try:

@@ -1,4 +1,4 @@
-"""What the command says when a run has ended, or was stopped."""
+"""The output of the command after a run has ended or was stopped."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ from raybilevel._records.names import CONFIG_FILE
 from raybilevel.space import flatten
 
 WITH_A_ROW = ("test_loss",)
-"""Metrics that the command shows in rows of their own."""
+"""Metrics that have a row of their own in the output."""
 
 
 def show_how_to_go_on(
     console: Console, command: str, folder: Path, data: Path | None, address: str | None, storage: str | None
 ) -> None:
-    """The command that resumes, as a shell takes it."""
+    """Print the command that resumes the run, quoted for a shell."""
     options = {"--out": folder, "--data": data, "--address": address, "--storage": storage}
     given = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
-    again = [sys.argv[0], command, str(folder / CONFIG_FILE), *given, "--resume"]  # it holds every --set
+    again = [
+        sys.argv[0],
+        command,
+        str(folder / CONFIG_FILE),
+        *given,
+        "--resume",
+    ]  # the saved config includes every --set
     console.print(f"  {shlex.join(again)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None:
-    """The best hyperparameters of a run, its losses, and what it took."""
+    """Print the best hyperparameters of a run, their losses, and the cost."""
     best = summary["best"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: a live table, or one plain line per training."""
+"""The progress of a run on a terminal: a live table, or one plain line per training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class View(Protocol):
 
 
 class ProgressCallback(Callback):  # type: ignore[misc]
-    """Tells a view whenever a trial has news."""
+    """Updates a view after each step of Tune's event loop."""
 
     def __init__(self, show: Callable[[], None]) -> None:
         self._show = show
@@ -37,7 +37,7 @@ class ProgressCallback(Callback):  # type: ignore[misc]
         self._show()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles callbacks into its snapshots; a view belongs to one terminal
+        return {}  # Tune pickles callbacks into its snapshots, and a view belongs to one terminal
 
 
 def make_view(title: str, trainings: int, console: Console | None = None) -> View:
@@ -78,7 +78,7 @@ class PlainView:
 
 
 class LiveView:
-    """A table that is drawn again in place."""
+    """A table that is redrawn in place."""
 
     def __init__(self, title: str, trainings: int, console: Console) -> None:
         self.title, self.trainings = title, trainings
@@ -119,7 +119,7 @@ class LiveView:
 
 
 class Clock:
-    """Time since the start, and what is left at the pace so far."""
+    """The time since the start, and an estimate of the time left."""
 
     def __init__(self, trainings: int) -> None:
         self.trainings, self.start = trainings, time.monotonic()
@@ -127,7 +127,7 @@ class Clock:
 
     def text(self, done: int) -> str:
         elapsed = time.monotonic() - self.start
-        if self.first is None:
+        if self.first is None:  # a resumed run begins with trainings that took none of this time
             self.first = (done, elapsed)
         count, since = done - self.first[0], elapsed - self.first[1]
         if done >= self.trainings:

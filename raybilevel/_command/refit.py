@@ -1,4 +1,4 @@
-"""The training on all data, with the hyperparameters that a run has found."""
+"""The refit: a training on all data with the best hyperparameters of a run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 def loss_after_refit(plan: Plan, found: Mapping[str, Any]) -> float | None:
-    """The test loss after a training on all data; None where the problem has none, or the training fails: what was
-    found before is not lost with it.
+    """The test loss after a training on all data. None if the problem has no test loss, or if the training fails: the
+    result of the search must not be lost with it.
 
     found: the config of the training, nested.
     """
-    limit = plan.epoch_time_limit and 2 * plan.problem.epochs * plan.epoch_time_limit  # its epochs have more data
+    # For the whole training, with epochs of up to twice the time, as they include the validation data.
+    limit = plan.epoch_time_limit and 2 * plan.problem.epochs * plan.epoch_time_limit
     refitted = refit_task.options(**refit_options(plan)).remote(Shared(plan.problem), found, plan.seed, limit)
     try:
         metrics = ray.get(refitted)
@@ -35,7 +36,7 @@ def loss_after_refit(plan: Plan, found: Mapping[str, Any]) -> float | None:
 
 
 def refit_options(plan: Plan) -> dict[str, Any]:
-    """Of the Ray task: what the process of a training has."""
+    """Options of the Ray task: the resources of a training's first process."""
     return task_options({"CPU": 1, **plan.training.first})
 
 
@@ -43,6 +44,6 @@ def refit_options(plan: Plan) -> dict[str, Any]:
 def refit_task(
     problem: Shared[BilevelProblem], config: Mapping[str, Any], seed: int, limit: float | None = None
 ) -> dict[str, float] | None:
-    """The metrics after the training; limit: seconds that it may take."""
+    """The metrics after the training. limit: its timeout in seconds."""
     with time_limit(limit):
         return refit(problem.value, config, seed)

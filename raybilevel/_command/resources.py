@@ -1,4 +1,4 @@
-"""What a plan's trainings and upper-level steps get of the cluster that it runs on."""
+"""The resources of a plan's trainings and upper-level steps on the cluster that it runs on."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from raybilevel.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-STEPS_SHARE_OF_GPU = 0.2
-"""What upper-level steps get of the only GPU."""
+STEP_GPU_SHARE = 0.2
+"""The share of an only GPU that upper-level steps get."""
 
 
 def for_tune(training: TrainingResources) -> dict[str, float] | tune.PlacementGroupFactory:
-    """As `tune.with_resources` takes it."""
+    """Resources in the form of `tune.with_resources`."""
     if training.strategy is not None:
         return tune.PlacementGroupFactory(list(training.bundles), training.strategy)
     return {name.lower() if name in ("CPU", "GPU") else name: amount for name, amount in training.first.items()}
 
 
 def asked_for(training: TrainingResources) -> list[dict[str, float]]:
-    """What each process of a training asks for, by Ray's names; without what it asks nothing of."""
+    """Resources of each process of a training, by Ray's names, without amounts of zero."""
     return [asked_by(task_options(bundle)) for bundle in training.bundles]
 
 
 def with_room_for_steps(plan: Plan) -> Plan:
-    """The plan, where the cluster's only GPU is a training's, with a share of it for upper-level steps.
+    """The plan, in which upper-level steps get a share of the GPU if the cluster has only one and trainings use it.
 
-    Else each would wait for the other's process to end.
+    Without a share each would wait for the other's process to end.
     """
     shares = ray.cluster_resources().get("GPU", 0) == 1 and plan.training.first.get("GPU") == 1
     chosen = plan.config.resources.upper is not None or plan.training.strategy is not None
     if not shares or chosen or not on_gpu(plan.problem):
         return plan
-    training = TrainingResources(({**plan.training.first, "GPU": 1 - STEPS_SHARE_OF_GPU},))
-    return replace(plan, training=training, step={"GPU": STEPS_SHARE_OF_GPU})
+    training = TrainingResources(({**plan.training.first, "GPU": 1 - STEP_GPU_SHARE},))
+    return replace(plan, training=training, step={"GPU": STEP_GPU_SHARE})
 
 
 def check_room(training: TrainingResources, step: Mapping[str, float], alone: bool) -> None:
-    """Whether there are nodes with what a training and an upper-level step ask for; on a cluster one may join later.
+    """Check that a training and an upper-level step fit on the nodes. On a cluster only warn, as nodes may join.
 
-    alone: none will join.
+    alone: whether the cluster is this machine alone.
 
     Raises:
-        ConfigError: this machine, alone, has not that much.
+        ConfigError: this machine, alone, lacks the resources.
     """
     upper = [asked_by(task_options(step))]
     for key, what, asked in (("lower", "a training", asked_for(training)), ("upper", "an upper-level step", upper)):
@@ -67,8 +67,10 @@ def check_room(training: TrainingResources, step: Mapping[str, float], alone: bo
 
 
 def reuses_processes(training: TrainingResources, step: Mapping[str, float], max_failures: int = 0) -> bool:
-    """Whether idle processes are kept for the next trials: none that has a GPU, or anything that steps ask for, for
-    which one may be waiting, and none where trials are to be tried again, as Tune (2.60) gives a trial up whose process
-    died idle, e.g. with its node."""
+    """Whether idle workers are kept for the next trials.
+
+    Workers that hold a GPU, or anything that steps request, are not kept, as a step may be waiting for it. Nor are any
+    if trials are retried: Tune (2.60) gives up a trial whose worker died while it was idle, e.g. with its node.
+    """
     held = {name for bundle in asked_for(training) for name in bundle}
     return "GPU" not in held and not held & asked_by(task_options(step)).keys() and max_failures == 0

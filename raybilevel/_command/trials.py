@@ -1,4 +1,4 @@
-"""The trials of a run: its searcher, Tune's loop, and what the trials found."""
+"""The trials of a run: its searcher, Tune's loop, and the results of the trials."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from raybilevel.tune._trainable import lower_level_trainable
 
 
 def searcher_of(plan: Plan, place: Storage) -> BilevelSearch:
-    """The search of a plan, with its state in the storage."""
+    """The searcher of a plan. It reads checkpoints from the storage."""
     return BilevelSearch(
         plan.problem,
         metric=UPPER_LOSS,
@@ -46,7 +46,7 @@ def searcher_of(plan: Plan, place: Storage) -> BilevelSearch:
 
 
 def train_all(plan: Plan, searcher: BilevelSearch, place: Storage, resume: bool, view: View) -> Any:
-    """Tune's analysis of the trials, after they have ended or were interrupted."""
+    """Run the trials. Returns Tune's analysis after they have ended or were interrupted."""
     try:
         slots = plan.max_concurrent or most_slots(plan.trainings)
         with waiting_trials(slots), restored_signal_handlers(), tune_changes():
@@ -58,7 +58,7 @@ def train_all(plan: Plan, searcher: BilevelSearch, place: Storage, resume: bool,
 
 
 def tune_run(plan: Plan, searcher: BilevelSearch, place: Storage, resume: bool, view: View) -> Any:
-    """`tune.run` rather than `Tuner`, whose restore does not hand out the searcher that it makes."""
+    """Run Tune. `Tuner.restore` would make a searcher of its own and not hand it out, so this calls `tune.run`."""
     return tune.run(
         tune.with_resources(trainable(plan), for_tune(plan.training)),
         name=TUNE_FOLDER,
@@ -83,7 +83,7 @@ def tune_run(plan: Plan, searcher: BilevelSearch, place: Storage, resume: bool, 
 
 
 def trainable(plan: Plan) -> Any:
-    """What a trial runs: a lower-level training, or a descent."""
+    """The trainable of a trial: a lower-level training, or a descent."""
     limit = plan.epoch_time_limit
     if plan.method.descent is not None:
         return hypergradient_trainable(plan.problem, plan.method.descent, plan.space, plan.seed, epoch_time_limit=limit)
@@ -91,7 +91,7 @@ def trainable(plan: Plan) -> Any:
 
 
 def trial_results(searcher: BilevelSearch, analysis: Any) -> dict[int, Mapping[str, Any]]:
-    """What each training last reported, by its index."""
+    """The last result of each training, by its index."""
     found = {}
     for trial in analysis.trials:
         index = searcher.index_of(trial.trial_id)
@@ -103,6 +103,6 @@ def trial_results(searcher: BilevelSearch, analysis: Any) -> dict[int, Mapping[s
 def configuration(
     searcher: BilevelSearch, training: Training, results: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What the training was of; where it was a descent, the hyperparameters that it ended at."""
+    """The config of a training with all constants. For a descent, with its final hyperparameters."""
     found = results.get(training.index, {}).get(HYPERPARAMETERS) or searcher.config_of(training)
     return nest({**flatten(searcher.constants), **flatten(found)})

@@ -1,1 +1,1 @@
-"""Methods x problems x seeds on Ray Tune under one budget, one record a run; see `command`."""
+"""Comparisons: methods x problems x seeds on Ray Tune under one budget, with one record per run. See `command`."""

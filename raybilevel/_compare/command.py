@@ -1,4 +1,4 @@
-"""`raybilevel compare`: every run that has no good record yet, one after another on one cluster, then the table."""
+"""`raybilevel compare`: all runs that lack a good record, one after another on one cluster, and then the tables."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from raybilevel.errors import ConfigError, DataError
 
 
 def prepare(config: CompareConfig, out: Path, resume: bool) -> None:
-    """The output folder; records of another comparison are never added to.
+    """Set up or check the output folder. It never mixes the records of two comparisons.
 
     Raises:
-        ConfigError: the folder holds a comparison already, or none to resume, or another one.
+        ConfigError: the folder already holds a comparison, or has none to resume, or holds another one.
     """
     saved = out / CONFIG_FILE
     if resume:
@@ -45,10 +45,12 @@ def prepare(config: CompareConfig, out: Path, resume: bool) -> None:
 
 
 def settled(path: Path, say: Callable[[str], None]) -> bool:
-    """Whether a run has a good record; what is half-written, failed, interrupted or cut off is named and done again."""
+    """Whether a run has a good record. A damaged, failed, interrupted or cut-off one is reported, and the run is done
+    again."""
     try:
         part = records.left_over(path)
         if part is not None:
+            # The process died during the run. What it had recorded stays for inspection, and is not continued.
             say(f"{path.name}: cut off after {len(part.observations)} trainings, which are set aside; it is done again")
         if not path.exists():
             return False
@@ -57,7 +59,7 @@ def settled(path: Path, say: Callable[[str], None]) -> bool:
         say(f"{error}; it is set aside and done again")
         return False
     if record.status != "done":
-        say(f"{path.name}: {record.status}{because(record)}; it is done again")
+        say(f"{path.name}: {record.status}{reason_of(record)}; it is done again")
         return False
     return True
 
@@ -70,16 +72,17 @@ def run_all(
     console: Console,
     storage: str | None = None,
 ) -> tuple[int, bool]:
-    """Every run without a good record. How many are still without one, and whether it was interrupted.
+    """Do all runs without a good record. Returns how many still lack one, and whether the user interrupted.
 
-    storage: a folder or URI for trials under way; without it a folder of this machine.
+    storage: a folder or URI for the trials of the current run; by default a folder of this machine.
 
     Raises:
-        ConfigError: the cluster has several nodes, and no storage is given; or this machine alone has not what a run
-            asks for.
-        ProblemError, SpaceError, DataError: a problem is wrong; it is named, and nothing was run.
+        ConfigError: the cluster has several nodes and no storage is given, or this machine lacks the resources of a
+            run.
+        ProblemError, SpaceError, DataError: a problem, which is named, has a mistake. Nothing was run.
         StorageError: the storage cannot be written, or nodes of the cluster do not see it.
     """
+    # Imported here, as they import Ray, which takes seconds, and `--help` and mistakes in a config do without.
     from raybilevel._cluster.resources import nodes_alive
     from raybilevel._cluster.storage import check_access, locate
     from raybilevel._command.cluster import cluster
@@ -93,7 +96,7 @@ def run_all(
     say(f"{len(runs)} runs, {len(runs) - len(missing)} of them have a record")
     if not missing:
         return 0, False
-    plans: dict[str, Plan] = {}
+    plans: dict[str, Plan] = {}  # all of them before the first run, so that a mistake is reported at once
     for run in missing:
         if run.problem_name not in plans:
             plans[run.problem_name] = run.plan()
@@ -115,7 +118,7 @@ def run_all(
                 with Progress(console, head, run) as progress:
                     keep = functools.partial(records.keep, out / run.path)
                     record = execute(run, plans[run.problem_name], progress.update, keep, place)
-            except KeyboardInterrupt:  # at once: this run leaves no record but what it has kept, and is made anew
+            except KeyboardInterrupt:  # the second Ctrl-C: the record so far stays, and the run is done again later
                 return bad + len(missing) - number + 1, True
             records.write(out / run.path, record)
             bad += record.status not in ("done", "unavailable")
@@ -126,7 +129,7 @@ def run_all(
 
 
 class Progress:
-    """One line on a terminal that says how far a run is; nothing elsewhere."""
+    """One line on a terminal with the progress of a run; nothing if the output is not a terminal."""
 
     def __init__(self, console: Console, head: str, run: Run) -> None:
         self.console, self.head, self.budget = console, head, run.budget
@@ -153,11 +156,11 @@ class Progress:
 
 
 def outcome(record: Record) -> str:
-    """A record in a few words."""
+    """A record in one line."""
     if record.status == "unavailable":
-        return f"unavailable{because(record)}"
+        return f"unavailable{reason_of(record)}"
     if record.status == "failed":
-        return f"FAILED{because(record)}"
+        return f"FAILED{reason_of(record)}"
     lowest = record.lowest
     told = "no training ran to its end" if lowest is None else f"best F {lowest:.5g}"
     counts = Counter(observation.status for observation in record.observations)
@@ -166,12 +169,12 @@ def outcome(record: Record) -> str:
     return f"interrupted; {text}" if record.status == "interrupted" else text
 
 
-def because(record: Record) -> str:
+def reason_of(record: Record) -> str:
     return f" ({record.error})" if record.error else ""
 
 
 def show_tables(out: Path, console: Console) -> None:
-    """Print the tables, and write the report where its packages are installed."""
+    """Print the tables, and write the report if its packages are installed."""
     from raybilevel import report
     from raybilevel.report._page import sections_of
     from raybilevel.report._sources import read_folder

@@ -22,12 +22,12 @@ from raybilevel.problems import make_problem
 
 
 class Budget(Checked):
-    """What one run may spend, in one of four units.
+    """The budget of a run, in one of four units.
 
-    trainings:   lower-level trainings; epochs of unfinished ones and upper-level steps count as shares of one.
-    epochs:      the same, in epochs over all trials.
-    seconds:     wall-clock, from the start of the run on a cluster that is up.
-    gpu_seconds: GPUs held by trials and upper-level steps, times how long.
+    trainings:   lower-level trainings. Epochs of unfinished trainings and upper-level steps count as fractions.
+    epochs:      the same in epochs, over all trials.
+    seconds:     wall-clock time from the start of the run, on a running cluster.
+    gpu_seconds: GPUs held by trials and upper-level steps, times seconds.
     """
 
     trainings: float | None = Field(default=None, gt=0)
@@ -51,12 +51,12 @@ class Budget(Checked):
 
 
 class ProblemEntry(Checked):
-    """A problem as in a config of `raybilevel run`; in the file also `config`, the path of one.
+    """A problem as in a config of `raybilevel run`. The file may also give `config`, the path of such a config.
 
     problem: one of `raybilevel problems`.
     options: arguments of its constructor, and `device`.
-    space:  by default the problem's own box.
-    budget, seeds, methods: instead of the comparison's.
+    space:   by default the problem's own box.
+    budget, seeds, methods: for this problem, instead of the comparison's.
     """
 
     problem: str
@@ -68,7 +68,7 @@ class ProblemEntry(Checked):
 
 
 class MethodEntry(Checked):
-    """A method, with settings of its searcher and of its scheduler other than their defaults.
+    """A method, with the settings of its searcher and scheduler that differ from the defaults.
 
     method:    its name, e.g. "raybilevel", "optuna" or "optuna+asha".
     searcher:  settings of the searcher, or of raybilevel's method.
@@ -91,14 +91,14 @@ class MethodEntry(Checked):
 class CompareConfig(Checked):
     """A comparison.
 
-    seeds:     how many runs each method has on each problem; their seeds are 0, 1, and so on.
-    methods:   names, or entries by a name of your own.
+    seeds:     the number of runs of each method on each problem, with seeds 0, 1, and so on.
+    methods:   names, or entries under names of your own.
     marks:     costs at which tables report, in the unit of the budget; by default half of it and all of it.
     resources: of a training and of an upper-level step, as in a config of `raybilevel run`.
-    cpus:      of the local Ray that is started where no cluster is given; by default all.
-    only:      the problems that are run; by default all.
+    cpus:      of the local Ray, which is started if no cluster is given; by default all.
+    only:      the problems to run; by default all.
 
-    A file may also have `scales`: other values of top-level keys by a name, for `--scale`.
+    A file may also have `scales`: named sets of other values of the top-level keys, for `--scale`.
     """
 
     budget: Budget
@@ -113,7 +113,7 @@ class CompareConfig(Checked):
     @model_validator(mode="before")
     @classmethod
     def named(cls, raw: Any) -> Any:
-        """A list of methods is short for entries that are named after their method."""
+        """Expand a list of methods to entries that are named after their method."""
         if isinstance(raw, Mapping) and isinstance(raw.get("methods"), Sequence | Mapping):
             entries = raw["methods"]
             names = entries if isinstance(entries, Mapping) else {str(name): {"method": name} for name in entries}
@@ -132,10 +132,10 @@ class CompareConfig(Checked):
         return self
 
     def runs(self, data: str | None) -> list[Run]:
-        """All runs, the seeds outermost, so that a part of them is a fair comparison already.
+        """All runs. Seeds are the outer loop, so that the first runs already make a fair comparison.
 
         Raises:
-            ConfigError: a problem is wrong; it is named.
+            ConfigError: a problem, which is named, has a mistake.
         """
         experiments = {name: experiment_of(name, self.problems[name], self.resources) for name in self.chosen}
         found = []
@@ -156,7 +156,7 @@ class CompareConfig(Checked):
 
 @dataclass(frozen=True)
 class Run:
-    """One problem, one method, one seed; `data` and `marks` have no part in what it is known by."""
+    """One problem, one method, one seed. `data` and `marks` do not influence the result, nor the name of the record."""
 
     problem_name: str
     experiment: ExperimentConfig
@@ -183,10 +183,10 @@ class Run:
         )
 
     def plan(self) -> Plan:
-        """Its problem, space and resources, made and checked; the same for every method and seed.
+        """The problem, space and resources, made and checked. They are the same for every method and seed.
 
         Raises:
-            RaybilevelError: the problem is wrong; it is named.
+            RaybilevelError: the problem, which is named, has a mistake.
         """
         try:
             return resolve(self.experiment, self.data)
@@ -195,7 +195,7 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """Of its record in the output folder: names for people, a digest of the settings against mistakes."""
+        """The path of the record in the output folder."""
         return path_of(self.problem_name, self.method_name.replace("/", "-"), self.settings)
 
 
@@ -203,12 +203,12 @@ def experiment_of(name: str, entry: ProblemEntry, resources: ResourcesConfig) ->
     """A problem of a comparison as a config of `raybilevel run`.
 
     Raises:
-        ConfigError: the problem or its space is wrong, or it has none; it is named.
+        ConfigError: the problem, which is named, has a mistake, or has no space or a wrong one.
     """
     space = entry.space
     if space is None:
         try:
-            # A problem that reads files asks for their folder; its box does not depend on them.
+            # "." for the folder of data files, which some problems require. No file is read for a box.
             box = make_problem(entry.problem, entry.options, ".").space
         except RaybilevelError as error:
             raise of_problem(name, error) from error
@@ -237,7 +237,8 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
     """Read a comparison's config file, at a scale, with overrides such as "budget.trainings=10".
 
     Raises:
-        ConfigError: it is missing, not YAML, or keys are unknown, missing or wrong; a line for each, with file and key.
+        ConfigError: the file is missing or not YAML, or keys are unknown, missing or wrong. There is one line for each
+            mistake, with file and key.
     """
     raw = read_mapping(path)
     if "problems" not in raw and {"problem", "search"} <= raw.keys():
@@ -255,8 +256,10 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
 
 
 def inline_configs(raw: dict[str, Any], folder: Path) -> None:
-    """Put the problem, options and space of each problem's `config` (relative to `folder`) in its place, so that what
-    is kept with the records needs no other file."""
+    """Replace each problem's `config`, a path relative to `folder`, by the problem, options and space in that file.
+
+    The config that is kept with the records then needs no other file.
+    """
     for name, entry in (raw.get("problems") or {}).items():
         if not isinstance(entry, dict) or "config" not in entry:
             continue

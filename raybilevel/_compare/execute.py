@@ -1,4 +1,4 @@
-"""One run of a comparison: trials on Ray Tune until the budget is spent, then its record."""
+"""One run of a comparison: trials on Ray Tune until the budget is spent, and then the record."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ from raybilevel.tune._domains import to_param_space
 from raybilevel.tune._searcher import BilevelSearch
 from raybilevel.tune._trainable import lower_level_trainable
 
-MANY = 10_000
-"""Trials at most, where the budget is not counted in trainings."""
+MAX_TRIALS = 10_000
+"""Limit of trials if the budget is in seconds, which ends the run before."""
 CANCEL_TIMEOUT_S = 10.0
-"""For upper-level steps that the end of a run cuts off."""
+"""Timeout for upper-level steps to end that are cancelled at the end of a run."""
 
 
 def execute(
@@ -63,15 +63,14 @@ def execute(
     keep: Callable[[Record], None] = lambda record: None,
     storage: Storage | None = None,
 ) -> Record:
-    """The record of a run, on the Ray cluster that this process has joined.
+    """Do a run on the Ray cluster that this process has joined. Returns its record.
 
-    Of a method that cannot be run the status is "unavailable", of an interrupted or failed run "interrupted" or
-    "failed"; both keep what was seen before.
+    The status is "unavailable" if the method cannot be run. An "interrupted" or "failed" run keeps its results so far.
 
-    plan: of its problem (`Run.plan`).
-    news: called again and again while the run is under way. keep: called after every training with the record so far,
-        of status "running", for what kills this process. storage: for trials and their checkpoints while the run is
-        under way; by default a temporary folder of this machine.
+    plan:    of its problem (`Run.plan`).
+    news:    called again and again during the run.
+    keep:    called after every training with the record so far, of status "running", in case this process is killed.
+    storage: for trials and their checkpoints during the run; by default a temporary folder of this machine.
     """
     parts, plan = parse(run.method.method), with_room_for_steps(plan)
     record = begun(run, plan.problem, plan.space)
@@ -104,7 +103,7 @@ def execute(
         if not ledger.interrupted:
             found["refits"] = refits_of(run, plan, ledger)
         status = "interrupted" if ledger.interrupted else "done"
-    except Exception as raised:  # the record says what, and the other runs go on
+    except Exception as raised:  # it is in the record, and the other runs continue
         logging.getLogger(__name__).debug("run failed", exc_info=True)
         found |= {"error": f"{type(raised).__name__}: {first_line(raised)}", "traceback": traceback.format_exc()}
     finally:
@@ -117,14 +116,14 @@ def execute(
 
 
 def temporary_place(storage: Storage | None) -> Storage:
-    """A new folder, in the storage or on this machine."""
+    """A new folder for one run, in the storage or on this machine."""
     if storage is None:
         return Storage(pyarrow.fs.LocalFileSystem(), tempfile.mkdtemp(prefix="raybilevel-compare-"))
     return Storage(storage.filesystem, f"{storage.path}/raybilevel-compare-{uuid.uuid4().hex}")
 
 
 def seen(ledger: Ledger, began: float) -> dict[str, Any]:
-    """What trials have told so far, as fields of the record."""
+    """The results of the trials so far, as fields of the record."""
     return {
         "seconds": round(time.perf_counter() - began, 2),
         "spent": ledger.total,
@@ -150,17 +149,21 @@ def setting_of(run: Run, plan: Plan) -> Setting:
 
 
 def slots_for(plan: Plan) -> int:
-    """Trainings at once: as many as the cluster holds, and no more than `BilevelSearch` would run of a few."""
+    """Concurrent trainings: as many as the cluster holds, up to the default limit of `BilevelSearch` for short runs."""
     return max(1, min(most_slots(0), trainings_that_fit(asked_for(plan.training))))
 
 
 def gpus_of(plan: Plan) -> tuple[float, float]:
-    """Of a training and of an upper-level step."""
+    """The GPUs of a training and of an upper-level step."""
     return plan.training.first.get("GPU", 0.0), float(task_options(plan.step).get("num_gpus", 0.0))
 
 
 def probe_parts(parts: Parts, setting: Setting) -> None:
-    """Raises UnavailableError, with the reason, where a part of the method cannot be run."""
+    """Check that all parts of the method can be run.
+
+    Raises:
+        UnavailableError: a part cannot be run. The message has the reason.
+    """
     if not parts.own:
         probe(parts.searcher, setting)
     if parts.searcher == "grid":
@@ -169,12 +172,13 @@ def probe_parts(parts: Parts, setting: Setting) -> None:
 
 
 def searcher_of(parts: Parts, setting: Setting, ledger: Ledger, place: Storage) -> TimedSearcher | None:
-    """What suggests the trials; None where Tune's own variant generator does."""
+    """The searcher of the trials; None if Tune's own variant generator makes them."""
     if not parts.own:
         inner = make_searcher(parts.searcher, setting)
         if inner is None:
             return None
         return TimedSearcher(inner, setting.space if parts.searcher in WITHOUT_LOGARITHMS else None)
+    # A scheduler may stop a training early, so a trial may begin even if the budget could not pay for all of it.
     room = ledger.room if not parts.stops_early else lambda: not ledger.over
     search = BudgetedSearch(
         setting.problem,
@@ -194,7 +198,7 @@ def searcher_of(parts: Parts, setting: Setting, ledger: Ledger, place: Storage) 
 def tune_run(
     run: Run, plan: Plan, parts: Parts, setting: Setting, searcher: Any, ledger: Ledger, place: Storage
 ) -> None:
-    """The trials: the same trainable, seed and resources for every method."""
+    """Run the trials, with the same trainable, seed and resources for every method."""
     space, samples = dict(setting.param_space), samples_of(parts, setting)
     if parts.searcher == "grid":
         values = grid(setting.space, setting.trainings)
@@ -226,10 +230,13 @@ def tune_run(
 
 
 def samples_of(parts: Parts, setting: Setting) -> int:
-    """Trials at most. Without early stopping the budget is a number of trainings; a population is as large as that;
-    the median rule stops about half; and with successive halving each trial takes one epoch at least."""
+    """Limit of the number of trials.
+
+    Without early stopping it is the budget in trainings, and so is the size of a population. The median rule stops
+    about half of the trials. With successive halving each trial takes at least one epoch.
+    """
     if setting.trainings is None:
-        return MANY if parts.scheduler not in ("pbt", "pb2") else max(4, 2 * setting.slots)
+        return MAX_TRIALS if parts.scheduler not in ("pbt", "pb2") else max(4, 2 * setting.slots)
     whole = max(1, int(setting.trainings + 1e-9))
     if not parts.stops_early or parts.scheduler in ("pbt", "pb2"):
         return whole
@@ -239,8 +246,11 @@ def samples_of(parts: Parts, setting: Setting) -> int:
 
 
 def refits_of(run: Run, plan: Plan, ledger: Ledger) -> dict[int, dict[str, float]]:
-    """Metrics after a training on training plus validation data with the incumbent's hyperparameters, by the
-    incumbent's position, for each mark; not charged, as every method has it."""
+    """Metrics after a training on training plus validation data with the incumbent's hyperparameters.
+
+    There is one for the incumbent at each mark, by the incumbent's position. They are not charged, as every method has
+    them.
+    """
     if plan.problem.refit_batches(None) is None:
         return {}
     observations = ledger.observations()
@@ -253,7 +263,7 @@ def refits_of(run: Run, plan: Plan, ledger: Ledger) -> dict[int, dict[str, float
             config = nest({**flatten(plan.constants), **flatten(observations[index].hyperparameters)})
             tasks[index] = refit_task.options(**resources).remote(shared, config, run.seed)
     for index, task in tasks.items():
-        with contextlib.suppress(ray.exceptions.RayError):  # a refit that diverges, or is lost, has no loss
+        with contextlib.suppress(ray.exceptions.RayError):  # a refit that diverges or is lost has no metrics
             if (metrics := ray.get(task)) is not None:
                 found[index] = metrics
     return found
@@ -261,7 +271,7 @@ def refits_of(run: Run, plan: Plan, ledger: Ledger) -> dict[int, dict[str, float
 
 @contextlib.contextmanager
 def stop_on_interrupt(ledger: Ledger) -> Iterator[None]:
-    """Ctrl-C ends the run in order, with what was seen; a second one at once. Only in the main thread."""
+    """Let the first Ctrl-C end the run with a record, and the second one at once. Only in the main thread."""
 
     def interrupt(number: int, frame: Any) -> None:
         if ledger.interrupted:
@@ -270,10 +280,10 @@ def stop_on_interrupt(ledger: Ledger) -> Iterator[None]:
 
     try:
         earlier = signal.signal(signal.SIGINT, interrupt)
-    except ValueError:  # not the main thread, which is where signals arrive
+    except ValueError:  # Python allows signal handlers in the main thread only
         earlier = None
     try:
-        with environment("TUNE_DISABLE_SIGINT_HANDLER", "1"):
+        with environment("TUNE_DISABLE_SIGINT_HANDLER", "1"):  # Tune's would replace ours
             yield
     finally:
         if earlier is not None:
@@ -281,7 +291,7 @@ def stop_on_interrupt(ledger: Ledger) -> Iterator[None]:
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:
-    """Without Tune's files for TensorBoard and its lines per trial: a record holds what they would."""
+    """Turn off Tune's loggers (TensorBoard, JSON, CSV). The record holds what they would write."""
     return environment("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 

@@ -1,4 +1,4 @@
-"""What a run has seen and spent: one callback and one stopper for every method, so that all are counted alike."""
+"""Results and costs of a run, from one callback and one stopper, so that every method is charged in the same way."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from raybilevel.space import Space, nest
 
 
 class Ledger(Callback):  # type: ignore[misc]
-    """Writes down every epoch and every ended training, and what they cost.
+    """Logs every epoch and every ended training, with their costs.
 
-    steps: gradient evaluations of upper-level steps so far, and how many are under way; (0, 0) for other methods.
-    gpus:  that a trial and an upper-level step hold.
+    steps: returns the gradient evaluations of upper-level steps so far, and the number of steps under way. Other
+        methods have (0, 0).
+    gpus:  GPUs of a trial and of an upper-level step.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Ledger(Callback):  # type: ignore[misc]
         self.on_news: Callable[[Ledger], None] = lambda ledger: None
         self.began = self.seen = time.monotonic()
 
-    # What was spent.
+    # Costs.
 
     @property
     def seconds(self) -> float:
@@ -49,16 +50,17 @@ class Ledger(Callback):  # type: ignore[misc]
 
     @property
     def passes_per_training(self) -> float:
-        """Gradient evaluations that a whole training takes on average; infinity before the first."""
+        """Mean gradient evaluations of a completed training; infinity before the first."""
         done = [o.passes for o in self.observed if o.status == "done" and o.passes > 0]
+        # Infinity, by which the passes are divided: steps before the first completed training are charged later.
         return sum(done) / len(done) if done else math.inf
 
     def cost(self, epochs: int, extra_passes: float) -> float:
-        """In trainings: epochs of trials, and gradient evaluations of upper-level steps."""
+        """The cost in trainings, of epochs of trials and gradient evaluations of upper-level steps."""
         return epochs / self.epochs_per_training + extra_passes / self.passes_per_training
 
     def spent(self) -> float:
-        """In the unit of the budget."""
+        """The cost so far, in the unit of the budget."""
         if self.budget.unit == "seconds":
             return self.seconds
         if self.budget.unit == "gpu_seconds":
@@ -68,14 +70,14 @@ class Ledger(Callback):  # type: ignore[misc]
 
     @property
     def over(self) -> bool:
-        """Nothing may be spent any more."""
+        """Whether the run is to end."""
         return self.interrupted or self.spent() >= self.budget.amount - 1e-9
 
     def room(self) -> bool:
-        """Whether another training, with those under way, can run to its end within the budget."""
+        """Whether the budget suffices for the trainings under way and one more."""
         left = self.budget.amount - self.spent()
         if self.budget.unit not in ("trainings", "epochs"):
-            return left > 0
+            return left > 0  # the time of a training is not known beforehand
         trainings = left / (self.epochs_per_training if self.budget.unit == "epochs" else 1)
         left_of_running = sum(self._epochs_left(t) for t in self.trials.values() if t.status == "running")
         return trainings - left_of_running / self.epochs_per_training >= 1 - 1e-6
@@ -83,7 +85,7 @@ class Ledger(Callback):  # type: ignore[misc]
     def _epochs_left(self, log: TrialLog) -> int:
         return self.epochs_per_training - (log.epochs[-1] if log.epochs else 0)
 
-    # What Tune tells.
+    # Tune's callbacks.
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         now = time.monotonic()
@@ -98,7 +100,7 @@ class Ledger(Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
-        if self.over:
+        if self.over:  # a result after the budget was spent must not count, for any method
             return
         self.epochs += 1
         log, upper_loss, lower_loss = self._log(trial), finite(result[UPPER_LOSS]), finite(result[LOWER_LOSS])
@@ -132,17 +134,17 @@ class Ledger(Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if not self.over:
-            self.epochs += 1  # the one in which it failed
+            self.epochs += 1  # of the epoch in which it failed nothing was reported
             self._observe(trial, "failed")
 
     def _log(self, trial: Any, **changes: Any) -> TrialLog:
-        """A trial's log, with what has changed."""
+        """Update a trial's log, and return it."""
         log = self.trials.get(trial.trial_id, TrialLog(trial=trial.trial_id)).model_copy(update=changes)
         self.trials[trial.trial_id] = log
         return log
 
     def _observe(self, trial: Any, status: TrainingStatus, **seen: Any) -> None:
-        """A training has ended; its cost is known when the run has ended."""
+        """Note that a training has ended. Its cost in trainings is known only at the end of the run."""
         self._log(trial, status=status)
         config = searched(self.space, trial.config)
         losses = [*(o.upper_loss for o in self.observed), seen.get("upper_loss")]
@@ -163,12 +165,12 @@ class Ledger(Callback):  # type: ignore[misc]
 
     @property
     def best(self) -> Observation | None:
-        """The training with the lowest F; None before one ran to its end."""
+        """The training with the lowest F; None before the first completed training."""
         index = lowest(o.upper_loss for o in self.observed)
         return self.observed[index] if self.observed and self.observed[index].upper_loss is not None else None
 
     def observations(self) -> tuple[Observation, ...]:
-        """Everything observed, with its cost: shares of a training are those of the run's average one."""
+        """All observations, with their costs. A fraction of a training is relative to the mean one of the whole run."""
         return tuple(self._with_cost(observed) for observed in self.observed)
 
     def _with_cost(self, observed: Observation) -> Observation:
@@ -187,7 +189,7 @@ class Ledger(Callback):  # type: ignore[misc]
 
 
 class BudgetStopper(Stopper):  # type: ignore[misc]
-    """Ends a run when its budget is spent, and with it the trials under way."""
+    """Stops a run, and its trials under way, when the budget is spent."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -199,7 +201,7 @@ class BudgetStopper(Stopper):  # type: ignore[misc]
         return self.ledger.over
 
     def __deepcopy__(self, memo: Any) -> BudgetStopper:
-        return self  # Tune copies an experiment's settings for every trial; there is one ledger
+        return self  # Tune copies an experiment's settings for every trial, but there is one ledger
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # a ledger belongs to one process

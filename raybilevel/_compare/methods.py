@@ -1,4 +1,4 @@
-"""The methods of a comparison by name: a searcher, a scheduler, or both, as Ray Tune ships them, and raybilevel's."""
+"""The methods of a comparison by name: searchers and schedulers of Ray Tune, and raybilevel's own methods."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LARGEST_GRID = 4096
 
 SEARCHERS = ("random", "grid", *OWN_METHODS, "optuna", "optuna-gp", "hyperopt", "ax", "bayesopt", "bohb")
 STOPPERS = ("asha", "hyperband", "median-stopping")
-"""Schedulers that stop trainings early and go with any searcher."""
+"""Schedulers that stop trainings early and work with any searcher."""
 SCHEDULERS = (*STOPPERS, "pbt", "pb2", "bohb")
 PAUSERS = ("hyperband", "median-stopping", "pbt", "pb2", "bohb")
-"""Schedulers that go on from checkpoints, so that trials leave one every epoch."""
+"""Schedulers that pause trials and resume them from checkpoints. Trials write one after every epoch for them."""
 
 WITHOUT_LOGARITHMS = ("bayesopt",)
-"""Searchers that ignore logarithmic scales: they are given the unit cube, on the scale that the others search."""
+"""Searchers that ignore logarithmic scales. They search the unit cube, in which the scale is the same as for others."""
 
 COMBINED = {
     **{name: (name, None) for name in SEARCHERS if name != "bohb"},
@@ -53,10 +53,12 @@ class Parts:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is set up for.
+    """The task that a method is set up for.
 
-    param_space: in Tune's domains. epochs: of a whole training. trainings: that the budget pays for; None where it is
-    not counted in trainings. slots: trials at once.
+    param_space: in Tune's domains.
+    epochs:      of a complete training.
+    trainings:   the budget in trainings; None if it is in seconds.
+    slots:       concurrent trials.
     """
 
     problem: BilevelProblem
@@ -76,7 +78,7 @@ class UnavailableError(ConfigError):
 
 
 def parse(name: str) -> Parts:
-    """A method's parts, from its name; "optuna+asha" is a searcher with a scheduler.
+    """The parts of a method from its name. "optuna+asha" is a searcher with a scheduler.
 
     Raises:
         ConfigError: there is no such method.
@@ -93,10 +95,10 @@ def parse(name: str) -> Parts:
 
 
 def check_settings(parts: Parts, searcher: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
-    """What can be wrong with a method's settings before it is set up.
+    """Check a method's settings, as far as that is possible before it is set up.
 
     Raises:
-        ConfigError: it has no such setting.
+        ConfigError: the method has no such setting.
     """
     if parts.own:
         make_method(OWN_METHODS[parts.searcher], **searcher)
@@ -107,7 +109,7 @@ def check_settings(parts: Parts, searcher: Mapping[str, Any], scheduler: Mapping
 
 
 def make_searcher(name: str, setting: Setting) -> Any:
-    """A fresh Tune searcher; None for those that Tune's own variant generator does.
+    """A new Tune searcher; None if Tune's own variant generator takes its place.
 
     Raises:
         UnavailableError: its package is missing.
@@ -122,21 +124,22 @@ def make_searcher(name: str, setting: Setting) -> Any:
     try:
         return makers[name](setting, **setting.searcher)
     except (ImportError, AssertionError) as error:
-        # Ray's searchers assert that their package is there, and say so over several lines.
+        # Ray's searchers assert that their package is installed, in a message of several lines.
         raise UnavailableError(" ".join(str(error).split()) or type(error).__name__) from error
     except TypeError as error:
         raise ConfigError(f"searcher {name!r}: {error}") from error
 
 
 def probe(name: str, setting: Setting) -> None:
-    """Two suggestions and a result: whether a third-party searcher works with the installed Ray at all.
+    """Check by two suggestions and their results that a third-party searcher works with the installed Ray at all.
 
     Raises:
-        UnavailableError: it does not; with the reason.
+        UnavailableError: it does not work. The message has the reason.
     """
     searcher = make_searcher(name, setting)
     if searcher is None:
         return
+    # BOHB's searcher reads the last entry.
     result = {METRIC: 1.0, TIME: 1, "training_iteration": 1, "hyperband_info": {"budget": 1}}
     try:
         searcher.set_search_properties(METRIC, "min", dict(setting.param_space))
@@ -147,12 +150,12 @@ def probe(name: str, setting: Setting) -> None:
             searcher.on_trial_complete(trial, result=result)
     except UnavailableError:
         raise
-    except Exception as error:  # whatever a package of another version raises is the reason that is told
+    except Exception as error:  # a package of another version may raise anything
         raise UnavailableError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def make_scheduler(name: str | None, setting: Setting) -> Any:
-    """A fresh Tune scheduler, None where every training runs to its end.
+    """A new Tune scheduler; None if every training is to be completed.
 
     Raises:
         ConfigError: it has no such setting.
@@ -162,7 +165,7 @@ def make_scheduler(name: str | None, setting: Setting) -> Any:
     if name is None:
         return None
     halving = {"max_t": setting.epochs, "time_attr": TIME}
-    # Rungs need not add up to a whole training; what survives them all is to run to its end.
+    # The rungs may end before a complete training. Trials that survive all of them are to be completed.
     bands = {**halving, "stop_last_trials": False}
     interval = {"perturbation_interval": max(1, setting.epochs // 5), "time_attr": TIME}
     makers: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
@@ -198,10 +201,10 @@ def bounds(space: Space) -> dict[str, Any]:
 
 
 def grid(space: Space, trainings: float | None) -> dict[tuple[str, ...], list[float]]:
-    """About as many values per hyperparameter as make a full grid of the budget, bounds included; by path.
+    """Values of each hyperparameter by path, bounds included. The full grid is about as large as the budget.
 
     Raises:
-        UnavailableError: two values each are far too many already.
+        UnavailableError: a grid of two values each is already far too large.
     """
     if 2**space.dimension > LARGEST_GRID:
         raise UnavailableError(f"two values for each of {space.dimension} hyperparameters make {2**space.dimension:,}")

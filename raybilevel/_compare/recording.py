@@ -1,4 +1,4 @@
-"""What the record of a comparison's run holds beside its trials: before it has begun, and of its searcher."""
+"""The parts of a comparison's record apart from the trials: those known at the start, and those of the searcher."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PEERS = ("optuna", "hyperopt", "ax-platform", "bayesian-optimization", "hpbandst
 
 
 def begun(run: Run, problem: BilevelProblem, space: Space) -> Record:
-    """The record of a run in which nothing has happened yet."""
+    """The record of a run at its start."""
     return Record(
         kind="comparison",
         status="running",
@@ -40,7 +40,7 @@ def begun(run: Run, problem: BilevelProblem, space: Space) -> Record:
 
 
 def machine() -> Machine:
-    """What it runs on, without names."""
+    """The cluster, without host names."""
     resources = ray.cluster_resources()
     return Machine(
         system=platform.platform(terse=True),
@@ -55,7 +55,7 @@ def machine() -> Machine:
 
 
 def own_part(timed: TimedSearcher | None, ledger: Ledger) -> dict[str, Any]:
-    """What the method took, and of raybilevel's own its whole search, as fields of the record."""
+    """The overhead of the method, and for raybilevel's own methods the whole search, as fields of the record."""
     search = timed.inner if timed is not None else None
     if not isinstance(search, BudgetedSearch):
         return {"overhead": overhead_of(timed)}
@@ -73,11 +73,12 @@ def own_part(timed: TimedSearcher | None, ledger: Ledger) -> dict[str, Any]:
 
 
 def saved_search(search: BilevelSearch) -> dict[str, Any] | None:
-    """The state of a search as plain values, as in its state file, without what lies on the run's storage."""
+    """The state of a search as plain values, as in its state file, without references to the run's storage."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "search"
         search.save(str(path))
         if not path.exists():
             return None
         saved: dict[str, Any] = json.loads(json.loads(path.read_text(encoding="utf-8"))["search"])
+    # The storage of a comparison's run is temporary, so its checkpoints are gone when the record is read.
     return {**saved, "memory": None, "checkpoints": {}}

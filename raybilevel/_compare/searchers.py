@@ -1,4 +1,4 @@
-"""Searchers of a comparison: timed, and raybilevel's kept within the budget."""
+"""The searchers of a comparison: a wrapper that measures time, and raybilevel's own within a budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raybilevel.tune._searcher import BilevelSearch
 
 @dataclass
 class Stopwatch:
-    """What a method itself took in the driver: wall-clock and CPU seconds, over `calls` calls."""
+    """The wall-clock and CPU seconds of a method in the driver, over `calls` calls."""
 
     calls: int = 0
     seconds: float = 0.0
@@ -33,13 +33,13 @@ class Stopwatch:
         finally:
             self.calls += 1
             self.seconds += time.perf_counter() - wall
-            self.cpu_seconds += time.thread_time() - cpu
+            self.cpu_seconds += time.thread_time() - cpu  # of this thread, as Ray has others in the driver
 
 
 class TimedSearcher(Searcher):  # type: ignore[misc]
-    """A searcher with a stopwatch; in all else the one inside.
+    """A searcher with a stopwatch. It passes all calls on to the inner searcher.
 
-    box: of the hyperparameters, for a searcher that is to see the unit cube instead.
+    box: the space of the hyperparameters, if the inner searcher is to search the unit cube instead.
     """
 
     def __init__(self, searcher: Searcher, box: Space | None = None) -> None:
@@ -62,6 +62,7 @@ class TimedSearcher(Searcher):  # type: ignore[misc]
             suggestion: dict[str, Any] | str | None = self.inner.suggest(trial_id)
         if self.box is None or not isinstance(suggestion, dict):
             return suggestion
+        # Clamped, in case a searcher leaves its bounds by rounding.
         unit = [min(1.0, max(0.0, float(suggestion[name]))) for name in coordinates(self.box)]
         return self.box.to_config(torch.tensor(unit, dtype=torch.double))
 
@@ -80,24 +81,24 @@ class TimedSearcher(Searcher):  # type: ignore[misc]
         self.inner.on_unpause(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: a run that was interrupted is made anew, and some searchers cannot be saved."""
+        """Do nothing. An interrupted run is done again from the start, and some searchers cannot be saved."""
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a run of a comparison is made anew")
+        raise NotImplementedError("a run of a comparison is done again from the start")
 
     def get_state(self) -> dict[str, Any]:
         return {}
 
 
 def coordinates(box: Space) -> list[str]:
-    """Names of the unit cube's coordinates, without the slashes of the hyperparameters' that some searchers refuse."""
+    """Names of the unit cube's coordinates. Those of hyperparameters have slashes, which some searchers refuse."""
     return [f"x{number}" for number in range(box.dimension)]
 
 
 class BudgetedSearch(BilevelSearch):
-    """`BilevelSearch` that begins no training for which the budget has no room left.
+    """`BilevelSearch` that starts no training if the budget has no room for it.
 
-    room: whether there is; asked before each suggestion.
+    room: whether the budget has room; called before each suggestion.
     """
 
     def __init__(self, *arguments: Any, room: Callable[[], bool] = lambda: True, **options: Any) -> None:
@@ -110,16 +111,16 @@ class BudgetedSearch(BilevelSearch):
         return super().suggest(trial_id)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "room": None}
+        return {**super().__getstate__(), "room": None}  # a method of the ledger, which belongs to one process
 
 
 def spent_on_steps(searcher: BilevelSearch) -> tuple[float, int]:
-    """Gradient evaluations of finished upper-level steps, and how many are under way."""
+    """Gradient evaluations of finished upper-level steps, and the number of steps under way."""
     return sum(step.passes for step in searcher.state.steps), searcher.steps_under_way
 
 
 def overhead_of(searcher: TimedSearcher | None) -> Overhead:
-    """What a searcher took, as a record has it; nothing where Tune's own variant generator suggests."""
+    """The overhead of a searcher in the form of a record; zero for Tune's own variant generator."""
     found = searcher.overhead if searcher is not None else Stopwatch()
     return Overhead(
         calls=found.calls, suggest_seconds=round(found.seconds, 3), suggest_cpu_seconds=round(found.cpu_seconds, 3)

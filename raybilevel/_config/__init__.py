@@ -1,1 +1,1 @@
-"""Config files: read once, checked whole. No Ray."""
+"""Config files: read once and checked completely. No Ray."""

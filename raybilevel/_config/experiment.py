@@ -1,4 +1,4 @@
-"""One experiment as a YAML file: problem, space, search, resources. Read once, checked whole."""
+"""One experiment as a YAML file: problem, space, search, resources. It is read once and checked completely."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from raybilevel.space import Parameter
 
 
 class SearchConfig(Checked):
-    """How to search.
+    """The settings of the search.
 
-    trainings:      lower-level trainings, the budget; with method "hypergradient" descents, each from its own start.
-    method:         "auto": "hypergradient" where x is a module or has more than 100 hyperparameters, else "default".
-    settings:       of the method, other than its defaults.
-    seed:           of initial weights, the order of batches and everything that the search draws.
-    points_to_evaluate: hyperparameters to train first, nested as the space is.
-    max_concurrent: trainings and upper-level steps at once; by default as many trainings as fit into the cluster, but
-        no more than 16, or a quarter of all where that is more.
-    epoch_time_limit, step_time_limit: seconds after which an epoch of a training, or an upper-level step, is treated as
-        hung and its worker killed.
-    max_failures:   how often a training that fails, or whose node is lost, goes on from its last checkpoint.
+    trainings:      the budget in lower-level trainings. For method "hypergradient": the number of descents, each from
+        its own start.
+    method:         "auto" is "hypergradient" if x is a module or has more than 100 hyperparameters, else "default".
+    settings:       of the method, where they differ from its defaults.
+    seed:           of initial weights, the order of batches and all random numbers of the search.
+    points_to_evaluate: hyperparameters to train first, nested like the space.
+    max_concurrent: limit of concurrent trainings and upper-level steps. The default is as many trainings as fit into
+        the cluster, but at most 16, or a quarter of all trainings if that is more.
+    epoch_time_limit, step_time_limit: timeouts in seconds. An epoch of a training, or an upper-level step, that takes
+        longer is treated as hung and its worker killed.
+    max_failures:   retries of a training that fails or whose node is lost, each from its last checkpoint.
     """
 
     trainings: int = Field(ge=1)
@@ -48,8 +49,8 @@ class ExperimentConfig(Checked):
 
     problem: one of `raybilevel problems`.
     options: arguments of its constructor, and `device`.
-    space:   nested; a domain is {loguniform: [low, high]}, {quniform: [low, high, step]} and so on, the rest constants.
-        Without a domain the upper level is the problem's `upper_variables`.
+    space:   nested. A domain is {loguniform: [low, high]}, {quniform: [low, high, step]} and so on. All other entries
+        are constants. Without a domain the upper level is the problem's `upper_variables`.
     """
 
     problem: str
@@ -61,12 +62,12 @@ class ExperimentConfig(Checked):
     @field_validator("space")
     @classmethod
     def readable(cls, tree: dict[Any, Any]) -> dict[Any, Any]:
-        read_space(tree)  # its mistakes are told beside those of other keys
+        read_space(tree)  # as a validator, so that pydantic reports its mistakes beside those of other keys
         return tree
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """The hyperparameters that are searched."""
+        """The hyperparameters to search."""
         return self._split_space[0]
 
     @property
@@ -88,7 +89,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     """Read a config file, with overrides such as "search.trainings=40".
 
     Raises:
-        ConfigError: it is missing, not YAML, or keys are unknown, missing or wrong; a line for each, with file and key.
+        ConfigError: the file is missing or not YAML, or keys are unknown, missing or wrong. There is one line for each
+            mistake, with file and key.
     """
     raw = read_mapping(path)
     if "problem" not in raw and {"problems", "methods"} <= raw.keys():
@@ -105,7 +107,8 @@ def resolved(config: ExperimentConfig) -> str:
 
 
 def resume_key(config: ExperimentConfig) -> dict[str, Any]:
-    """What must be the same when a run goes on, with every default filled in."""
+    """The part of a config that must not change when a run is resumed, with every default filled in."""
+    # Resources are compared as resolved, so that a default may be written out.
     return {
         **config.model_dump(exclude={"search": {"max_concurrent"}, "resources": True}),
         "lower": config.resources.of_training(config.on_gpu),

@@ -1,4 +1,4 @@
-"""YAML files of keys and values, and what is wrong with them in words."""
+"""Reads YAML files of keys and values, and reports the mistakes in them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from raybilevel.errors import ConfigError
 
 UNION_TAG = "one of: "
-"""Begins the tags of a config's unions, which pydantic names among the keys."""
+"""Prefix of the tags of a config's unions. Pydantic lists the tags among the keys of a mistake."""
 
 
 class Checked(BaseModel):
-    """A part of a config: unknown keys are refused, and nothing is changed later."""
+    """A part of a config. It refuses unknown keys and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,7 +25,7 @@ Config = TypeVar("Config", bound=BaseModel)
 
 
 class Loader(yaml.SafeLoader):
-    """YAML without code, in which 1e-6 is a number, as in YAML 1.2."""
+    """Safe YAML in which 1e-6 is a number, as in YAML 1.2. For PyYAML, which is 1.1, it is a string."""
 
 
 Loader.add_implicit_resolver(
@@ -41,7 +41,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """The keys and values of a YAML file, unchecked.
 
     Raises:
-        ConfigError: it is missing, not YAML, or holds something else.
+        ConfigError: the file is missing, is not YAML, or has no keys and values.
     """
     try:
         raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one dotted key of a config to a YAML value.
 
     Raises:
-        ConfigError: it is not key=value, or the key is not one of a group.
+        ConfigError: the override is not key=value, or a part of the key is not a group.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -66,7 +66,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
-        if node.get(parent) is None:
+        if node.get(parent) is None:  # missing, or a key without a value
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
@@ -81,7 +81,7 @@ def validated(kind: type[Config], raw: dict[str, Any], path: str | Path) -> Conf
     """The content of a file as a config.
 
     Raises:
-        ConfigError: keys are unknown, missing or wrong; a line for each mistake, with file and key.
+        ConfigError: keys are unknown, missing or wrong. There is one line for each mistake, with file and key.
     """
     try:
         return kind.model_validate(raw)
@@ -90,10 +90,10 @@ def validated(kind: type[Config], raw: dict[str, Any], path: str | Path) -> Conf
 
 
 def mistakes(error: ValidationError) -> list[str]:
-    """What is wrong with a config, by the dotted names of its keys."""
+    """The mistakes in a config, each with the dotted name of its key."""
     found = []
     for mistake in error.errors():
         key = ".".join(part for part in map(str, mistake["loc"]) if not part.startswith(UNION_TAG))
-        said = "no such key" if mistake["type"] == "extra_forbidden" else mistake["msg"].removeprefix("Value error, ")
-        found += [f"{key}: {line}" if key else line for line in said.splitlines()]
+        text = "no such key" if mistake["type"] == "extra_forbidden" else mistake["msg"].removeprefix("Value error, ")
+        found += [f"{key}: {line}" if key else line for line in text.splitlines()]
     return found

@@ -1,4 +1,4 @@
-"""A run as it will be done: everything that its config says, made and checked once, before Ray is started."""
+"""The plan of a run: everything that its config describes, made and checked once, before Ray is started."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, and how.
+    """What a run does, and how.
 
-    config:    what it was made from, with the method by its name where that was "auto".
-    space:     the box that is searched, or `STARTS`; `constants` are the rest of a trial's config, nested.
-    points:    configurations that are trained first.
-    training, step: what a lower-level training and an upper-level step ask of the cluster, by Ray's names.
+    config:    the config, with the method's name in place of "auto".
+    space:     the box to search, or `STARTS`.
+    constants: the rest of a trial's config, nested.
+    points:    configurations to train first.
+    training, step: resources of a lower-level training and of an upper-level step, by Ray's names.
     seed:      of the search, and of every training's initial weights and order of batches.
-    trainings: lower-level trainings, or descents; `max_concurrent` of them at once, None for as many as fit.
-    epoch_time_limit, step_time_limit: seconds; None for no limit.
-    max_failures: how often a training that fails is tried again; -1 for any number.
+    trainings: the number of lower-level trainings, or of descents.
+    max_concurrent: how many of them run at once; None for as many as fit.
+    epoch_time_limit, step_time_limit: timeouts in seconds; None for none.
+    max_failures: retries of a training that fails; -1 for any number.
     """
 
     config: ExperimentConfig
@@ -54,7 +56,7 @@ class Plan:
 
     @property
     def upper_level(self) -> str:
-        """What the upper level is, in words."""
+        """A description of the upper level."""
         if isinstance(self.problem, LargeUpperLevel) and self.space.of_starts:
             count = sum(parameter.numel() for parameter in self.problem.upper_variables().parameters())
             return f"{count:,} upper-level variables"
@@ -63,7 +65,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine has at the most; Ray may be told to take less."""
+    """The resources of a machine. Ray may be told to use less."""
 
     cpus: float
     gpus: float
@@ -74,13 +76,13 @@ def this_machine() -> Machine:
 
 
 def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine | None = None) -> Plan:
-    """The plan of a run, after everything about it was checked that can be without Ray.
+    """The plan of a run. Everything is checked that can be checked without Ray.
 
     data:    the folder of the problem's data files.
-    machine: where it runs alone; None for a cluster, of which nothing is known yet.
+    machine: the machine of a local run; None for a cluster, whose resources are not known yet.
 
     Raises:
-        RaybilevelError: something is wrong; where it is more than one thing, a ConfigError with a line for each.
+        RaybilevelError: there is a mistake. Several mistakes are one ConfigError with a line for each.
     """
     config = with_method(config)
     search, mistakes = config.search, Mistakes()
@@ -88,6 +90,7 @@ def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine 
     method = mistakes.made_by(lambda: make_method(search.method, **search.settings))
     if machine is not None:
         mistakes.made_by(lambda: check_machine(config, machine))
+    # The later checks need a problem, a method and a space, so without one of them it ends here.
     if problem is None or method is None:
         raise mistakes.as_one()
     space = mistakes.made_by(lambda: space_of(config, method))
@@ -116,7 +119,7 @@ def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine 
 
 
 def with_method(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with its method chosen: by the dimension, where it is "auto"."""
+    """The config with a method. The dimension decides if it is "auto"."""
     if config.search.method != "auto":
         return config
     search = config.search.model_copy(update={"method": name_for(len(config.parameters))})
@@ -124,13 +127,13 @@ def with_method(config: ExperimentConfig) -> ExperimentConfig:
 
 
 class Mistakes:
-    """What is wrong, gathered so that it is said at once."""
+    """Collects mistakes, so that one error reports all of them."""
 
     def __init__(self) -> None:
         self.found: list[RaybilevelError] = []
 
     def made_by(self, make: Callable[[], Made]) -> Made | None:
-        """What a function returns; None, and its error kept, where it raises one."""
+        """The result of a function. If it raises an error, keep the error and return None."""
         try:
             return make()
         except RaybilevelError as error:
@@ -138,17 +141,17 @@ class Mistakes:
             return None
 
     def as_one(self) -> RaybilevelError:
-        """The only mistake as it is, several as a line each."""
+        """The only mistake itself, or several as one error with a line for each."""
         if len(self.found) == 1:
             return self.found[0]
         return ConfigError("\n".join(map(str, self.found)))
 
 
 def space_of(config: ExperimentConfig, method: Method) -> Space:
-    """What is searched: the box of the config, or without one the starts of descents.
+    """The space to search: the box of the config, or without one the starts of descents.
 
     Raises:
-        SpaceError: there is no box, and the method needs one; or a hyperparameter is given twice.
+        SpaceError: the method needs a box and there is none, or a hyperparameter is given twice.
     """
     if config.parameters:
         return Space(config.parameters)
@@ -183,10 +186,10 @@ def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, 
 
 
 def check_machine(config: ExperimentConfig, machine: Machine) -> None:
-    """Whether a machine can hold a training, and an upper-level step, at all.
+    """Check that a training, and an upper-level step, fit on a machine at all.
 
     Raises:
-        ConfigError: it cannot; a line for each that is too large.
+        ConfigError: one does not fit. There is a line for each resource that is too large.
     """
     if config.on_gpu and not machine.gpus:
         raise ConfigError(

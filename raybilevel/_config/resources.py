@@ -1,4 +1,4 @@
-"""What a config asks of a cluster, and what that comes to for a training and an upper-level step."""
+"""The resources in a config, and those of a training and an upper-level step that result from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
 
 def possible(amounts: dict[str, float]) -> dict[str, float]:
-    """Raises ValueError, where Ray grants no such amount."""
+    """Check amounts of resources.
+
+    Raises:
+        ValueError: Ray cannot grant an amount.
+    """
     for name, amount in amounts.items():
         if name.lower() in ("cpus", "gpus"):
             raise ValueError(f"{name}: no such resource; write {name.lower()[:-1]}")
@@ -30,9 +34,9 @@ Amounts = Annotated[dict[str, float], AfterValidator(possible)]
 
 
 class BundlesConfig(Checked):
-    """A training of several processes: Ray's placement group, reserved whole.
+    """A training of several processes. Ray reserves all of their resources at once, as a placement group.
 
-    bundles:  resources of each ({"CPU": 1, "GPU": 1}); the training itself runs in the first.
+    bundles:  resources of each process ({"CPU": 1, "GPU": 1}). The training itself runs in the first.
     strategy: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.
     """
 
@@ -41,15 +45,16 @@ class BundlesConfig(Checked):
 
 
 def form_of(lower: Any) -> str:
+    """The tag of the union: pydantic then reports the mistakes of one form and not of both."""
     bundles = isinstance(lower, BundlesConfig) or (isinstance(lower, Mapping) and "bundles" in lower)
     return f"{UNION_TAG}bundles" if bundles else f"{UNION_TAG}amounts"
 
 
 class ResourcesConfig(Checked):
-    """Ray resources: cpu, gpu, fractions of them, custom ones by their names.
+    """Ray resources: cpu, gpu, fractions of them, and custom ones by their names.
 
-    lower: of a lower-level training; or bundles. By default a CPU, and a GPU where `options.device` is one.
-    upper: of an upper-level step; by default a GPU where `options.device` is one, else nothing.
+    lower: of a lower-level training, or its bundles. The default is a CPU, and a GPU if `options.device` is one.
+    upper: of an upper-level step. The default is a GPU if `options.device` is one, else nothing.
     """
 
     lower: (
@@ -62,23 +67,23 @@ class ResourcesConfig(Checked):
     upper: Amounts | None = None
 
     def of_training(self, on_gpu: bool) -> TrainingResources:
-        """on_gpu: whether trainings run on one."""
+        """Resources of a training. on_gpu: whether trainings run on a GPU."""
         if isinstance(self.lower, BundlesConfig):
             return TrainingResources(tuple(map(named_by_ray, self.lower.bundles)), self.lower.strategy)
         given = {"CPU": 1.0, **own_gpu(on_gpu)} if self.lower is None else self.lower
         return TrainingResources((named_by_ray(given),))
 
     def of_step(self, on_gpu: bool) -> dict[str, float]:
-        """on_gpu: whether upper-level steps run on one."""
+        """Resources of an upper-level step. on_gpu: whether steps run on a GPU."""
         return own_gpu(on_gpu) if self.upper is None else named_by_ray(self.upper)
 
 
 @dataclass(frozen=True)
 class TrainingResources:
-    """What a training asks for.
+    """Resources of a training.
 
-    bundles:  of each of its processes, by Ray's names; the training itself runs in the first.
-    strategy: of their placement group; None where there is a single process and no group.
+    bundles:  of each of its processes, by Ray's names. The training itself runs in the first.
+    strategy: of their placement group; None for a single process without a group.
     """
 
     bundles: tuple[dict[str, float], ...]
@@ -98,5 +103,5 @@ def named_by_ray(amounts: Mapping[str, float]) -> dict[str, float]:
 
 
 def by_ray(name: str) -> str:
-    """Ray's name of a resource, which Tune writes in small letters."""
+    """Ray's name of a resource. Tune's names are in lower case."""
     return name.upper() if name in ("cpu", "gpu") else name

@@ -1,4 +1,4 @@
-"""The `space` of a config <-> the hyperparameters that are searched and the constants around them."""
+"""Converts between the `space` of a config and the hyperparameters to search, with the constants around them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Path = tuple[str, ...]
 EXAMPLE = "{loguniform: [1e-6, 1.0]}"
 KNOWN = (*DOMAINS, CHOICE)
 LIKE_DOMAINS = ("(", "[", "tune.", *(f"{name}(" for name in KNOWN))
-"""How a text begins that was meant as a domain."""
+"""Beginnings of texts that were meant as domains."""
 
 
 def read_space(tree: Mapping[Any, Any]) -> tuple[tuple[Parameter, ...], dict[str, Any]]:
     """The hyperparameters of a space in their order, and the nested constants around them.
 
     Raises:
-        SpaceError: entries are wrong; a line for each, with its name.
+        SpaceError: entries are wrong. There is one line for each, with its name.
     """
     parameters: list[Parameter] = []
     constants: dict[Path, Any] = {}
@@ -81,10 +81,10 @@ def is_domain(name: str, entry: Any) -> bool:
 
 
 def check_constant(name: str, entry: Any) -> None:
-    """A constant is a number, a text or the like, and nothing that was meant to be searched.
+    """Check that an entry is a constant, such as a number or a text.
 
     Raises:
-        SpaceError: it looks as if it were.
+        SpaceError: it looks like a hyperparameter that was meant to be searched.
     """
     advice = f"to search between two numbers write {EXAMPLE} with your own, else make it an option of the problem"
     if isinstance(entry, list):

@@ -1,1 +1,1 @@
-"""Linear systems with a symmetric matrix known by its products, and what one leaves for the next. No Ray."""
+"""Solvers of linear systems whose symmetric matrix is known only by its products. No Ray."""

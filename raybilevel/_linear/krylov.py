@@ -1,4 +1,4 @@
-"""Linear systems H q = b with a symmetric H known by its products: CG, MINRES, Neumann series, recycled MINRES."""
+"""Solvers of H q = b for a symmetric H that is known only by its products: CG, MINRES with recycling, Neumann."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Operator = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LinearSystem:
-    """H q = b, of which only J q is wanted.
+    """The system H q = b. The caller needs only J q.
 
     hessian:  q, shape (n,) -> H q, H symmetric.
     right:    b, shape (n,).
     jacobian: q, shape (n,) -> J q, shape (p,).
-    target:   the error of J q that is small enough, in its norm; 0 to go by the residual alone.
-    accept:   tried on each iterate of MINRES, which ends where it holds, whatever the criterion; for measurements that
-        know the solution.
+    target:   tolerance on the norm of the error of J q; 0 to stop by the residual alone.
+    accept:   replaces the stopping criterion of MINRES: it stops at the first iterate that this accepts. For
+        experiments that know the solution.
     """
 
     hessian: Operator
@@ -40,11 +40,11 @@ class LinearSolution:
     """An approximate solution.
 
     residual:   |b - H q| / |b|.
-    iterations: of the Krylov method (terms of the series).
-    products:   with H, those of a warm start and of a recycled space included.
-    jacobians:  products with J, which the choice of a recycled space may need.
-    error:      estimate of |J (q - H^-1 b)|; None where there is none.
-    negative:   whether it ended at a negative curvature, which shows that H is not positive semidefinite.
+    iterations: of the Krylov method, or terms of the series.
+    products:   with H. Those of a warm start and of a recycled space count.
+    jacobians:  products with J, to choose what to recycle.
+    error:      estimate of |J (q - H^-1 b)|; None if the solver has no estimate.
+    negative:   whether the solve stopped at a negative curvature. H is then not positive semidefinite.
     """
 
     solution: Tensor
@@ -58,7 +58,7 @@ class LinearSolution:
 
 @dataclass(frozen=True)
 class KrylovMemory:
-    """What one solve leaves for the next."""
+    """The state that one solve passes to the next."""
 
     solution: Tensor
     space: RecycleSpace | None = None
@@ -68,14 +68,14 @@ class LinearSolver(Protocol):
     """A frozen dataclass of settings."""
 
     def solve(self, system: LinearSystem, memory: KrylovMemory | None) -> tuple[LinearSolution, KrylovMemory]:
-        """An approximate solution, and what the next solve may start from."""
+        """An approximate solution, and the memory for the next solve. memory: of the solve before, or None."""
 
 
 @dataclass(frozen=True)
 class ConjugateGradients:
     """The conjugate gradient method (Hestenes & Stiefel 1952), for positive definite H.
 
-    It ends at a relative residual of `tolerance`, after `limit` iterations, or where the curvature is not positive.
+    It stops at a relative residual of `tolerance`, after `limit` iterations, or at a curvature that is not positive.
     """
 
     tolerance: float = 1e-6
@@ -93,7 +93,7 @@ class ConjugateGradients:
             image = system.hessian(direction)
             iterations += 1
             curvature = direction.dot(image).item()
-            if not curvature > 0:
+            if not curvature > 0:  # also if it is NaN, which says nothing about the sign of H
                 negative = curvature < 0
                 break
             length = squared / curvature
@@ -111,8 +111,8 @@ class NeumannSeries:
     """q = rate sum_k (I - rate H)^k b, for positive definite H and a rate below 2 / |H| (Lorraine, Vicol & Duvenaud
     2020, Algorithm 3).
 
-    rate: None for the reciprocal of an estimate of |H| by ten power iterations, which are charged. They start from b
-        and a random vector, the same each time, as b alone may lack the direction in which H is largest.
+    rate: None for 1 / |H|, with |H| estimated by ten power iterations. Their products are counted. They start from b
+        plus a fixed random vector, as b alone may have no part in the direction in which H is largest.
     """
 
     terms: int = 100
@@ -123,7 +123,7 @@ class NeumannSeries:
             raise ConfigError(f"a Neumann series needs terms and a positive rate, got {self.terms} and {self.rate}")
 
     def solve(self, system: LinearSystem, memory: KrylovMemory | None) -> tuple[LinearSolution, KrylovMemory]:
-        """As every solver does.
+        """See `LinearSolver`.
 
         Raises:
             NotFiniteError: the series diverges.
@@ -133,23 +133,25 @@ class NeumannSeries:
             return _zero(right, memory)
         rate = self.rate
         if rate is None:
+            # Drawn on the CPU, so that every device starts from the same vector.
             random = torch.randn(len(right), generator=torch.Generator().manual_seed(0)).to(right)
             vector = right / right.norm() + random / random.norm()
             vector, largest = vector / vector.norm(), 1.0
             for _ in range(10):
                 image = system.hessian(vector)
                 products += 1
-                largest = max(image.norm().item(), torch.finfo(right.dtype).tiny)
+                largest = max(image.norm().item(), torch.finfo(right.dtype).tiny)  # H may annihilate the vector
                 vector = image / largest
-            rate = 1 / (1.1 * largest)
+            rate = 1 / (1.1 * largest)  # power iterations approach |H| from below
         term = rate * right
         solution = term.clone()
         for _ in range(self.terms - 1):
             term = term - rate * system.hessian(term)
             solution = solution + term
         products += self.terms - 1
+        # (I - rate H)^(terms - 1) b is the residual without the last term. That of q would take one more product.
         residual = term.norm().item() / (rate * right.norm().item())
-        if not residual <= 1.001:  # but for rounding, 1
+        if not residual <= 1.001:  # 1 up to rounding, where the series converges; NaN is caught as well
             raise NotFiniteError(
                 f"the Neumann series diverges, with a residual of {residual:.2g} after {self.terms} terms: its rate is "
                 "above 2 / |H|, or H is not positive definite; give a lower rate, or take solver 'minres'"
@@ -158,7 +160,13 @@ class NeumannSeries:
 
 
 class _Iterate(NamedTuple):
-    """One of MINRES: |(I - C C^T) H r|, q without its part in U, that part's coefficients with minus, r, and |r|."""
+    """An iterate of MINRES.
+
+    projected: |(I - C C^T) H r|.
+    solution:  q without its part in span(U).
+    inner:     minus the coefficients of that part, shape (k,).
+    residual:  r, shape (n,); norm: |r|.
+    """
 
     projected: float
     solution: Tensor
@@ -169,29 +177,31 @@ class _Iterate(NamedTuple):
 
 @dataclass(frozen=True)
 class MinimalResidual:
-    """MINRES (Paige & Saunders 1975), for symmetric H, with a recycled subspace where a selection is given (RMINRES:
-    Wang, de Sturler & Paulino 2007; strategies and criterion of Ehrhardt, Gazzola & Scott, arXiv:2412.08264).
+    """MINRES (Paige & Saunders 1975), for symmetric H. With a `selection` it recycles a subspace.
 
-    With U and C = H U, C^T C = I, the start is corrected to r = (I - C C^T)(b - H q_0), MINRES runs on
+    Recycling is RMINRES (Wang, de Sturler & Paulino 2007), with the strategies and the criterion of Ehrhardt, Gazzola &
+    Scott, arXiv:2412.08264.
+
+    Let C = H U with C^T C = I. The start is corrected so that r = (I - C C^T)(b - H q_0). MINRES then runs on
     (I - C C^T) H in the complement of C, and q = q_0 + U C^T r_0 + V z - U C^T H V z.
 
-    Where H is singular and b not in its range, as with more weights than examples and no decay, the iterates approach a
-    least-squares solution, H r = 0, and then grow without bound along what H annihilates, while the residual of the
-    recurrence falls on. |H r| is known from the recurrence (Choi, Paige & Saunders 2011, SIAM J. Sci. Comput. 33(4)).
-    Their test, |H r| <= tolerance |H| |r|, would also end solves that have yet to find a small eigenvalue, before which
-    |H r| passes a minimum of about the root of that eigenvalue over |H|. So here the iterate of the least |H r| is the
-    solution if that was at most 3 eps^(1/2) |H| |r| and has grown a hundredfold since, or if the residual, computed
-    anew at the end, has not fallen since.
+    Suppose H is singular and b is not in its range, as with more weights than examples and no decay. The iterates first
+    approach a least-squares solution, H r = 0. Then they grow without bound in the null space of H, while the residual
+    of the recurrence keeps falling. |H r| is known from the recurrence (Choi, Paige & Saunders 2011, SIAM J. Sci.
+    Comput. 33(4)). Their test, |H r| <= tolerance |H| |r|, would also stop solves that have yet to find a small
+    eigenvalue: |H r| has a minimum before that, of about the root of the eigenvalue over |H|. So the iterate with the
+    least |H r| must have |H r| <= 3 eps^(1/2) |H| |r|. It is then the solution if |H r| has grown a hundredfold since,
+    or if the true residual has not fallen by a tenth since.
 
-    tolerance:  it ends at this relative residual,
-    criterion:  "residual", or "error": it ends where the estimate of |J (q - H^-1 b)| is below the system's target,
-        where there is a target and an estimate; otherwise at the residual.
-    limit:      or after this many iterations.
-    selection:  what to keep of one system for the next; None for nothing.
-    flat:       or where the curvature along the residual, <r, H r> / |r|^2, is no more than this share of the largest
-        seen: there H is flat, and the iterate a least-squares solution, or not convex, and the iterate a descent
-        direction of <q, H q> / 2 - <b, q>. It is known from the recurrence (Liu & Roosta 2022, SIAM J. Optim. 32(4)).
-        None for no such end.
+    tolerance:  stop at this relative residual.
+    criterion:  "residual", or "error": stop when the estimate of |J (q - H^-1 b)| is below the system's target. Without
+        a target or an estimate "error" falls back to the residual.
+    limit:      stop after this many iterations.
+    selection:  what to recycle in the next system; None for nothing.
+    flat:       stop when the curvature along the residual, <r, H r> / |r|^2, is at most this share of the largest seen;
+        None to go on. If H is flat there, the iterate is a least-squares solution. If H is not convex there, the
+        iterate is a descent direction of <q, H q> / 2 - <b, q>. The curvature is known from the recurrence (Liu &
+        Roosta 2022, SIAM J. Optim. 32(4)).
     """
 
     tolerance: float = 1e-6
@@ -214,11 +224,12 @@ class MinimalResidual:
         solution, residual, products = _start(system, memory if self.warm_start else None)
         scale = right.norm().item()
         space = memory.space if memory is not None and self.selection is not None else None
+        # Without a recycled space U and C are (n, 0): their products vanish, and this is plain MINRES.
         u, c = (right.new_zeros(len(right), 0),) * 2
         if space is not None:
             u, c = deflation(system.hessian, space.vectors)
             products += space.vectors.shape[1]
-            inner = c.T @ residual
+            inner = c.T @ residual  # (k,)
             solution, residual = solution + u @ inner, residual - c @ inner
 
         def error(r: Tensor) -> float | None:
@@ -245,11 +256,12 @@ class MinimalResidual:
             image = system.hessian(vector)
             iterations += 1
             inner = c.T @ image
+            # The first Lanczos vectors only: each takes the memory of two more weight vectors.
             if self.selection is not None and len(basis) < self.selection.most_vectors:
                 basis.append(vector)
                 images.append(image)
             p = image - c @ inner
-            p = p - c @ (c.T @ p)
+            p = p - c @ (c.T @ p)  # again: one projection leaves a part in C, of the size of rounding
             alpha = vector.dot(p).item()
             p = p - alpha * vector - (beta * before if iterations > 1 else 0)
             beta = p.norm().item()
@@ -265,8 +277,8 @@ class MinimalResidual:
                     negative = curvature < -self.flat * steepest
                     break
             if projected <= best.projected:
-                best = _Iterate(projected, solution, t_sum, residual, phi)
-            # Where a flat H ends the solve, no other sign of it is needed.
+                best = _Iterate(projected, solution, t_sum, residual, phi)  # of the iterate before this step
+            # `flat` stops the solve at a singular H already, so only an exact 0 counts then.
             smallest = 0.0 if self.flat is not None else 3 * math.sqrt(torch.finfo(right.dtype).eps) * size
             singular = best.projected <= smallest * best.norm
             lost = singular and projected > 100 * best.projected
@@ -278,13 +290,14 @@ class MinimalResidual:
             t1, t2 = (inner - delta2 * t1 - epsilon * t2) / gamma2, t1
             epsilon = epsilon_next
             solution, t_sum = solution + tau * d1, t_sum + tau * t1
-            # A Lanczos vector of rounding noise only: the Krylov space is exhausted.
+            # The next Lanczos vector is rounding noise: the Krylov space is exhausted.
             if beta <= 1e-14 * abs(alpha):
                 residual = sine**2 * residual
                 break
             before, vector = vector, p / beta
             residual = sine**2 * residual - phi * cosine * vector
         if singular and not lost:
+            # phi comes from the recurrence, which does not see the growth in the null space.
             true = (right - system.hessian(solution - u @ t_sum)).norm().item()
             products, lost = products + 1, not true <= 0.9 * best.norm
         if lost:
@@ -294,7 +307,7 @@ class MinimalResidual:
         if self.selection is not None and basis:
             w, hw = torch.cat([u, torch.stack(basis, 1)], 1), torch.cat([c, torch.stack(images, 1)], 1)
             chosen, jacobians = self.selection.select(w, hw, system.jacobian, space.estimator if space else None)
-            kept = chosen or space
+            kept = chosen or space  # nothing can be chosen if H annihilates all of W
         return (
             LinearSolution(solution, phi / scale, iterations, products + iterations, jacobians, estimate, negative),
             KrylovMemory(solution, kept),
@@ -302,13 +315,13 @@ class MinimalResidual:
 
 
 def _zero(right: Tensor, memory: KrylovMemory | None) -> tuple[LinearSolution, KrylovMemory]:
-    """Of H q = 0, to which no residual is relative; the recycled space is kept."""
+    """The solution of H q = 0, whose relative residual would be 0 / 0. The recycled space is kept."""
     zero = torch.zeros_like(right)
     return LinearSolution(zero, 0.0, 0, 0), KrylovMemory(zero, memory.space if memory is not None else None)
 
 
 def _start(system: LinearSystem, memory: KrylovMemory | None) -> tuple[Tensor, Tensor, int]:
-    """The first iterate, its residual, and how many products it took."""
+    """The first iterate, its residual, and the number of products with H."""
     if memory is None:
         return torch.zeros_like(system.right), system.right.clone(), 0
     return memory.solution.clone(), system.right - system.hessian(memory.solution), 1

@@ -1,1 +1,1 @@
-"""What runs leave behind on disk. No Ray."""
+"""The records of runs on disk: schema, files, summary. No Ray."""

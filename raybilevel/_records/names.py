@@ -1,4 +1,4 @@
-"""Names that outlive a run: of the files in its folder, and of raybilevel's own methods in a comparison."""
+"""Names that are stored on disk: of the files of a run, and of raybilevel's own methods in a comparison."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ SUMMARY_FILE = "summary.json"
 RECORDS_FOLDER = "records"
 
 OWN_METHODS = {"raybilevel": "default", "raybilevel-paper": "paper"}
-"""How a comparison calls raybilevel's methods -> how `make_method` does."""
+"""A method's name in a comparison -> its name for `make_method`."""

@@ -1,7 +1,7 @@
-"""The record of one run: what was set, what it ran on, and every training. The same for all that make one.
+"""The record of one run: its settings, its machine and every training.
 
-Records come from comparisons (`raybilevel compare`), from the benchmark, and from a folder of `raybilevel run` that is
-read back. Tables and figures are made from records alone.
+Records come from comparisons (`raybilevel compare`), from the benchmark, and from reading a folder of `raybilevel run`.
+All have this one schema. Tables and figures are made from records alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from raybilevel.search_state import Shrinkage
 from raybilevel.space import Space
 
 FORMAT: Final = 2
-"""1: plain mappings whose keys depended on what made them."""
+"""Format 1 was plain mappings whose keys depended on the program that wrote them."""
 
 Kind = Literal["benchmark", "comparison", "run"]
 RunStatus = Literal["running", "done", "failed", "interrupted", "unavailable"]
@@ -23,17 +23,17 @@ Unit = Literal["trainings", "epochs", "seconds", "gpu_seconds"]
 
 
 class Stored(BaseModel):
-    """A value that is written with its names; another name in the file is an error."""
+    """A value that is stored with the names of its fields. An unknown name in the file is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Settings(Stored):
-    """What decides the result of a run.
+    """Everything that decides the result of a run.
 
-    space, resources: as in a config; None where they are the problem's own, or the run's process.
+    space, resources: as in a config. None if the problem's own space is searched, or if all runs in one process.
     budget:           in `budget_unit`.
-    slots:            trainings and upper-level steps at once, on the benchmark's simulated clock.
+    slots:            concurrent trainings and upper-level steps on the simulated clock of the benchmark.
     """
 
     problem: str
@@ -60,18 +60,18 @@ class Hyperparameter(Stored):
 class Observation(Stored):
     """One training that has ended.
 
-    trial:        Tune's name of it; empty where no trial ran.
-    status:       "stopped" by a scheduler.
-    unit:         where, in the unit cube, shape (d,).
-    upper_loss, lower_loss: F and f at the trained weights; None unless it ran to its end.
-    stopped_upper_loss: F where a scheduler stopped it.
-    metrics:      of the problem's `evaluate`.
+    trial:        the identifier of its trial; empty if no trial ran.
+    status:       "stopped" is by a scheduler.
+    unit:         its point in the unit cube, shape (d,).
+    upper_loss, lower_loss: F and f at the trained weights; None unless the training completed.
+    stopped_upper_loss: F when a scheduler stopped it.
+    metrics:      from the problem's `evaluate`.
     passes:       gradient evaluations of f in the training.
-    epochs, extra_passes, seconds, gpu_seconds: spent by the run when the training ended: epochs of all trainings,
-        gradient evaluations of f outside of trainings, wall-clock, GPUs held times how long.
-    cost:         the same in trainings; `spent` in the unit of the budget.
+    epochs, extra_passes, seconds, gpu_seconds: totals of the run when the training ended: epochs of all trainings,
+        gradient evaluations of f outside of trainings, wall-clock seconds, and GPUs held times seconds.
+    cost, spent:  the same total in trainings, and in the unit of the budget.
     incumbent:    position of the training that the method would return now.
-    trace:        what a method of the benchmark says about the point.
+    trace:        notes of a benchmark's method about the point.
     """
 
     trial: str = ""
@@ -94,12 +94,12 @@ class Observation(Stored):
 
 
 class TrialLog(Stored):
-    """A trial's life, epoch by epoch.
+    """The log of a trial, epoch by epoch.
 
-    status:          "cut" where the end of the run ended it.
-    node, pid, gpus: where it ran last; its GPUs by their numbers, with commas between.
-    seconds, took:   when each epoch ended since the start of the run, and how long it took.
-    epochs, upper_losses: which epoch it was, and F there.
+    status:          "cut" if the end of the run stopped it.
+    node, pid, gpus: where it ran last. GPUs are numbers with commas between.
+    seconds, took:   the end of each epoch in seconds since the start of the run, and its duration in seconds.
+    epochs, upper_losses: the number of each epoch, and F after it.
     """
 
     trial: str
@@ -137,9 +137,9 @@ class Step(Stored):
 
 
 class Overhead(Stored):
-    """What a method took beside trainings.
+    """The cost of a method apart from trainings.
 
-    calls, suggest_seconds, suggest_cpu_seconds: within its searcher, in the driver.
+    calls, suggest_seconds, suggest_cpu_seconds: of its searcher, in the driver.
     upper_seconds, upper_passes: of upper-level steps; None for methods without them.
     """
 
@@ -151,7 +151,7 @@ class Overhead(Stored):
 
 
 class Machine(Stored):
-    """The cluster that a run had, without names of hosts."""
+    """The cluster of a run, without host names."""
 
     system: str
     nodes: int
@@ -162,7 +162,7 @@ class Machine(Stored):
 
 
 class Spent(Stored):
-    """By the whole run."""
+    """Totals of the whole run."""
 
     epochs: int = 0
     gpu_seconds: float = 0.0
@@ -171,14 +171,14 @@ class Spent(Stored):
 class Record(Stored):
     """One run of one method on one problem with one seed.
 
-    problem_name, method_name: how the config calls them.
+    problem_name, method_name: their names in the config.
     marks:      costs at which tables report.
-    optimum:    the lowest F that there is, where it is known.
-    versions:   of packages, and of the algorithm's code ("core"); None for one that is not installed.
-    exhausted:  the method had nothing more to try before its budget was spent.
+    optimum:    the lowest possible F, if it is known.
+    versions:   of packages, and of the algorithm's code ("core"); None for a package that is not installed.
+    exhausted:  whether the method had nothing more to try before its budget was spent.
     refits:     metrics after a training on all data, by the position of the training with the same hyperparameters.
-    search:     of one of raybilevel's own methods, what its state file holds; see `search_of`.
-    verdict, diagnostics: of a run, as in its summary.
+    search:     the content of the state file, for raybilevel's own methods; see `search_of`.
+    verdict, diagnostics: as in the summary of a run.
     """
 
     format: Literal[2] = FORMAT
@@ -209,10 +209,10 @@ class Record(Stored):
 
     @property
     def lowest(self) -> float | None:
-        """The lowest F of a training that ran to its end."""
+        """The lowest F of a completed training; None without one."""
         return min((o.upper_loss for o in self.observations if o.upper_loss is not None), default=None)
 
 
 def box(space: Space) -> tuple[Hyperparameter, ...]:
-    """A space as a record has it."""
+    """A space in the form of a record."""
     return tuple(Hyperparameter(name=p.name, low=p.low, high=p.high, log=p.log) for p in space.parameters)

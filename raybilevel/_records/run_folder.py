@@ -1,4 +1,4 @@
-"""The folder of `raybilevel run`, finished or not, read as a record."""
+"""Reads the folder of `raybilevel run`, finished or not, as a record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from raybilevel.search._state_file import SavedSearch
 
 Lines = Sequence[Mapping[str, Any]]
-"""What a trial reported, one result an epoch."""
+"""The results that a trial reported, one per epoch."""
 
 
 def is_run(folder: Path) -> bool:
@@ -36,7 +36,7 @@ def read_run(folder: Path) -> Record:
         DataError: it has no search state yet.
         StateError: the search state cannot be read.
     """
-    from raybilevel.search import _state_file as state_file  # takes the models' packages, seconds to import
+    from raybilevel.search import _state_file as state_file  # imports botorch, which takes seconds
 
     states = sorted((folder / TUNE_FOLDER).glob("searcher-state-*.pkl"))
     if not states:
@@ -64,6 +64,7 @@ def record_of(
     results: by trial.
     summary: empty while the run is under way.
     """
+    # Tune writes no start time. A trial's first result has its time of arrival and the seconds that it took.
     firsts = [lines[0] for lines in results.values()]
     began = min((float(first["timestamp"]) - float(first["time_total_s"]) for first in firsts), default=0.0)
     names = {index: trial for trial, index in saved.trials.items()}
@@ -103,9 +104,11 @@ def record_of(
 def observations_of(
     state: SearchState, space: Space, names: Mapping[int, str], results: Mapping[str, Lines], began: float
 ) -> Iterator[Observation]:
-    """The trainings of a search that have ended.
+    """The ended trainings of a search.
 
-    names:   trials by the index of their training. results: by trial. began: when the run did, as a Unix time.
+    names:   trials by the index of their training.
+    results: by trial.
+    began:   start of the run, as a Unix time.
     """
     best: tuple[int, float] | None = None
     for number, (training, cost) in enumerate(zip(state.told, state.costs(), strict=True)):
@@ -125,7 +128,7 @@ def observations_of(
             metrics=problem_metrics(lines[-1]) if lines else {},
             passes=training.passes,
             extra_passes=sum(step.passes for step in state.steps if step.finished <= number),
-            # A training whose trial left no file has no time: it sorts by the order in which it ended.
+            # A training whose trial left no file has no time. Its place in the order of ends stands in for it.
             seconds=float(lines[-1]["timestamp"]) - began if lines else float(training.finished),
             incumbent=0 if best is None else best[0],
             cost=cost,
@@ -150,19 +153,19 @@ def trial_log(trial: str, lines: Lines, began: float, saved: SavedSearch) -> Tri
 
 
 def reached(line: Mapping[str, Any]) -> int:
-    """The epoch of a training, or the step of a descent."""
+    """The number of epochs of a training so far, or of steps of a descent."""
     return int(line[EPOCH] if EPOCH in line else line.get(STEP, 1))
 
 
 def trial_results(folder: Path) -> dict[str, Lines]:
-    """What each trial reported, by Tune's JSON logger; a half-written last line is left out."""
+    """The results of each trial from Tune's JSON logger, without a half-written last line."""
     found: dict[str, Lines] = {}
     for path in sorted(folder.glob("*/result.json")):
         lines = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 lines.append(json.loads(line))
-            except ValueError:
+            except ValueError:  # the run is writing this line now, or was killed while it did
                 break
         if lines:
             found[str(lines[0]["trial_id"])] = lines
@@ -170,7 +173,7 @@ def trial_results(folder: Path) -> dict[str, Lines]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content, nothing where there is no whole one."""
+    """The content of a JSON file; empty if the file is missing or incomplete."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -179,14 +182,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def search_of(record: Record) -> SavedSearch | None:
-    """The search of one of raybilevel's own methods, as its state file has it; None where a record has none.
+    """The search in the record of one of raybilevel's own methods; None if the record has none.
 
     Raises:
-        StateError: what is there is none.
+        StateError: the content of the record is not a search.
     """
     if record.search is None:
         return None
-    from raybilevel.search import _state_file as state_file  # takes the models' packages, seconds to import
+    from raybilevel.search import _state_file as state_file  # imports botorch, which takes seconds
 
     try:
         return state_file.ADAPTER.validate_python(record.search)

@@ -1,4 +1,4 @@
-"""Records on disk: one JSON file a run, written whole or not at all, never overwritten."""
+"""Records on disk: one JSON file per run, written completely or not at all, and never overwritten."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ PART = ".part"
 
 
 def path_of(problem_name: str, method_name: str, settings: Settings) -> Path:
-    """Of a record in the output folder: names for people, a digest of the settings against mistakes."""
+    """The path of a record in the output folder.
+
+    Names are for people. The digest keeps runs with other settings from being taken for this one.
+    """
     text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return Path(RECORDS_FOLDER) / problem_name / f"{method_name}-seed{settings.seed}-{digest}.json"
@@ -27,7 +30,7 @@ def read(path: Path) -> Record:
     """Read a record back.
 
     Raises:
-        DataError: the file is damaged, of another format version, or holds something else; it is named.
+        DataError: the file, which is named, is damaged, has another format version, or is not a record.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -44,25 +47,25 @@ def read(path: Path) -> Record:
 
 
 def first_error(error: ValidationError) -> str:
-    """The first of what is wrong with a record, by the dotted name of its key."""
+    """The first mistake in a record, with the dotted name of its key."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def write(path: Path, record: Record) -> None:
-    """What is in the way, a failed or a damaged record, is set aside under a number."""
+    """Write a record. A failed or damaged record at this path is first renamed to a numbered name."""
     set_aside(path)
     dump(path, record)
     path.with_suffix(PART).unlink(missing_ok=True)
 
 
 def keep(path: Path, record: Record) -> None:
-    """What a run has seen so far, beside the place of its record, until that is written."""
+    """Write the record of a run so far to a file beside the final one."""
     dump(path.with_suffix(PART), record)
 
 
 def left_over(path: Path) -> Record | None:
-    """What a run had seen that was cut off before its record was written; it is set aside under a number.
+    """The record so far of a run that was cut off before its end; None without one. Its file gets a numbered name.
 
     Raises:
         DataError: as `read`.
@@ -70,7 +73,8 @@ def left_over(path: Path) -> Record | None:
     part = path.with_suffix(PART)
     if not part.exists():
         return None
-    if path.exists() and path.stat().st_mtime_ns >= part.stat().st_mtime_ns:  # cut off just after that
+    # `write` was cut off between its two last steps, so the record itself is complete.
+    if path.exists() and path.stat().st_mtime_ns >= part.stat().st_mtime_ns:
         part.unlink()
         return None
     record = read(part)
@@ -84,7 +88,7 @@ def dump(path: Path, record: Record) -> None:
     with temporary.open("w", encoding="utf-8") as file:
         file.write(record.model_dump_json())
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # else a power loss after the rename may leave an empty record
     os.replace(temporary, path)
 
 
@@ -94,7 +98,7 @@ def set_aside(path: Path) -> None:
 
 
 def aside(path: Path) -> Path:
-    """The first name under a number that is free."""
+    """The first free numbered name."""
     number = 1
     while (other := path.with_name(f"{path.name}.old{number}")).exists():
         number += 1
@@ -102,7 +106,7 @@ def aside(path: Path) -> Path:
 
 
 def read_all(folder: Path) -> tuple[list[Record], list[str]]:
-    """The records of a folder in a fixed order, and what is wrong with the other files."""
+    """The records of a folder in a fixed order, and the mistakes in its other files."""
     found, wrong = [], []
     for path in sorted(folder.glob(f"{RECORDS_FOLDER}/*/*.json")):
         try:

@@ -1,4 +1,4 @@
-"""The result of a run, as `summary.json`."""
+"""The result of a run in the form of `summary.json`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def summarise(
 
 
 def found(trial_results: Mapping[int, Mapping[str, Any]], training: Training) -> Mapping[str, Any] | None:
-    """The hyperparameters that a descent ended at; None for a training, which has those of its config."""
+    """The final hyperparameters of a descent; None for a training, which keeps those of its config."""
     return trial_results.get(training.index, {}).get(HYPERPARAMETERS)
 
 
@@ -85,7 +85,7 @@ def history(
     test_losses: Mapping[int, float],
     trial_results: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One entry per ended training, in the order in which they ended; losses are null where it failed."""
+    """One entry per ended training, in the order of their ends. The losses of a failed training are None."""
     entries, best = [], math.inf
     for training, cost in zip(state.told, state.costs(), strict=True):
         if training.status == "done":
@@ -106,4 +106,4 @@ def history(
 
 
 def as_text(summary: Mapping[str, Any]) -> str:
-    return json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    return json.dumps(summary, indent=2, allow_nan=False) + "\n"  # NaN is no JSON: other programs refuse it

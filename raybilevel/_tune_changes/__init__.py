@@ -1,1 +1,1 @@
-"""Changes of Ray Tune, one a module; `applied` says which, and when they are in force."""
+"""Changes of Ray Tune, one per module. `applied` lists them and says when they are in force."""

@@ -1,4 +1,4 @@
-"""An error of Ray ends the trial that it came from, not Tune's whole run."""
+"""An error of Ray ends only the trial that it came from, and not the whole run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from raybilevel._tune_changes.change import MethodChange
 
 
-def as_a_dead_actor(failed: Any) -> Any:
-    """`_actor_task_failed` that takes any error of Ray, where upstream's knows two."""
+def as_actor_death(failed: Any) -> Any:
+    """`_actor_task_failed` for any error of Ray. Upstream's knows two."""
 
     @wraps(failed)
     def failed_by_any_error(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
@@ -22,8 +22,8 @@ def as_a_dead_actor(failed: Any) -> Any:
     return failed_by_any_error
 
 
-# Upstream knows the errors of a dead actor and of an exception in it. At others, such as the `OutOfMemoryError` of an
-# actor that Ray killed since its node ran out of memory, it raises "RuntimeError: Caught unexpected exception".
+# Upstream knows two errors: the actor died, or its code raised an exception. For others it raises "RuntimeError: Caught
+# unexpected exception". One is the `OutOfMemoryError` of an actor that Ray killed because its node ran out of memory.
 ACTOR_ERRORS = MethodChange(
     name="errors of Ray that end one trial",
     module="ray.air.execution._internal.actor_manager",
@@ -31,6 +31,6 @@ ACTOR_ERRORS = MethodChange(
     attribute="_actor_task_failed",
     parameters=("self", "tracked_actor_task", "exception"),
     versions=("2.50.1", "2.55.1", "2.60.0"),
-    replacement=as_a_dead_actor,
+    replacement=as_actor_death,
     without="a trial that Ray kills for its memory ends the whole run",
 )

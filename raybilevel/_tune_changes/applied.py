@@ -1,4 +1,4 @@
-"""Which changes of Tune there are, and the time in which they are in force."""
+"""The list of the changes of Tune, and the block in which they are in force."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raybilevel._tune_changes.run_end import RUN_END
 from raybilevel._tune_changes.trial_queue import TRIAL_QUEUE
 
 CHANGES = (TRIAL_QUEUE, ACTOR_ERRORS, DEFAULT_RESULT, RUN_END)
-"""Of classes, so that they hold for every run of this process. `idle_actors` changes a single run."""
+"""They change classes, so they hold for every run of this process. `idle_actors` changes a single run."""
 
 _lock = threading.RLock()  # reentrant, since the end of a run may come from the garbage collector
 _undo = ExitStack()
@@ -21,7 +21,7 @@ _blocks = 0
 
 @contextmanager
 def tune_changes() -> Iterator[None]:
-    """Inside the block Tune is changed. Blocks may overlap, in threads as well: the last to end undoes the changes."""
+    """Change Tune inside the block. Blocks may overlap, also in threads. The last one to end undoes the changes."""
     _enter()
     try:
         yield

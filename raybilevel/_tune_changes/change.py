@@ -1,4 +1,4 @@
-"""A change of Ray Tune as a value, and how it replaces a method."""
+"""A change of Ray Tune as a value, and the replacement of a method."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 class TuneChange:
     """A change of one attribute of one class of Tune.
 
-    name:      in logs.
+    name:      for logs.
     module, owner, attribute: the upstream code that it replaces.
-    versions:  of Ray, oldest first, in whose source that code was read, and with which the change is tested (`make
+    versions:  of Ray, oldest first. That code was read in their source, and the change is tested with them (`make
         test-ray`).
-    without:   what Tune does without it.
+    without:   what Tune does without the change, for the warning.
     """
 
     name: str
@@ -57,25 +57,25 @@ class TuneChange:
 class MethodChange(TuneChange):
     """A change of a method.
 
-    parameters:  of the upstream method. With others it counts as gone, since the replacement could not be called.
-    replacement: makes the new method of the upstream one.
+    parameters:  of the upstream method. A method with others counts as missing, as the replacement could not be called.
+    replacement: makes the new method from the upstream one.
     """
 
     parameters: tuple[str, ...]
     replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def upstream(self) -> tuple[type, Callable[..., Any]] | None:
-        """The class, and its method as it is now; None where this Ray has no such method."""
+        """The class and its current method; None if this version of Ray has no such method."""
         try:
             owner = getattr(importlib.import_module(self.module), self.owner)
-            method = vars(owner)[self.attribute]
+            method = vars(owner)[self.attribute]  # not getattr, which would find an inherited one
         except (ImportError, AttributeError, KeyError):
             return None
         return (owner, method) if tuple(inspect.signature(method).parameters) == self.parameters else None
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the method is replaced; where it has gone, a warning says so."""
+        """Replace the method inside the block. Warn if it is missing."""
         found = self.upstream()
         if found is None:
             self.warn_of_missing()

@@ -1,4 +1,4 @@
-"""Actors that have run a trial are kept for a while, for a search that is about to say the next trial."""
+"""Idle actors are kept for a while, as the search may be about to suggest their next trial."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ except ImportError:
 
 FIELDS = {"_cached_objects", "_num_cached_objects", "_max_num_objects"}
 
-# With `reuse_actors=True` upstream keeps one idle actor for which there is no pending trial, and stops the others. A
-# search that thinks about the next trial is later than that, and every training begins with a worker's start.
+# With `reuse_actors=True` upstream keeps one idle actor and stops the others that have no pending trial. A search that
+# is still computing the next trial is too late then, and every training begins with a worker's start.
 IDLE_ACTORS = TuneChange(
     name="timeout of idle actors",
     module="ray.tune.execution.tune_controller",
@@ -31,10 +31,10 @@ _asked: WeakSet[Any] = WeakSet()
 
 
 def keep_idle_actors(controller: Any, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-    """Have one Tune run keep idle actors. To be called before the first one is idle, and without effect later.
+    """Let one Tune run keep idle actors. Call it before the first actor is idle; later it has no effect.
 
-    controller: Tune's `TuneController`, with whose life the change ends.
-    timeout_s:  how long an actor may be idle.
+    controller: Tune's `TuneController`. The change ends with its life.
+    timeout_s:  seconds that an actor may be idle.
     """
     if controller in _asked:
         return
@@ -42,7 +42,7 @@ def keep_idle_actors(controller: Any, timeout_s: float, clock: Callable[[], floa
     cache: Any = getattr(controller, IDLE_ACTORS.attribute, None)
     if type(cache) is not _ObjectCache or not vars(cache).keys() >= FIELDS:
         IDLE_ACTORS.warn_of_missing()
-    elif not cache.num_cached_objects:
+    elif not cache.num_cached_objects:  # else the actors in the old cache would never be stopped
         patient = IdleActorCache(timeout_s, clock)
         patient._max_num_objects = cache._max_num_objects
         setattr(controller, IDLE_ACTORS.attribute, patient)
@@ -52,10 +52,10 @@ def keep_idle_actors(controller: Any, timeout_s: float, clock: Callable[[], floa
 class IdleActorCache(_ObjectCache):  # type: ignore[misc]
     """Tune's cache of idle actors, with a timeout.
 
-    An actor is kept until it has been idle for `timeout_s`, or its resources are wanted for a trial that asks for
-    others. Those idle last are used first, so that those that are not needed get old.
+    An actor is kept until it has been idle for `timeout_s`, or until its resources are needed for a trial with other
+    requests. The actor that became idle last is used first, so that actors in excess reach the timeout.
 
-    clock: seconds, from anywhere.
+    clock: returns seconds, from any origin.
     """
 
     def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -74,19 +74,20 @@ class IdleActorCache(_ObjectCache):  # type: ignore[misc]
         return self._take(key, -1) if self.has_cached_object(key) else None
 
     def flush_cached_objects(self, force_all: bool = False) -> Iterator[Any]:
-        """The actors to stop, which are no longer kept."""
+        """Remove the actors that are to be stopped, and return them."""
         for key, actors in self._cached_objects.items():
-            while actors and (force_all or self._is_too_much(key, actors)):
+            while actors and (force_all or self._is_surplus(key, actors)):
                 yield self._take(key, 0)
 
-    def _is_too_much(self, key: Any, actors: list[Any]) -> bool:
-        """Whether the actor that has been idle for longest is to go."""
+    def _is_surplus(self, key: Any, actors: list[Any]) -> bool:
+        """Whether the actor that has been idle longest is to be stopped."""
         if len(actors) <= self._max_num_objects[key]:
             return False
+        # A pending trial needs other resources, and these actors may hold them.
         if any(count > 0 for other, count in self._max_num_objects.items() if other != key):
             return True
-        the_last = self._num_cached_objects == 1 and not self.total_max_objects
-        return not the_last and self._clock() - self._since[actors[0]] > self._timeout_s
+        kept_anyway = self._num_cached_objects == 1 and not self.total_max_objects  # as upstream's `may_keep_one`
+        return not kept_anyway and self._clock() - self._since[actors[0]] > self._timeout_s
 
     def _take(self, key: Any, place: int) -> Any:
         actor = self._cached_objects[key].pop(place)

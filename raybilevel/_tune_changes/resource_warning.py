@@ -1,4 +1,4 @@
-"""Tune's warning of too few resources, for trials that wait for some."""
+"""A filter of Tune's warning that the cluster has too few resources."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ logger = logging.getLogger("ray.tune.execution.insufficient_resources_manager")
 class OnlyWithPendingTrials(logging.Filter):
     """Drops the warning while the run has no pending trial.
 
-    Tune warns when no trial has been running for a minute. Without a pending one the search is what takes that time.
+    Tune warns if no trial has been running for a minute. Without a pending trial the search is taking that time, and
+    resources are not the cause.
     """
 
     def __init__(self, controller: Any) -> None:
         super().__init__()
-        self._controller = ref(controller)
+        self._controller = ref(controller)  # weak: a logger's filters live as long as the process
 
     def filter(self, record: logging.LogRecord) -> bool:
         controller = self._controller()

@@ -1,13 +1,13 @@
-"""Tune is changed while a run asks a searcher of ours: from its first question to the run's end.
+"""Tune is changed while a run uses one of our searchers: from the first `suggest` to the end of the run.
 
-Tune hands its controller to schedulers and callbacks, but not to searchers, and does not tell them of a run's end. So
-the controller is looked for among the callers of `suggest`. A searcher that something else calls changes nothing. The
-run ends with the controller's `cleanup`. If that is never reached, as after a second Ctrl-C, it ends when the
-controller is garbage.
+Tune gives its controller to schedulers and callbacks but not to searchers, and does not tell them that a run has ended.
+So we look for the controller among the callers of `suggest`. If anything else calls the searcher, nothing is changed.
+The run ends with the controller's `cleanup`. If that is never reached, as after a second Ctrl-C, the run ends when the
+controller is garbage-collected.
 
-It cannot begin earlier. `set_search_properties` comes before there is a controller, and a failure in between would go
-unnoticed. So Tune's first question runs in upstream's code. `raybilevel run` knows when its run begins and ends, and
-wraps it in `tune_changes`.
+The change cannot begin earlier. `set_search_properties` is called before there is a controller, and we would not notice
+a failure in between. So the first `suggest` runs in upstream's code. `raybilevel run` knows when its run begins and
+ends, and wraps it in `tune_changes`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from raybilevel._tune_changes.run_end import RUN_END, at_end
 
 
 class TuneRun:
-    """A run whose searcher has been asked. Made by `tune_run`."""
+    """A run that has called `suggest`. Made by `tune_run`."""
 
     def __init__(self, controller: Any) -> None:
         self._controller = ref(controller)
@@ -34,12 +34,12 @@ class TuneRun:
         resource_warning.logger.addFilter(only_with_pending)
         changed.callback(resource_warning.logger.removeFilter, only_with_pending)
         end = finalize(controller, changed.close)
-        end.atexit = False
+        end.atexit = False  # the interpreter is going away, and its modules with it
         at_end[controller] = end
 
     @property
     def idle(self) -> bool:
-        """Whether no trial is pending, running or paused. Tune then asks once a second, else ten times."""
+        """Whether no trial is pending, running or paused. Tune then calls `suggest` once a second, else ten times."""
         controller = self._controller()
         return controller is None or all(trial.is_finished() for trial in controller.get_live_trials())
 
@@ -48,7 +48,7 @@ _runs: WeakKeyDictionary[Any, TuneRun] = WeakKeyDictionary()
 
 
 def tune_run() -> TuneRun | None:
-    """For a searcher: the run that asks it, with Tune changed until its end; None where no Tune run does."""
+    """The run that is calling this searcher, with Tune changed until its end; None if no Tune run is."""
     controller = _calling_controller()
     if controller is None:
         return None
@@ -69,7 +69,7 @@ def _calling_controller() -> Any:
 
 @cache
 def _controller_class() -> type | None:
-    """`TuneController`; None if its end cannot be heard of. Then Tune must not be changed."""
+    """`TuneController`; None if its end would go unnoticed. Then Tune must not be changed."""
     found = RUN_END.upstream()
     if found is None:
         RUN_END.warn_of_missing()

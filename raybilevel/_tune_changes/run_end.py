@@ -1,4 +1,4 @@
-"""The end of a Tune run, of which Tune tells callbacks but no searcher."""
+"""The end of a Tune run. Tune tells callbacks about it, but not searchers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from raybilevel._tune_changes.change import MethodChange
 from raybilevel._tune_changes.default_result import settle
 
 at_end: WeakKeyDictionary[Any, Callable[[], Any]] = WeakKeyDictionary()
-"""What to do at the end of a run, by its `TuneController`."""
+"""What to call at the end of a run, by its `TuneController`."""
 
 
-def with_what_is_to_be_done(cleanup: Callable[..., None]) -> Callable[..., None]:
-    """`cleanup` that does what `at_end` holds as well."""
+def with_end_callback(cleanup: Callable[..., None]) -> Callable[..., None]:
+    """`cleanup` that also calls what `at_end` has for the run."""
 
     @wraps(cleanup)
     def cleanup_and_end(self: Any) -> None:
@@ -30,7 +30,7 @@ def with_what_is_to_be_done(cleanup: Callable[..., None]) -> Callable[..., None]
     return cleanup_and_end
 
 
-# `tune.run`, and so `Tuner.fit`, calls it once, whether the run has finished, has been stopped, or has failed.
+# `tune.run`, and so `Tuner.fit`, calls it once, whether the run has finished, was stopped or has failed.
 RUN_END = MethodChange(
     name="end of a run",
     module="ray.tune.execution.tune_controller",
@@ -38,6 +38,6 @@ RUN_END = MethodChange(
     attribute="cleanup",
     parameters=("self",),
     versions=("2.50.1", "2.55.1", "2.60.0"),
-    replacement=with_what_is_to_be_done,
+    replacement=with_end_callback,
     without="a searcher changes nothing of Tune",
 )

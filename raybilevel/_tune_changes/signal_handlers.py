@@ -1,4 +1,4 @@
-"""Tune's signal handlers go with its run."""
+"""Tune's signal handlers are removed at the end of its run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def restored_signal_handlers() -> Iterator[None]:
-    """After the block, in which a Tune run begins and ends, signals are handled as before.
+    """Restore the signal handlers after the block, in which a Tune run begins and ends.
 
-    `ray.tune.tune._setup_signal_catching` (Ray 2.50.1 to 2.60.0) sets handlers of SIGINT and SIGUSR1, and leaves them
-    when a run ends by itself: the first Ctrl-C after that does nothing. It sets none outside the main thread.
+    `ray.tune.tune._setup_signal_catching` (Ray 2.50.1 to 2.60.0) sets handlers of SIGINT and SIGUSR1, and keeps them
+    when a run ends by itself. The first Ctrl-C after that does nothing. Outside the main thread it sets none.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

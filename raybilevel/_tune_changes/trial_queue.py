@@ -1,4 +1,4 @@
-"""Tune's event loop goes on while a search thinks about the next trial."""
+"""Tune's event loop continues while a search computes the next trial."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ POLL_INTERVAL_S = 1.0
 
 
 def asked_once(update: Callable[..., bool]) -> Callable[..., bool]:
-    """`_update_trial_queue` with one question to the search, where upstream's asks until there is a trial."""
+    """`_update_trial_queue` that calls `suggest` once. Upstream's calls it until there is a trial."""
 
     @wraps(update)
     def update_once(self: Any, blocking: bool = False, timeout: float = POLL_INTERVAL_S) -> bool:
         found = update(self, blocking=False)
         if blocking and not found and not self.is_finished():
+            # As long as upstream pauses between two calls, but now the event loop runs in between.
             time.sleep(min(POLL_INTERVAL_S, timeout))
         return found
 
     return update_once
 
 
-# With no live trial upstream asks the search once a second, for ten minutes, and handles no event meanwhile. Actors of
-# the last trials, which have been told to stop, keep their resources, and an upper-level step that needs those waits.
+# With no live trial upstream calls `suggest` once a second, for ten minutes, and handles no event meanwhile. The actors
+# of the last trials have been told to stop but keep their resources, and an upper-level step that needs these waits.
 TRIAL_QUEUE = MethodChange(
-    name="event loop that goes on while the search has no trial",
+    name="event loop that continues while the search has no trial",
     module="ray.tune.execution.tune_controller",
     owner="TuneController",
     attribute="_update_trial_queue",

@@ -1,4 +1,4 @@
-"""A bilevel descent in progress: x by Adam on hypergradients, y going on from where it was. Knows no Ray."""
+"""A bilevel descent: Adam steps in x along hypergradients, while y continues from its last value. No Ray."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "bilevel.pt"
 CHECKPOINT_FORMAT = 2
-FAILED = 0.5
-"""A linear solve that leaves more of its right side than this has failed."""
+FAILED_SOLVE_RESIDUAL = 0.5
+"""A linear solve with a larger relative residual has failed."""
 
 
 class BilevelDescent:
-    """One descent: its start, its place, its result.
+    """One descent: its start, its state, its result.
 
-    space: of a box; None where the problem has `upper_variables`.
-    config: the start: a point of the space, or {"start": number}, with the constants around it.
+    space:  the box; None if the problem has `upper_variables`.
+    config: the start, which is a point of the space or {"start": number}, with the constants around it.
 
     The weights of the descent see training data only, except those that a penalty estimator keeps for itself. The
-    result, `conclude`, is nevertheless judged at weights trained anew.
+    result, `conclude`, is nevertheless evaluated at weights that are trained from scratch.
     """
 
     def __init__(
@@ -99,17 +99,18 @@ class BilevelDescent:
 
     @property
     def passes(self) -> float:
-        """What was spent, in gradients of f over all lower data."""
+        """The cost so far, in gradients of f over all lower-level data."""
         passes = self.levels.passes
         return self.earlier + (passes if self.problem is self.whole else passes / self.settings.shards)
 
     def run_step(self) -> dict[str, float]:
-        """Solve or train the lower level, estimate the hypergradient there, and step in x; what was seen on the way.
+        """Solve or train the lower level, estimate the hypergradient there, and step in x. Returns the metrics.
 
         Raises:
             NotFiniteError: a loss or the hypergradient is NaN or infinite.
         """
         settings, x = self.settings, self.x.detach().clone()
+        # The first step begins at initial weights and needs a whole training. The later ones begin at trained weights.
         y = self._train(self.model, self.optimizer, x, settings.lower_epochs if self.step else self.problem.epochs)
         target = settings.accuracy * self.last.get("hypergradient_norm", 0.0)
         found = self.estimator(self.levels, x, y, self.memory, target)
@@ -124,6 +125,7 @@ class BilevelDescent:
         self.iterations += found.iterations
         self.products += found.products
         self._warn_of_failed_solve(found, target)
+        # The rate falls along a cosine to a tenth, so that the last steps settle.
         for group in self.adam.param_groups:
             group["lr"] = settings.rate * (0.1 + 0.9 * (1 + math.cos(math.pi * self.step / settings.steps)) / 2)
         self.x.grad = found.gradient
@@ -146,8 +148,8 @@ class BilevelDescent:
         }
 
     def _warn_of_failed_solve(self, found: Hypergradient, target: float) -> None:
-        """Once a descent; not where the solve ended because the hypergradient is accurate enough."""
-        if self.warned or found.residual is None or found.residual <= FAILED:
+        """Warn once per descent, unless the solve ended because the hypergradient is accurate enough."""
+        if self.warned or found.residual is None or found.residual <= FAILED_SOLVE_RESIDUAL:
             return
         if found.error is not None and found.error <= target:
             return
@@ -159,9 +161,11 @@ class BilevelDescent:
         )  # fmt: skip
 
     def conclude(self) -> dict[str, Any]:
-        """F, f and the problem's metrics at the x with the lowest F on the way (or selection loss, if the problem has
-        one), at weights trained anew, from the seed, on all data; and x itself, as "hyperparameters", where it is a
-        point of a box, whose steps are applied before."""
+        """F, f and the problem's metrics at the best x, with weights trained from scratch, from the seed, on all data.
+
+        The best x has the lowest F of all steps, or the lowest selection loss if the problem has one. If it is a point
+        of a box, it is rounded to the steps of the box, and "hyperparameters" has it.
+        """
         x = self.variables.rounded(self.best[1])
         self._take_all_data()
         with self._random(self.seed):
@@ -182,9 +186,10 @@ class BilevelDescent:
         return found
 
     def _take_all_data(self) -> None:
-        """For a descent that saw a part of them."""
+        """Switch a descent on a shard to all data."""
         if self.problem is self.whole:
             return
+        # A new model, as the lower-level variable may depend on the data: `Imaging` has an image for each example.
         self.earlier, self.problem = self.passes, self.whole
         with self._random(self.seed):
             self.model = self.problem.model().to(self.problem.device, self.problem.dtype)
@@ -202,14 +207,14 @@ class BilevelDescent:
         return found
 
     def metrics(self) -> dict[str, float]:
-        """What the problem's `evaluate` says of the present x and y."""
+        """The metrics of the problem's `evaluate` at the current x and y."""
         self.model.eval()
         with torch.no_grad():
             given = self.levels.hyperparameters(self.x.detach())
             return evaluate(self.problem, self.model, given)
 
     def _train(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, epochs: int) -> Tensor:
-        """Minimise f(x, .) from the model's weights; they are left in the model and returned flat."""
+        """Minimise f(x, .) from the model's weights. The result stays in the model and is returned flat, shape (n,)."""
         if self.settings.lower == "tolerance":
             y = solve_lower(self.levels, x, weights_of(model), self.settings.lower_tolerance).y
             set_weights(model, y)
@@ -238,13 +243,13 @@ class BilevelDescent:
 
     @contextmanager
     def _random(self, seed: int | None = None) -> Iterator[None]:
-        """Torch's global random numbers belong to this descent inside the block."""
+        """Inside the block torch's global random numbers are this descent's own."""
         with forked_random(self.problem.device):
             torch.manual_seed(seed if seed is not None else int(torch.randint(2**31, (), generator=self.generator)))
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """Named plain values and tensors; the recycled space with them."""
+        """The state as named plain values and tensors, with the recycled space."""
         memory = self.memory
         if isinstance(memory, KrylovMemory):
             space = memory.space
@@ -272,7 +277,7 @@ class BilevelDescent:
         }
 
     def _module_state(self) -> dict[str, Tensor] | None:
-        """The upper-level module's parameters at x, by name."""
+        """The parameters of the upper-level module at x, by name; None for a box."""
         if self.variables.module is None:
             return None
         self.levels.hyperparameters(self.x.detach())
@@ -281,7 +286,7 @@ class BilevelDescent:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         place = {"device": self.problem.device, "dtype": self.problem.dtype}
         if state["finished"]:
-            self._take_all_data()
+            self._take_all_data()  # first, as the tensors below have the shapes of all data
         self.step, self.last = state["step"], dict(state["last"])
         self.x.data = state["x"].to(**place)
         self.model.load_state_dict(state["model"])

@@ -1,4 +1,4 @@
-"""Estimates of the hypergradient dF(x, y*(x))/dx: implicit, unrolled, and by a penalty. One interface for all."""
+"""Estimators of the hypergradient dF(x, y*(x))/dx with one interface: implicit, unrolled, and by a penalty."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Estimator(Protocol):
     def __call__(
         self, functions: BothLevels, x: Tensor, y: Tensor, memory: Any = None, target: float = 0.0
     ) -> Hypergradient:
-        """The hypergradient at x, from weights y that minimise f(x, .) about.
+        """The hypergradient at x, shape (p,), from an approximate minimiser y of f(x, .), shape (n,).
 
-        memory: of the estimate before, or None.
-        target: the error of the hypergradient, in its norm, that is small enough; 0 for the estimator's own tolerance.
+        memory: of the previous estimate, or None.
+        target: tolerance on the norm of the hypergradient's error; 0 for the estimator's own tolerance.
         """
 
 
@@ -49,7 +49,7 @@ class Equilibrium:
 
         dF/dx + (dg/dx)^T u,    u = (dg/dy)^T u + dF/dy,
 
-    u by the same acceleration as y. Only one evaluation of g is differentiated, however many y took.
+    where u is found by the same acceleration as y. Only one evaluation of g is differentiated, however many y needed.
     """
 
     tolerance: float = 1e-4
@@ -57,7 +57,7 @@ class Equilibrium:
     history: int = 5
 
     def __post_init__(self) -> None:
-        self._acceleration()
+        self._acceleration()  # checks the settings
 
     def _acceleration(self) -> AndersonAcceleration:
         return AndersonAcceleration(self.tolerance, self.limit, self.history)
@@ -72,6 +72,7 @@ class Equilibrium:
         right = upper.in_y.view_as(image)
 
         def step(u: Tensor) -> Tensor:
+            # Half of a gradient: the graph of g exists, so there is no forward pass.
             functions.ledger.charge(0.5 * functions.ledger.whole)
             (part,) = torch.autograd.grad(image, y, u, retain_graph=True, allow_unused=True, materialize_grads=True)
             return part.view_as(image) + right
@@ -84,13 +85,14 @@ class Equilibrium:
 
 @dataclass(frozen=True)
 class Unrolled:
-    """The derivative of F(x, y_K) where y_K is K steps of heavy-ball gradient descent from y:
+    """The derivative of F(x, y_K), where y_K is the result of K steps of heavy-ball gradient descent from y:
 
         m_{k+1} = momentum m_k + df/dy(x, y_k),    y_{k+1} = y_k - rate m_{k+1}
 
-    mode:     "reverse": one pass back over the K iterates, which are kept, but not their graphs (Franceschi et al.
-        2017, section 3.1). "forward": the derivative of y_k in each upper-level variable, p columns: for small p only.
-    truncate: reverse mode goes back over the last so many steps only (Shaban et al. 2019); None for all.
+    mode:     "reverse" makes one pass back over the K iterates. It stores the iterates but not their graphs (Franceschi
+        et al. 2017, section 3.1). "forward" propagates the derivative of y_k in each upper-level variable, shape
+        (n, p), and is for small p only.
+    truncate: number of last steps that reverse mode goes back over (Shaban et al. 2019); None for all.
     """
 
     steps: int = 100
@@ -125,6 +127,7 @@ class Unrolled:
             y = y - self.rate * velocity
         upper = functions.upper(x, y)
         gradient, in_y, in_velocity = upper.in_x, upper.in_y, torch.zeros_like(y)
+        # The adjoint of one step: `in_y` and `in_velocity` are dF/dy_k and dF/dm_k.
         for earlier in reversed(iterates):
             in_velocity = in_velocity - self.rate * in_y
             linear = functions.linearise(x, earlier)
@@ -154,10 +157,10 @@ class FirstOrder:
 
         dF/dx(x, y_m) + m [df/dx(x, y_m) - df/dx(x, z)],   y_m = argmin F + m f,   z = argmin f,
 
-    with an error of order 1/m, and no second derivatives. y_m and z are approached by gradient steps from those of the
-    estimate before, y_m with `rate` / m, as F + m f is m times as steep as f.
+    Its error is of order 1/m, and it needs no second derivatives. y_m and z are approached by gradient steps from those
+    of the previous estimate. The steps of y_m have the rate `rate` / m, as F + m f is m times as steep as f.
 
-    growth: m is multiplied by it after each estimate, up to `most`.
+    growth: factor of m after each estimate, up to `most`.
     """
 
     multiplier: float = 10.0
@@ -184,6 +187,7 @@ class FirstOrder:
         penalised, plain, m = memory if memory is not None else (y, y, self.multiplier)
         for _ in range(self.steps):
             plain = plain - self.rate * functions.lower(x, plain).in_y
+            # The gradient of F + m f, divided by m.
             step = functions.lower(x, penalised).in_y + functions.upper(x, penalised).in_y / m
             penalised = penalised - self.rate * step
         upper, lower = functions.upper(x, penalised), functions.lower(x, penalised)
@@ -196,13 +200,13 @@ class FirstOrder:
 class DynamicBarrier:
     """BOME (Liu et al. 2022, arXiv:2209.08709, Algorithm 1) with several of its steps in y for one in x.
 
-    q(x, y) = f(x, y) - f(x, y_T), y_T being T gradient steps from y and held constant, measures how far y is from the
-    minimum; the direction is grad F + lambda grad q in (x, y), where lambda is the least that lets q fall at the rate
-    `barrier` |grad q|^2:
+    q(x, y) = f(x, y) - f(x, y_T) measures how far y is from the minimum. y_T is the result of T gradient steps from y
+    and is held constant. The direction is grad F + lambda grad q in (x, y). lambda is the smallest value with which q
+    falls at the rate `barrier` |grad q|^2:
 
         lambda = max(0, (barrier |grad q|^2 - <grad F, grad q>) / |grad q|^2)
 
-    The y of the steps goes on from one estimate to the next.
+    Each estimate starts at the last y of the previous one.
     """
 
     barrier: float = 0.5
@@ -229,5 +233,6 @@ class DynamicBarrier:
             product = (upper.in_x.dot(q_x) + upper.in_y.dot(q_y)).item()
             multiplier = max(0.0, self.barrier - product / squared) if squared > 0 else 0.0
             gradient = upper.in_x + multiplier * q_x
+            # A large multiplier makes the direction steeper by that factor, so the step is divided by it.
             y = y - self.rate * (upper.in_y + multiplier * q_y) / max(1.0, multiplier)
         return checked(Hypergradient(gradient, upper.value, iterations=self.steps, memory=y))

@@ -1,4 +1,4 @@
-"""Fixed points y = g(y) by Anderson acceleration: of a lower level that is an equilibrium, and of its derivative."""
+"""Fixed points y = g(y) by Anderson acceleration, for a lower level that is an equilibrium and for its derivative."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from raybilevel.errors import ConfigError, NotFiniteError
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """y, in the shape of the start; residual: largest |g(y) - y| / |g(y)| of a row; iterations: evaluations of g."""
+    """An approximate fixed point.
+
+    y:          in the shape of the start, (rows, n).
+    residual:   the largest |g(y) - y| / |g(y)| of a row.
+    iterations: evaluations of g.
+    """
 
     y: Tensor
     residual: float
@@ -23,14 +28,16 @@ class FixedPoint:
 
 @dataclass(frozen=True)
 class AndersonAcceleration:
-    """The next iterate is sum_i a_i g(y_i) over the last few, with the a_i, of sum 1, that minimise
-    |sum_i a_i (g(y_i) - y_i)| (Anderson 1965; "type II" in Fang & Saad 2009), each row of y by itself.
+    """Anderson acceleration (Anderson 1965; "type II" in Fang & Saad 2009).
 
-    tolerance: it ends where |g(y) - y| <= tolerance |g(y)| in every row,
-    limit:     or after this many evaluations of g.
-    memory:    how many iterates are combined; 1 is the plain iteration y = g(y).
-    ridge:     added to the normal equations of the a_i, in units of their largest diagonal entry; at least ten rounding
-        errors, as collinear residuals make them singular.
+    The next iterate is sum_i a_i g(y_i) over the last few iterates. The a_i have sum 1 and minimise
+    |sum_i a_i (g(y_i) - y_i)|. Each row of y is treated by itself.
+
+    tolerance: stop when |g(y) - y| <= tolerance |g(y)| in every row.
+    limit:     stop after this many evaluations of g.
+    memory:    number of iterates to combine; 1 is the plain iteration y = g(y).
+    ridge:     added to the normal equations of the a_i, in units of their largest diagonal entry. It is at least ten
+        rounding errors, as collinear residuals make the equations singular.
     """
 
     tolerance: float = 1e-4
@@ -59,7 +66,7 @@ class AndersonAcceleration:
             residual = image - y
             sizes = image.norm(dim=1)
             relative = float((residual.norm(dim=1) / sizes.clamp_min(1e-30)).max())
-            # a residual divided by a size that overflowed would be 0
+            # The sizes as well: a residual divided by a size that overflowed would be 0.
             if not (math.isfinite(relative) and bool(sizes.isfinite().all())):
                 raise NotFiniteError(f"the fixed-point iteration is not finite after {iteration} evaluations")
             if relative <= self.tolerance:
@@ -71,13 +78,13 @@ class AndersonAcceleration:
     def _mixed(self, images: list[Tensor], residuals: list[Tensor]) -> Tensor:
         if len(images) == 1:
             return images[0]
-        # (rows, m, n)
-        stacked = torch.stack(residuals, 1)
-        gram = stacked @ stacked.mT
+        stacked = torch.stack(residuals, 1)  # (rows, m, n)
+        gram = stacked @ stacked.mT  # (rows, m, m)
         scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-30)[:, None, None]
         eye = torch.eye(len(images)).to(gram)
         ones = gram.new_ones(len(gram), len(images), 1)
         ridge = max(self.ridge, 10 * torch.finfo(gram.dtype).eps)
+        # With the constraint of sum 1 the minimiser is gram^-1 1, divided by its sum.
         weights = torch.linalg.solve(gram / scale + ridge * eye, ones)
         weights = weights / weights.sum(1, keepdim=True)
         mixed: Tensor = (weights * torch.stack(images, 1)).sum(1)

@@ -1,4 +1,4 @@
-"""The lower level solved to a tolerance: L-BFGS on f(x, .) from a given y."""
+"""Solves the lower level to a tolerance, by L-BFGS on f(x, .) from a given y."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raybilevel.errors import NotFiniteError
 
 @dataclass(frozen=True)
 class LowerSolution:
-    """y, shape (n,), with f and |df/dy| there; iterations of L-BFGS."""
+    """The solution y, shape (n,), with f and |df/dy| there, and the iterations of L-BFGS."""
 
     y: Tensor
     value: float
@@ -25,8 +25,9 @@ class LowerSolution:
 def solve_lower(
     functions: BothLevels, x: Tensor, y: Tensor, tolerance: float, limit: int = 1000, history: int = 20
 ) -> LowerSolution:
-    """Minimise f(x, .) from y until |df/dy| <= tolerance, by torch's L-BFGS with its Wolfe line search, or for `limit`
-    iterations; the solution has the norm that was reached.
+    """Minimise f(x, .) from y by torch's L-BFGS with its Wolfe line search.
+
+    It stops at |df/dy| <= tolerance or after `limit` iterations. The solution has the norm that was reached.
 
     Raises:
         NotFiniteError: f is NaN or infinite on the way.
@@ -36,7 +37,7 @@ def solve_lower(
         found = functions.lower(x, point)
         return found.value, found.in_y
 
-    # torch compares the largest entry; divided by sqrt(n), it bounds the norm too early at most by that factor
+    # torch compares the largest entry of the gradient, which is at least the norm divided by sqrt(n).
     found = minimise(lower, y, 2 * limit, tolerance / math.sqrt(len(y)), limit, history)
     here = functions.lower(x, found.at)
     if not math.isfinite(here.value):

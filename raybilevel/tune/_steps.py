@@ -14,7 +14,7 @@ import ray
 from raybilevel._cluster.pace import Pace
 from raybilevel._cluster.sent_state import SentState
 from raybilevel._cluster.step_call import SharedBySteps, StepCall
-from raybilevel._cluster.step_dispatch import NOTHING, StepDispatch
+from raybilevel._cluster.step_dispatch import NO_RESOURCES, StepDispatch
 from raybilevel.errors import RaybilevelError
 from raybilevel.methods._base import UpperResult
 from raybilevel.search import BilevelOptimizer
@@ -82,7 +82,7 @@ class StepRunner:
 
     def prepare(self) -> None:
         """Start a worker for the first step beside the first trainings, where it takes no resources from them."""
-        if self._shared is None and self._options == NOTHING and ray.is_initialized():
+        if self._shared is None and self._options == NO_RESOURCES and ray.is_initialized():
             self.dispatch.prepare(self._stored())
 
     def launch(self, optimizer: BilevelOptimizer, checkpoints: Checkpoints) -> bool:

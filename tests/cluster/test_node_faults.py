@@ -23,7 +23,7 @@ from raybilevel import BilevelSearch, lower_level_trainable
 from raybilevel._cluster import step_dispatch
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps, StepCall
-from raybilevel._cluster.step_dispatch import NOTHING, StepDispatch
+from raybilevel._cluster.step_dispatch import NO_RESOURCES, StepDispatch
 from raybilevel._cluster.storage import Storage, check_access, locate
 from raybilevel.errors import StorageError
 from raybilevel.methods._base import UpperResult, UpperStep
@@ -122,7 +122,9 @@ def test_steps_go_on_elsewhere_when_the_node_of_their_processes_is_lost(
         return {int(number): node for _, number, _, node in words if node != without}
 
     for number in range(count):
-        dispatch.begin(NOTHING, StepCall(UpperStep(number, "fill", 0, SearchState(), 0), {}, None, None), shared, [])
+        dispatch.begin(
+            NO_RESOURCES, StepCall(UpperStep(number, "fill", 0, SearchState(), 0), {}, None, None), shared, []
+        )
     deadline = time.monotonic() + 240
     while len(begun()) < count:
         assert time.monotonic() < deadline

@@ -15,10 +15,10 @@ import pytest
 import ray
 
 from raybilevel._cluster import step_dispatch
-from raybilevel._cluster.sent_state import BLOCKS, SentState
+from raybilevel._cluster.sent_state import BLOCK_SIZES, SentState
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps, StepCall
-from raybilevel._cluster.step_dispatch import NOTHING, StepDispatch
+from raybilevel._cluster.step_dispatch import NO_RESOURCES, StepDispatch
 from raybilevel._cluster.step_worker import MAX_RETRIES
 from raybilevel.errors import StepError
 from raybilevel.methods._base import UpperResult, UpperStep
@@ -76,7 +76,7 @@ class Steps:
         self.shared = ray.put(SharedBySteps(Shared(Parabola()), STARTS, deeds, method, None))
 
     def begin(
-        self, number: int, state: SearchState | None = None, limit: float | None = None, options: Any = NOTHING
+        self, number: int, state: SearchState | None = None, limit: float | None = None, options: Any = NO_RESOURCES
     ) -> None:
         newest, blocks = self.sent.parts(state or SearchState())
         self.dispatch.begin(
@@ -273,17 +273,17 @@ def test_cancelled_steps_and_idle_processes_end(steps: Steps) -> None:
     assert steps.process(14) != first
 
 
-@pytest.mark.parametrize("options", [NOTHING, {"num_cpus": 1}], ids=["process", "task"])
+@pytest.mark.parametrize("options", [NO_RESOURCES, {"num_cpus": 1}], ids=["process", "task"])
 def test_every_step_has_the_whole_state_and_the_problem(steps: Steps, options: Any) -> None:
     """Also in a process that takes another's place and knows nothing of the blocks that were sent before."""
     state, process = SearchState(), 0
     for number in (20, 21, 22):
-        for _ in range(BLOCKS[-1] + 5):
+        for _ in range(BLOCK_SIZES[-1] + 5):
             state = state.add(Proposal((0.5,), "fill"))
             index = len(state.trainings) - 1
             state = state.change(index, status="done", lower_loss=1.0, upper_loss=float(number), finished=index)
         state = state.after(StepRecord(number, 0, 1.0))
-        if number == 22 and options == NOTHING:
+        if number == 22 and options == NO_RESOURCES:
             os.kill(process, signal.SIGKILL)
         steps.begin(number, state, options=options)
         found = steps.end()[number]

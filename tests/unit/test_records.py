@@ -16,7 +16,7 @@ import raybilevel
 from raybilevel._records import store as records
 from raybilevel._records.incumbents import incumbent, incumbent_at
 from raybilevel._records.record import Hyperparameter, Observation, Overhead, Record, Settings, Step, TrialLog
-from raybilevel._records.versions import NO_ALGORITHM, core_digest
+from raybilevel._records.versions import NOT_ALGORITHM, core_digest
 from raybilevel.errors import DataError
 
 PACKAGE = Path(raybilevel.__file__).parent
@@ -146,7 +146,7 @@ def test_the_digest_does_not_change_with_words_or_with_other_code(package: Path)
 def test_the_digest_is_of_every_part_of_the_package() -> None:
     core_digest.cache_clear()
     parts = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert parts > NO_ALGORITHM  # none of them has been moved
+    assert parts > NOT_ALGORITHM  # none of them has been moved
     assert core_digest() == core_digest(PACKAGE) and len(core_digest()) == 12
 
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from raybilevel._cluster.sent_state import BLOCKS, SentState, block_end, joined
+from raybilevel._cluster.sent_state import BLOCK_SIZES, SentState, block_end, joined
 from raybilevel.search_state import Proposal, SearchState, StepRecord
 
 
@@ -53,7 +53,7 @@ def test_a_task_has_the_state_that_was_sent(slots: int, store: Store):
 @pytest.mark.parametrize("slots", [1, 100])
 def test_few_blocks_are_put(slots: int, store: Store):
     sent = SentState(store.put)
-    large, small = BLOCKS
+    large, small = BLOCK_SIZES
     for state in search(slots, 2000):
         newest, blocks = sent.parts(state)
         assert len(blocks) <= 2
@@ -78,13 +78,15 @@ def test_a_training_that_never_ends_does_not_hold_up_the_blocks(store: Store):
     *_, state = search(1, 300)
     state = state.change(0, status="pending", finished=-1)
     newest, blocks = SentState(store.put).parts(state)
-    assert len(blocks) > 0 and len(newest.trainings) < 2 * BLOCKS[-1] + 2
+    assert len(blocks) > 0 and len(newest.trainings) < 2 * BLOCK_SIZES[-1] + 2
     assert received(SentState(store.put), state).trainings[0].status == "pending"
 
 
 @pytest.mark.parametrize("count", [0, 1, 32, 63, 64, 160, 227, 543, 544, 575, 576, 3200])
 def test_the_newest_records_are_in_no_block(count: int):
-    large, small = (block_end(count, size) for size in BLOCKS)
-    assert large <= small and large % BLOCKS[0] == small % BLOCKS[1] == 0
-    assert count - small == count if count < 2 * BLOCKS[1] else BLOCKS[1] <= count - small < 2 * BLOCKS[1]
-    assert count - large < BLOCKS[0] + BLOCKS[1]
+    large, small = (block_end(count, size) for size in BLOCK_SIZES)
+    assert large <= small and large % BLOCK_SIZES[0] == small % BLOCK_SIZES[1] == 0
+    assert (
+        count - small == count if count < 2 * BLOCK_SIZES[1] else BLOCK_SIZES[1] <= count - small < 2 * BLOCK_SIZES[1]
+    )
+    assert count - large < BLOCK_SIZES[0] + BLOCK_SIZES[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raybilevel._cluster import shared
-from raybilevel._cluster.shared import KEPT, Shared
+from raybilevel._cluster.shared import MAX_CACHED_VALUES, Shared
 
 
 class Counted:
@@ -56,8 +56,10 @@ def test_what_arrived_can_be_handed_on() -> None:
 
 
 def test_different_values_do_not_meet_and_old_ones_go() -> None:
-    carried = [pickle.dumps(Shared(Counted(str(number)))) for number in range(KEPT + 2)]
-    assert [pickle.loads(data).value.name for data in carried] == [str(number) for number in range(KEPT + 2)]
-    assert len(shared._kept) == KEPT
+    carried = [pickle.dumps(Shared(Counted(str(number)))) for number in range(MAX_CACHED_VALUES + 2)]
+    assert [pickle.loads(data).value.name for data in carried] == [
+        str(number) for number in range(MAX_CACHED_VALUES + 2)
+    ]
+    assert len(shared._kept) == MAX_CACHED_VALUES
     assert pickle.loads(carried[0]).value.name == "0"
-    assert Counted.unpickled == KEPT + 3
+    assert Counted.unpickled == MAX_CACHED_VALUES + 3
