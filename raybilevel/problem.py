@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel._metrics import check_metrics
+from raybilevel.errors import ProblemError
 from raybilevel.space import Space
 
 __all__ = [
@@ -24,8 +26,13 @@ __all__ = [
     "SupportsShards",
     "evaluate",
     "leaves",
+    "make_batches",
+    "make_model",
+    "make_optimizer",
+    "make_refit_batches",
     "minibatches",
     "move",
+    "on_cpu",
     "upper_loss",
 ]
 
@@ -47,6 +54,11 @@ class BilevelProblem(ABC):
     `batch_size`. During a training run the model is in `train()` mode. F, f and their gradients are taken in `eval()`
     mode. Training runs in one process share the problem, which reaches each process once. Keep nothing of a training
     run in it.
+
+    `model`, `optimizer`, `batches` and `refit_batches` may ask for the hyperparameters, too: `model(self,
+    hyperparameters)`, `optimizer(self, model, hyperparameters)`, `batches(self, level, generator, hyperparameters)` and
+    `refit_batches(self, generator, hyperparameters)`. They get plain values as the trial's config holds them, constants
+    included, named and nested as the search space: so that widths, learning rates and batch sizes can be searched.
 
     epochs: passes over the lower batches in one training run.
     evaluate_every: epochs between evaluations of F, f and `evaluate`, each a pass over the data without gradients.
@@ -73,8 +85,9 @@ class BilevelProblem(ABC):
         return None
 
     @abstractmethod
-    def model(self) -> nn.Module:
-        """A fresh model; its parameters are the lower-level variable y. Called under a fixed seed."""
+    def model(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """A fresh model; its parameters are the lower-level variable y. Called under a fixed seed. Define it as
+        `model(self)` or as `model(self, hyperparameters)`."""
 
     @abstractmethod
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
@@ -89,12 +102,14 @@ class BilevelProblem(ABC):
         through the weights only, define it as `upper_loss(self, model, hyperparameters, batch)`."""
 
     @abstractmethod
-    def batches(self, level: Level, generator: torch.Generator | None) -> Iterable[Batch]:
-        """One pass over a level's data: shuffled by the generator if there is one, in a fixed order if it is None."""
+    def batches(self, level: Level, generator: torch.Generator | None, *args: Any, **kwargs: Any) -> Iterable[Batch]:
+        """One pass over a level's data: shuffled by the generator if there is one, in a fixed order if it is None.
+        Define it as `batches(self, level, generator)` or as `batches(self, level, generator, hyperparameters)`."""
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """What trains y: any torch optimizer. It is stepped with a closure, so L-BFGS works too. By default it is SGD
-        with a rate of 0.1 and Nesterov momentum of 0.9."""
+        with a rate of 0.1 and Nesterov momentum of 0.9. Define it as `optimizer(self, model)` or as
+        `optimizer(self, model, hyperparameters)`."""
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
 
     def evaluate(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -104,8 +119,9 @@ class BilevelProblem(ABC):
         Names that raybilevel or Ray Tune reports itself, e.g. "upper_loss" or "training_iteration", are refused."""
         return {}
 
-    def refit_batches(self, generator: torch.Generator | None) -> Iterable[Batch] | None:
-        """One pass over training plus validation data, for the final refit. None if a refit makes no sense."""
+    def refit_batches(self, generator: torch.Generator | None, *args: Any, **kwargs: Any) -> Iterable[Batch] | None:
+        """One pass over training plus validation data, for the final refit. None if a refit makes no sense. Define it
+        as `refit_batches(self, generator)` or as `refit_batches(self, generator, hyperparameters)`."""
         return None
 
     def batch_size(self, batch: Batch) -> int:
@@ -169,6 +185,53 @@ def evaluate(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyperpa
     else:
         found = problem.evaluate(model)
     return check_metrics(type(problem).__name__, found)
+
+
+def on_cpu(problem: BilevelProblem) -> BilevelProblem:
+    """A copy that makes its model on the CPU, where a process may have no accelerator."""
+    problem = copy.copy(problem)
+    problem.device = "cpu"
+    return problem
+
+
+def make_model(problem: BilevelProblem, config: Mapping[str, Any]) -> nn.Module:
+    """A fresh model of a problem on its device, whichever form its `model` has.
+
+    config: plain values, constants included, nested as the search space; likewise below.
+
+    Raises:
+        ProblemError: it is no module.
+    """
+    found = problem.model(config) if takes_hyperparameters(problem.model, others=0) else problem.model()
+    if not isinstance(found, nn.Module):
+        name = type(problem).__name__
+        raise ProblemError(f"{name}.model() must return a torch.nn.Module, got {type(found).__name__}")
+    return found.to(problem.device, problem.dtype)
+
+
+def make_optimizer(problem: BilevelProblem, model: nn.Module, config: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """The optimizer of a training, whichever form the problem's `optimizer` has."""
+    if takes_hyperparameters(problem.optimizer, others=1):
+        return problem.optimizer(model, config)
+    return problem.optimizer(model)
+
+
+def make_batches(
+    problem: BilevelProblem, level: Level, generator: torch.Generator | None, config: Mapping[str, Any]
+) -> Iterable[Batch]:
+    """One pass over a level's data, whichever form the problem's `batches` has."""
+    if takes_hyperparameters(problem.batches, others=2):
+        return problem.batches(level, generator, config)
+    return problem.batches(level, generator)
+
+
+def make_refit_batches(
+    problem: BilevelProblem, generator: torch.Generator | None, config: Mapping[str, Any]
+) -> Iterable[Batch] | None:
+    """One pass over training plus validation data, whichever form the problem's `refit_batches` has."""
+    if takes_hyperparameters(problem.refit_batches, others=1):
+        return problem.refit_batches(generator, config)
+    return problem.refit_batches(generator)
 
 
 def takes_hyperparameters(method: Callable[..., Any], others: int) -> bool:

@@ -20,7 +20,16 @@ from raybilevel._lower.passes import Passes
 from raybilevel._lower.variables import ConfigVariables
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.problem import Batch, BilevelProblem, evaluate, move
+from raybilevel.problem import (
+    Batch,
+    BilevelProblem,
+    evaluate,
+    make_batches,
+    make_model,
+    make_optimizer,
+    make_refit_batches,
+    move,
+)
 from raybilevel.space import nest
 
 CHECKPOINT_FILE = "lower_level.pt"
@@ -98,9 +107,9 @@ class LowerLevelTraining:
         self.generator = torch.Generator().manual_seed(seed)
         self._random_state: dict[str, Tensor] = {}
         with self._random(seed):
-            self.model: nn.Module = problem.model().to(problem.device, problem.dtype)
-            self.optimizer = problem.optimizer(self.model)
-        self.levels = Levels(problem, self.model, self.variables)
+            self.model = make_model(problem, self.config)
+            self.optimizer = make_optimizer(problem, self.model, self.config)
+        self.levels = Levels(problem, self.model, self.variables, self.config)
 
     @property
     def finished(self) -> bool:
@@ -204,8 +213,8 @@ class LowerLevelTraining:
 
     def _batches(self) -> Iterator[Batch]:
         if not self.refit:
-            return iter(self.problem.batches("lower", self.generator))
-        batches = self.problem.refit_batches(self.generator)
+            return iter(make_batches(self.problem, "lower", self.generator, self.config))
+        batches = make_refit_batches(self.problem, self.generator, self.config)
         if batches is None:
             raise ProblemError(f"{type(self.problem).__name__} has no refit_batches, so it cannot be refitted")
         return iter(batches)
@@ -251,7 +260,7 @@ def train(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> 
 
 def refit(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> dict[str, float] | None:
     """The problem's metrics after a training on training plus validation data; None where it has no such data."""
-    if problem.refit_batches(None) is None:
+    if make_refit_batches(problem, None, config) is None:
         return None
     training = LowerLevelTraining(problem, config, seed, refit=True)
     training.run()
