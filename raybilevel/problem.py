@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from raybilevel._metrics import check_metrics
 from raybilevel.errors import ProblemError
@@ -30,6 +31,7 @@ __all__ = [
     "make_model",
     "make_optimizer",
     "make_refit_batches",
+    "make_schedule",
     "minibatches",
     "move",
     "on_cpu",
@@ -55,12 +57,20 @@ class BilevelProblem(ABC):
     mode. Training runs in one process share the problem, which reaches each process once. Keep nothing of a training
     run in it.
 
-    `model`, `optimizer`, `batches` and `refit_batches` may ask for the hyperparameters, too: `model(self,
+    `model`, `optimizer`, `schedule`, `batches` and `refit_batches` may ask for the hyperparameters, too: `model(self,
     hyperparameters)`, `optimizer(self, model, hyperparameters)`, `batches(self, level, generator, hyperparameters)` and
     `refit_batches(self, generator, hyperparameters)`. They get plain values as the trial's config holds them, constants
     included, named and nested as the search space: so that widths, learning rates and batch sizes can be searched.
 
     epochs: passes over the lower batches in one training run.
+    clip: the largest norm of a gradient, which is scaled down to it; None for no limit.
+    accumulate: batches whose mean gradient makes one step of the optimizer.
+    schedule_interval: the scheduler of `schedule` is stepped after each "epoch" or after each "step" of the optimizer.
+    patience: evaluations of F in a row without a new lowest one after which a training run ends. It ends with the
+        weights of the lowest F, which then have seen the upper level's data, so judge them by other data. None for
+        training runs of `epochs`.
+    ema: decay of an exponential moving average of the weights, which is what is evaluated, differentiated and kept;
+        None for the weights themselves.
     evaluate_every: epochs between evaluations of F, f and `evaluate`, each a pass over the data without gradients.
         A training run reports, and may be stopped or saved, after these epochs and the last.
     device, dtype: where and in which precision a training run computes. Batches are moved and cast to them.
@@ -73,6 +83,11 @@ class BilevelProblem(ABC):
     """
 
     epochs: int = 50
+    clip: float | None = None
+    accumulate: int = 1
+    schedule_interval: Literal["epoch", "step"] = "epoch"
+    patience: int | None = None
+    ema: float | None = None
     evaluate_every: int = 1
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
@@ -111,6 +126,11 @@ class BilevelProblem(ABC):
         with a rate of 0.1 and Nesterov momentum of 0.9. Define it as `optimizer(self, model)` or as
         `optimizer(self, model, hyperparameters)`."""
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> LRScheduler | None:
+        """A learning-rate scheduler of torch, stepped after each `schedule_interval`; one that waits for a plateau gets
+        F. Define it as `schedule(self, optimizer)` or as `schedule(self, optimizer, hyperparameters)`."""
+        return None
 
     def evaluate(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Further metrics of a model, e.g. {"test_loss": ...}, reported with every epoch. Define it as
@@ -214,6 +234,15 @@ def make_optimizer(problem: BilevelProblem, model: nn.Module, config: Mapping[st
     if takes_hyperparameters(problem.optimizer, others=1):
         return problem.optimizer(model, config)
     return problem.optimizer(model)
+
+
+def make_schedule(
+    problem: BilevelProblem, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]
+) -> LRScheduler | None:
+    """The learning-rate scheduler of a training, whichever form the problem's `schedule` has."""
+    if takes_hyperparameters(problem.schedule, others=1):
+        return problem.schedule(optimizer, config)
+    return problem.schedule(optimizer)
 
 
 def make_batches(

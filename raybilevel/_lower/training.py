@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from raybilevel._lower import checkpoint
 from raybilevel._lower.functions import finite
+from raybilevel._lower.hooks import Hooks
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.optimistic import select_minimiser
 from raybilevel._lower.passes import Passes
@@ -33,7 +35,7 @@ from raybilevel.problem import (
 from raybilevel.space import nest
 
 CHECKPOINT_FILE = "lower_level.pt"
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -62,38 +64,55 @@ def train_epoch(
     ledger: Passes,
     where: str,
     number: Callable[[Tensor], float] = Tensor.item,
+    after_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """One step of the optimizer for each batch; every gradient that it asks for is charged.
+    """One step of the optimizer for each batch, or for each few (`accumulate`) of the problem; every gradient that it asks for is
+    charged.
 
     batches: as the problem yields them; `loss` gets them on the device.
     where:   in the search this is, for errors.
     number:  a loss as the number that a line search compares.
+    after_step: is called after each step.
 
     Raises:
         NotFiniteError: a loss is NaN or infinite; training on would waste the rest.
     """
     model.train()
     count = 0
-    for raw in batches:
-        batch, size = move(raw, problem.device, problem.dtype), problem.batch_size(raw)
+    for group in groups(batches, problem.accumulate):
+        parts = [(move(raw, problem.device, problem.dtype), problem.batch_size(raw)) for raw in group]
+        total = sum(size for _, size in parts)
 
-        def closure(batch: Batch = batch, size: int = size) -> float:
+        def closure(parts: Sequence[tuple[Batch, int]] = parts, total: int = total) -> float:
             optimizer.zero_grad()
-            found = loss(batch)
-            found.backward()
-            ledger.charge(size)
-            return number(found)
+            value = 0.0
+            for batch, size in parts:
+                found = loss(batch) if len(parts) == 1 else loss(batch) * (size / total)
+                found.backward()
+                ledger.charge(size)
+                value += number(found)
+            if problem.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), problem.clip)
+            return value
 
         value = float(optimizer.step(closure))
         if not math.isfinite(value):
             raise NotFiniteError(f"the lower-level loss is {value} {where}")
-        count += size
+        after_step()
+        count += total
     if not ledger.whole:
         ledger.whole = count
 
 
+def groups(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
+    """So many batches at a time; the last ones may be fewer."""
+    left = iter(batches)
+    while group := list(itertools.islice(left, count)):
+        yield group
+
+
 class LowerLevelTraining:
-    """A training in progress: model, optimizer, random numbers and epoch.
+    """A training in progress: model, optimizer, hooks, random numbers and epoch.
 
     It starts cold: the initial weights and the order of the batches come from `seed` alone, the same for every x, so
     that F and v are functions of x and not of chance. There is deliberately no way to start from other weights.
@@ -109,11 +128,12 @@ class LowerLevelTraining:
         with self._random(seed):
             self.model = make_model(problem, self.config)
             self.optimizer = make_optimizer(problem, self.model, self.config)
-        self.levels = Levels(problem, self.model, self.variables, self.config)
+            self.hooks = Hooks(problem, self.model, self.optimizer, self.config, refit)
+        self.levels = Levels(problem, self.hooks.model, self.variables, self.config)
 
     @property
     def finished(self) -> bool:
-        return self.epoch >= self.problem.epochs
+        return self.epoch >= self.problem.epochs or self.hooks.stopped
 
     @property
     def reports(self) -> bool:
@@ -134,9 +154,10 @@ class LowerLevelTraining:
         with self._random():
             train_epoch(
                 self.problem, self.model, self.optimizer, self._batches(), self.batch_loss, self.levels.ledger,
-                f"in epoch {self.epoch + 1} at {self.config}", self.number,
+                f"in epoch {self.epoch + 1} at {self.config}", self.number, self.hooks.after_step,
             )  # fmt: skip
         self.epoch += 1
+        self.hooks.after_epoch(self.upper, self.reports, self.finished)
 
     def run(self) -> None:
         """All epochs that are left."""
@@ -156,6 +177,14 @@ class LowerLevelTraining:
         """The same as a number, which a line search compares."""
         return loss.item()
 
+    def upper(self) -> float:
+        """F at the present weights.
+
+        Raises:
+            NotFiniteError: it is NaN or infinite.
+        """
+        return finite("upper", self.levels.value("upper", self.variables.x, self.levels.y))
+
     def losses(self) -> dict[str, float]:
         """f and F at the present weights, and the problem's own metrics.
 
@@ -166,7 +195,7 @@ class LowerLevelTraining:
         metrics, x, y = self.metrics(), self.variables.x, self.levels.y
         return {
             LOWER_LOSS: finite("lower", self.levels.value("lower", x, y)),
-            UPPER_LOSS: finite("upper", self.levels.value("upper", x, y)),
+            UPPER_LOSS: self.upper(),
             **metrics,
         }
 
@@ -187,9 +216,9 @@ class LowerLevelTraining:
 
     def metrics(self) -> dict[str, float]:
         """What the problem's `evaluate` says of the present weights."""
-        self.model.eval()
+        self.hooks.model.eval()
         with torch.no_grad():
-            return evaluate(self.problem, self.model, self.hyperparameters)
+            return evaluate(self.problem, self.hooks.model, self.hyperparameters)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -197,15 +226,17 @@ class LowerLevelTraining:
             "epoch": self.epoch,
             "finished": self.finished,
             "charged": [self.levels.ledger.examples, self.levels.ledger.whole],
-            "model": self.model.state_dict(),
+            "model": self.hooks.model.state_dict(),
+            "hooks": self.hooks.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "random": self._random_state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        self.hooks.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.hooks.load_state_dict(state["hooks"])
         self.generator.set_state(state["generator"])
         self._random_state = dict(state["random"])
         self.epoch = state["epoch"]

@@ -26,6 +26,7 @@ from raybilevel.errors import ProblemError
 from raybilevel.problem import Batch, BilevelProblem, Level, leaves, make_batches
 from raybilevel.tune._trainable import (
     check_arguments,
+    check_no_hooks,
     check_not_optimistic,
     checkpoint_due,
     default_checkpoint_interval,
@@ -54,11 +55,12 @@ def data_parallel_trainable(
     say how many such trainings the cluster holds. An upper-level step still runs on one GPU.
 
     Raises:
-        ProblemError: `problem` is not a `BilevelProblem` instance, or `optimistic`.
+        ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, or sets `accumulate` or `ema`.
         ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
     """
     check_arguments("data_parallel_trainable", problem, checkpoint_every, epoch_time_limit)
     check_not_optimistic("data_parallel_trainable", problem)
+    check_no_hooks("data_parallel_trainable", problem, "accumulate", "ema")
     every = checkpoint_every or default_checkpoint_interval(problem.epochs)
     given = {"seed": seed, "checkpoint_every": every, "epoch_time_limit": epoch_time_limit}
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(

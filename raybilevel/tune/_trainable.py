@@ -69,6 +69,16 @@ def check_not_optimistic(function: str, problem: BilevelProblem) -> None:
         )
 
 
+def check_no_hooks(function: str, problem: BilevelProblem, *hooks: str) -> None:
+    """Refuse hooks of a problem's loop that this kind of training does not have."""
+    for hook in hooks:
+        if getattr(type(problem), hook) != getattr(BilevelProblem, hook) or hook in vars(problem):
+            raise ProblemError(
+                f"{type(problem).__name__}.{hook}: {function} does not have it; leave it out, or use "
+                "lower_level_trainable and a search by the default method"
+            )
+
+
 def default_checkpoint_interval(count: int) -> int:
     """Epochs or steps between checkpoints, of so many in all: there are five."""
     return max(1, -(-count // 5))
@@ -91,8 +101,8 @@ def lower_level(
             training.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
     saved = training.epoch
     while not training.finished:
-        last = training.epoch + 1 == problem.value.epochs
-        # The last epoch of an optimistic problem takes up to as many passes more as there were epochs.
+        last = training.epoch + 1 == problem.value.epochs or problem.value.patience is not None
+        # What may be the last epoch of an optimistic problem takes up to as many passes more as there were epochs.
         longer = 1 + problem.value.epochs if last and problem.value.optimistic else 1
         with time_limit(epoch_time_limit and epoch_time_limit * longer):
             training.run_epoch()
