@@ -23,8 +23,10 @@ __all__ = [
     "Hyperparameters",
     "LargeUpperLevel",
     "Level",
+    "Report",
     "SupportsLowerMap",
     "SupportsShards",
+    "SupportsTraining",
     "evaluate",
     "leaves",
     "make_batches",
@@ -35,6 +37,7 @@ __all__ = [
     "minibatches",
     "move",
     "on_cpu",
+    "trains_itself",
     "upper_loss",
 ]
 
@@ -55,7 +58,7 @@ class BilevelProblem(ABC):
     the mean of `lower_loss` over the lower batches, the training data, regularisers included. Means are weighted by
     `batch_size`. During a training run the model is in `train()` mode. F, f and their gradients are taken in `eval()`
     mode. Training runs in one process share the problem, which reaches each process once. Keep nothing of a training
-    run in it.
+    run in it. A problem with a method `train` trains itself; see `SupportsTraining`.
 
     `model`, `optimizer`, `schedule`, `batches` and `refit_batches` may ask for the hyperparameters, too: `model(self,
     hyperparameters)`, `optimizer(self, model, hyperparameters)`, `batches(self, level, generator, hyperparameters)` and
@@ -71,6 +74,8 @@ class BilevelProblem(ABC):
         training runs of `epochs`.
     ema: decay of an exponential moving average of the weights, which is what is evaluated, differentiated and kept;
         None for the weights themselves.
+    own_loop: training runs are by a Tune function of your own, which ends with `raybilevel.conclude` and may read
+        hyperparameters that no method of the problem reads.
     evaluate_every: epochs between evaluations of F, f and `evaluate`, each a pass over the data without gradients.
         A training run reports, and may be stopped or saved, after these epochs and the last.
     device, dtype: where and in which precision a training run computes. Batches are moved and cast to them.
@@ -88,6 +93,7 @@ class BilevelProblem(ABC):
     schedule_interval: Literal["epoch", "step"] = "epoch"
     patience: int | None = None
     ema: float | None = None
+    own_loop: bool = False
     evaluate_every: int = 1
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
@@ -178,6 +184,35 @@ class SupportsLowerMap(Protocol):
         each other, e.g. examples."""
 
 
+class Report(Protocol):
+    """What a problem that trains itself calls to tell of a training in progress, as often as it likes."""
+
+    def __call__(
+        self,
+        metrics: Mapping[str, Any],
+        model: nn.Module | None = None,
+        checkpoint: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Report metrics by name; a scheduler of Tune may end the training here.
+
+        model:      F, f and the problem's `evaluate` at its weights are added. A search for the lowest `upper_loss`
+            needs either the model or a metric of this name.
+        checkpoint: tensors and plain values that `train` is given again after a fault.
+        """
+
+
+class SupportsTraining(Protocol):
+    """A problem that trains itself, by a loop of its own."""
+
+    def train(self, config: Mapping[str, Any], report: Report, checkpoint: Mapping[str, Any] | None) -> nn.Module:
+        """The trained model, of the kind that `model` makes of the config. It starts cold: from weights that follow
+        from the config and torch's random numbers, which are seeded, and from no other training.
+
+        config:     the trial's, plain values.
+        checkpoint: what `report` was last given, if the training was interrupted; None at the start.
+        """
+
+
 @runtime_checkable
 class SupportsShards(Protocol):
     """A problem that can be divided, for descents that see a part of the data each (setting `shards`)."""
@@ -185,6 +220,11 @@ class SupportsShards(Protocol):
     def shard(self, index: int, count: int) -> BilevelProblem:
         """This problem on part `index` of `count` parts of its data. The upper-level variables are the same; the lower
         level's may be others, e.g. fewer images."""
+
+
+def trains_itself(problem: object) -> bool:
+    """Whether a problem has a `train` of its own."""
+    return callable(getattr(type(problem), "train", None))
 
 
 def upper_loss(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:

@@ -14,28 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel._lower import checkpoint
-from raybilevel._lower.functions import finite
 from raybilevel._lower.hooks import Hooks
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.observed import Observed
 from raybilevel._lower.optimistic import select_minimiser
+from raybilevel._lower.own_loop import train_itself
 from raybilevel._lower.passes import Passes
-from raybilevel._lower.variables import ConfigVariables
+from raybilevel._lower.random_numbers import forked_random
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.problem import (
     Batch,
     BilevelProblem,
-    evaluate,
     make_batches,
     make_model,
     make_optimizer,
     make_refit_batches,
     move,
+    trains_itself,
 )
-from raybilevel.space import nest
 
 CHECKPOINT_FILE = "lower_level.pt"
-CHECKPOINT_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def train_epoch(
     number: Callable[[Tensor], float] = Tensor.item,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """One step of the optimizer for each batch, or for each few (`accumulate`) of the problem; every gradient that it asks for is
-    charged.
+    """One step of the optimizer for each batch, or for each few where the problem accumulates; every gradient that it
+    asks for is charged.
 
     batches: as the problem yields them; `loss` gets them on the device.
     where:   in the search this is, for errors.
@@ -111,7 +110,7 @@ def groups(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
         yield group
 
 
-class LowerLevelTraining:
+class LowerLevelTraining(Observed):
     """A training in progress: model, optimizer, hooks, random numbers and epoch.
 
     It starts cold: the initial weights and the order of the batches come from `seed` alone, the same for every x, so
@@ -119,10 +118,8 @@ class LowerLevelTraining:
     """
 
     def __init__(self, problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0, refit: bool = False):
-        self.problem, self.config, self.refit = problem, dict(config), refit
-        self.variables = ConfigVariables(config, problem)
-        self.hyperparameters = self.variables.given(self.variables.x)
-        self.epoch = 0
+        super().__init__(problem, config)
+        self.refit, self.epoch = refit, 0
         self.generator = torch.Generator().manual_seed(seed)
         self._random_state: dict[str, Tensor] = {}
         with self._random(seed):
@@ -139,11 +136,6 @@ class LowerLevelTraining:
     def reports(self) -> bool:
         """Whether the present epoch is one after which the losses are evaluated and told."""
         return self.finished or self.epoch % self.problem.evaluate_every == 0
-
-    @property
-    def passes(self) -> float:
-        """What it cost so far, in gradient evaluations of f."""
-        return self.levels.passes
 
     def run_epoch(self) -> None:
         """One pass over the lower-level batches.
@@ -177,52 +169,9 @@ class LowerLevelTraining:
         """The same as a number, which a line search compares."""
         return loss.item()
 
-    def upper(self) -> float:
-        """F at the present weights.
-
-        Raises:
-            NotFiniteError: it is NaN or infinite.
-        """
-        return finite("upper", self.levels.value("upper", self.variables.x, self.levels.y))
-
-    def losses(self) -> dict[str, float]:
-        """f and F at the present weights, and the problem's own metrics.
-
-        Raises:
-            NotFiniteError: f or F is NaN or infinite.
-            ProblemError: `evaluate` returned something else than numbers, or one under a reserved name.
-        """
-        metrics, x, y = self.metrics(), self.variables.x, self.levels.y
-        return {
-            LOWER_LOSS: finite("lower", self.levels.value("lower", x, y)),
-            UPPER_LOSS: self.upper(),
-            **metrics,
-        }
-
-    def gradient(self) -> dict[str, Any]:
-        """df/dx at the present weights, by Danskin's theorem dv/dx; nested as the config is, in the hyperparameters'
-        own units. Floats that f does not depend on have gradient 0. It is charged as one pass.
-
-        Raises:
-            NotFiniteError: f or an entry is NaN or infinite.
-        """
-        found = self.levels.lower(self.variables.x, self.levels.y)
-        finite("lower", found.value)
-        numbers = dict(zip(self.variables.paths, found.in_x.tolist(), strict=True))
-        for path, number in numbers.items():
-            if not math.isfinite(number):
-                raise NotFiniteError(f"the lower level's gradient in {'/'.join(path)} is {number}")
-        return nest(numbers)
-
-    def metrics(self) -> dict[str, float]:
-        """What the problem's `evaluate` says of the present weights."""
-        self.hooks.model.eval()
-        with torch.no_grad():
-            return evaluate(self.problem, self.hooks.model, self.hyperparameters)
-
     def state_dict(self) -> dict[str, Any]:
         return {
-            "format": CHECKPOINT_FORMAT,
+            "format": checkpoint.LOWER_LEVEL_FORMAT,
             "epoch": self.epoch,
             "finished": self.finished,
             "charged": [self.levels.ledger.examples, self.levels.ledger.whole],
@@ -266,32 +215,27 @@ class LowerLevelTraining:
                 self._random_state["accelerator"] = accelerator.get_rng_state()
 
 
-@contextmanager
-def forked_random(device: str | torch.device) -> Iterator[Any]:
-    """Torch's global random numbers, those of the device included, are as before after the block. The accelerator's
-    module, e.g. `torch.cuda`; None on the CPU."""
-    device = torch.device(device)
-    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
-    with torch.random.fork_rng(
-        devices=[] if accelerator is None else [accelerator.current_device()],
-        device_type="cuda" if accelerator is None else device.type,
-    ):
-        yield accelerator
-
-
 def train(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> tuple[TrainedLowerLevel, bytes]:
     """A whole training in this process: what it observed, and its checkpoint."""
+    if trains_itself(problem):
+        own = train_itself(problem, config, seed)
+        return observed(own), own.dump()
     training = LowerLevelTraining(problem, config, seed)
     training.run()
     training.conclude()
+    return observed(training), dump_checkpoint(training)
+
+
+def observed(training: Observed) -> TrainedLowerLevel:
+    """What a training observes at its end."""
     losses, gradient = training.losses(), training.gradient()
-    observed = TrainedLowerLevel(losses.pop(LOWER_LOSS), losses.pop(UPPER_LOSS), gradient, training.passes, losses)
-    return observed, dump_checkpoint(training)
+    return TrainedLowerLevel(losses.pop(LOWER_LOSS), losses.pop(UPPER_LOSS), gradient, training.passes, losses)
 
 
 def refit(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> dict[str, float] | None:
-    """The problem's metrics after a training on training plus validation data; None where it has no such data."""
-    if make_refit_batches(problem, None, config) is None:
+    """The problem's metrics after a training on training plus validation data; None where it has no such data,
+    or trains itself."""
+    if trains_itself(problem) or make_refit_batches(problem, None, config) is None:
         return None
     training = LowerLevelTraining(problem, config, seed, refit=True)
     training.run()
@@ -308,4 +252,4 @@ def load_checkpoint(source: bytes | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, damaged, or of another format version.
     """
-    return checkpoint.load(source, "lower-level", CHECKPOINT_FORMAT)
+    return checkpoint.load(source, "lower-level", checkpoint.LOWER_LEVEL_FORMAT)

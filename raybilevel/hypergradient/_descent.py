@@ -18,7 +18,8 @@ from raybilevel._linear.recycling import ErrorEstimator, RecycleSpace
 from raybilevel._lower import checkpoint
 from raybilevel._lower.hypergradient import Hypergradient
 from raybilevel._lower.levels import Levels
-from raybilevel._lower.training import forked_random, train_epoch
+from raybilevel._lower.random_numbers import forked_random
+from raybilevel._lower.training import train_epoch
 from raybilevel._lower.variables import BoxVariables, ModuleVariables, UpperVariables, set_weights, weights_of
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.hypergradient._fixed_point import AndersonAcceleration

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from raybilevel.problem import (
     make_optimizer,
     move,
     on_cpu,
+    trains_itself,
     upper_loss,
 )
 from raybilevel.search._reads import Recorded
@@ -105,10 +105,11 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
             with torch.no_grad():
                 evaluate(problem, model, given)
     unread = [p.name for p in space.parameters if p.name not in given.read]
-    if unread:
+    if unread and not (problem.own_loop or trains_itself(problem)):  # else the loop may read it
         raise ProblemError(
             f"{', '.join(unread)}: nothing in {name} reads it, so that no search can tell what it does; use it in "
-            "lower_loss or another method that is given the hyperparameters, or leave it out of the space"
+            "lower_loss or another method that is given the hyperparameters, leave it out of the space, or set own_loop if "
+            "a Tune function of your own reads it"
         )
     parameters = (replace(p, smooth=p.smooth and p.name in smooth) for p in space.parameters)
     return Space(tuple(parameters))
