@@ -16,6 +16,7 @@ from raybilevel._lower.hypergradient import Hypergradient, implicit
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.training import load_checkpoint
 from raybilevel._lower.variables import BoxVariables
+from raybilevel.problem import make_model
 from raybilevel.space import sobol_points
 
 
@@ -29,7 +30,7 @@ def implicit_gradient(
     with the Hessian counts as one gradient evaluation, in favour of this method.
     """
     problem, space = objective.problem, objective.space
-    model = problem.model().to(problem.device, problem.dtype)
+    model = make_model(problem, {})
     model.load_state_dict(load_checkpoint(checkpoint)["model"])
     levels = Levels(problem, model, BoxVariables(space, {}))
     x, y = space.encode(space.to_config(unit)), levels.y

@@ -7,13 +7,20 @@ from raybilevel._version import __version__
 
 if TYPE_CHECKING:
     from raybilevel.problem import BilevelProblem, LargeUpperLevel
-    from raybilevel.tune import BilevelSearch, data_parallel_trainable, hypergradient_trainable, lower_level_trainable
+    from raybilevel.tune import (
+        BilevelSearch,
+        conclude,
+        data_parallel_trainable,
+        hypergradient_trainable,
+        lower_level_trainable,
+    )
 
 __all__ = [
     "BilevelProblem",
     "BilevelSearch",
     "LargeUpperLevel",
     "__version__",
+    "conclude",
     "data_parallel_trainable",
     "hypergradient_trainable",
     "lower_level_trainable",
@@ -25,6 +32,7 @@ __getattr__ = lazy_names(
         "BilevelProblem": ".problem",
         "BilevelSearch": ".tune",
         "LargeUpperLevel": ".problem",
+        "conclude": ".tune",
         "data_parallel_trainable": ".tune",
         "hypergradient_trainable": ".tune",
         "lower_level_trainable": ".tune",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,8 +11,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from raybilevel._metrics import check_metrics
+from raybilevel.errors import ProblemError
 from raybilevel.space import Space
 
 __all__ = [
@@ -20,12 +23,21 @@ __all__ = [
     "Hyperparameters",
     "LargeUpperLevel",
     "Level",
+    "Report",
     "SupportsLowerMap",
     "SupportsShards",
+    "SupportsTraining",
     "evaluate",
     "leaves",
+    "make_batches",
+    "make_model",
+    "make_optimizer",
+    "make_refit_batches",
+    "make_schedule",
     "minibatches",
     "move",
+    "on_cpu",
+    "trains_itself",
     "upper_loss",
 ]
 
@@ -46,9 +58,24 @@ class BilevelProblem(ABC):
     the mean of `lower_loss` over the lower batches, the training data, regularisers included. Means are weighted by
     `batch_size`. During a training run the model is in `train()` mode. F, f and their gradients are taken in `eval()`
     mode. Training runs in one process share the problem, which reaches each process once. Keep nothing of a training
-    run in it.
+    run in it. A problem with a method `train` trains itself; see `SupportsTraining`.
+
+    `model`, `optimizer`, `schedule`, `batches` and `refit_batches` may ask for the hyperparameters, too: `model(self,
+    hyperparameters)`, `optimizer(self, model, hyperparameters)`, `batches(self, level, generator, hyperparameters)` and
+    `refit_batches(self, generator, hyperparameters)`. They get plain values as the trial's config holds them, constants
+    included, named and nested as the search space: so that widths, learning rates and batch sizes can be searched.
 
     epochs: passes over the lower batches in one training run.
+    clip: the largest norm of a gradient, which is scaled down to it; None for no limit.
+    accumulate: batches whose mean gradient makes one step of the optimizer.
+    schedule_interval: the scheduler of `schedule` is stepped after each "epoch" or after each "step" of the optimizer.
+    patience: evaluations of F in a row without a new lowest one after which a training run ends. It ends with the
+        weights of the lowest F, which then have seen the upper level's data, so judge them by other data. None for
+        training runs of `epochs`.
+    ema: decay of an exponential moving average of the weights, which is what is evaluated, differentiated and kept;
+        None for the weights themselves.
+    own_loop: training runs are by a Tune function of your own, which ends with `raybilevel.conclude` and may read
+        hyperparameters that no method of the problem reads.
     evaluate_every: epochs between evaluations of F, f and `evaluate`, each a pass over the data without gradients.
         A training run reports, and may be stopped or saved, after these epochs and the last.
     device, dtype: where and in which precision a training run computes. Batches are moved and cast to them.
@@ -61,6 +88,12 @@ class BilevelProblem(ABC):
     """
 
     epochs: int = 50
+    clip: float | None = None
+    accumulate: int = 1
+    schedule_interval: Literal["epoch", "step"] = "epoch"
+    patience: int | None = None
+    ema: float | None = None
+    own_loop: bool = False
     evaluate_every: int = 1
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
@@ -73,8 +106,9 @@ class BilevelProblem(ABC):
         return None
 
     @abstractmethod
-    def model(self) -> nn.Module:
-        """A fresh model; its parameters are the lower-level variable y. Called under a fixed seed."""
+    def model(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """A fresh model; its parameters are the lower-level variable y. Called under a fixed seed. Define it as
+        `model(self)` or as `model(self, hyperparameters)`."""
 
     @abstractmethod
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
@@ -89,13 +123,20 @@ class BilevelProblem(ABC):
         through the weights only, define it as `upper_loss(self, model, hyperparameters, batch)`."""
 
     @abstractmethod
-    def batches(self, level: Level, generator: torch.Generator | None) -> Iterable[Batch]:
-        """One pass over a level's data: shuffled by the generator if there is one, in a fixed order if it is None."""
+    def batches(self, level: Level, generator: torch.Generator | None, *args: Any, **kwargs: Any) -> Iterable[Batch]:
+        """One pass over a level's data: shuffled by the generator if there is one, in a fixed order if it is None.
+        Define it as `batches(self, level, generator)` or as `batches(self, level, generator, hyperparameters)`."""
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """What trains y: any torch optimizer. It is stepped with a closure, so L-BFGS works too. By default it is SGD
-        with a rate of 0.1 and Nesterov momentum of 0.9."""
+        with a rate of 0.1 and Nesterov momentum of 0.9. Define it as `optimizer(self, model)` or as
+        `optimizer(self, model, hyperparameters)`."""
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> LRScheduler | None:
+        """A learning-rate scheduler of torch, stepped after each `schedule_interval`; one that waits for a plateau gets
+        F. Define it as `schedule(self, optimizer)` or as `schedule(self, optimizer, hyperparameters)`."""
+        return None
 
     def evaluate(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Further metrics of a model, e.g. {"test_loss": ...}, reported with every epoch. Define it as
@@ -104,8 +145,9 @@ class BilevelProblem(ABC):
         Names that raybilevel or Ray Tune reports itself, e.g. "upper_loss" or "training_iteration", are refused."""
         return {}
 
-    def refit_batches(self, generator: torch.Generator | None) -> Iterable[Batch] | None:
-        """One pass over training plus validation data, for the final refit. None if a refit makes no sense."""
+    def refit_batches(self, generator: torch.Generator | None, *args: Any, **kwargs: Any) -> Iterable[Batch] | None:
+        """One pass over training plus validation data, for the final refit. None if a refit makes no sense. Define it
+        as `refit_batches(self, generator)` or as `refit_batches(self, generator, hyperparameters)`."""
         return None
 
     def batch_size(self, batch: Batch) -> int:
@@ -142,6 +184,35 @@ class SupportsLowerMap(Protocol):
         each other, e.g. examples."""
 
 
+class Report(Protocol):
+    """What a problem that trains itself calls to tell of a training in progress, as often as it likes."""
+
+    def __call__(
+        self,
+        metrics: Mapping[str, Any],
+        model: nn.Module | None = None,
+        checkpoint: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Report metrics by name; a scheduler of Tune may end the training here.
+
+        model:      F, f and the problem's `evaluate` at its weights are added. A search for the lowest `upper_loss`
+            needs either the model or a metric of this name.
+        checkpoint: tensors and plain values that `train` is given again after a fault.
+        """
+
+
+class SupportsTraining(Protocol):
+    """A problem that trains itself, by a loop of its own."""
+
+    def train(self, config: Mapping[str, Any], report: Report, checkpoint: Mapping[str, Any] | None) -> nn.Module:
+        """The trained model, of the kind that `model` makes of the config. It starts cold: from weights that follow
+        from the config and torch's random numbers, which are seeded, and from no other training.
+
+        config:     the trial's, plain values.
+        checkpoint: what `report` was last given, if the training was interrupted; None at the start.
+        """
+
+
 @runtime_checkable
 class SupportsShards(Protocol):
     """A problem that can be divided, for descents that see a part of the data each (setting `shards`)."""
@@ -149,6 +220,11 @@ class SupportsShards(Protocol):
     def shard(self, index: int, count: int) -> BilevelProblem:
         """This problem on part `index` of `count` parts of its data. The upper-level variables are the same; the lower
         level's may be others, e.g. fewer images."""
+
+
+def trains_itself(problem: object) -> bool:
+    """Whether a problem has a `train` of its own."""
+    return callable(getattr(type(problem), "train", None))
 
 
 def upper_loss(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
@@ -169,6 +245,62 @@ def evaluate(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyperpa
     else:
         found = problem.evaluate(model)
     return check_metrics(type(problem).__name__, found)
+
+
+def on_cpu(problem: BilevelProblem) -> BilevelProblem:
+    """A copy that makes its model on the CPU, where a process may have no accelerator."""
+    problem = copy.copy(problem)
+    problem.device = "cpu"
+    return problem
+
+
+def make_model(problem: BilevelProblem, config: Mapping[str, Any]) -> nn.Module:
+    """A fresh model of a problem on its device, whichever form its `model` has.
+
+    config: plain values, constants included, nested as the search space; likewise below.
+
+    Raises:
+        ProblemError: it is no module.
+    """
+    found = problem.model(config) if takes_hyperparameters(problem.model, others=0) else problem.model()
+    if not isinstance(found, nn.Module):
+        name = type(problem).__name__
+        raise ProblemError(f"{name}.model() must return a torch.nn.Module, got {type(found).__name__}")
+    return found.to(problem.device, problem.dtype)
+
+
+def make_optimizer(problem: BilevelProblem, model: nn.Module, config: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """The optimizer of a training, whichever form the problem's `optimizer` has."""
+    if takes_hyperparameters(problem.optimizer, others=1):
+        return problem.optimizer(model, config)
+    return problem.optimizer(model)
+
+
+def make_schedule(
+    problem: BilevelProblem, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]
+) -> LRScheduler | None:
+    """The learning-rate scheduler of a training, whichever form the problem's `schedule` has."""
+    if takes_hyperparameters(problem.schedule, others=1):
+        return problem.schedule(optimizer, config)
+    return problem.schedule(optimizer)
+
+
+def make_batches(
+    problem: BilevelProblem, level: Level, generator: torch.Generator | None, config: Mapping[str, Any]
+) -> Iterable[Batch]:
+    """One pass over a level's data, whichever form the problem's `batches` has."""
+    if takes_hyperparameters(problem.batches, others=2):
+        return problem.batches(level, generator, config)
+    return problem.batches(level, generator)
+
+
+def make_refit_batches(
+    problem: BilevelProblem, generator: torch.Generator | None, config: Mapping[str, Any]
+) -> Iterable[Batch] | None:
+    """One pass over training plus validation data, whichever form the problem's `refit_batches` has."""
+    if takes_hyperparameters(problem.refit_batches, others=1):
+        return problem.refit_batches(generator, config)
+    return problem.refit_batches(generator)
 
 
 def takes_hyperparameters(method: Callable[..., Any], others: int) -> bool:

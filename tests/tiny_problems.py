@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raybilevel.problem import BilevelProblem, Hyperparameters, LargeUpperLevel, Level
+from raybilevel.problem import BilevelProblem, Hyperparameters, LargeUpperLevel, Level, Report
 from raybilevel.space import Parameter, Space
 
 
@@ -129,3 +129,34 @@ class Means(BilevelProblem):
         """What F is on average over validation examples, at these weights."""
         d = len(self.truth)
         return {"test_loss": ((model.weight[0] - self.truth).square().sum().item() + d) / 2}
+
+
+class OwnLoop(Parabola):
+    """A parabola that trains itself: gradient descent, a report and a checkpoint after each of four steps.
+
+    fault: it dies before this step, unless it was restored from a checkpoint; 0 for never.
+    """
+
+    epochs = 4
+
+    def __init__(self, fault: int = 0) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def train(self, config: Mapping[str, Any], report: Report, checkpoint: Mapping[str, Any] | None) -> nn.Module:
+        model, step, generator = self.model().to(self.dtype), 0, torch.Generator()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        given = {"x": {name: torch.tensor(value, dtype=self.dtype) for name, value in config["x"].items()}}
+        if checkpoint is not None:
+            model.load_state_dict(checkpoint["model"])
+            step = checkpoint["step"]
+        while step < self.epochs:
+            if step == self.fault - 1 and checkpoint is None:
+                raise RuntimeError("a fault")
+            for batch in self.batches("lower", generator):
+                optimizer.zero_grad()
+                self.lower_loss(model, given, batch).backward()
+                optimizer.step()
+            step += 1
+            report({"step_of_mine": step}, model, {"model": model.state_dict(), "step": step})
+        return model

@@ -45,6 +45,7 @@ from raybilevel._records.incumbents import incumbent_at
 from raybilevel._records.names import OWN_METHODS
 from raybilevel._records.record import Record, RunStatus
 from raybilevel.methods import make_method
+from raybilevel.problem import make_refit_batches
 from raybilevel.space import flatten, nest
 from raybilevel.tune._domains import to_param_space
 from raybilevel.tune._searcher import BilevelSearch
@@ -251,8 +252,6 @@ def refits_of(run: Run, plan: Plan, ledger: Ledger) -> dict[int, dict[str, float
     There is one for the incumbent at each mark, by the incumbent's position. They are not charged, as every method has
     them.
     """
-    if plan.problem.refit_batches(None) is None:
-        return {}
     observations = ledger.observations()
     resources, shared = refit_options(plan), Shared(plan.problem)
     found: dict[int, dict[str, float]] = {}
@@ -261,6 +260,8 @@ def refits_of(run: Run, plan: Plan, ledger: Ledger) -> dict[int, dict[str, float
         index = incumbent_at(observations, mark, "spent")
         if index is not None and index not in tasks:
             config = nest({**flatten(plan.constants), **flatten(observations[index].hyperparameters)})
+            if make_refit_batches(plan.problem, None, config) is None:
+                return {}
             tasks[index] = refit_task.options(**resources).remote(shared, config, run.seed)
     for index, task in tasks.items():
         with contextlib.suppress(ray.exceptions.RayError):  # a refit that diverges or is lost has no metrics

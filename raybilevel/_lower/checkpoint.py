@@ -11,6 +11,9 @@ import torch
 
 from raybilevel.errors import CheckpointError
 
+LOWER_LEVEL_FORMAT = 3
+"""Of the checkpoints of a lower-level training."""
+
 
 def dump(state: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()

@@ -12,7 +12,7 @@ from raybilevel._lower.functions import BothLevels, Part
 from raybilevel._lower.passes import Passes
 from raybilevel._lower.variables import UpperVariables, split, weights_of
 from raybilevel.errors import ProblemError
-from raybilevel.problem import Batch, BilevelProblem, Level, SupportsLowerMap, move, upper_loss
+from raybilevel.problem import Batch, BilevelProblem, Level, SupportsLowerMap, make_batches, move, upper_loss
 
 
 class Levels(BothLevels):
@@ -20,12 +20,20 @@ class Levels(BothLevels):
 
     All is taken in eval mode. The model's own weights and those of an upper-level module are neither read nor changed.
     A level that comes as one batch stays on the device; of several each is fetched when it is its turn.
+
+    config: the hyperparameters with which the model was made and trained, as plain values. Batches are those of this
+        config at every x.
     """
 
     def __init__(
-        self, problem: BilevelProblem, model: nn.Module, variables: UpperVariables, ledger: Passes | None = None
+        self,
+        problem: BilevelProblem,
+        model: nn.Module,
+        variables: UpperVariables,
+        config: Mapping[str, Any] | None = None,
+        ledger: Passes | None = None,
     ) -> None:
-        self.problem, self.model, self.variables = problem, model, variables
+        self.problem, self.model, self.variables, self.config = problem, model, variables, config or {}
         self.ledger = ledger or Passes()
         self.examples: dict[Level, int] = {}
         self._held: dict[Level, tuple[Batch, int]] = {}
@@ -100,7 +108,7 @@ class Levels(BothLevels):
             yield self._held[level]
             return
         only: tuple[Batch, int] | None = None
-        for number, raw in enumerate(self.problem.batches(level, None)):
+        for number, raw in enumerate(make_batches(self.problem, level, None, self.config)):
             found = move(raw, self.problem.device, self.problem.dtype), self.problem.batch_size(raw)
             only = found if number == 0 else None
             yield found

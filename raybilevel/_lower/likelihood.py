@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raybilevel.errors import ProblemError
-from raybilevel.problem import BilevelProblem, Hyperparameters, move, upper_loss
+from raybilevel.problem import BilevelProblem, Hyperparameters, make_batches, make_model, move, on_cpu, upper_loss
 from raybilevel.search_state import Likelihood
 
 KINDS = ("auto", "log_likelihood", "squared_error", "none")
@@ -29,19 +30,23 @@ class UpperLikelihood:
 _KNOWN: weakref.WeakKeyDictionary[BilevelProblem, UpperLikelihood] = weakref.WeakKeyDictionary()
 
 
-def upper_likelihood(problem: BilevelProblem, hyperparameters: Hyperparameters) -> UpperLikelihood:
+def upper_likelihood(
+    problem: BilevelProblem, hyperparameters: Hyperparameters, config: Mapping[str, Any] | None = None
+) -> UpperLikelihood:
     """Of a problem, looked up once in a process.
+
+    config: the hyperparameters as plain values, of which a model and batches are made.
 
     Raises:
         ProblemError: `upper_likelihood` has a value that is not known.
     """
     if problem not in _KNOWN:
-        sizes = [problem.batch_size(batch) for batch in problem.batches("upper", None)]
-        _KNOWN[problem] = UpperLikelihood(_kind(problem, hyperparameters), sum(sizes))
+        sizes = [problem.batch_size(batch) for batch in make_batches(problem, "upper", None, config or {})]
+        _KNOWN[problem] = UpperLikelihood(_kind(problem, hyperparameters, config or {}), sum(sizes))
     return _KNOWN[problem]
 
 
-def _kind(problem: BilevelProblem, hyperparameters: Hyperparameters) -> Likelihood | None:
+def _kind(problem: BilevelProblem, hyperparameters: Hyperparameters, config: Mapping[str, Any]) -> Likelihood | None:
     said = problem.upper_likelihood
     if said not in KINDS:
         name = type(problem).__name__
@@ -52,8 +57,8 @@ def _kind(problem: BilevelProblem, hyperparameters: Hyperparameters) -> Likeliho
         return said
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = problem.model().to(dtype=problem.dtype).eval()
-        batch = move(next(iter(problem.batches("upper", None))), "cpu", problem.dtype)
+        model = make_model(on_cpu(problem), config).eval()
+        batch = move(next(iter(make_batches(problem, "upper", None, config))), "cpu", problem.dtype)
         loss = upper_loss(problem, model, hyperparameters, batch)
     return kind_of(loss, problem.batch_size(batch))
 

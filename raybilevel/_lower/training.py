@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel._lower import checkpoint
-from raybilevel._lower.functions import finite
+from raybilevel._lower.hooks import Hooks
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.observed import Observed
 from raybilevel._lower.optimistic import select_minimiser
+from raybilevel._lower.own_loop import train_itself
 from raybilevel._lower.passes import Passes
-from raybilevel._lower.variables import ConfigVariables
+from raybilevel._lower.random_numbers import forked_random
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel.errors import NotFiniteError, ProblemError
-from raybilevel.problem import Batch, BilevelProblem, evaluate, move
-from raybilevel.space import nest
+from raybilevel.problem import (
+    Batch,
+    BilevelProblem,
+    make_batches,
+    make_model,
+    make_optimizer,
+    make_refit_batches,
+    move,
+    trains_itself,
+)
 
 CHECKPOINT_FILE = "lower_level.pt"
-CHECKPOINT_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -53,68 +63,79 @@ def train_epoch(
     ledger: Passes,
     where: str,
     number: Callable[[Tensor], float] = Tensor.item,
+    after_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """One step of the optimizer for each batch; every gradient that it asks for is charged.
+    """One step of the optimizer for each batch, or for each few where the problem accumulates; every gradient that it
+    asks for is charged.
 
     batches: as the problem yields them; `loss` gets them on the device.
     where:   in the search this is, for errors.
     number:  a loss as the number that a line search compares.
+    after_step: is called after each step.
 
     Raises:
         NotFiniteError: a loss is NaN or infinite; training on would waste the rest.
     """
     model.train()
     count = 0
-    for raw in batches:
-        batch, size = move(raw, problem.device, problem.dtype), problem.batch_size(raw)
+    for group in groups(batches, problem.accumulate):
+        parts = [(move(raw, problem.device, problem.dtype), problem.batch_size(raw)) for raw in group]
+        total = sum(size for _, size in parts)
 
-        def closure(batch: Batch = batch, size: int = size) -> float:
+        def closure(parts: Sequence[tuple[Batch, int]] = parts, total: int = total) -> float:
             optimizer.zero_grad()
-            found = loss(batch)
-            found.backward()
-            ledger.charge(size)
-            return number(found)
+            value = 0.0
+            for batch, size in parts:
+                found = loss(batch) if len(parts) == 1 else loss(batch) * (size / total)
+                found.backward()
+                ledger.charge(size)
+                value += number(found)
+            if problem.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), problem.clip)
+            return value
 
         value = float(optimizer.step(closure))
         if not math.isfinite(value):
             raise NotFiniteError(f"the lower-level loss is {value} {where}")
-        count += size
+        after_step()
+        count += total
     if not ledger.whole:
         ledger.whole = count
 
 
-class LowerLevelTraining:
-    """A training in progress: model, optimizer, random numbers and epoch.
+def groups(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
+    """So many batches at a time; the last ones may be fewer."""
+    left = iter(batches)
+    while group := list(itertools.islice(left, count)):
+        yield group
+
+
+class LowerLevelTraining(Observed):
+    """A training in progress: model, optimizer, hooks, random numbers and epoch.
 
     It starts cold: the initial weights and the order of the batches come from `seed` alone, the same for every x, so
     that F and v are functions of x and not of chance. There is deliberately no way to start from other weights.
     """
 
     def __init__(self, problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0, refit: bool = False):
-        self.problem, self.config, self.refit = problem, dict(config), refit
-        self.variables = ConfigVariables(config, problem)
-        self.hyperparameters = self.variables.given(self.variables.x)
-        self.epoch = 0
+        super().__init__(problem, config)
+        self.refit, self.epoch = refit, 0
         self.generator = torch.Generator().manual_seed(seed)
         self._random_state: dict[str, Tensor] = {}
         with self._random(seed):
-            self.model: nn.Module = problem.model().to(problem.device, problem.dtype)
-            self.optimizer = problem.optimizer(self.model)
-        self.levels = Levels(problem, self.model, self.variables)
+            self.model = make_model(problem, self.config)
+            self.optimizer = make_optimizer(problem, self.model, self.config)
+            self.hooks = Hooks(problem, self.model, self.optimizer, self.config, refit)
+        self.levels = Levels(problem, self.hooks.model, self.variables, self.config)
 
     @property
     def finished(self) -> bool:
-        return self.epoch >= self.problem.epochs
+        return self.epoch >= self.problem.epochs or self.hooks.stopped
 
     @property
     def reports(self) -> bool:
         """Whether the present epoch is one after which the losses are evaluated and told."""
         return self.finished or self.epoch % self.problem.evaluate_every == 0
-
-    @property
-    def passes(self) -> float:
-        """What it cost so far, in gradient evaluations of f."""
-        return self.levels.passes
 
     def run_epoch(self) -> None:
         """One pass over the lower-level batches.
@@ -125,9 +146,10 @@ class LowerLevelTraining:
         with self._random():
             train_epoch(
                 self.problem, self.model, self.optimizer, self._batches(), self.batch_loss, self.levels.ledger,
-                f"in epoch {self.epoch + 1} at {self.config}", self.number,
+                f"in epoch {self.epoch + 1} at {self.config}", self.number, self.hooks.after_step,
             )  # fmt: skip
         self.epoch += 1
+        self.hooks.after_epoch(self.upper, self.reports, self.finished)
 
     def run(self) -> None:
         """All epochs that are left."""
@@ -147,56 +169,23 @@ class LowerLevelTraining:
         """The same as a number, which a line search compares."""
         return loss.item()
 
-    def losses(self) -> dict[str, float]:
-        """f and F at the present weights, and the problem's own metrics.
-
-        Raises:
-            NotFiniteError: f or F is NaN or infinite.
-            ProblemError: `evaluate` returned something else than numbers, or one under a reserved name.
-        """
-        metrics, x, y = self.metrics(), self.variables.x, self.levels.y
-        return {
-            LOWER_LOSS: finite("lower", self.levels.value("lower", x, y)),
-            UPPER_LOSS: finite("upper", self.levels.value("upper", x, y)),
-            **metrics,
-        }
-
-    def gradient(self) -> dict[str, Any]:
-        """df/dx at the present weights, by Danskin's theorem dv/dx; nested as the config is, in the hyperparameters'
-        own units. Floats that f does not depend on have gradient 0. It is charged as one pass.
-
-        Raises:
-            NotFiniteError: f or an entry is NaN or infinite.
-        """
-        found = self.levels.lower(self.variables.x, self.levels.y)
-        finite("lower", found.value)
-        numbers = dict(zip(self.variables.paths, found.in_x.tolist(), strict=True))
-        for path, number in numbers.items():
-            if not math.isfinite(number):
-                raise NotFiniteError(f"the lower level's gradient in {'/'.join(path)} is {number}")
-        return nest(numbers)
-
-    def metrics(self) -> dict[str, float]:
-        """What the problem's `evaluate` says of the present weights."""
-        self.model.eval()
-        with torch.no_grad():
-            return evaluate(self.problem, self.model, self.hyperparameters)
-
     def state_dict(self) -> dict[str, Any]:
         return {
-            "format": CHECKPOINT_FORMAT,
+            "format": checkpoint.LOWER_LEVEL_FORMAT,
             "epoch": self.epoch,
             "finished": self.finished,
             "charged": [self.levels.ledger.examples, self.levels.ledger.whole],
-            "model": self.model.state_dict(),
+            "model": self.hooks.model.state_dict(),
+            "hooks": self.hooks.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "random": self._random_state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        self.hooks.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.hooks.load_state_dict(state["hooks"])
         self.generator.set_state(state["generator"])
         self._random_state = dict(state["random"])
         self.epoch = state["epoch"]
@@ -204,8 +193,8 @@ class LowerLevelTraining:
 
     def _batches(self) -> Iterator[Batch]:
         if not self.refit:
-            return iter(self.problem.batches("lower", self.generator))
-        batches = self.problem.refit_batches(self.generator)
+            return iter(make_batches(self.problem, "lower", self.generator, self.config))
+        batches = make_refit_batches(self.problem, self.generator, self.config)
         if batches is None:
             raise ProblemError(f"{type(self.problem).__name__} has no refit_batches, so it cannot be refitted")
         return iter(batches)
@@ -226,32 +215,27 @@ class LowerLevelTraining:
                 self._random_state["accelerator"] = accelerator.get_rng_state()
 
 
-@contextmanager
-def forked_random(device: str | torch.device) -> Iterator[Any]:
-    """Torch's global random numbers, those of the device included, are as before after the block. The accelerator's
-    module, e.g. `torch.cuda`; None on the CPU."""
-    device = torch.device(device)
-    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
-    with torch.random.fork_rng(
-        devices=[] if accelerator is None else [accelerator.current_device()],
-        device_type="cuda" if accelerator is None else device.type,
-    ):
-        yield accelerator
-
-
 def train(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> tuple[TrainedLowerLevel, bytes]:
     """A whole training in this process: what it observed, and its checkpoint."""
+    if trains_itself(problem):
+        own = train_itself(problem, config, seed)
+        return observed(own), own.dump()
     training = LowerLevelTraining(problem, config, seed)
     training.run()
     training.conclude()
+    return observed(training), dump_checkpoint(training)
+
+
+def observed(training: Observed) -> TrainedLowerLevel:
+    """What a training observes at its end."""
     losses, gradient = training.losses(), training.gradient()
-    observed = TrainedLowerLevel(losses.pop(LOWER_LOSS), losses.pop(UPPER_LOSS), gradient, training.passes, losses)
-    return observed, dump_checkpoint(training)
+    return TrainedLowerLevel(losses.pop(LOWER_LOSS), losses.pop(UPPER_LOSS), gradient, training.passes, losses)
 
 
 def refit(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> dict[str, float] | None:
-    """The problem's metrics after a training on training plus validation data; None where it has no such data."""
-    if problem.refit_batches(None) is None:
+    """The problem's metrics after a training on training plus validation data; None where it has no such data,
+    or trains itself."""
+    if trains_itself(problem) or make_refit_batches(problem, None, config) is None:
         return None
     training = LowerLevelTraining(problem, config, seed, refit=True)
     training.run()
@@ -268,4 +252,4 @@ def load_checkpoint(source: bytes | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, damaged, or of another format version.
     """
-    return checkpoint.load(source, "lower-level", CHECKPOINT_FORMAT)
+    return checkpoint.load(source, "lower-level", checkpoint.LOWER_LEVEL_FORMAT)

@@ -41,6 +41,10 @@ class BoxVariables:
     def __init__(self, space: Space, constants: Mapping[str, Any]) -> None:
         self.space, self.constants = space, flatten(constants)
 
+    def config(self, x: Tensor) -> dict[str, Any]:
+        """The trial's config at a point: plain values, steps applied, constants included."""
+        return nest({**self.constants, **flatten(self.space.to_config(x.detach().cpu().double()))})
+
     def given(self, x: Tensor) -> dict[str, Any]:
         return nest({**self.constants, **flatten(self.space.decode(x))})
 

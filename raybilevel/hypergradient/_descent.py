@@ -18,13 +18,24 @@ from raybilevel._linear.recycling import ErrorEstimator, RecycleSpace
 from raybilevel._lower import checkpoint
 from raybilevel._lower.hypergradient import Hypergradient
 from raybilevel._lower.levels import Levels
-from raybilevel._lower.training import forked_random, train_epoch
+from raybilevel._lower.random_numbers import forked_random
+from raybilevel._lower.training import train_epoch
 from raybilevel._lower.variables import BoxVariables, ModuleVariables, UpperVariables, set_weights, weights_of
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.hypergradient._fixed_point import AndersonAcceleration
 from raybilevel.hypergradient._lower import solve_lower
 from raybilevel.hypergradient._settings import DescentSettings
-from raybilevel.problem import BilevelProblem, LargeUpperLevel, SupportsLowerMap, SupportsShards, evaluate, move
+from raybilevel.problem import (
+    BilevelProblem,
+    LargeUpperLevel,
+    SupportsLowerMap,
+    SupportsShards,
+    evaluate,
+    make_batches,
+    make_model,
+    make_optimizer,
+    move,
+)
 from raybilevel.space import Space, flatten, nest
 
 logger = logging.getLogger(__name__)
@@ -63,15 +74,15 @@ class BilevelDescent:
         self.estimator = settings.make_estimator()
         self.generator = torch.Generator().manual_seed(self.seed)
         with self._random(self.seed):
-            self.model: nn.Module = problem.model().to(problem.device, problem.dtype)
+            self.model = make_model(problem, self.config)
             self.variables, x = self._start()
         self.x = nn.Parameter(x)
         self.adam = torch.optim.Adam([self.x], lr=settings.rate)
-        self.levels = Levels(problem, self.model, self.variables)
+        self.levels = Levels(problem, self.model, self.variables, self.config)
         if settings.lower == "fixed_point" and not isinstance(problem, SupportsLowerMap):
             raise ProblemError(f"{type(problem).__name__} has no lower_map(), which lower='fixed_point' needs")
         with self._random():
-            self.optimizer = problem.optimizer(self.model)
+            self.optimizer = make_optimizer(problem, self.model, self.config)
         self.step = 0
         self.memory: Any = None
         self.iterations = self.products = 0
@@ -169,8 +180,8 @@ class BilevelDescent:
         x = self.variables.rounded(self.best[1])
         self._take_all_data()
         with self._random(self.seed):
-            model: nn.Module = self.problem.model().to(self.problem.device, self.problem.dtype)
-            optimizer = self.problem.optimizer(model)
+            model = make_model(self.problem, self.config)
+            optimizer = make_optimizer(self.problem, model, self.config)
         self.generator.manual_seed(self.seed)
         y = self._train(model, optimizer, x, self.problem.epochs)
         self.model.load_state_dict(model.state_dict())
@@ -192,8 +203,8 @@ class BilevelDescent:
         # A new model, as the lower-level variable may depend on the data: `Imaging` has an image for each example.
         self.earlier, self.problem = self.passes, self.whole
         with self._random(self.seed):
-            self.model = self.problem.model().to(self.problem.device, self.problem.dtype)
-        self.levels = Levels(self.problem, self.model, self.variables)
+            self.model = make_model(self.problem, self.config)
+        self.levels = Levels(self.problem, self.model, self.variables, self.config)
 
     def _selection(self, x: Tensor) -> float | None:
         """The problem's selection loss at x and the weights in the model."""
@@ -227,7 +238,7 @@ class BilevelDescent:
         with self._random():
             for _ in range(epochs):
                 train_epoch(
-                    problem, model, optimizer, problem.batches("lower", self.generator),
+                    problem, model, optimizer, make_batches(problem, "lower", self.generator, self.config),
                     lambda batch: problem.lower_loss(model, given, batch), self.levels.ledger,
                     f"in step {self.step + 1}",
                 )  # fmt: skip

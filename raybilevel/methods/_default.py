@@ -34,7 +34,7 @@ from raybilevel._models.value_function import ValueFunction, fit_value_function
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError
 from raybilevel.methods._base import LoadCheckpoint, Method, StepMethod, UpperResult, UpperStep
 from raybilevel.methods._trust_region import TrustRegion, TrustRegionRule, distance
-from raybilevel.problem import BilevelProblem
+from raybilevel.problem import BilevelProblem, make_model
 from raybilevel.search_state import Proposal, RegionHistory, SearchState, Shrinkage, StepRecord, Training, Unit
 from raybilevel.space import Space, sobol_points
 
@@ -240,11 +240,13 @@ class Default(Method):
             except CheckpointError as error:
                 unreadable[index], found[index] = str(error), ()  # tried, and not to be tried again
                 continue
-            model = problem.model().to(problem.device, problem.dtype)
+            variables, unit = BoxVariables(space, constants), torch.tensor(training.unit, dtype=torch.double)
+            config = variables.config(unit)
+            model = make_model(problem, config)
             model.load_state_dict(checkpoint["model"])
-            levels = Levels(problem, model, BoxVariables(space, constants))
+            levels = Levels(problem, model, variables, config)
             try:
-                here = TrainedPoint(levels, torch.tensor(training.unit, dtype=torch.double))
+                here = TrainedPoint(levels, unit)
                 estimate_at = lagrangian_point if self.linear_solve else descend
                 estimate = estimate_at(here, self.decrease, self.upper_share * state.passes_per_training, first)
             except NotFiniteError as error:
@@ -315,7 +317,8 @@ class Default(Method):
         incumbent = self.incumbent(state)
         assert incumbent is not None
         around = torch.tensor(incumbent.unit, dtype=torch.double)
-        known = upper_likelihood(problem, BoxVariables(space, constants).given(around))
+        variables = BoxVariables(space, constants)
+        known = upper_likelihood(problem, variables.given(around), variables.config(around))
         if known.kind is None:
             if groups and self.generalise and problem.upper_likelihood == "auto":
                 say_once(type(problem).__name__)

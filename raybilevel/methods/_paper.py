@@ -18,7 +18,7 @@ from raybilevel._lower.variables import BoxVariables, trainable
 from raybilevel._models.value_function import ValueFunction, fit_value_function
 from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.methods._base import LoadCheckpoint, Method, StepMethod, UpperResult, UpperStep
-from raybilevel.problem import Batch, BilevelProblem, Level, move
+from raybilevel.problem import Batch, BilevelProblem, Level, make_batches, make_model, move
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 from raybilevel.space import Space, sobol_points
 
@@ -104,16 +104,18 @@ class Paper(Method):
         load: LoadCheckpoint,
         memory: bytes | None = None,
     ) -> UpperResult:
-        model = problem.model().to(problem.device, problem.dtype)
-        levels = Levels(problem, model, BoxVariables(space, constants))
-        descent = PaperDescent(self, levels, space, step.seed)
+        variables = BoxVariables(space, constants)
         if memory is None:
-            model.load_state_dict(load(step.centre)["model"])
-            descent.place(torch.tensor(step.state.trainings[step.centre].unit, dtype=torch.double))
+            weights = load(step.centre)["model"]
+            unit = torch.tensor(step.state.trainings[step.centre].unit, dtype=torch.double)
         else:
             saved = torch.load(io.BytesIO(memory), weights_only=True)
-            model.load_state_dict(saved["model"])
-            descent.place(saved["unit"])
+            weights, unit = saved["model"], saved["unit"]
+        config = variables.config(unit)
+        model = make_model(problem, config)
+        model.load_state_dict(weights)
+        descent = PaperDescent(self, Levels(problem, model, variables, config), space, step.seed)
+        descent.place(unit)
         value_function = fit_value_function(step.state.done, descent.unit, False, 10**6)
         schedule = [s for s in step.state.steps if s.multiplier is not None and s.penalty is not None]
         state = MultiplierState(self.multiplier, self.penalty)
@@ -222,4 +224,4 @@ class PaperDescent:
 
     def _forever(self, level: Level) -> Iterator[Batch]:
         while True:
-            yield from self.levels.problem.batches(level, self.generator)
+            yield from make_batches(self.levels.problem, level, self.generator, self.levels.config)

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.variables import ModuleVariables
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
-from raybilevel.problem import BilevelProblem, LargeUpperLevel, evaluate, leaves, move, upper_loss
+from raybilevel.problem import (
+    Batch,
+    BilevelProblem,
+    LargeUpperLevel,
+    Level,
+    evaluate,
+    leaves,
+    make_batches,
+    make_model,
+    make_optimizer,
+    move,
+    on_cpu,
+    trains_itself,
+    upper_loss,
+)
 from raybilevel.search._reads import Recorded
 from raybilevel.space import Space, flatten, nest
 
@@ -56,22 +69,21 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
             raise ProblemError(f"{name}.{setting} must be a whole number of at least 1, got {number!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = problem.model()
-        if not isinstance(model, nn.Module):
-            raise ProblemError(f"{name}.model() must return a torch.nn.Module, got {type(model).__name__}")
-        model = model.to(dtype=problem.dtype).eval()
+        centre = torch.full((space.dimension,), 0.5, dtype=torch.double)
+        config = {**flatten(constants or {}), **flatten(space.to_config(centre))}
+        plain = Recorded(nest(config))
+        model = make_model(on_cpu(problem), plain).eval()
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not weights:
             raise ProblemError(f"{name}.model() has no parameters to train")
-        centre = torch.full((space.dimension,), 0.5, dtype=torch.double)
-        config = {**flatten(constants or {}), **flatten(space.to_config(centre))}
         flat = {
             path: torch.tensor(value, dtype=problem.dtype, requires_grad=True) if isinstance(value, float) else value
             for path, value in config.items()
         }
-        given = Recorded(nest(flat))
+        given = Recorded(nest(flat), plain.read)
+        make_optimizer(problem, model, plain)
         for level in ("lower", "upper"):
-            raw = next(iter(problem.batches(level, None)), None)
+            raw = next(iter(make_batches(problem, level, None, plain)), None)
             if raw is None or not any(True for _ in leaves(raw)):
                 raise ProblemError(f"{name}.batches({level!r}, None) yields no tensors")
             batch = move(raw, "cpu", problem.dtype)
@@ -93,10 +105,11 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
             with torch.no_grad():
                 evaluate(problem, model, given)
     unread = [p.name for p in space.parameters if p.name not in given.read]
-    if unread:
+    if unread and not (problem.own_loop or trains_itself(problem)):  # else the loop may read it
         raise ProblemError(
             f"{', '.join(unread)}: nothing in {name} reads it, so that no search can tell what it does; use it in "
-            "lower_loss or another method that is given the hyperparameters, or leave it out of the space"
+            "lower_loss or another method that is given the hyperparameters, leave it out of the space, or set own_loop if "
+            "a Tune function of your own reads it"
         )
     parameters = (replace(p, smooth=p.smooth and p.name in smooth) for p in space.parameters)
     return Space(tuple(parameters))
@@ -133,11 +146,14 @@ def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any])
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, module = problem.model().to(problem.dtype), problem.upper_variables().to(problem.dtype)
-    whole, problem = problem, copy.copy(problem)
-    problem.device = "cpu"  # the driver may have no accelerator
-    problem.batches = lambda level, generator: itertools.islice(whole.batches(level, generator), 1)  # type: ignore[method-assign]
-    functions = Levels(problem, model, ModuleVariables(module, constants))
+        model, module = make_model(on_cpu(problem), constants), problem.upper_variables().to(problem.dtype)
+    whole, problem = problem, on_cpu(problem)
+
+    def one_batch(level: Level, generator: torch.Generator | None) -> Iterator[Batch]:
+        return itertools.islice(make_batches(whole, level, generator, constants), 1)
+
+    problem.batches = one_batch  # type: ignore[method-assign]
+    functions = Levels(problem, model, ModuleVariables(module, constants), constants)
     x, y = parameters_to_vector(module.parameters()).detach(), functions.y
     lower, upper = functions.lower(x, y), functions.upper(x, y)
     for level, found in (("lower", lower), ("upper", upper)):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from raybilevel._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from raybilevel.tune._conclude import conclude
     from raybilevel.tune._data_parallel import data_parallel_trainable
     from raybilevel.tune._descent_trainable import hypergradient_trainable
     from raybilevel.tune._scalars import SearchScalars
@@ -18,6 +19,7 @@ __all__ = [
     "PatientFIFO",
     "ResumableGenerator",
     "SearchScalars",
+    "conclude",
     "data_parallel_trainable",
     "hypergradient_trainable",
     "lower_level_trainable",
@@ -31,6 +33,7 @@ __getattr__ = lazy_names(
         "PatientFIFO": "._scheduler",
         "ResumableGenerator": "._snapshot",
         "SearchScalars": "._scalars",
+        "conclude": "._conclude",
         "data_parallel_trainable": "._data_parallel",
         "hypergradient_trainable": "._descent_trainable",
         "lower_level_trainable": "._trainable",

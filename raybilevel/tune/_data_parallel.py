@@ -23,9 +23,10 @@ from raybilevel._lower.levels import Levels
 from raybilevel._lower.training import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
 from raybilevel._metrics import FINISHED
 from raybilevel.errors import ProblemError
-from raybilevel.problem import Batch, BilevelProblem, Level, leaves
+from raybilevel.problem import Batch, BilevelProblem, Level, leaves, make_batches
 from raybilevel.tune._trainable import (
     check_arguments,
+    check_no_hooks,
     check_not_optimistic,
     checkpoint_due,
     default_checkpoint_interval,
@@ -54,11 +55,12 @@ def data_parallel_trainable(
     say how many such trainings the cluster holds. An upper-level step still runs on one GPU.
 
     Raises:
-        ProblemError: `problem` is not a `BilevelProblem` instance, or `optimistic`.
+        ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, or sets `accumulate` or `ema`.
         ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
     """
     check_arguments("data_parallel_trainable", problem, checkpoint_every, epoch_time_limit)
     check_not_optimistic("data_parallel_trainable", problem)
+    check_no_hooks("data_parallel_trainable", problem, "accumulate", "ema")
     every = checkpoint_every or default_checkpoint_interval(problem.epochs)
     given = {"seed": seed, "checkpoint_every": every, "epoch_time_limit": epoch_time_limit}
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
@@ -138,11 +140,11 @@ class DataParallelTraining(LowerLevelTraining):
         self, problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0, rank: int = 0, workers: int = 1
     ) -> None:
         self.rank, self.workers = rank, workers
-        self.shares = Shares(problem, rank, workers)
+        self.shares = Shares(problem, rank, workers, config)
         own = copy.copy(problem)
         own.batches = self.shares.batches  # type: ignore[method-assign]
         super().__init__(own, config, seed)
-        self.levels = SummedLevels(own, self.model, self.variables)
+        self.levels = SummedLevels(own, self.model, self.variables, self.config)
         self.parallel = DistributedDataParallel(LowerLoss(problem, self.model))
 
     def run_epoch(self) -> None:
@@ -191,15 +193,16 @@ class SummedLevels(Levels):
 class Shares:
     """This process's examples of every batch of a problem.
 
+    config: the trial's, for the problem's `batches`.
     whole: examples in the batch that was split last.
     """
 
-    def __init__(self, problem: BilevelProblem, rank: int, workers: int) -> None:
-        self.problem, self.rank, self.workers = problem, rank, workers
+    def __init__(self, problem: BilevelProblem, rank: int, workers: int, config: Mapping[str, Any]) -> None:
+        self.problem, self.rank, self.workers, self.config = problem, rank, workers, config
         self.whole = 0
 
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Batch]:
-        for batch in self.problem.batches(level, generator):
+        for batch in make_batches(self.problem, level, generator, self.config):
             self.whole = self.problem.batch_size(batch)
             if self.whole < self.workers or any(len(leaf) != self.whole for leaf in leaves(batch) if leaf.dim()):
                 raise ProblemError(

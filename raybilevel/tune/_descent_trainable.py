@@ -20,6 +20,7 @@ from raybilevel.space import STARTS, Space
 from raybilevel.tune._domains import split_param_space
 from raybilevel.tune._trainable import (
     check_arguments,
+    check_no_hooks,
     check_not_optimistic,
     default_checkpoint_interval,
     send,
@@ -53,12 +54,13 @@ def hypergradient_trainable(
         no limit.
 
     Raises:
-        ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, has neither a space nor
-            `upper_variables`, or cannot be divided into the settings' shards.
+        ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, sets `schedule`, `patience` or
+            `ema`, has neither a space nor `upper_variables`, or cannot be divided into the settings' shards.
         ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
     """
     check_arguments("hypergradient_trainable", problem, checkpoint_every, epoch_time_limit)
     check_not_optimistic("hypergradient_trainable", problem)
+    check_no_hooks("hypergradient_trainable", problem, "schedule", "patience", "ema")
     if space is not None and not isinstance(space, Space):
         space, _ = split_param_space(space)
     space = space or STARTS

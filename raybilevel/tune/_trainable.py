@@ -13,10 +13,11 @@ from ray import tune
 
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
+from raybilevel._lower.own_loop import OWN_FILE, OwnTraining, train_itself
 from raybilevel._lower.training import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
 from raybilevel._metrics import CHECKPOINT_DIR_NAME, EPOCH, FINISHED, GPUS, GRADIENT, PASSES, TRIAL_PATH
 from raybilevel.errors import ConfigError, ProblemError
-from raybilevel.problem import BilevelProblem
+from raybilevel.problem import BilevelProblem, trains_itself
 
 
 def lower_level_trainable(
@@ -30,6 +31,7 @@ def lower_level_trainable(
     It reports every `problem.evaluate_every` epochs `lower_loss` (f), `upper_loss` (F at the weights so far) and what
     the problem's `evaluate` returns; at the end also `lower_gradient` (df/dx, nested as the config is),
     `lower_level_finished=True` and a checkpoint. A restarted trial goes on from its last checkpoint.
+    A problem with a `train` of its own trains itself and reports when it likes; at the end there is the same.
 
     seed:             of the initial weights and the order of batches; the same for every trial.
     checkpoint_every: epochs between checkpoints; None for five in a training.
@@ -38,9 +40,14 @@ def lower_level_trainable(
 
     Raises:
         ProblemError: `problem` is not a `BilevelProblem` instance.
-        ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
+        ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive, or the problem trains itself.
     """
     check_arguments("lower_level_trainable", problem, checkpoint_every, epoch_time_limit)
+    if trains_itself(problem) and (checkpoint_every, epoch_time_limit) != (None, None):
+        raise ConfigError(
+            f"checkpoint_every, epoch_time_limit: {type(problem).__name__} trains itself, in whatever epochs; leave "
+            "them out, and give `report` a checkpoint when one is due"
+        )
     every = checkpoint_every or default_checkpoint_interval(problem.epochs)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
         lower_level, problem=Shared(problem), seed=seed, checkpoint_every=every, epoch_time_limit=epoch_time_limit
@@ -69,6 +76,18 @@ def check_not_optimistic(function: str, problem: BilevelProblem) -> None:
         )
 
 
+def check_no_hooks(function: str, problem: BilevelProblem, *hooks: str) -> None:
+    """Refuse hooks of a problem's loop, and loops of its own, that this kind of training does not have."""
+    if trains_itself(problem):
+        hooks = ("train", *hooks)
+    for hook in hooks:
+        if getattr(type(problem), hook, None) != getattr(BilevelProblem, hook, None) or hook in vars(problem):
+            raise ProblemError(
+                f"{type(problem).__name__}.{hook}: {function} does not have it; leave it out, or use "
+                "lower_level_trainable and a search by the default method"
+            )
+
+
 def default_checkpoint_interval(count: int) -> int:
     """Epochs or steps between checkpoints, of so many in all: there are five."""
     return max(1, -(-count // 5))
@@ -83,6 +102,9 @@ def lower_level(
 ) -> None:
     """What a trial runs."""
     logging.getLogger("ray.train._internal.storage").setLevel(logging.WARNING)  # five lines a trial, none of them news
+    if trains_itself(problem.value):
+        own_loop(config, problem.value, seed)
+        return
     with time_limit(epoch_time_limit):
         training = LowerLevelTraining(problem.value, config, seed)
     checkpoint = tune.get_checkpoint()
@@ -91,8 +113,8 @@ def lower_level(
             training.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
     saved = training.epoch
     while not training.finished:
-        last = training.epoch + 1 == problem.value.epochs
-        # The last epoch of an optimistic problem takes up to as many passes more as there were epochs.
+        last = training.epoch + 1 == problem.value.epochs or problem.value.patience is not None
+        # What may be the last epoch of an optimistic problem takes up to as many passes more as there were epochs.
         longer = 1 + problem.value.epochs if last and problem.value.optimistic else 1
         with time_limit(epoch_time_limit and epoch_time_limit * longer):
             training.run_epoch()
@@ -106,8 +128,29 @@ def lower_level(
         send(metrics, CHECKPOINT_FILE, dump_checkpoint(training) if due else None)
 
 
-def send(metrics: dict[str, Any], name: str, checkpoint: bytes | None) -> None:
-    """Report to Tune, with where the trial runs and keeps its files; `name` is the file of a checkpoint that is due."""
+def own_loop(config: dict[str, Any], problem: BilevelProblem, seed: int) -> None:
+    """What a trial runs where the problem trains itself."""
+    begun = None
+    if (found := tune.get_checkpoint()) is not None:
+        with found.as_directory() as folder:
+            if (Path(folder) / CHECKPOINT_FILE).exists():  # its end has been reported already
+                return
+            begun = (Path(folder) / OWN_FILE).read_bytes()
+    training = train_itself(problem, config, seed, lambda metrics, saved: send(metrics, OWN_FILE, saved), begun)
+    send(concluded(training), CHECKPOINT_FILE, training.dump())
+
+
+def concluded(training: OwnTraining) -> dict[str, Any]:
+    """The metrics of a training that has ended, by whatever loop."""
+    return {**training.losses(), FINISHED: True, GRADIENT: training.gradient(), PASSES: training.passes}
+
+
+def send(metrics: dict[str, Any], name: str, checkpoint: bytes | None, beside: tune.Checkpoint | None = None) -> None:
+    """Report to Tune, with where the trial runs and keeps its files.
+
+    name:   the file of a checkpoint that is due.
+    beside: a checkpoint whose files are kept with it.
+    """
     metrics = {**metrics, TRIAL_PATH: tune.get_context().get_storage().trial_fs_path}
     if gpus := ray.get_gpu_ids():
         metrics[GPUS] = ",".join(map(str, gpus))
@@ -115,6 +158,8 @@ def send(metrics: dict[str, Any], name: str, checkpoint: bytes | None) -> None:
         tune.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
+        if beside is not None:
+            beside.to_directory(folder)
         (Path(folder) / name).write_bytes(checkpoint)
         tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 

@@ -76,7 +76,7 @@ def test_shares_of_the_workers_make_up_the_batch() -> None:
             torch.testing.assert_close(parts[rank][number], (x[rank::3], y[rank::3]))
         assert sum(len(parts[rank][number][0]) for rank in range(3)) == len(x)
     with pytest.raises(ProblemError, match="3 examples cannot be split among 4"):
-        list(Shares(problem, 0, 4).batches("lower", None))
+        list(Shares(problem, 0, 4, {}).batches("lower", None))
 
 
 @pytest.mark.slow

@@ -6,14 +6,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raybilevel.errors import ProblemError
 from raybilevel.problem import (
     BilevelProblem,
     Hyperparameters,
     LargeUpperLevel,
+    Level,
     SupportsLowerMap,
     SupportsShards,
     evaluate,
     leaves,
+    make_batches,
+    make_model,
+    make_optimizer,
+    make_refit_batches,
     minibatches,
     move,
     upper_loss,
@@ -64,6 +70,40 @@ def test_a_function_set_on_an_instance_is_called() -> None:
     (batch,) = problem.batches("upper", None)
     problem.upper_loss = lambda model, hyperparameters, batch: hyperparameters["x"]  # type: ignore[method-assign]
     assert upper_loss(problem, problem.model(), {"x": torch.tensor(1.0)}, batch) == 1
+
+
+def test_every_part_of_a_training_may_ask_for_the_hyperparameters() -> None:
+    class Shaped(Ridge):
+        def model(self, hyperparameters: Hyperparameters) -> nn.Module:
+            return nn.Linear(3, hyperparameters["width"])
+
+        def optimizer(self, model: nn.Module, hyperparameters: Hyperparameters) -> torch.optim.Optimizer:
+            return torch.optim.SGD(model.parameters(), lr=hyperparameters["lr"])
+
+        def batches(self, level: Level, generator: torch.Generator | None, hyperparameters: Hyperparameters) -> Any:
+            return minibatches(self.lower, hyperparameters["batch"], generator)
+
+        def refit_batches(self, generator: torch.Generator | None, hyperparameters: Hyperparameters) -> Any:
+            return [hyperparameters["batch"]]
+
+    config, shaped, plain = {"width": 5, "lr": 0.25, "batch": 4}, Shaped(), Ridge()
+    model = make_model(shaped, config)
+    assert model.get_parameter("weight").shape == (5, 3) and model.get_parameter("weight").dtype == torch.double
+    assert make_optimizer(shaped, model, config).param_groups[0]["lr"] == 0.25
+    assert [len(batch[0]) for batch in make_batches(shaped, "lower", None, config)] == [4, 4, 4]
+    assert make_refit_batches(shaped, None, config) == [4]
+    model = make_model(plain, config)
+    assert model.get_parameter("weight").shape == (1, 3)
+    assert isinstance(make_optimizer(plain, model, config), torch.optim.LBFGS)
+    assert [len(batch[0]) for batch in make_batches(plain, "lower", None, config)] == [12]
+    assert make_refit_batches(plain, None, config) is None
+
+
+def test_a_model_that_is_none_is_an_error() -> None:
+    problem = Ridge()
+    problem.model = lambda: 5  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(ProblemError, match=r"Ridge.model\(\) must return a torch.nn.Module, got int"):
+        make_model(problem, {})
 
 
 def test_what_a_problem_supports_follows_from_what_it_defines() -> None:

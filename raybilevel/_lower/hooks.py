@@ -1,0 +1,113 @@
+"""What a problem adds to the loop of a training: a schedule, averaged weights, early stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from raybilevel.errors import ProblemError
+from raybilevel.problem import BilevelProblem, make_schedule
+
+
+class Hooks:
+    """The hooks of one training, with their state.
+
+    model: the one that is evaluated, differentiated and kept: the averaged one where the problem averages.
+    refit: early stopping is off, as F is then taken on data that the model is trained on.
+
+    Raises:
+        ProblemError: a setting of the problem is out of range.
+    """
+
+    def __init__(
+        self, problem: BilevelProblem, model: nn.Module, optimizer: Optimizer, config: Mapping[str, Any], refit: bool
+    ) -> None:
+        check_hooks(problem)
+        self.problem, self.raw = problem, model
+        self.patience = None if refit else problem.patience
+        self.schedule: LRScheduler | None = make_schedule(problem, optimizer, config)
+        self.averaged: AveragedModel | None = None
+        if problem.ema is not None:
+            self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(problem.ema))
+        self.model: nn.Module = model if self.averaged is None else self.averaged.module
+        self.lowest = math.inf
+        self.best: dict[str, Tensor] = {}
+        self.waited = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the training ended early."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def after_step(self) -> None:
+        """After each step of the optimizer."""
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.raw)
+        if self.schedule is not None and self.problem.schedule_interval == "step":
+            self.schedule.step()
+
+    def after_epoch(self, upper: Callable[[], float], evaluated: bool, last: bool) -> None:
+        """After each epoch.
+
+        upper:     F at the weights that are kept.
+        evaluated: F is taken after this epoch.
+        last:      the training ends with this epoch, if it does not end earlier.
+        """
+        if self.schedule is not None and self.problem.schedule_interval == "epoch":
+            if isinstance(self.schedule, ReduceLROnPlateau):
+                self.schedule.step(upper())
+            else:
+                self.schedule.step()
+        if self.patience is None or not evaluated:
+            return
+        found = upper()
+        if found < self.lowest:
+            self.lowest, self.waited = found, 0
+            self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        else:
+            self.waited += 1
+        if last or self.stopped:
+            self.model.load_state_dict(self.best)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.n_averaged,
+            "raw": None if self.averaged is None else self.raw.state_dict(),
+            "lowest": self.lowest,
+            "best": self.best,
+            "waited": self.waited,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The model itself is not part of it."""
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        if self.averaged is not None:
+            self.averaged.n_averaged.copy_(state["averaged"])
+            self.raw.load_state_dict(state["raw"])
+        self.lowest, self.best, self.waited = state["lowest"], dict(state["best"]), state["waited"]
+
+
+def check_hooks(problem: BilevelProblem) -> None:
+    """Whether the settings of a problem's loop are in range.
+
+    Raises:
+        ProblemError: one is not; it is named.
+    """
+    name = type(problem).__name__
+    for setting, count in (("accumulate", problem.accumulate), ("patience", problem.patience)):
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ProblemError(f"{name}.{setting} must be a whole number of at least 1, got {count!r}")
+    if problem.clip is not None and not problem.clip > 0:
+        raise ProblemError(f"{name}.clip must be a positive norm of the gradient or None, got {problem.clip!r}")
+    if problem.ema is not None and not 0 < problem.ema < 1:
+        raise ProblemError(f"{name}.ema must be a decay between 0 and 1 or None, got {problem.ema!r}")
+    if problem.schedule_interval not in ("epoch", "step"):
+        raise ProblemError(f"{name}.schedule_interval must be 'epoch' or 'step', got {problem.schedule_interval!r}")

@@ -1,0 +1,79 @@
+"""What a training tells of its weights: both levels' values, df/dx, and the problem's own metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from raybilevel._lower.functions import finite
+from raybilevel._lower.levels import Levels
+from raybilevel._lower.variables import ConfigVariables
+from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
+from raybilevel.errors import NotFiniteError
+from raybilevel.problem import BilevelProblem, evaluate
+from raybilevel.space import nest
+
+
+class Observed:
+    """A problem at a trial's config.
+
+    levels: at the weights that are observed.
+    """
+
+    levels: Levels
+
+    def __init__(self, problem: BilevelProblem, config: Mapping[str, Any]) -> None:
+        self.problem, self.config = problem, dict(config)
+        self.variables = ConfigVariables(config, problem)
+        self.hyperparameters = self.variables.given(self.variables.x)
+
+    @property
+    def passes(self) -> float:
+        """What it cost so far, in gradient evaluations of f."""
+        return self.levels.passes
+
+    def upper(self) -> float:
+        """F at the present weights.
+
+        Raises:
+            NotFiniteError: it is NaN or infinite.
+        """
+        return finite("upper", self.levels.value("upper", self.variables.x, self.levels.y))
+
+    def losses(self) -> dict[str, float]:
+        """f and F at the present weights, and the problem's own metrics.
+
+        Raises:
+            NotFiniteError: f or F is NaN or infinite.
+            ProblemError: `evaluate` returned something else than numbers, or one under a reserved name.
+        """
+        metrics, x, y = self.metrics(), self.variables.x, self.levels.y
+        return {
+            LOWER_LOSS: finite("lower", self.levels.value("lower", x, y)),
+            UPPER_LOSS: self.upper(),
+            **metrics,
+        }
+
+    def gradient(self) -> dict[str, Any]:
+        """df/dx at the present weights, by Danskin's theorem dv/dx; nested as the config is, in the hyperparameters'
+        own units. Floats that f does not depend on have gradient 0. It is charged as one pass.
+
+        Raises:
+            NotFiniteError: f or an entry is NaN or infinite.
+        """
+        found = self.levels.lower(self.variables.x, self.levels.y)
+        finite("lower", found.value)
+        numbers = dict(zip(self.variables.paths, found.in_x.tolist(), strict=True))
+        for path, number in numbers.items():
+            if not math.isfinite(number):
+                raise NotFiniteError(f"the lower level's gradient in {'/'.join(path)} is {number}")
+        return nest(numbers)
+
+    def metrics(self) -> dict[str, float]:
+        """What the problem's `evaluate` says of the present weights."""
+        self.levels.model.eval()
+        with torch.no_grad():
+            return evaluate(self.problem, self.levels.model, self.hyperparameters)

@@ -1,0 +1,54 @@
+"""The one call at the end of a Tune function whose loop is the user's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ray import tune
+from torch import nn
+
+from raybilevel._lower.own_loop import OwnTraining
+from raybilevel._lower.training import CHECKPOINT_FILE
+from raybilevel.errors import ConfigError, ProblemError
+from raybilevel.problem import BilevelProblem
+from raybilevel.tune._trainable import concluded, send
+
+
+def conclude(
+    problem: BilevelProblem,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    passes: float | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    checkpoint: tune.Checkpoint | None = None,
+) -> None:
+    """Report a model that your own loop has trained, with all that `BilevelSearch` needs. Call it last in a Tune
+    function, once:
+
+        def trainable(config):
+            model = ...  # your loop, with tune.report({"upper_loss": ...}) as often as you like
+            raybilevel.conclude(problem, model, config)
+
+    It reports `lower_loss` (f), `upper_loss` (F), what the problem's `evaluate` returns and `lower_gradient` (df/dx) at
+    the model's weights, `lower_level_finished=True`, and a checkpoint from which upper-level steps take the weights.
+    The problem's `model` must make of the config the model that was trained; its `optimizer` and `epochs` are not used,
+    except for the cost.
+
+    passes:     what the loop cost, in passes over the training data with gradients; by default the problem's `epochs`.
+        Upper-level steps may spend a share of it.
+    metrics:    to be reported, too.
+    checkpoint: one of your own, whose files are kept beside ours.
+
+    Raises:
+        ProblemError: `problem` is no `BilevelProblem` instance, is `optimistic`, or makes another model.
+        ConfigError: `passes` is not a positive number.
+        NotFiniteError: f, F or df/dx is NaN or infinite: the trial fails, and the search goes on without it.
+    """
+    if not isinstance(problem, BilevelProblem):
+        raise ProblemError(f"conclude: expected a BilevelProblem instance, got {problem!r}")
+    if passes is not None and not (math.isfinite(passes) and passes > 0):
+        raise ConfigError(f"passes must be a positive number of passes over the training data, got {passes}")
+    training = OwnTraining(problem, config, model, float(problem.epochs) if passes is None else passes)
+    send({**(metrics or {}), **concluded(training)}, CHECKPOINT_FILE, training.dump(), checkpoint)

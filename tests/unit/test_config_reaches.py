@@ -1,0 +1,99 @@
+"""The trial's config reaches the model, the optimizer and the batches: of a training, and of a step at its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raybilevel._lower.training import LowerLevelTraining, load_checkpoint, refit, train
+from raybilevel.methods import Default, Paper
+from raybilevel.methods._base import UpperStep
+from raybilevel.problem import BilevelProblem, Hyperparameters, Level, minibatches
+from raybilevel.search import BilevelOptimizer, check_problem, observe, search
+from raybilevel.search_state import Proposal, SearchState, Training
+from raybilevel.space import Parameter, Space
+
+CONSTANTS = {"width": 5, "activation": "tanh", "batch": 6}
+SPACE = Space((Parameter(("decay",), 1e-4, 1.0, log=True),))
+
+
+class Shaped(BilevelProblem):
+    """Width, activation, learning rate and batch size come from the config."""
+
+    epochs = 3
+    dtype = torch.double
+
+    def __init__(self) -> None:
+        self.x = torch.linspace(-1, 1, 24, dtype=torch.double)[:, None]
+        self.sizes: list[tuple[Level, int]] = []
+
+    def model(self, hyperparameters: Hyperparameters) -> nn.Module:
+        activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[hyperparameters["activation"]]
+        width = hyperparameters["width"]
+        return nn.Sequential(nn.Linear(1, width), activation(), nn.Linear(width, 1))
+
+    def optimizer(self, model: nn.Module, hyperparameters: Hyperparameters) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=hyperparameters.get("lr", 0.1))
+
+    def batches(
+        self, level: Level, generator: torch.Generator | None, hyperparameters: Hyperparameters
+    ) -> Iterable[Any]:
+        data = self.x[::2] if level == "lower" else self.x[1::2]
+        for (batch,) in minibatches((data,), hyperparameters["batch"], generator):
+            self.sizes.append((level, len(batch)))
+            yield batch
+
+    def refit_batches(self, generator: torch.Generator | None, hyperparameters: Hyperparameters) -> Iterable[Any]:
+        return [self.x] * hyperparameters["batch"]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {"first": float(model.get_parameter("0.weight")[0])}
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Tensor) -> Tensor:
+        return self.upper_loss(model, batch) + hyperparameters["decay"] * model.get_parameter("0.weight").square().sum()
+
+    def upper_loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch) - torch.sin(3 * batch)).square().mean()
+
+
+def test_a_training_is_made_of_its_config() -> None:
+    problem = Shaped()
+    training = LowerLevelTraining(problem, {**CONSTANTS, "decay": 0.1, "lr": 0.5})
+    training.run_epoch()
+    assert training.model.get_parameter("0.weight").shape == (5, 1)
+    assert training.optimizer.param_groups[0]["lr"] == 0.5
+    assert problem.sizes == [("lower", 6)] * 2
+    other = LowerLevelTraining(problem, {**CONSTANTS, "decay": 0.1, "lr": 0.5, "activation": "relu"})
+    assert isinstance(other.model.get_submodule("1"), nn.ReLU)
+
+
+def test_a_refit_is_made_of_its_config() -> None:
+    fewer, more = (refit(Shaped(), {**CONSTANTS, "decay": 0.1, "batch": batch}) for batch in (1, 2))
+    assert fewer is not None and fewer != more
+
+
+@pytest.mark.parametrize("method", [Default(), Paper(steps=3, iterations=1)], ids=["default", "paper"])
+def test_a_step_rebuilds_the_model_of_its_training(method: Any) -> None:
+    problem, unit = Shaped(), torch.tensor([0.5], dtype=torch.double)
+    trained, checkpoint = train(problem, {**CONSTANTS, **SPACE.to_config(unit)})
+    seen = observe(SPACE, SPACE.to_config(unit), trained)
+    training = Training(
+        0, Proposal((0.5,), "start"), "done", 0, seen.lower_loss, seen.upper_loss, seen.lower_gradient, seen.passes
+    )
+    state = SearchState((training,))
+    problem.sizes.clear()
+    step = UpperStep(0, "region", 0, state, 0, targets=(0,))
+    result = method.run(problem, SPACE, CONSTANTS, step, lambda index: load_checkpoint(checkpoint))
+    assert result.record.passes > 0
+    assert {size for _, size in problem.sizes} == {6}
+
+
+def test_a_search_runs_with_them() -> None:
+    check_problem(Shaped(), SPACE, CONSTANTS)
+    optimizer = BilevelOptimizer(SPACE, Default(start_points=2))
+    search(Shaped(), optimizer, 4, CONSTANTS)
+    assert any(training.hypergradient for training in optimizer.state.trainings)
