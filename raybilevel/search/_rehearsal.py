@@ -1,0 +1,54 @@
+"""The steps of a training, tried on its first and its last batch; and what is asked of the trained model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raybilevel._lower.passes import Passes
+from raybilevel._lower.training import train_epoch
+from raybilevel.errors import NotFiniteError
+from raybilevel.problem import Batch, BilevelProblem, evaluate, move
+from raybilevel.search._calls import Given, calling
+from raybilevel.search._repeatable import Look, look_at
+
+
+def rehearse(problem: BilevelProblem, model: nn.Module, optimizer: torch.optim.Optimizer, given: Given) -> None:
+    """Call everything that a training calls: a step in train mode on the first and on the last batch, `evaluate`, and
+    the loss on a batch for the refit.
+
+    Raises:
+        ProblemError: something of it fails.
+    """
+    for group in optimizer.param_groups:
+        if "max_iter" in group:  # L-BFGS: one iteration is enough here
+            group.update(max_iter=1, max_eval=2)
+    with calling(problem, "batches('lower', generator)"):
+        batches = problem.batches("lower", torch.Generator().manual_seed(0))
+    seen = look_at(batches, "batches('lower', generator)", problem)
+
+    def loss(batch: Batch) -> Tensor:
+        return problem.lower_loss(model, given, batch)
+
+    for raw in (seen.first, seen.last):
+        with calling(problem, f"lower_loss, in train mode on a batch of {problem.batch_size(raw)},"):
+            try:
+                train_epoch(problem, model, optimizer, [raw], loss, Passes(), "at the centre of the space")
+            except NotFiniteError:  # at this x; a training that diverges counts as failed
+                break
+    model.eval()
+    with torch.no_grad(), calling(problem, "evaluate"):
+        evaluate(problem, model, given)
+    if (refit := refit_look(problem)) is not None:
+        model.train()
+        with calling(problem, "lower_loss, on the data of refit_batches,"):
+            problem.lower_loss(model, given, move(refit.first, problem.device, problem.dtype))
+
+
+def refit_look(problem: BilevelProblem) -> Look | None:
+    """At the data of a refit; None where there are none."""
+    with calling(problem, "refit_batches(generator)"):
+        batches: Any = problem.refit_batches(torch.Generator().manual_seed(0))
+    return None if batches is None else look_at(batches, "refit_batches(generator)", problem)
