@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,8 @@ from linear_operator.operators import DiagLinearOperator
 from torch import Tensor, nn
 
 NUGGET = 1e-9
+SAME_CHOICE = 1e-6
+"""Coordinates of one choice differ by rounding only."""
 SCREENING = 10
 
 
@@ -42,11 +44,14 @@ class DerivativeRBFKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
 
     which is gpytorch's `RBFKernelGrad` (Solak et al. 2003, eq. 3) restricted to the rows that were observed; that
     kernel insists on a gradient at every point.
+
+    categorical: coordinates that stand for unordered choices. There D is 1 / l between different choices, whichever
+        they are, and no derivative is observed: gpytorch's `CategoricalKernel` with the square of its distance.
     """
 
     has_lengthscale = True
 
-    def __init__(self, dimension: int, ard: bool = True) -> None:
+    def __init__(self, dimension: int, ard: bool = True, categorical: Sequence[int] = ()) -> None:
         # The prior of Hvarfner, Hellsten & Nardi (2024), BoTorch's default: length scales grow with sqrt(d). Narrower
         # in few dimensions, where every coordinate matters: a short scale would rather mean that trainings are noisy.
         count = dimension if ard else 1
@@ -56,26 +61,45 @@ class DerivativeRBFKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
             lengthscale_prior=prior,
             lengthscale_constraint=logarithmic(2.5e-2, math.sqrt(dimension)),
         )
-        self.dimension = dimension
+        self.dimension, self.categorical = dimension, tuple(categorical)
+        smooth = torch.ones(dimension, dtype=torch.double)
+        smooth[list(categorical)] = 0
+        self.register_buffer("smooth", smooth)
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
         d = self.dimension
         scale = self.lengthscale  # (1, d) or (1, 1)
         p1, s1, a1 = x1[..., :d] / scale, x1[..., d : d + 1], x1[..., d + 1 :] / scale
         p2, s2, a2 = x2[..., :d] / scale, x2[..., d : d + 1], x2[..., d + 1 :] / scale
+        apart: Tensor | float = 0.0
+        if self.categorical:
+            p1, p2 = p1 * self.smooth, p2 * self.smooth
+            apart = self.between_choices(x1[..., :d], x2[..., :d], diag)
         if diag:
             p, s, a = p1 - p2, (s1 * s2).squeeze(-1), (a1 * a2).sum(-1)
-            k = torch.exp(-0.5 * p.square().sum(-1))
+            k = torch.exp(-0.5 * (p.square().sum(-1) + apart))
             along1, along2 = (a1 * p).sum(-1), (a2 * p).sum(-1)
             diagonal: Tensor = k * (s + s1.squeeze(-1) * along2 - s2.squeeze(-1) * along1 + a - along1 * along2)
             return diagonal
         t1, t2 = p2.transpose(-1, -2), a2.transpose(-1, -2)
-        k = torch.exp(-0.5 * self.covar_dist(p1, p2, square_dist=True, diag=False))
+        k = torch.exp(-0.5 * (self.covar_dist(p1, p2, square_dist=True, diag=False) + apart))
         along1 = (a1 * p1).sum(-1, keepdim=True) - a1 @ t1
         along2 = p1 @ t2 - (a2 * p2).sum(-1, keepdim=True).transpose(-1, -2)
         s2 = s2.transpose(-1, -2)
         full: Tensor = k * (s1 * s2 + s1 * along2 - s2 * along1 + a1 @ t2 - along1 * along2)
         return full
+
+    def between_choices(self, x1: Tensor, x2: Tensor, diag: bool) -> Tensor:
+        """Squared distance of unordered choices, (..., n, d) and (..., m, d) -> (..., n, m); of pairs, (..., n)."""
+        scale = self.lengthscale.expand(1, self.dimension)
+        total: Tensor | None = None
+        for j in self.categorical:
+            one, other = x1[..., j], x2[..., j]
+            differs = (one - other if diag else one.unsqueeze(-1) - other.unsqueeze(-2)).abs() > SAME_CHOICE
+            part = differs / scale[0, j].square()
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
 
 class RowNoise(Noise):  # type: ignore[misc]
@@ -120,9 +144,11 @@ class DerivativeGP(gpytorch.models.ExactGP, GPyTorchModel):  # type: ignore[misc
 
     _num_outputs = 1
 
-    def __init__(self, rows: Tensor, targets: Tensor, dimension: int, ard: bool) -> None:
+    def __init__(
+        self, rows: Tensor, targets: Tensor, dimension: int, ard: bool, categorical: Sequence[int] = ()
+    ) -> None:
         kernel = gpytorch.kernels.ScaleKernel(
-            DerivativeRBFKernel(dimension, ard),
+            DerivativeRBFKernel(dimension, ard, categorical),
             outputscale_prior=LogNormalPrior(0.0, 1.5),
             outputscale_constraint=logarithmic(1e-6, 1.0),
         )
@@ -176,10 +202,12 @@ def value_rows(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[..., :1]), torch.zeros_like(x)], dim=-1)
 
 
-def derivative_rows(x: Tensor) -> Tensor:
-    """Rows that observe the gradient at one point x, shape (d,) -> (d, 2 d + 1)."""
+def derivative_rows(x: Tensor, gradient: Tensor | None = None) -> Tensor:
+    """Rows that observe the gradient at one point x, shape (d,) -> (d, 2 d + 1); with a gradient, shape (d,), only
+    those entries of it that are known, i.e. not NaN."""
     d = len(x)
-    return torch.cat([x.expand(d, d), torch.zeros(d, 1, dtype=x.dtype), torch.eye(d, dtype=x.dtype)], dim=-1)
+    rows = torch.cat([x.expand(d, d), torch.zeros(d, 1, dtype=x.dtype), torch.eye(d, dtype=x.dtype)], dim=-1)
+    return rows if gradient is None else rows[~gradient.isnan()]
 
 
 def fit(
@@ -190,20 +218,26 @@ def fit(
     max_iterations: int = 50,
     max_rows: int = 250,
     infer_gradient_noise: bool = True,
+    categorical: Sequence[int] = (),
 ) -> FittedGP:
     """Fit to values, shape (n,), at x, shape (n, d), and gradients, shape (d,), at the points whose index is a key.
+
+    Entries of a gradient that are not known are NaN: hyperparameters that do not stand in the loss have no derivative.
 
     Values are standardised; the hyperparameters maximise the marginal likelihood times the priors, always from the
     same start, so that equal data give an equal model. They are fitted on at most `max_rows` rows (`spaced`:
     each likelihood costs their cube, many times over), the posterior then conditions on all rows, once.
-    `infer_gradient_noise`: the gradients may contradict the values.
+
+    infer_gradient_noise: the gradients may contradict the values.
+    categorical:          coordinates that stand for unordered choices.
     """
     shift, scale = values.mean().item(), values.std().item() if len(values) > 1 else 1.0
     scale = scale if scale > 1e-12 * max(1.0, abs(shift)) else 1.0
-    rows = torch.cat([value_rows(x), *(derivative_rows(x[i]) for i in gradients)])
-    targets = torch.cat([(values - shift) / scale, *(gradient / scale for gradient in gradients.values())])
+    rows = torch.cat([value_rows(x), *(derivative_rows(x[i], gradient) for i, gradient in gradients.items())])
+    known = [gradient[~gradient.isnan()] / scale for gradient in gradients.values()]
+    targets = torch.cat([(values - shift) / scale, *known])
     chosen = spaced(rows[:, -x.shape[-1] :], max_rows)
-    model = DerivativeGP(rows[chosen], targets[chosen], x.shape[-1], ard)
+    model = DerivativeGP(rows[chosen], targets[chosen], x.shape[-1], ard, categorical)
     marginal = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
 
     def descend(iterations: int) -> float:
@@ -212,7 +246,7 @@ def fit(
             warnings.simplefilter("ignore", OptimizationWarning)  # an iteration limit is not a failure here
             return float(fit_gpytorch_mll_scipy(marginal, bounds=model.bounds(), options=options).fval)
 
-    if gradients and infer_gradient_noise:
+    if len(rows) > len(x) and infer_gradient_noise:
         # The likelihood has an optimum where derivatives are exact and one where they are noise, far apart: a few
         # iterations from either side show which is better.
         believed = copy.deepcopy(model.state_dict())

@@ -249,3 +249,68 @@ def test_values_without_spread_make_no_division_by_zero(values: list[float]):
     gp = fit(x, vector(*values), {})
     assert gp.mean(x[0]).item() == pytest.approx(2.0, abs=1e-6)
     assert math.isfinite(gp.deviation(vector(0.5, 0.5)).item())
+
+
+def one_hot_distances(x: Tensor, lengths: Tensor, categories: int) -> Tensor:
+    """Squared scaled distances where the last coordinate is one of some choices, by a one-hot code; (n, n)."""
+    code = torch.nn.functional.one_hot((x[:, -1] * (categories - 1)).round().long(), categories) / math.sqrt(2)
+    features = torch.cat([x[:, :-1] / lengths[:-1], code / lengths[-1]], 1)
+    return torch.cdist(features, features).square()
+
+
+def test_choices_are_as_far_apart_as_in_a_one_hot_code() -> None:
+    lengths = torch.tensor(LENGTHS, dtype=torch.double)
+    made = DerivativeRBFKernel(3, categorical=(2,)).double()
+    made.lengthscale = lengths[None]
+    x = sobol_points(3, 9, 2)
+    x[:, 2] = (x[:, 2] * 3).floor() / 2
+    found = made.forward(value_rows(x), value_rows(x))
+    torch.testing.assert_close(found, torch.exp(-0.5 * one_hot_distances(x, lengths, 3)))
+    torch.testing.assert_close(made.forward(value_rows(x), value_rows(x), diag=True), torch.ones(9, dtype=torch.double))
+    other = x.roll(1, 0)
+    torch.testing.assert_close(
+        made.forward(value_rows(x), value_rows(other), diag=True), made.forward(value_rows(x), value_rows(other)).diag()
+    )
+
+
+def test_derivatives_beside_choices_are_those_of_the_kernel() -> None:
+    made = DerivativeRBFKernel(3, categorical=(1,)).double()
+    made.lengthscale = torch.tensor([LENGTHS], dtype=torch.double)
+    one, other = vector(0.3, 0.0, 0.8), vector(0.5, 1.0, 0.4)
+    tracked = one.clone().requires_grad_(True)
+    value = made.forward(value_rows(tracked[None]), value_rows(other[None]))[0, 0]
+    (expected,) = torch.autograd.grad(value, tracked)
+    known = vector(1.0, math.nan, 1.0)
+    found = made.forward(derivative_rows(one, known), value_rows(other[None]))[:, 0]
+    torch.testing.assert_close(found, expected[[0, 2]])
+    assert expected[1] == 0
+
+
+def test_unknown_derivatives_are_left_out() -> None:
+    x = sobol_points(3, 8, 4)
+    gradients = wave_gradients(x)
+    partial = gradients.clone()
+    partial[:, 1] = math.nan
+    values = wave(x)
+    found = fit(x, values, {i: partial[i] for i in range(8)})
+    assert len(found.model.train_inputs[0]) == 8 + 16
+    none = fit(x, values, {i: torch.full_like(gradients[i], math.nan) for i in range(8)})
+    bare = fit(x, values, {})
+    assert none.mean(x[0] * 0.9).item() == bare.mean(x[0] * 0.9).item()
+    there = sobol_points(3, 32, 9)
+    error = lambda model: math.sqrt(sum((model.mean(p) - wave(p[None])[0]).square().item() for p in there))  # noqa: E731
+    assert error(found) < 0.7 * error(bare)
+
+
+def test_a_choice_is_learned_from_values() -> None:
+    x = sobol_points(2, 18, 5)
+    x[:, 1] = (x[:, 1] * 3).floor() / 2
+    offset = torch.tensor([0.0, 2.0, -1.0], dtype=torch.double)
+
+    def f(p: Tensor) -> Tensor:
+        return torch.sin(3 * p[:, 0]) + offset[(p[:, 1] * 2).round().long()]
+
+    model = fit(x, f(x), {}, categorical=(1,))
+    for choice in (0.0, 0.5, 1.0):
+        p = vector(0.37, choice)
+        assert model.mean(p).item() == pytest.approx(f(p[None]).item(), abs=0.1)
