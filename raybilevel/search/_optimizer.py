@@ -24,7 +24,7 @@ from raybilevel.space import Space, sobol_points
 class Observation:
     """What an ended training reports; see `TrainedLowerLevel`.
 
-    lower_gradient: df/dx in the unit cube, shape (d,).
+    lower_gradient: df/dx in the unit cube, shape (d,); NaN where it is not known.
     complete: it ran to its end; otherwise only `upper_loss` and `passes` count.
     """
 
@@ -36,9 +36,7 @@ class Observation:
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.upper_loss) and (
-            not self.complete or all(map(math.isfinite, (self.lower_loss, *self.lower_gradient)))
-        )
+        return math.isfinite(self.upper_loss) and (not self.complete or math.isfinite(self.lower_loss))
 
 
 class BilevelOptimizer:
@@ -135,8 +133,8 @@ class BilevelOptimizer:
     def tell(self, trial: str, observation: Observation | None) -> None:
         """A training's result; None if it failed. Unknown trials and repeated results are ignored.
 
-        A result whose numbers are not all finite counts as a failure. A failed training may succeed when it is tried
-        again.
+        A result whose F or f is not finite counts as a failure. An infinite entry of a gradient is not known.
+        A failed training may succeed when it is tried again.
         """
         index = self.trials.get(trial)
         if index is None or self.state.trainings[index].status not in ("pending", "lost", "failed"):
@@ -152,7 +150,7 @@ class BilevelOptimizer:
             finished=finished,
             lower_loss=observation.lower_loss,
             upper_loss=observation.upper_loss,
-            lower_gradient=tuple(observation.lower_gradient),
+            lower_gradient=tuple(g if math.isfinite(g) else math.nan for g in observation.lower_gradient),
             passes=observation.passes,
         )
 
@@ -194,7 +192,8 @@ class BilevelOptimizer:
             self._fill(step.seed)
             return
         for index, gradient in result.hypergradients.items():
-            self.state = self.state.change(index, hypergradient=tuple(gradient))
+            known = () if any(map(math.isinf, gradient)) else tuple(gradient)
+            self.state = self.state.change(index, hypergradient=known)
         self._record(result.record)
         if result.memory is not None:
             self.memory = result.memory

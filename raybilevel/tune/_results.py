@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,8 @@ class Objective:
 
         config: the trial's, nested as the space is.
 
+        An entry of the gradient that a trainable does not report is NaN: not known.
+
         Raises:
             MissingMetricError: the metric or the lower-level loss is missing.
         """
@@ -48,7 +51,7 @@ class Objective:
         upper, passes = self.sign * float(flat[self.metric]), float(flat.get(PASSES, 0.0))
         if not flat.get(FINISHED, False):
             return Observation(upper, passes=passes, complete=False)
-        gradient = {name: float(flat.get(f"{GRADIENT}/{name}", 0.0)) for name in space.names}
+        gradient = {name: float(flat.get(f"{GRADIENT}/{name}", math.nan)) for name in space.names}
         unit = space.to_unit_gradient(config, gradient)
         return Observation(upper, float(flat[LOWER_LOSS]), tuple(unit.tolist()), passes)
 

@@ -120,7 +120,9 @@ class Optimizers(Network):
 
 
 def test_an_optimizer_of_an_earlier_training_is_refused():
-    with pytest.raises(ProblemError, match=r"optimizer\(model\): 6 of 6 parameters are not those of the model that it was given"):
+    with pytest.raises(
+        ProblemError, match=r"optimizer\(model\): 6 of 6 parameters are not those of the model that it was given"
+    ):
         check_problem(Optimizers(again=True), DECAY)
 
 

@@ -111,7 +111,6 @@ def test_a_training_that_was_stopped_has_an_f_only():
         Observation(math.nan, 0.4, (0.1, 0.2)),
         Observation(math.inf, 0.4, (0.1, 0.2)),
         Observation(0.5, math.nan, (0.1, 0.2)),
-        Observation(0.5, 0.4, (0.1, math.inf)),
         Observation(math.nan, complete=False),
     ],
 )
@@ -119,6 +118,14 @@ def test_what_counts_as_a_failure(observation: Observation | None):
     search = told(optimizer(), observation)
     assert status(search, 0) == "failed"
     assert not math.isfinite(search.state.trainings[0].upper_loss)
+
+
+@pytest.mark.parametrize("entry", [math.inf, -math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_not_known_and_the_training_counts(entry: float):
+    search = told(optimizer(), Observation(0.5, 0.4, (0.1, entry)))
+    assert status(search, 0) == "done"
+    known, unknown = search.state.trainings[0].lower_gradient
+    assert known == 0.1 and math.isnan(unknown)
 
 
 def test_results_are_numbered_as_they_come():
