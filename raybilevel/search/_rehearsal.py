@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raybilevel._lower import checkpoint
 from raybilevel._lower.passes import Passes
 from raybilevel._lower.training import train_epoch
-from raybilevel.errors import NotFiniteError
+from raybilevel.errors import CheckpointError, NotFiniteError, ProblemError
 from raybilevel.problem import Batch, BilevelProblem, evaluate, move
 from raybilevel.search._calls import Given, calling
 from raybilevel.search._repeatable import Look, look_at
 
 
 def rehearse(problem: BilevelProblem, model: nn.Module, optimizer: torch.optim.Optimizer, given: Given) -> None:
-    """Call everything that a training calls: a step in train mode on the first and on the last batch, `evaluate`, and
-    the loss on a batch for the refit.
+    """Call everything that a training calls: a step in train mode on the first and on the last batch, a
+    checkpoint, `evaluate`, and the loss on a batch for the refit.
 
     Raises:
         ProblemError: something of it fails.
@@ -38,6 +39,10 @@ def rehearse(problem: BilevelProblem, model: nn.Module, optimizer: torch.optim.O
                 train_epoch(problem, model, optimizer, [raw], loss, Passes(), "at the centre of the space")
             except NotFiniteError:  # at this x; a training that diverges counts as failed
                 break
+    try:
+        checkpoint.dump({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    except CheckpointError as error:
+        raise ProblemError(f"{type(problem).__name__}: {error}") from error
     model.eval()
     with torch.no_grad(), calling(problem, "evaluate"):
         evaluate(problem, model, given)

@@ -94,6 +94,7 @@ def test_what_an_evaluation_costs():
 
 
 def test_float32_and_frozen_parameters():
+    torch.manual_seed(0)
     problem = Network()
     problem.space = Logistic(dimension=1).space
     model = problem.model()
