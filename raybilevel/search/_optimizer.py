@@ -96,8 +96,9 @@ class BilevelOptimizer:
         """The hyperparameters to train next, nested as the space is; None while there are none."""
         if trial in self.trials:
             return self.config(trial)
-        if not self.queue and not (self.running or self.state.pending or self.state.done or self.exhausted):
-            # The whole start design failed: no method can plan from nothing.
+        nothing = not (self.queue or self.running or self.design_under_way or self.state.done)
+        if nothing and not self.full and not self.exhausted:
+            # The whole start design failed or was stopped: no method can plan from nothing.
             self.fill()
         if not self.queue:
             return None
@@ -278,8 +279,11 @@ class BilevelOptimizer:
     @property
     def has_too_little_for_a_step(self) -> bool:
         """Some of the start design have ended and left slots free, and no step can be planned before others have."""
-        if self.queue or self.running or self.full or not self.state.done:
-            return False
+        return not (self.queue or self.running or self.full) and bool(self.state.done) and self.design_under_way
+
+    @property
+    def design_under_way(self) -> bool:
+        """Some of the start design have not ended."""
         return any(training.proposal.origin in ("start", "given") for training in self.state.pending)
 
     @property

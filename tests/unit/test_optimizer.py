@@ -394,3 +394,14 @@ def test_points_that_fill_the_box_differ():
         search.fill()
         assert search.ask(trial) is not None
     assert len({training.unit for training in search.state.trainings}) == 9
+
+
+def test_while_every_training_is_stopped_all_slots_are_filled():
+    search = optimizer(slots=3)
+    count = len(search.queue)
+    for number in range(count):
+        assert search.ask(f"design {number}") is not None
+    for number in range(count):
+        search.tell(f"design {number}", Observation(1.0, passes=1.0, complete=False))
+    assert [search.ask_if_free(f"more {number}") is not None for number in range(4)] == [True, True, True, False]
+    assert {t.proposal.origin for t in search.state.pending} == {"fill"}
