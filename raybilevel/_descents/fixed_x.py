@@ -10,11 +10,18 @@ from torch import Tensor
 
 from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._linear.krylov import LinearSystem, MinimalResidual
-from raybilevel._lower.hypergradient import Hypergradient, implicit
+from raybilevel._lower.hypergradient import Hypergradient, checked, implicit
 from raybilevel._lower.lbfgs import curvature, minimise
 from raybilevel._lower.linearisation import inner
+from raybilevel.errors import RaybilevelError
 
 FLAT = 1e-4
+ROUNDINGS = 100
+"""Of F and f, sums over many examples, in units of their precision."""
+
+
+class RejectedDescentError(RaybilevelError, ArithmeticError):
+    """A descent did not end where the envelope theorem holds."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,10 @@ def descend(
 
     `first` times the multiplier at which a Cauchy step would lower F by `decrease` |F| is tried first: nothing here
     depends on the units of F, f, x or y.
+
+    Raises:
+        NotFiniteError: F, f or the hypergradient is NaN or infinite.
+        RejectedDescentError: F rose, or f fell below the training's, where f is tilted to be least at its weights.
     """
     begun = point.levels.passes
     here = point.here
@@ -119,7 +130,13 @@ def descend(
         multiplier = raised
     gradient = at.upper.in_x + multiplier * (at.lower.in_x - here.lower.in_x)
     slack = at.lower.value - here.lower.value
-    found = Hypergradient(gradient, here.upper.value)
+    found = checked(Hypergradient(gradient, here.upper.value))
+    rounding = ROUNDINGS * torch.finfo(point.y.dtype).eps
+    if fallen < -rounding or slack < -rounding * (abs(here.lower.value) or 1.0):
+        raise RejectedDescentError(
+            f"a descent from trained weights raised F by {-fallen:.3g} of itself, or lowered f by {-slack:.3g} below "
+            "the training's; it is no answer to the hyperparameters, and its hypergradient is left out"
+        )
     return LagrangianPoint(found, multiplier, fallen, slack, move, multiplier / cauchy)
 
 

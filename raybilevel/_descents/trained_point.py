@@ -11,6 +11,8 @@ from torch import Tensor
 from raybilevel._lower.functions import LevelGradient, finite
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.linearisation import Differences, difference, inner
+from raybilevel.errors import NotFiniteError
+from raybilevel.problem import Level
 
 
 class Evaluation(NamedTuple):
@@ -31,14 +33,21 @@ class TrainedPoint:
     the unfinished training.
 
     x: x_i, shape (d,), in the unit cube; y: y_i, shape (n,), the weights in the model of `levels`.
+
+    Raises:
+        NotFiniteError: a level, or a gradient that a hypergradient needs, is NaN or infinite there.
     """
 
     def __init__(self, levels: Levels, x: Tensor) -> None:
         self.levels, self.x, self.y = levels, x, levels.y
         lower = levels.lower(x, self.y)
         finite("lower", lower.value)
+        check_gradient("lower", lower.value, "the weights", lower.in_y)
         self.tilt = lower.in_y
         self.here = Evaluation(self._upper(x, self.y), lower._replace(in_y=torch.zeros_like(self.y)))
+        upper = self.here.upper
+        check_gradient("upper", upper.value, "the weights", upper.in_y)
+        check_gradient("upper", upper.value, "the hyperparameters", upper.in_x)
 
     @property
     def still(self) -> Tensor:
@@ -80,3 +89,9 @@ class TrainedPoint:
         """What one evaluation costs, in gradient evaluations of f."""
         sizes = self.levels.examples
         return 1 + sizes["upper"] / sizes["lower"]
+
+
+def check_gradient(level: Level, value: float, what: str, gradient: Tensor) -> None:
+    """Raises NotFiniteError, where a level's gradient is not finite. what: the variables it is taken in."""
+    if not bool(gradient.isfinite().all()):
+        raise NotFiniteError(f"the {level}-level loss is {value:g}, but its gradient in {what} is NaN or infinite")

@@ -3,22 +3,68 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from raybilevel.errors import CheckpointError
 
 LOWER_LEVEL_FORMAT = 3
 """Of the checkpoints of a lower-level training."""
+PLAIN = (bool, int, float, str, bytes, type(None), Tensor)
 
 
 def dump(state: Mapping[str, Any]) -> bytes:
+    """A state as bytes that `load` reads; numbers of NumPy become Python's.
+
+    Raises:
+        CheckpointError: it holds what `load` would refuse; it is named.
+    """
+    state = without_numpy(state)
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    buffer.seek(0)
+    # This reads the types in the file, and no tensor.
+    refused = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+    if refused:
+        where = next((f"{'/'.join(path)} is a {type(entry).__name__}" for path, entry in others(state)), "")
+        raise CheckpointError(
+            f"a checkpoint of this training could not be read again: {where or 'it'} ({', '.join(sorted(refused))}); "
+            "keep tensors, numbers and strings in the state of model and optimizer, e.g. lr=float(lr)"
+        )
     return buffer.getvalue()
+
+
+def without_numpy(entry: Any) -> Any:
+    """The same state, with Python's numbers for NumPy's; what has none of them is the same object."""
+    if isinstance(entry, np.generic):
+        return entry.item()
+    if isinstance(entry, Mapping):
+        mapped = {without_numpy(key): without_numpy(value) for key, value in entry.items()}
+        unchanged = all(key in entry and mapped[key] is entry[key] for key in mapped) and not any(
+            isinstance(key, np.generic) for key in entry
+        )
+        return entry if unchanged else mapped
+    if type(entry) in (list, tuple):
+        listed = [without_numpy(value) for value in entry]
+        return entry if all(a is b for a, b in zip(listed, entry, strict=True)) else type(entry)(listed)
+    return entry
+
+
+def others(entry: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What is neither a tensor, a plain value nor a collection of them, by its path."""
+    if isinstance(entry, Mapping):
+        for key, value in entry.items():
+            yield from others(value, (*path, str(key)))
+    elif isinstance(entry, list | tuple | set):
+        for number, value in enumerate(entry):
+            yield from others(value, (*path, str(number)))
+    elif not isinstance(entry, PLAIN):
+        yield path, entry
 
 
 def load(source: bytes | Path, what: str, version: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +13,10 @@ from raybilevel._lower.functions import finite
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.variables import ConfigVariables
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
-from raybilevel.errors import NotFiniteError
 from raybilevel.problem import BilevelProblem, evaluate
 from raybilevel.space import nest
+
+logger = logging.getLogger(__name__)
 
 
 class Observed:
@@ -59,17 +61,21 @@ class Observed:
 
     def gradient(self) -> dict[str, Any]:
         """df/dx at the present weights, by Danskin's theorem dv/dx; nested as the config is, in the hyperparameters'
-        own units. Floats that f does not depend on have gradient 0. It is charged as one pass.
+        own units. Floats that f does not depend on have gradient 0. An entry that is not finite, as that of a square
+        root at 0, is NaN: it is not known. It is charged as one pass.
 
         Raises:
-            NotFiniteError: f or an entry is NaN or infinite.
+            NotFiniteError: f is NaN or infinite.
         """
         found = self.levels.lower(self.variables.x, self.levels.y)
         finite("lower", found.value)
         numbers = dict(zip(self.variables.paths, found.in_x.tolist(), strict=True))
         for path, number in numbers.items():
             if not math.isfinite(number):
-                raise NotFiniteError(f"the lower level's gradient in {'/'.join(path)} is {number}")
+                logger.warning(
+                    "the lower level's gradient in %s is %s at %s; it is left out", "/".join(path), number, self.config
+                )
+                numbers[path] = math.nan
         return nest(numbers)
 
     def metrics(self) -> dict[str, float]:

@@ -43,6 +43,13 @@ class TuneRun:
         controller = self._controller()
         return controller is None or all(trial.is_finished() for trial in controller.get_live_trials())
 
+    def error_file(self, trial_id: str) -> str | None:
+        """Where Tune has written, on this machine, what a trial raised."""
+        controller = self._controller()
+        trials = [] if controller is None else controller.get_trials()
+        path: str | None = next((trial.error_file for trial in trials if trial.trial_id == trial_id), None)
+        return path
+
 
 _runs: WeakKeyDictionary[Any, TuneRun] = WeakKeyDictionary()
 

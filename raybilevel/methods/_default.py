@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raybilevel._descents.fixed_x import LagrangianPoint, descend, lagrangian_point
+from raybilevel._descents.fixed_x import LagrangianPoint, RejectedDescentError, descend, lagrangian_point
 from raybilevel._descents.joint import joint_descent
 from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
@@ -249,7 +249,7 @@ class Default(Method):
                 here = TrainedPoint(levels, unit)
                 estimate_at = lagrangian_point if self.linear_solve else descend
                 estimate = estimate_at(here, self.decrease, self.upper_share * state.passes_per_training, first)
-            except NotFiniteError as error:
+            except (NotFiniteError, RejectedDescentError) as error:
                 logger.warning("no hypergradient at training %d: %s", index, error)
                 found[index] = ()
                 passes += levels.passes

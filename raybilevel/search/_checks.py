@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.random_numbers import forked_random
 from raybilevel._lower.variables import ModuleVariables
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
@@ -21,18 +23,20 @@ from raybilevel.problem import (
     BilevelProblem,
     LargeUpperLevel,
     Level,
-    evaluate,
-    leaves,
     make_batches,
     make_model,
-    make_optimizer,
     move,
     on_cpu,
     trains_itself,
     upper_loss,
 )
-from raybilevel.search._reads import Recorded
+from raybilevel.search._calls import Given, calling, where_it_can_run
+from raybilevel.search._fresh import check_fresh_model, check_unchanged, model_of_a_training, optimizer_of_a_training
+from raybilevel.search._rehearsal import check_evaluate, rehearse
+from raybilevel.search._repeatable import Measured, WatchedLevel, check_level_names, check_same_data, check_same_loss
 from raybilevel.space import Space, flatten, nest
+
+logger = logging.getLogger(__name__)
 
 
 def check_search(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], method: Method) -> Space:
@@ -52,14 +56,18 @@ def check_search(problem: BilevelProblem, space: Space, constants: Mapping[str, 
 
 
 def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str, Any] | None = None) -> Space:
-    """Try both levels on one batch at the centre of the space, before anything is trained.
+    """Call everything that a training will call, on a batch or two at the centre of the space, before anything is
+    trained. It is done on the problem's device, or on the CPU where this machine lacks that.
+
+    Constants that nothing reads are warned of.
 
     Returns the space, with the hyperparameters marked in which f is differentiable (`Parameter.smooth`). The others are
     searched by values of F.
 
     Raises:
-        ProblemError: a loss is not a scalar that can be differentiated, there is no data, the lower-level loss does
-            not depend on a hyperparameter that is searched, or a metric has a name that is taken.
+        ProblemError: a part of the problem fails, is not the same at each call, or keeps something of a training; a
+            loss is not a scalar that can be differentiated; there is no data; nothing reads a hyperparameter that is
+            searched; or a metric has a name that is taken.
         NotFiniteError: a loss is NaN or infinite at the start weights.
     """
     name = type(problem).__name__
@@ -67,64 +75,92 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
         number = getattr(problem, setting)
         if not isinstance(number, int) or number < 1:
             raise ProblemError(f"{name}.{setting} must be a whole number of at least 1, got {number!r}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        centre = torch.full((space.dimension,), 0.5, dtype=torch.double)
-        config = {**flatten(constants or {}), **flatten(space.to_config(centre))}
-        plain = Recorded(nest(config))
-        model = make_model(on_cpu(problem), plain).eval()
-        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not weights:
-            raise ProblemError(f"{name}.model() has no parameters to train")
+    problem = where_it_can_run(problem)
+    another_loop = problem.own_loop or trains_itself(problem)
+    centre = torch.full((space.dimension,), 0.5, dtype=torch.double)
+    config = {**flatten(constants or {}), **flatten(space.to_config(centre))}
+    plain = Given(nest(config))
+    with forked_random(problem.device):
+        earlier, model = model_of_a_training(problem, plain), model_of_a_training(problem, plain)
+        shared = check_fresh_model(problem, earlier, model)
         flat = {
-            path: torch.tensor(value, dtype=problem.dtype, requires_grad=True) if isinstance(value, float) else value
+            path: torch.tensor(value, dtype=problem.dtype, device=problem.device, requires_grad=True)
+            if isinstance(value, float)
+            else value
             for path, value in config.items()
         }
-        given = Recorded(nest(flat), plain.read)
-        make_optimizer(problem, model, plain)
-        for level in ("lower", "upper"):
-            raw = next(iter(make_batches(problem, level, None, plain)), None)
-            if raw is None or not any(True for _ in leaves(raw)):
-                raise ProblemError(f"{name}.batches({level!r}, None) yields no tensors")
-            batch = move(raw, "cpu", problem.dtype)
-            loss = (
-                problem.lower_loss(model, given, batch)
-                if level == "lower"
-                else upper_loss(problem, model, given, batch)
+        given = Given(nest(flat), read=plain.read)
+        model.eval()
+        first = {
+            level: check_same_data(problem, level, plain) for level in (WatchedLevel("lower"), WatchedLevel("upper"))
+        }
+        check_level_names(problem, first)
+        smooth = check_loss(problem, model, "lower", first[WatchedLevel("lower")], given, flat, space)
+        check_loss(problem, model, "upper", first[WatchedLevel("upper")], given, flat, space)
+        if another_loop:
+            check_evaluate(problem, model, given)
+        else:
+            optimizers = [optimizer_of_a_training(problem, one, plain) for one in (earlier, model)]
+            before = {key: tensor.clone() for key, tensor in shared.items()}
+            rehearse(problem, model, optimizers[1], given, plain)
+            check_unchanged(problem, shared, before)
+    if not another_loop:  # which may read them
+        unread = [p.name for p in space.parameters if p.path not in given.read]
+        if unread:
+            raise ProblemError(
+                f"{', '.join(unread)}: nothing in {name} reads it, so that no search can tell what it does; use it in "
+                "lower_loss or another method that is given the hyperparameters, leave it out of the space, or set "
+                "own_loop if a Tune function of your own reads it"
             )
-            if not isinstance(loss, Tensor) or loss.dim() != 0:
-                shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise ProblemError(f"{name}.{level}_loss must return a tensor of shape (), got {shape}")
-            if not math.isfinite(loss.item()):
-                raise NotFiniteError(f"{name}.{level}_loss is {loss.item()} at the start weights; check data and model")
-            if not loss.requires_grad:
-                raise ProblemError(f"{name}.{level}_loss does not depend on the model's parameters")
-            if level == "lower":
-                smooth = differentiable(loss, flat, space)
-        if torch.device(problem.device).type == "cpu":  # else its data may lie on a device that is not here
-            with torch.no_grad():
-                evaluate(problem, model, given)
-    unread = [p.name for p in space.parameters if p.name not in given.read]
-    if unread and not (problem.own_loop or trains_itself(problem)):  # else the loop may read it
-        raise ProblemError(
-            f"{', '.join(unread)}: nothing in {name} reads it, so that no search can tell what it does; use it in "
-            "lower_loss or another method that is given the hyperparameters, leave it out of the space, or set own_loop if "
-            "a Tune function of your own reads it"
-        )
-    parameters = (replace(p, smooth=p.smooth and p.name in smooth) for p in space.parameters)
-    return Space(tuple(parameters))
+        if ignored := given.unread(constants or {}):
+            logger.warning(
+                "%s reads no %s: constants that nothing reads have no effect on a training; use them, e.g. in "
+                "lower_loss, or leave them out", name, ", ".join(ignored),
+            )  # fmt: skip
+    return Space(tuple(replace(p, smooth=p.smooth and p.name in smooth) for p in space.parameters))
 
 
-def differentiable(loss: Tensor, given: Mapping[tuple[str, ...], Any], space: Space) -> frozenset[str]:
-    """Names of the searched hyperparameters in which f, on one batch, is differentiable.
+def check_loss(
+    problem: BilevelProblem,
+    model: nn.Module,
+    level: Level,
+    raw: Batch,
+    given: Given,
+    flat: Mapping[tuple[str, ...], Any],
+    space: Space,
+) -> frozenset[str]:
+    """A level's loss and its gradients, twice, on a batch. The names of the searched hyperparameters in which it is
+    differentiable.
 
-    given: what the loss was given, by path; floats as tensors that require gradients.
+    flat: what `given` holds, by path; floats as tensors that require gradients.
     """
-    tensors = {p.name: given[p.path] for p in space.parameters if isinstance(given[p.path], Tensor)}
-    if not tensors:
-        return frozenset()
-    gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
-    return frozenset(name for name, gradient in zip(tensors, gradients, strict=True) if gradient is not None)
+    name = type(problem).__name__
+    searched = {p.name: flat[p.path] for p in space.parameters if isinstance(flat[p.path], Tensor)}
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    batch = move(raw, problem.device, problem.dtype)
+
+    def measure() -> Measured:
+        with calling(problem, f"{level}_loss"):
+            if level == "lower":
+                loss = problem.lower_loss(model, given, batch)
+            else:
+                loss = upper_loss(problem, model, given, batch)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ProblemError(f"{name}.{level}_loss must return a tensor of shape (), got {shape}")
+        if not math.isfinite(loss.item()):
+            raise NotFiniteError(f"{name}.{level}_loss is {loss.item()} at the start weights; check data and model")
+        if not loss.requires_grad:
+            raise ProblemError(f"{name}.{level}_loss does not depend on the model's parameters")
+        with calling(problem, f"{level}_loss, differentiated,"):
+            found = torch.autograd.grad(loss, [*searched.values(), *weights], allow_unused=True)
+        in_x, in_y = found[: len(searched)], found[len(searched) :]
+        dense = [torch.zeros_like(w) if g is None else g.to_dense() for w, g in zip(weights, in_y, strict=True)]
+        return Measured(loss.detach(), in_x, parameters_to_vector(dense))
+
+    once = measure()
+    check_same_loss(problem, level, once, measure())
+    return frozenset(name for name, entry in zip(searched, once.in_x, strict=True) if entry is not None)
 
 
 def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any]) -> None:

@@ -96,8 +96,9 @@ class BilevelOptimizer:
         """The hyperparameters to train next, nested as the space is; None while there are none."""
         if trial in self.trials:
             return self.config(trial)
-        if not self.queue and not (self.running or self.state.pending or self.state.done or self.exhausted):
-            # The whole start design failed: no method can plan from nothing.
+        nothing = not (self.queue or self.running or self.design_under_way or self.state.done)
+        if nothing and not self.full and not self.exhausted:
+            # The whole start design failed or was stopped: no method can plan from nothing.
             self.fill()
         if not self.queue:
             return None
@@ -133,8 +134,8 @@ class BilevelOptimizer:
     def tell(self, trial: str, observation: Observation | None) -> None:
         """A training's result; None if it failed. Unknown trials and repeated results are ignored.
 
-        A result whose numbers are not all finite counts as a failure. A failed training may succeed when it is tried
-        again.
+        A result whose F or f is not finite counts as a failure. An infinite entry of a gradient is not known.
+        A failed training may succeed when it is tried again.
         """
         index = self.trials.get(trial)
         if index is None or self.state.trainings[index].status not in ("pending", "lost", "failed"):
@@ -192,7 +193,8 @@ class BilevelOptimizer:
             self._fill(step.seed)
             return
         for index, gradient in result.hypergradients.items():
-            self.state = self.state.change(index, hypergradient=tuple(gradient))
+            known = () if any(map(math.isinf, gradient)) else tuple(gradient)
+            self.state = self.state.change(index, hypergradient=known)
         self._record(result.record)
         if result.memory is not None:
             self.memory = result.memory
@@ -277,8 +279,11 @@ class BilevelOptimizer:
     @property
     def has_too_little_for_a_step(self) -> bool:
         """Some of the start design have ended and left slots free, and no step can be planned before others have."""
-        if self.queue or self.running or self.full or not self.state.done:
-            return False
+        return not (self.queue or self.running or self.full) and bool(self.state.done) and self.design_under_way
+
+    @property
+    def design_under_way(self) -> bool:
+        """Some of the start design have not ended."""
         return any(training.proposal.origin in ("start", "given") for training in self.state.pending)
 
     @property

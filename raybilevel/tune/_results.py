@@ -39,6 +39,8 @@ class Objective:
 
         config: the trial's, nested as the space is.
 
+        An entry of the gradient that a trainable does not report is NaN: not known.
+
         Raises:
             MissingMetricError: the metric or the lower-level loss is missing.
         """

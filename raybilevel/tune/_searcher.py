@@ -28,6 +28,7 @@ from raybilevel.search import _state_file as state_file
 from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space, check_points
 from raybilevel.tune._checkpoints import Checkpoints
+from raybilevel.tune._failures import ALIKE_AT_MOST
 from raybilevel.tune._points import reported_config, unflatten
 from raybilevel.tune._results import MissingMetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
@@ -146,6 +147,8 @@ class BilevelSearch(ResumableSearcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         run = tune_run()  # which changes Tune until the run's end
         self._session.lost.asked(run.idle if run is not None else None)
+        if run is not None and not self.state.measured and (error := self._session.failures.always(run.error_file)):
+            self._session.fatal = error
         answer = self._suggest(trial_id)
         self._session.lost.answered(answer is not None)
         return answer
@@ -377,6 +380,22 @@ class BilevelSearch(ResumableSearcher):
             self._checkpoints.add(index, result)
         if optimizer.state.trainings[index].status == "failed":
             logger.warning("trial %s failed or has no finite result; the search goes on without it", trial_id)
+            self._session.failures.failed(trial_id)
+        self._warn_of_stops()
+
+    def _warn_of_stops(self) -> None:
+        """Where trainings end before their last epoch, and none runs to it."""
+        state, session = self.state, self._session
+        stopped = len(state.measured) - len(state.done)
+        if session.warned_of_stops or state.done or stopped < ALIKE_AT_MOST or self.method.upper_steps is None:
+            return
+        session.warned_of_stops = True
+        logger.warning(
+            "%d trainings were stopped before their last epoch (%s.epochs = %d), and none ran to it: without trained "
+            "weights there is no hypergradient, and the search only fills the space. Let trainings end (a scheduler's "
+            "max_t and stop's training_iteration of at least %d), or lower epochs",
+            stopped, type(self.problem).__name__, self.problem.epochs, self.problem.epochs,
+        )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: without what belongs to one Ray session. Steps under way are planned again."""

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from raybilevel.errors import RaybilevelError
+from raybilevel.tune._failures import FailedTrainings
 from raybilevel.tune._lost_trials import LostTrials
 from raybilevel.tune._steps import StepRunner
 
@@ -25,6 +26,8 @@ class Session:
     def __init__(self, steps: StepRunner) -> None:
         self.steps = steps
         self.lost = LostTrials()
+        self.failures = FailedTrainings()
+        self.warned_of_stops = False
         self.began = time.time()
         self.job: str | None = None
         self.reported: dict[str, dict[str, Any]] = {}

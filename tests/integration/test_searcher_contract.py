@@ -277,6 +277,15 @@ def test_a_run_in_which_no_trial_says_what_the_search_needs_is_stopped() -> None
         search.suggest("b")
 
 
+def test_stops_before_every_last_epoch_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    search = ready(max_concurrent=1)
+    for number in range(6):
+        assert search.suggest(f"{number}") is not None
+        search.on_trial_complete(f"{number}", result(1.0, finished=False))
+        warned = caplog.text.count("were stopped before their last epoch (Parabola.epochs = 2), and none ran to it")
+        assert warned == (number >= 2)
+
+
 # Restoring beside Tune's own snapshot.
 
 

@@ -20,7 +20,7 @@ SPACE = Space((Parameter(("group", "a"), 1e-3, 10.0, log=True),))  # one: its de
 results = st.one_of(
     st.none(),
     st.just(Observation(math.nan, 0.0, (0.0,))),
-    st.just(Observation(0.5, 0.5, (math.inf,))),
+    st.just(Observation(0.5, math.inf, (0.0,))),
     st.builds(Observation, st.floats(-9, 9), st.floats(-9, 9), st.tuples(st.floats(-9, 9))),
     st.builds(Observation, st.floats(-9, 9), passes=st.just(1.0), complete=st.just(False)),
 )

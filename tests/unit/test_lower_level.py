@@ -315,3 +315,16 @@ def test_hyperparameters_arrive_as_tensors_of_the_config():
             return super().lower_loss(model, hyperparameters, batch)
 
     train(Typed(), {**Ridge().config(X), "layers": 2})
+
+
+def test_a_slope_that_is_infinite_at_a_bound_costs_the_gradient_only(caplog: pytest.LogCaptureFixture):
+    class Root(Ridge):
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            return super().lower_loss(model, hyperparameters, batch) + hyperparameters["root"].sqrt()
+
+    trained, _ = train(Root(dimension=1), {"decay": {"0": 0.5}, "root": 0.0})
+    same, _ = train(Ridge(dimension=1), {"decay": {"0": 0.5}})
+    assert (trained.upper_loss, trained.lower_loss) == (same.upper_loss, same.lower_loss)
+    assert math.isnan(trained.lower_gradient["root"])
+    assert trained.lower_gradient["decay"] == same.lower_gradient["decay"]
+    assert "gradient in root is inf" in caplog.text

@@ -120,11 +120,12 @@ def test_what_counts_as_a_failure(observation: Observation | None):
     assert not math.isfinite(search.state.trainings[0].upper_loss)
 
 
-def test_an_infinite_slope_is_not_known_and_the_losses_are_kept():
-    search = told(optimizer(), Observation(0.5, 0.4, (0.1, math.inf)))
-    training = search.state.trainings[0]
-    assert status(search, 0) == "done" and (training.upper_loss, training.lower_loss) == (0.5, 0.4)
-    assert training.lower_gradient[0] == 0.1 and math.isnan(training.lower_gradient[1])
+@pytest.mark.parametrize("entry", [math.inf, -math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_not_known_and_the_training_counts(entry: float):
+    search = told(optimizer(), Observation(0.5, 0.4, (0.1, entry)))
+    assert status(search, 0) == "done"
+    known, unknown = search.state.trainings[0].lower_gradient
+    assert known == 0.1 and math.isnan(unknown)
 
 
 def test_results_are_numbered_as_they_come():
@@ -393,3 +394,14 @@ def test_points_that_fill_the_box_differ():
         search.fill()
         assert search.ask(trial) is not None
     assert len({training.unit for training in search.state.trainings}) == 9
+
+
+def test_while_every_training_is_stopped_all_slots_are_filled():
+    search = optimizer(slots=3)
+    count = len(search.queue)
+    for number in range(count):
+        assert search.ask(f"design {number}") is not None
+    for number in range(count):
+        search.tell(f"design {number}", Observation(1.0, passes=1.0, complete=False))
+    assert [search.ask_if_free(f"more {number}") is not None for number in range(4)] == [True, True, True, False]
+    assert {t.proposal.origin for t in search.state.pending} == {"fill"}

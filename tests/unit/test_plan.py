@@ -83,10 +83,10 @@ def test_without_a_box_the_starts_of_descents_are_searched() -> None:
             {"search": {"trainings": 1, "points_to_evaluate": [{"x": {}}]}},
             ["search.points_to_evaluate[0]: x not in the space"],
         ),
-        ({"space": {"x": {"b": 1.0}, "c": {"uniform": [0, 1]}}}, ["space: Parabola reads the hyperparameter 'a'"]),
+        ({"space": {"x": {"b": 1.0}, "c": {"uniform": [0, 1]}}}, ["space: Parabola reads the hyperparameter 'x/a'"]),
         (
             {"space": {"x": {"uniform": [0, 1]}}},
-            ["Parabola cannot be evaluated at the centre of the space: IndexError"],
+            ["Parabola.lower_loss raised IndexError"],
         ),
         ({"options": {"device": "cuda"}}, ["options.device: 'cuda', and this machine has no GPU"]),
     ],

@@ -30,6 +30,13 @@ def test_a_whole_training_with_its_gradient_in_the_unit_cube(report: dict[str, A
     assert ran_to_its_end(report)
 
 
+def test_a_gradient_that_is_not_reported_is_not_known() -> None:
+    report = {**FLAT, "lower_gradient/b": math.inf}
+    del report["lower_gradient/x/a"]
+    missing, infinite = Objective().observe("t", report, SPACE, CONFIG).lower_gradient
+    assert math.isnan(missing) and not math.isfinite(infinite)
+
+
 def test_a_maximised_metric_is_flipped_once() -> None:
     assert Objective("score", "max").observe("t", REPORT, SPACE, CONFIG).upper_loss == -0.9
     assert Objective("score", "min").observe("t", REPORT, SPACE, CONFIG).upper_loss == 0.9

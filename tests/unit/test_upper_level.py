@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raybilevel._descents.fixed_x import LagrangianPoint, descend, lagrangian_point, limit
+from raybilevel._descents.fixed_x import LagrangianPoint, RejectedDescentError, descend, lagrangian_point, limit
 from raybilevel._descents.joint import joint_descent
 from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.linearisation import inner
 from raybilevel._lower.variables import BoxVariables
+from raybilevel.errors import NotFiniteError
 from raybilevel.problem import Hyperparameters
 from tests.problems_for_tests import Formula, Logistic, Network, Ridge, point_at, trained_point, vector
 
@@ -93,6 +94,7 @@ def test_what_an_evaluation_costs():
 
 
 def test_float32_and_frozen_parameters():
+    torch.manual_seed(0)
     problem = Network()
     problem.space = Logistic(dimension=1).space
     model = problem.model()
@@ -199,17 +201,42 @@ def test_flat_directions_of_f_are_left_alone():
 
 
 def test_a_lower_level_that_is_not_convex_is_descended():
-    problem = Formula(
-        1, 2, lambda x, y: (y[0] - x[0]).square() + (y[1].square() - 1).square() / 4, lambda y: y[0] + y[1]
-    )
-    model = problem.model().double()
-    with torch.no_grad():
-        model.get_parameter("weight").copy_(torch.tensor([[0.4, 0.1]]))  # near the maximum of f in y_1
-    point = point_at(problem, model, vector(0.4))
+    point = beside_a_maximum(0.575, lambda y: y[0] - y[1])  # F pulls y_1 to where f is convex
     assert limit(point, 0.05, 100, 0.01) is None
     found = lagrangian_point(point, 0.05, 100)
-    assert found.first is not None
+    assert found.first is not None and found.slack > 0
     assert math.isfinite(found.gradient.item())
+
+
+def test_a_descent_that_falls_below_the_training_is_rejected():
+    # Near its maximum f falls on either side: no m holds y_1 there, and F + m f is no answer to x.
+    point = beside_a_maximum(0.1, lambda y: y[0] + y[1])
+    with pytest.raises(RejectedDescentError, match=r"lowered f by 0\.000668 below the training's"):
+        lagrangian_point(point, 0.05, 100)
+
+
+def beside_a_maximum(y1: float, upper: Callable[[Tensor], Tensor]) -> TrainedPoint:
+    """f has a maximum at y_1 = 0, and is not convex below 1 / sqrt(3)."""
+    problem = Formula(1, 2, lambda x, y: (y[0] - x[0]).square() + (y[1].square() - 1).square() / 4, upper)
+    model = problem.model().double()
+    with torch.no_grad():
+        model.get_parameter("weight").copy_(torch.tensor([[0.4, y1]]))
+    return point_at(problem, model, vector(0.4))
+
+
+@pytest.mark.parametrize(
+    ("f", "upper", "message"),
+    [
+        (lambda x, y: (y[0] - x[0]).square(), lambda y: y[0].square().sqrt(), "upper-level loss is 0, but .* weights"),
+        (lambda x, y: y[0].square().sqrt(), lambda y: y[0].square(), "lower-level loss is 0, but .* in the weights"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_names_its_level(f: Any, upper: Any, message: str):
+    problem = Formula(1, 1, f, upper)
+    model = problem.model().double()
+    nn.init.zeros_(model.get_parameter("weight"))
+    with pytest.raises(NotFiniteError, match=message):
+        point_at(problem, model, vector(0.0))
 
 
 @pytest.mark.parametrize("max_passes", [4.0, 7.0, 12.0])

@@ -1,0 +1,62 @@
+"""Trainings that failed, or were stopped, all of them: why, and when a search ends for it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+
+from raybilevel.errors import NotFiniteError, RaybilevelError
+
+ALIKE_AT_MOST = 3
+"""Trainings that may fail with one cause before any has succeeded, and that may be stopped before a warning."""
+NOT_OF_THE_PROBLEM = ("ray.exceptions.", NotFiniteError.__name__)
+"""Causes that another point, or another node, may not have."""
+
+ErrorFile = Callable[[str], str | None]
+"""Where the error of a trial is kept; None where that is not known."""
+
+
+class FailedTrainings:
+    """Counts failures by their cause until a training succeeds: a problem that always fails needs no search."""
+
+    def __init__(self) -> None:
+        self._new: list[str] = []
+        self._causes: Counter[str] = Counter()
+
+    def failed(self, trial: str) -> None:
+        self._new.append(trial)
+
+    def always(self, error_file: ErrorFile) -> RaybilevelError | None:
+        """Why every training fails; None as long as that is not said. To be asked while none has succeeded."""
+        trials, self._new = self._new, []
+        for trial in trials:
+            path = error_file(trial)
+            cause = None if path is None else read_cause(path)
+            if cause is None or any(name in cause for name in NOT_OF_THE_PROBLEM):
+                continue
+            alike = re.sub(r"\d+", "#", cause)
+            self._causes[alike] += 1
+            if self._causes[alike] >= ALIKE_AT_MOST:
+                return RaybilevelError(
+                    f"the first {self._causes[alike]} trainings failed alike, and none succeeded: {cause} (all of it: "
+                    f"{path})"
+                )
+        return None
+
+
+def read_cause(path: str) -> str | None:
+    """The line of a traceback that says what was raised; None where there is none, or the file cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return cause_of(file.read())
+    except OSError:
+        return None
+
+
+def cause_of(text: str) -> str | None:
+    """The first line behind the last frame of a traceback."""
+    lines = text.splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    behind = lines[frames[-1] + 1 :] if frames else []
+    return next((line.strip() for line in behind if line.strip() and not line.startswith(" ")), None)

@@ -1,0 +1,74 @@
+"""When failed trainings end a search: they have one cause, it is of the problem, and none has succeeded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raybilevel.tune._failures import FailedTrainings, cause_of
+
+TRACEBACK = """Failure # 1 (occurred at 2025-01-01_00-00-00)
+\x1b[36mray::ImplicitFunc.train()\x1b[39m (pid=1234, ip=127.0.0.1)
+  File "/site-packages/ray/tune/trainable.py", line 331, in train
+    raise skipped from exception_cause(skipped)
+  File "/work/problem.py", line 12, in evaluate
+    return {{"accuracy": self.labels[{row}]}}
+           ~~~~~~~~~~~^^^
+{cause}
+
+Further words.
+"""
+
+
+def failing(folder: Path, *causes: str | None) -> list[str | None]:
+    """What is said after each of some failures; None stands for an error whose file is not known."""
+    failures, said = FailedTrainings(), []
+    files = {}
+    for number, cause in enumerate(causes):
+        trial = f"t{number}"
+        if cause is not None:
+            files[trial] = folder / trial
+            files[trial].write_text(TRACEBACK.format(row=number, cause=cause))
+        failures.failed(trial)
+        error = failures.always(lambda trial: str(files[trial]) if trial in files else None)
+        said.append(None if error is None else str(error))
+    return said
+
+
+def test_three_failures_with_one_cause_end_the_search_in_one_line(tmp_path: Path) -> None:
+    *before, said = failing(tmp_path, *(f"IndexError: index {row} is out of bounds" for row in (7, 8, 9)))
+    assert before == [None, None]
+    assert said is not None and "\n" not in said
+    assert said.startswith("the first 3 trainings failed alike, and none succeeded: IndexError: index 9 is out of")
+    assert said.endswith(f"(all of it: {tmp_path / 't2'})")
+
+
+@pytest.mark.parametrize(
+    "causes",
+    [
+        ["ValueError: a", "ValueError: b", "TypeError: a"],
+        [None, None, None, None],
+        ["raybilevel.errors.NotFiniteError: the lower-level loss is nan"] * 4,
+        ["ray.exceptions.NodeDiedError: Task failed"] * 4,
+    ],
+)
+def test_other_failures_do_not(tmp_path: Path, causes: list[str | None]) -> None:
+    assert failing(tmp_path, *causes) == [None] * len(causes)
+
+
+def test_several_failures_may_be_heard_of_at_once(tmp_path: Path) -> None:
+    (tmp_path / "error.txt").write_text(TRACEBACK.format(row=0, cause="ImportError: no module named 'mine'"))
+    failures = FailedTrainings()
+    for trial in "abcd":
+        failures.failed(trial)
+    assert "ImportError: no module named 'mine'" in str(failures.always(lambda trial: str(tmp_path / "error.txt")))
+
+
+def test_a_file_that_is_gone_or_says_nothing_is_no_cause(tmp_path: Path) -> None:
+    failures = FailedTrainings()
+    for trial in "abcd":
+        failures.failed(trial)
+    assert failures.always(lambda trial: str(tmp_path / "gone")) is None
+    assert cause_of("The actor died unexpectedly.\n") is None
+    assert cause_of("") is None
