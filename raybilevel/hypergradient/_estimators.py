@@ -72,7 +72,7 @@ class Equilibrium:
         right = upper.in_y.view_as(image)
 
         def step(u: Tensor) -> Tensor:
-            # Half of a gradient: the graph of g exists, so there is no forward pass.
+            # A backward pass without a forward one is half of a gradient. An evaluation of g is the other half.
             functions.ledger.charge(0.5 * functions.ledger.whole)
             (part,) = torch.autograd.grad(image, y, u, retain_graph=True, allow_unused=True, materialize_grads=True)
             return part.view_as(image) + right

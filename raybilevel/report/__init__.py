@@ -1,7 +1,7 @@
 """A run or a comparison as tables, figures and one page.
 
-`write` makes the page, as `raybilevel report` does. `load` gives the same as data frames and figures of plotly. Both
-need the extra `report`.
+`write` makes the page, as `raybilevel report` does. `load` returns the same content as data frames and plotly figures.
+Both need the extra `report`.
 """
 
 from raybilevel.report._page import Loaded, load, write

@@ -1,4 +1,4 @@
-"""What a figure shows, whatever draws it: plain values with names, labels and words for those who cannot see it."""
+"""The content of figures, independent of the library that draws them: values, names, labels and alternative texts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 
 @dataclass(frozen=True)
 class Series:
-    """One named thing in a chart.
+    """One named series of a chart.
 
     kind:      "steps" (constant until the next x), "line", "points", or "spans" (bars from x to x + length in lane y).
-    low, high: of a band around y.
-    error:     of error bars around points, in y.
-    colour:    number in the palette; shade, from 0 to 1, of a colour scale instead.
-    strong:    drawn thicker than the others.
-    notes:     words for each point, shown where the pointer is.
+    low, high: the bounds of a band around y.
+    error:     half the length of error bars in y.
+    length:    of each span, in x.
+    colour:    number in the palette.
+    shade:     place on a colour scale, from 0 to 1, instead of a colour.
+    strong:    whether it is drawn thicker than the others.
+    notes:     a text for each point, shown under the pointer.
     """
 
     name: str
@@ -42,7 +44,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Surface:
-    """Values over a grid, drawn as a filled contour: z has a row for each y."""
+    """Values over a grid, drawn as filled contours. z has a row for each y."""
 
     name: str
     x: list[float]
@@ -54,9 +56,12 @@ class Surface:
 class Chart:
     """A figure.
 
-    name:    of its files.
-    caption: what it shows and how to read it; alt: what there is to see, for those who cannot see it.
+    name:    of its files, without the ending.
+    caption: what the figure shows and how to read it.
+    alt:     alternative text: what is seen, for readers who cannot see it.
     ticks:   names at x = 0, 1, ... instead of numbers.
+    lanes:   names on the y axis from top to bottom, for spans.
+    bounds:  of the y axis.
     """
 
     name: str
@@ -74,7 +79,7 @@ class Chart:
     bounds: tuple[float, float] | None = field(default=None)
 
     def data(self) -> pd.DataFrame:
-        """Everything that is drawn, one row a point."""
+        """All data of the figure, one row per point."""
         parts = []
         for series in self.series:
             columns = {"series": [series.name] * len(series.x), "x": series.x, "y": series.y}

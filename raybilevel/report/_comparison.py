@@ -19,7 +19,7 @@ OWN = (*OWN_METHODS, *OWN_METHODS.values())
 
 
 def method_order(records: Sequence[Record]) -> list[str]:
-    """raybilevel's own methods first, the others by name."""
+    """The methods' names: raybilevel's own first, then the others in alphabetical order."""
     methods = {r.method_name for r in records}
     own = [m for m in OWN if m in methods]
     return own + sorted(methods - set(own))
@@ -34,7 +34,7 @@ def unit_name(records: Sequence[Record]) -> str:
 
 
 def charts(records: Sequence[Record]) -> list[Chart]:
-    """Anytime curves of each problem against cost and wall-clock, overhead, and ranks."""
+    """Anytime curves of each problem against cost and wall-clock time, and the overhead."""
     found = []
     order = method_order(records)
     for problem, members in grouped(records, "problem_name").items():
@@ -45,7 +45,7 @@ def charts(records: Sequence[Record]) -> list[Chart]:
 
 
 def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis: frames.Axis) -> Chart:
-    """Best F so far: mean over seeds, with its interval."""
+    """The best F so far: the mean over seeds, with its interval."""
     series, ends = [], {}
     by_method = grouped(records, "method_name")
     for method in (m for m in order if m in by_method):
@@ -93,7 +93,7 @@ def charged(axis: frames.Axis) -> str:
 
 
 def overhead(records: Sequence[Record], order: Sequence[str]) -> Chart:
-    """Seconds per run: in the searcher, in upper-level steps, in trainings."""
+    """Seconds per run in trainings, in upper-level steps and in the searcher."""
     parts = ("trainings", "upper-level steps", "searcher")
     rows: dict[str, list[tuple[str, float, float]]] = {part: [] for part in parts}
     by_method = grouped([r for r in records if r.trials], "method_name")
@@ -136,9 +136,10 @@ def seconds_of(records: Sequence[Record]) -> tuple[float, float, float]:
 
 
 def tables(records: Sequence[Record], everything: Sequence[Record]) -> list[Table]:
-    """The winner table of each problem, ranks, paired tests, and what could not be run.
+    """The winner table of each problem, ranks, paired tests, and the runs that failed.
 
-    records: those of whole runs. everything: with the others.
+    records:    of complete runs.
+    everything: all records, with those that are not complete.
     """
     order = method_order(everything)
     found = []
@@ -152,7 +153,7 @@ def tables(records: Sequence[Record], everything: Sequence[Record]) -> list[Tabl
 
 
 def winners(problem: str, records: Sequence[Record], order: Sequence[str]) -> Table:
-    """F, test loss and refit at the marks, trainings and overhead, the best F in bold."""
+    """F at the marks, test loss, refit, trainings and overhead of each method. The best F is bold."""
     end = max(r.settings.budget for r in records)
     marks = [m for m in sorted(records[0].marks or [end / 2]) if m < end] + [end]
     loss = loss_name(records)
@@ -214,7 +215,7 @@ def lowest(intervals: Mapping[str, Interval | None]) -> str | None:
 
 
 def final_losses(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, float]]:
-    """Final F by method, for each problem and seed; infinite where no training ran to its end."""
+    """The final F by method, for each problem and seed; infinity if no training was completed."""
     blocks: dict[tuple[str, int], dict[str, float]] = {}
     for record in records:
         index = incumbent(record, record.settings.budget)
@@ -225,7 +226,7 @@ def final_losses(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, f
 
 
 def ranks(records: Sequence[Record], order: Sequence[str]) -> Table:
-    """Mean rank over problems and seeds."""
+    """The mean rank of each method over problems and seeds."""
     result = rank(list(final_losses(records).values()))
     rows = sorted(result.mean.items(), key=lambda item: item[1])
     friedman = "" if result.friedman is None else f" Friedman's test that all are alike: p = {result.friedman:.2g}."
@@ -247,7 +248,7 @@ class Comparison:
 
 
 def comparisons(records: Sequence[Record]) -> list[Comparison]:
-    """Each of raybilevel's own methods against the best peer of each problem, on the seeds that both have."""
+    """Compare each of raybilevel's own methods with the best peer of each problem, on the seeds that both have."""
     blocks, found = final_losses(records), []
     for problem in dict.fromkeys(name for name, _ in blocks):
         members = {seed: block for (name, seed), block in blocks.items() if name == problem}
@@ -269,7 +270,8 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
 
 
 def is_own(method: str, records: Sequence[Record]) -> bool:
-    """Whether a method's name stands for one of raybilevel's, alone or with a scheduler."""
+    """Whether a method is one of raybilevel's own, alone or with a scheduler."""
+    # Not by the name in the config, which the user chooses.
     kinds = {r.settings.method for r in records if r.method_name == method}
     return any(kind.partition("+")[0] in OWN for kind in kinds)
 
@@ -277,6 +279,7 @@ def is_own(method: str, records: Sequence[Record]) -> bool:
 def tests(records: Sequence[Record]) -> Table:
     """Paired tests, with Holm's correction over all of them."""
     found = comparisons(records)
+    # Holm's correction counts only tests with a p-value. A single pair has none.
     with_p = [c for c in found if c.test.p is not None]
     corrected = dict(zip(map(id, with_p), holm([c.test.p for c in with_p if c.test.p is not None]), strict=True))
     rows = []

@@ -1,4 +1,4 @@
-"""Records as tables of numbers: observations, curves and values at a cost."""
+"""Records as data frames of observations and curves, and values at a cost."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from raybilevel.space import flatten
 
 Axis = Literal["spent", "seconds"]
 Value = Callable[[Record, int], float | None]
-"""Something of a record at its incumbent, by the incumbent's position."""
+"""Returns a value of a record's incumbent, given the record and the incumbent's position."""
 
 
 def observations(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per ended training: problem, method, seed, status, upper_loss, best_upper_loss, cost, seconds, metrics
-    as columns of their own, and each hyperparameter as `config/<name>`. A metric that is called as one of the other
-    columns is `metric/<name>`."""
+    """A frame with one row per ended training.
+
+    Its columns are problem, method, seed, training, status, upper_loss, best_upper_loss, lower_loss, cost, spent,
+    seconds, each metric by its name, and each hyperparameter as `config/<name>`. A metric with the name of another
+    column is `metric/<name>`.
+    """
     return pd.DataFrame(
         [row_of(record, number, o) for record in records for number, o in enumerate(record.observations)]
     )
@@ -58,7 +61,7 @@ def refitted(name: str) -> Value:
 
 
 def at(records: Sequence[Record], value: Value, spent: float) -> Interval | None:
-    """Mean over the records and its interval; None where no record has the value."""
+    """The mean over the records, with its interval; None if no record has the value."""
     found = []
     for record in records:
         index = incumbent(record, spent)
@@ -68,11 +71,15 @@ def at(records: Sequence[Record], value: Value, spent: float) -> Interval | None
 
 
 def curve(records: Sequence[Record], axis: Axis) -> pd.DataFrame:
-    """Best F so far along an axis ("spent" or "seconds"): x, mean, low, high, from where every record has one."""
+    """The best F so far along an axis, "spent" or "seconds": a frame with x, mean, low, high.
+
+    It begins where every record has an F. Before that, the mean would be over a changing set of seeds.
+    """
     found: list[dict[str, Any]] = []
     points = sorted({getattr(o, axis) for r in records for o in r.observations})
     last: tuple[float, ...] | None = None
     for x in points:
+        # A row only where something changes: each takes a bootstrap.
         values = [best_so_far(r, x, axis) for r in records]
         known = [v for v in values if v is not None]
         if len(known) < len(records) or tuple(known) == last:
@@ -88,7 +95,7 @@ def curve(records: Sequence[Record], axis: Axis) -> pd.DataFrame:
 
 
 def end_of(record: Record, axis: Axis) -> float:
-    """How far a run was carried on."""
+    """The end of a run on an axis."""
     if axis == "spent":
         return record.settings.budget
     return max((trial.seconds[-1] for trial in record.trials if trial.seconds), default=0.0)

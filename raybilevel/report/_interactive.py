@@ -16,7 +16,7 @@ MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
 def plotly_figure(chart: Chart) -> Any:
-    """A plotly figure with transparent background, so that the page's own colours show."""
+    """A plotly figure. Its background is transparent, so that it fits the page in light and dark mode."""
     figure = go.Figure()
     height = max(240, 150 + 30 * len(chart.lanes)) if chart.lanes else 420
     if chart.surface is not None:
@@ -36,6 +36,7 @@ def plotly_figure(chart: Chart) -> Any:
         template="none",
         barmode="overlay",
         hovermode="closest",
+        # 70 pixels below the plot, of whose height plotly takes shares.
         legend={"orientation": "h", "y": -70 / (height - 60), "yanchor": "top"},
         height=height,
     )
@@ -51,7 +52,7 @@ def plotly_figure(chart: Chart) -> Any:
 
 
 def axis(label: str, log: bool, values: Sequence[Any]) -> dict[str, Any]:
-    """A logarithmic axis is labelled at 1, 2 and 5, or at powers of ten where it is long, or wherever it is short."""
+    """An axis. A logarithmic one has labels at 1, 2 and 5, at powers of ten if it is long, or the default if short."""
     found: dict[str, Any] = {"title": {"text": label, "standoff": 8}, "zeroline": False}
     if not log:
         return found
@@ -62,7 +63,7 @@ def axis(label: str, log: bool, values: Sequence[Any]) -> dict[str, Any]:
 
 
 def traces(series: Series) -> list[Any]:
-    """One trace, and one for the band around it."""
+    """The traces of a series: its own, after those of the band around it."""
     colour = colour_of(series)
     shown = {"legendgroup": series.name, "showlegend": series.in_legend, "name": series.name}
     hover = {"hovertext": series.notes, "hovertemplate": hover_text(series)}
@@ -105,7 +106,7 @@ def dash_of(series: Series) -> str:
 
 
 def faded(colour: str) -> str:
-    """A palette colour, or "rgb(r, g, b)", at a seventh of its strength."""
+    """A colour of the palette, or "rgb(r, g, b)", at 15 % opacity."""
     if colour.startswith("#"):
         red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
         return f"rgba({red},{green},{blue},0.15)"

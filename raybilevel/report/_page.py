@@ -1,4 +1,4 @@
-"""One self-contained page from a folder of a run or a comparison, with its figures and tables as files beside it."""
+"""A self-contained page about a run or a comparison, and its figures and tables as files."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; folded ones are opened by a click, and drawn only then.
+    """A part of the page.
 
-    files: whether its figures are written as files too.
+    folded: whether a click is needed to open it. Its figures are drawn only then.
+    files:  whether its figures are also written as files.
     """
 
     title: str
@@ -48,11 +49,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a folder holds, for a notebook.
+    """The content of a folder, for a notebook.
 
-    observations: one row per ended training; see `raybilevel.report._frames.observations`.
+    observations: one row per ended training: problem, method, seed, losses, costs, metrics and hyperparameters.
     figures:      plotly figures by name.
     tables:       by name.
+    wrong:        one line for each file that was skipped.
     """
 
     observations: pd.DataFrame
@@ -65,8 +67,8 @@ def load(folder: str | Path) -> Loaded:
     """The observations, figures and tables of a folder of `raybilevel run` or `raybilevel compare`.
 
     Raises:
-        DataError: it holds neither.
-        RaybilevelError: no training ran to its end yet.
+        DataError: the folder is of neither.
+        RaybilevelError: no training has been completed yet.
         ConfigError: plotly is not installed.
     """
     import pandas as pd
@@ -84,10 +86,12 @@ def load(folder: str | Path) -> Loaded:
 
 
 def write(folder: str | Path) -> Path:
-    """`report.html` in the folder, `figures/` (SVG, PNG, CSV) and `tables/` (CSV, Markdown); the page's path.
+    """Write `report.html`, `figures/` (SVG, PNG, CSV) and `tables/` (CSV, Markdown) to the folder.
+
+    Returns the path of the page.
 
     Raises:
-        DataError, RaybilevelError, ConfigError: as `load`.
+        DataError, RaybilevelError, ConfigError: as for `load`.
     """
     from raybilevel.report._static import write_figures
 
@@ -105,6 +109,11 @@ def write(folder: str | Path) -> Path:
 
 
 def drawing() -> Any:
+    """The function that draws with plotly.
+
+    Raises:
+        ConfigError: the packages of the extra `report` are missing.
+    """
     try:
         from raybilevel.report._interactive import plotly_figure
     except ImportError as error:
@@ -113,7 +122,7 @@ def drawing() -> Any:
 
 
 def sections_of(source: Source) -> list[Section]:
-    """What the page shows, in its order."""
+    """The sections of the page in their order."""
     if source.kind == "run":
         record = source.records[0]
         return [Section("Result", single.charts(record), single.tables(record), about_run(record))]
@@ -136,13 +145,13 @@ def sections_of(source: Source) -> list[Section]:
         head = f"{record.problem_name}: {record.method_name}, seed {record.settings.seed}"
         note = "" if record.status == "done" else f"This run is {record.status}; it is in no table."
         charts = single.charts(record, file_name(head) + "-")
-        # Hundreds of files of other methods' runs would help nobody; the page has them all.
+        # Files only for raybilevel's own methods: those of all methods would be hundreds, and the page has them.
         sections.append(Section(head, charts, (), note, folded=True, files=record.search is not None))
     return sections
 
 
 def first_seeds(records: Sequence[Record]) -> list[Record]:
-    """One run of each method on each problem, the one with the lowest seed."""
+    """The run with the lowest seed of each method on each problem."""
     order = comparison.method_order(records)
     found: dict[tuple[str, str], Record] = {}
     for record in sorted(records, key=lambda r: r.settings.seed):
@@ -167,7 +176,7 @@ def about_problem(records: Sequence[Record]) -> str:
 
 
 def render(source: Source, sections: Sequence[Section], plotly_figure: Any) -> str:
-    """The page, with everything that it needs inside."""
+    """The HTML of the page, with data, scripts and styles inside."""
     import jinja2
     from plotly.offline import get_plotlyjs
 
@@ -205,7 +214,7 @@ def render(source: Source, sections: Sequence[Section], plotly_figure: Any) -> s
 
 
 def versions_of(records: Sequence[Record]) -> dict[str, str]:
-    """Package -> the versions that the records were made with."""
+    """The versions of each package in the records."""
     found: dict[str, set[str]] = {}
     for record in records:
         for name, version in record.versions.items():
@@ -224,7 +233,7 @@ def machines_of(records: Sequence[Record]) -> list[str]:
 
 
 def script_json(figure: Any) -> str:
-    """A figure as JSON that may stand in a script element: nothing in it ends the element."""
+    """A figure as JSON for a script element. "<" is escaped, as a text with "</script>" would end the element."""
     return str(figure.to_json()).replace("<", "\\u003c")
 
 
@@ -233,7 +242,7 @@ def link(content: str) -> str:
 
 
 def bold(text: str) -> Any:
-    """`**best**` as bold text in the page."""
+    """A cell as HTML, in which `**best**` is bold."""
     from markupsafe import Markup, escape
 
     found = re.fullmatch(r"\*\*(.*)\*\*", text)

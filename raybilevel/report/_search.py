@@ -1,4 +1,4 @@
-"""Figures of a search by one of raybilevel's own methods: what its models knew, and what its steps did."""
+"""Figures of a search by one of raybilevel's own methods: its models and its upper-level steps."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 GRID_POINTS, SLICE_POINTS = 41, 101
 MOST_LINES = 60
-"""Lines in parallel coordinates; more are a blot."""
+"""Lines in parallel coordinates. More cannot be told apart."""
 
 
 def charts(saved: SavedSearch, prefix: str = "") -> list[Chart]:
-    """Every figure of a search; `prefix` distinguishes the files of several runs."""
+    """All figures of a search. `prefix` distinguishes the files of several runs."""
     if len(saved.state.done) < 2:
         return []
     return [*value_function(saved, prefix), multipliers(saved.state, prefix), surrogate_error(saved.state, prefix)]
 
 
 def value_function(saved: SavedSearch, prefix: str) -> list[Chart]:
-    """v_hat with its uncertainty against the trained values, as the dimension allows."""
-    from raybilevel._models.value_function import fit_value_function  # takes gpytorch and botorch, seconds to import
+    """Figures of v_hat and the trained values. The dimension decides which."""
+    from raybilevel._models.value_function import fit_value_function  # imports botorch, which takes seconds
 
     state, dimension = saved.state, len(saved.parameters)
     best = state.best or state.done[0]
@@ -46,7 +46,7 @@ def value_function(saved: SavedSearch, prefix: str) -> list[Chart]:
 
 
 def predictions(state: SearchState, prefix: str) -> Chart:
-    """v_hat before a training against the value that it had."""
+    """The value that v_hat predicted for each training, against the trained value."""
     foretold = [t for t in state.done if t.proposal.predicted_value is not None]
     values = [t.lower_loss for t in foretold]
     predicted = [float(t.proposal.predicted_value or 0.0) for t in foretold]
@@ -73,7 +73,7 @@ def predictions(state: SearchState, prefix: str) -> Chart:
 
 
 def slice_of(saved: SavedSearch, fitted: ValueFunction, prefix: str) -> Chart:
-    """One hyperparameter: the posterior along it, and the trained values."""
+    """For one hyperparameter: the posterior along it, and the trained values."""
     parameter = saved.parameters[0]
     units = torch.linspace(0, 1, SLICE_POINTS, dtype=torch.double)
     mean = [fitted.mean(u.unsqueeze(0)).item() for u in units]
@@ -103,7 +103,7 @@ def slice_of(saved: SavedSearch, fitted: ValueFunction, prefix: str) -> Chart:
 
 
 def contour(saved: SavedSearch, fitted: ValueFunction, prefix: str) -> Chart:
-    """Two hyperparameters: v_hat over the box, and from where to where the search stepped."""
+    """For two hyperparameters: v_hat over the box, and the path of each trust region."""
     first, second = saved.parameters
     units = torch.linspace(0, 1, GRID_POINTS, dtype=torch.double)
     z = [[fitted.mean(torch.stack([a, b])).item() for a in units] for b in units]
@@ -143,7 +143,7 @@ def place(parameter: Any, training: Training, coordinate: int) -> float:
 
 
 def trajectories(state: SearchState) -> dict[int, list[Training]]:
-    """The trainings of each trust region after the one that began it, in the order in which they ended."""
+    """The trainings of each trust region: the one that it began at, then the others in the order of their ends."""
     found: dict[int, list[Training]] = {}
     for training in state.done:
         region = training.proposal.region
@@ -153,11 +153,11 @@ def trajectories(state: SearchState) -> dict[int, list[Training]]:
 
 
 def parallel(saved: SavedSearch, prefix: str) -> Chart:
-    """More than two hyperparameters: a line per training, coloured by the rank of its F."""
+    """For more than two hyperparameters: a line per training, coloured by the rank of its F."""
     best = sorted(saved.state.done, key=lambda t: t.upper_loss)[:MOST_LINES]
     names = [p.name for p in saved.parameters]
     series = []
-    for number, training in reversed(list(enumerate(best))):
+    for number, training in reversed(list(enumerate(best))):  # the best is drawn last, over the others
         shade = 1 - number / max(1, len(best) - 1)
         series.append(
             Series(
@@ -187,13 +187,13 @@ def parallel(saved: SavedSearch, prefix: str) -> Chart:
 
 
 def short(names: Sequence[str]) -> list[str]:
-    """Names without the path that they share."""
+    """The names without their path, if all have the same one."""
     heads = {name.rpartition("/")[0] for name in names}
     return [name.rpartition("/")[2] for name in names] if len(heads) == 1 else list(names)
 
 
 def sensitivities(saved: SavedSearch, prefix: str) -> Chart:
-    """How much F and f change with each hyperparameter, across its interval."""
+    """The change of F, or without hypergradients of f, with each hyperparameter, across its interval."""
     done = saved.state.done
     with_hypergradient = [t for t in done if t.hypergradient]
     names = tuple(short([p.name for p in saved.parameters]))
@@ -224,7 +224,7 @@ def sensitivities(saved: SavedSearch, prefix: str) -> Chart:
 
 
 def multipliers(state: SearchState, prefix: str) -> Chart:
-    """Where each augmented Lagrangian descent ended."""
+    """The multiplier and the violation at the end of each augmented Lagrangian descent."""
     steps = [s for s in state.steps if s.multiplier is not None]
     x = [s.number for s in steps]
     series = [Series("multiplier", "points", x, [s.multiplier for s in steps], colour=0)]
@@ -249,23 +249,23 @@ def multipliers(state: SearchState, prefix: str) -> Chart:
 
 
 def surrogate_error(state: SearchState, prefix: str) -> Chart:
-    """How far the models' predictions were from what was trained."""
+    """The errors of the models' predictions."""
     value = [(t.finished, abs(t.proposal.predicted_value - t.lower_loss)) for t in state.done
              if t.proposal.predicted_value is not None]  # fmt: skip
     upper = [(t.finished, abs(t.proposal.predicted_upper_loss - t.upper_loss)) for t in state.done
              if t.proposal.predicted_upper_loss is not None]  # fmt: skip
     series = []
     for number, (name, errors) in enumerate((("|v_hat - v|", value), ("|F_hat - F|", upper))):
-        positive = [(i, e) for i, e in errors if e > 0]
+        positive = [(i, e) for i, e in errors if e > 0]  # the axis is logarithmic
         if positive:
             series.append(Series(name, "points", [i for i, _ in positive], [e for _, e in positive], colour=number))
-    said = ", ".join(f"{s.name} from {s.y[0]:.2g} to {s.y[-1]:.2g}" for s in series)
+    text = ", ".join(f"{s.name} from {s.y[0]:.2g} to {s.y[-1]:.2g}" for s in series)
     return Chart(
         name=f"{prefix}errors",
         title="Error of the surrogates",
         caption="Distance between the value that a model expected before a training and the one that was trained, in "
         "the order in which trainings ended.",
-        alt=f"Errors over the run: {said}.",
+        alt=f"Errors over the run: {text}.",
         x_label="training, in the order of ends",
         y_label="absolute error",
         series=tuple(series),

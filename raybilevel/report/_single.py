@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def charts(record: Record, prefix: str = "") -> list[Chart]:
-    """Every figure that the record has the data for; `prefix` distinguishes the files of several runs."""
+    """All figures for which the record has data. `prefix` distinguishes the files of several runs."""
     found = [progress(record, prefix), path_of_incumbent(record, prefix)]
     saved = search_of(record)
     if saved is not None:
@@ -29,7 +29,7 @@ def charts(record: Record, prefix: str = "") -> list[Chart]:
 
 
 def progress(record: Record, prefix: str) -> Chart:
-    """F of each training, the best so far, and the test loss of the incumbent."""
+    """F of each training, the best F so far, and the test loss of the incumbent."""
     done = [(i, o) for i, o in enumerate(record.observations) if o.upper_loss is not None]
     origins = origins_of(record)
     series = []
@@ -79,10 +79,11 @@ def describe(hyperparameters: dict[str, Any]) -> str:
 
 
 def path_of_incumbent(record: Record, prefix: str) -> Chart:
-    """Where the best hyperparameters so far lie in their intervals."""
+    """The hyperparameters of the incumbent over the run, each within its interval."""
     done = [o for o in record.observations if o.upper_loss is not None]
     names = [p.name for p in record.space]
     best = [record.observations[o.incumbent] for o in done]
+    # More than eight curves cannot be told apart: the palette has eight colours.
     shown = sorted(range(len(names)), key=lambda j: -spread([b.unit[j] for b in best]))[:8]
     series = tuple(
         Series(names[j], "steps", [o.cost for o in done], [b.unit[j] for b in best], colour=number)
@@ -109,7 +110,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def timeline(record: Record, prefix: str) -> Chart:
-    """When which worker ran which trial, and when upper-level steps were under way."""
+    """The trials on each worker, and the upper-level steps, over time."""
     spans: dict[str, list[tuple[str, float, float, str]]] = {}
     workers: dict[tuple[str, int], str] = {}
     for trial in record.trials:
@@ -146,7 +147,7 @@ def timeline(record: Record, prefix: str) -> Chart:
 
 
 def stretches(seconds: Sequence[float], took: Sequence[float]) -> list[tuple[float, float]]:
-    """Epochs that follow each other joined to bars: (begin, end); a pause of more than a second parts them."""
+    """Bars (begin, end) of consecutive epochs. A pause of at least a second ends a bar."""
     bars: list[tuple[float, float]] = []
     for end, length in zip(seconds, took, strict=True):
         begin = max(0.0, end - length)
@@ -158,12 +159,12 @@ def stretches(seconds: Sequence[float], took: Sequence[float]) -> list[tuple[flo
 
 
 def cost_split(record: Record, saved: SavedSearch | None, prefix: str) -> Chart:
-    """What the cost was made of, in trainings."""
+    """The parts of the cost, in trainings."""
     observed = record.observations
     counts = {"trainings": 0.0, "stopped trainings": 0.0, "failed trainings": 0.0}
     epochs = {trial.trial: len(trial.epochs) for trial in record.trials}
     for o in observed:
-        # A comparison charges a failed training by its epochs, a search or the benchmark the whole of it.
+        # A comparison charges a failed training by its epochs. A search or the benchmark charges a whole training.
         whole = o.status == "done" or (o.status == "failed" and record.kind != "comparison")
         name = "trainings" if o.status == "done" else f"{o.status} trainings"
         counts[name] += 1.0 if whole else epochs.get(o.trial, 0) / record.epochs_per_training
@@ -191,13 +192,13 @@ def cost_split(record: Record, saved: SavedSearch | None, prefix: str) -> Chart:
 
 
 def tables(record: Record) -> list[Table]:
-    """The result of a run, and every training that improved on those before it."""
+    """The result of a run, and the trainings that became the incumbent."""
     done = [(number, o) for number, o in enumerate(record.observations, 1) if o.upper_loss is not None]
     return [result(record, done[-1][1].incumbent), improvements(done)] if done else []
 
 
 def result(record: Record, best: int) -> Table:
-    """What was found, where, and how well the search went; `best` is the position of the incumbent."""
+    """The losses, hyperparameters and diagnostics of the incumbent, whose position is `best`."""
     incumbent = record.observations[best]
     rows = [("F (validation loss)", f"{incumbent.upper_loss:.6g}")]
     rows += [(name.replace("_", " "), f"{value:.6g}") for name, value in incumbent.metrics.items()]
@@ -214,7 +215,7 @@ def result(record: Record, best: int) -> Table:
 
 
 def improvements(done: Sequence[tuple[int, Observation]]) -> Table:
-    """The trainings that ran to their end, with their numbers, as far as each was better than all before it."""
+    """The completed trainings that were better than all before them, with their numbers."""
     better = [done[0], *(b for a, b in pairwise(done) if b[1].incumbent != a[1].incumbent)]
     rows = []
     for number, o in better:

@@ -1,4 +1,4 @@
-"""What a folder holds: the records of a comparison or of the benchmark, or one run, read as a record too."""
+"""Reads a folder: the records of a comparison or of the benchmark, or one run, which becomes a record."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from raybilevel.errors import DataError, RaybilevelError
 
 @dataclass(frozen=True)
 class Source:
-    """Records, and the files that are none.
+    """Records, and the files that could not be read.
 
-    kind: "comparison" or "run".
+    kind:  "comparison" or "run".
     wrong: one line for each file that was skipped.
     """
 
@@ -27,12 +27,12 @@ class Source:
 
     @property
     def good(self) -> list[Record]:
-        """Those with something to show."""
+        """The records with a completed training."""
         return [r for r in self.records if r.status != "unavailable" and r.lowest is not None]
 
     @property
     def done(self) -> list[Record]:
-        """Those that a table may count: whole runs, also such in which no training ran to its end."""
+        """The records for tables: those of complete runs, even without a completed training."""
         return [r for r in self.records if r.status == "done" or self.kind == "run"]
 
 
@@ -40,7 +40,7 @@ def read_folder(folder: Path) -> Source:
     """The records of a comparison, a benchmark or a run.
 
     Raises:
-        DataError: the folder holds none of them.
+        DataError: the folder is of none of them.
     """
     if (folder / RECORDS_FOLDER).is_dir():
         found, wrong = records.read_all(folder)
@@ -53,6 +53,10 @@ def read_folder(folder: Path) -> Source:
 
 
 def check(source: Source) -> None:
-    """Raises RaybilevelError where there is nothing to report."""
+    """Check that there is something to report.
+
+    Raises:
+        RaybilevelError: no training has been completed yet.
+    """
     if not source.good:
         raise RaybilevelError(f"{source.folder}: no training ran to its end yet, so there is nothing to report")

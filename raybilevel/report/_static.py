@@ -12,11 +12,11 @@ from raybilevel.report._charts import PALETTE, Chart, Series
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^PX"
 TEXT = {"svg.fonttype": "none", "svg.hashsalt": "raybilevel", "font.size": 10}
-"""Text stays text in SVG files, and the same data give the same file."""
+"""Texts in SVG files stay texts. The fixed salt makes identifiers, and so files, the same for the same data."""
 
 
 def write_figures(charts: Iterable[Chart], folder: Path) -> list[Path]:
-    """`<name>.svg`, `<name>.png` and `<name>.csv` of each chart."""
+    """Write `<name>.svg`, `<name>.png` and `<name>.csv` for each chart. Returns their paths."""
     from matplotlib import rc_context
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def write_figures(charts: Iterable[Chart], folder: Path) -> list[Path]:
 
 
 def matplotlib_figure(chart: Chart) -> Any:
-    """A figure that belongs to no window and no global state."""
+    """A matplotlib figure without `pyplot`, which keeps figures in a global state and may open a window."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -79,7 +79,7 @@ def matplotlib_figure(chart: Chart) -> Any:
 
 
 def sparse(value: float, position: float) -> str:
-    """Labels of a logarithmic axis between the powers of ten: of 2 and 5 only, so that they do not collide."""
+    """Minor labels of a logarithmic axis: only those of 2 and 5, so that they do not overlap."""
     leading = f"{value:e}"
     return f"{value:g}" if leading.startswith(("2.000000e", "5.000000e")) else ""
 

@@ -1,4 +1,4 @@
-"""Intervals over seeds, ranks over problems, and paired tests: scipy's, and Holm's correction."""
+"""Intervals over seeds, ranks over problems, and paired tests by scipy, with Holm's correction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % percentile bootstrap interval; low and high are None from a single value."""
+    """A mean and its 95 % percentile bootstrap interval. Low and high are None for a single value."""
 
     mean: float
     low: float | None
@@ -24,14 +24,14 @@ class Interval:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Low and high; of a single value, that value."""
+        """Low and high. For a single value both are that value."""
         return (self.mean if self.low is None else self.low, self.mean if self.high is None else self.high)
 
 
 def bootstrap(values: Sequence[float]) -> Interval:
-    """The mean over seeds and its bootstrap interval (Efron 1979), the same at every call.
+    """The mean over seeds and its bootstrap interval (Efron 1979). Its seed is fixed, so the result is reproducible.
 
-    With few seeds such an interval is too narrow; from two it is the two values themselves.
+    With few seeds such an interval is too narrow. For two seeds it is the two values themselves.
     """
     found = np.asarray(values, dtype=float)
     mean = float(found.mean())
@@ -48,9 +48,10 @@ def bootstrap(values: Sequence[float]) -> Interval:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Mean rank of each method over blocks (a problem with a seed), 1 is best.
+    """The mean rank of each method over blocks. A block is a problem with a seed, and rank 1 is best.
 
-    blocks:   how many had every method.
+    wins:     the number of blocks in which a method is first.
+    blocks:   the number of blocks that have every method.
     friedman: p of Friedman's test that all methods are alike; None with fewer than three methods or two blocks.
     """
 
@@ -61,7 +62,7 @@ class Ranks:
 
 
 def rank(blocks: Sequence[Mapping[str, float]]) -> Ranks:
-    """Ranks of methods by a loss, over the blocks that have all of them; ties share their mean rank."""
+    """The ranks of methods by a loss, over the blocks that have all methods. Ties share their mean rank."""
     methods = list(dict.fromkeys(method for block in blocks for method in block))
     whole = [block for block in blocks if len(block) == len(methods)]
     if not whole:
@@ -80,9 +81,9 @@ def rank(blocks: Sequence[Mapping[str, float]]) -> Ranks:
 class PairedTest:
     """Two methods on the same seeds.
 
-    difference: mean loss of the first less that of the second; negative where the first is better.
-    p:          exact sign-flip permutation test, two-sided; None from a single pair.
-    least:      the smallest p that this many pairs can give, 2 / 2^n.
+    difference: mean loss of the first minus that of the second; negative if the first is better.
+    p:          of the two-sided sign-flip permutation test; None for a single pair.
+    least:      the smallest p that n pairs can give, 2 / 2^n.
     """
 
     difference: Interval
@@ -91,11 +92,12 @@ class PairedTest:
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
-    """Whether the losses of two methods differ; `first` and `second` are of the same seeds, in order."""
+    """Test whether the losses of two methods differ. `first` and `second` have the same seeds in the same order."""
     differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     interval = bootstrap(differences.tolist())
     if len(differences) < 2:
         return PairedTest(interval, None, None)
+    # Exact for up to 13 pairs, of which there are no more than 9999 sign flips.
     result = stats.permutation_test(
         (np.asarray(first, dtype=float), np.asarray(second, dtype=float)),
         lambda a, b, axis: np.mean(a - b, axis=axis),
@@ -105,10 +107,11 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (Holm 1979): adjusted p-values, in the order given."""
+    """Adjusted p-values by Holm's step-down correction (Holm 1979), in the order given."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for step, index in enumerate(order):
+        # At least as large as the one before: adjusted values must keep the order of the raw ones.
         largest = max(largest, min(1.0, (len(p_values) - step) * p_values[index]))
         adjusted[index] = largest
     return adjusted

@@ -1,4 +1,4 @@
-"""Tables as words: as Markdown, as CSV, and on the page."""
+"""Tables as texts, for Markdown, CSV and the page."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """A table as it is printed: one list of words a row.
+    """A table of texts.
 
-    note: what a reader must know to read it.
+    note: an explanation for readers, printed below it.
     """
 
     name: str
@@ -50,7 +50,7 @@ def markdown(tables: Sequence[Table]) -> str:
 
 
 def write_tables(tables: Sequence[Table], observations: pd.DataFrame, folder: Path) -> None:
-    """Each table as CSV, all of them as Markdown, and every observation."""
+    """Write each table as CSV, all tables as Markdown, and the observations as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
     for table in tables:
         (folder / f"{table.name}.csv").write_text(table_csv(table), encoding="utf-8")
