@@ -78,9 +78,10 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
 
 
 def make_problem(name: str, options: Mapping[str, Any] | None = None, data: str | None = None) -> BilevelProblem:
-    """A problem by name, with options of its constructor; `data`, the folder of data files, for those that read any.
+    """Make a problem by its name.
 
-    The option `device` of all is where trainings run, e.g. "cuda".
+    options: of its constructor, and `device`, where trainings run, e.g. "cuda".
+    data:    the folder of data files, for problems that read any.
 
     Raises:
         ConfigError: there is no such problem, or it has no such option.
@@ -105,7 +106,7 @@ def make_problem(name: str, options: Mapping[str, Any] | None = None, data: str 
 
 
 def option_names(problem: type[BilevelProblem]) -> list[str]:
-    """The options of a problem's constructor and, where it passes further ones on, of its base classes'."""
+    """The options of a problem's constructor, and those of its base classes if it passes further options on."""
     names: dict[str, None] = {}
     for cls in problem.__mro__:
         if "__init__" not in vars(cls):

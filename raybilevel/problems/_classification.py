@@ -1,4 +1,4 @@
-"""What classification problems share: splits read once, minibatches, cross-entropy, test metrics, decay of layers."""
+"""The common part of classification problems: splits, minibatches, cross-entropy, test metrics, decay of layers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ TEST_CHUNK = 1000
 
 
 class Minibatch(NamedTuple):
-    """Inputs x and class numbers y of a few examples, and how many `examples` the whole pass has.
+    """Inputs x and class numbers y of some examples, and the number of `examples` in the whole pass.
 
-    A regulariser that is divided by the number of training examples finds it here, in a search and in a refit.
+    A regulariser that is divided by the number of training examples needs that number, which differs in a refit.
     """
 
     x: Tensor
@@ -34,7 +34,7 @@ class Minibatch(NamedTuple):
 
 
 class SplitData(BilevelProblem):
-    """Classification data in splits, read once; a subclass says what the data, the model and both levels are.
+    """Classification data in splits, which are read once. Subclasses define the data, the model and both levels.
 
     batch: examples in a minibatch; None for all at once.
     """
@@ -47,13 +47,13 @@ class SplitData(BilevelProblem):
 
     @cached_property
     def splits(self) -> dict[str, Examples]:
-        """What `load` returns, and "refit": training and validation data together."""
+        """The splits of `load`, and "refit": training and validation data together."""
         splits = self.load()
         (x, y), (x_upper, y_upper) = splits["lower"], splits["upper"]
         return {**splits, "refit": (torch.cat([x, x_upper]), torch.cat([y, y_upper]))}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the data, so that a worker is sent little and reads its own."""
+        """The state without the data: little is sent to a worker, which reads the data itself."""
         return {name: value for name, value in self.__dict__.items() if name != "splits"}
 
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Minibatch]:
@@ -68,12 +68,12 @@ class SplitData(BilevelProblem):
             yield Minibatch(x, y, len(examples[0]))
 
     def test_metrics(self, model: nn.Module) -> dict[str, float]:
-        """Loss and accuracy on the test split, in chunks; nothing where there is none."""
+        """Loss and accuracy on the test split; empty if there is none."""
         if "test" not in self.splits:
             return {}
         test = self.splits["test"]
         loss, correct, count = 0.0, 0, len(test[0])
-        for x, y in minibatches(test, TEST_CHUNK, None):
+        for x, y in minibatches(test, TEST_CHUNK, None):  # chunks, so that activations take little memory
             logits, y = model(x.to(self.device, self.dtype)), y.to(self.device)
             loss += cross_entropy(logits, y, reduction="sum").item()
             correct += int((logits.argmax(1) == y).sum())
@@ -81,7 +81,7 @@ class SplitData(BilevelProblem):
 
 
 class Classification(SplitData):
-    """F is the cross-entropy on validation data; a subclass says what the data, the model and f are."""
+    """F is the cross-entropy on validation data. Subclasses define the data, the model and f."""
 
     def upper_loss(self, model: nn.Module, batch: Minibatch) -> Tensor:
         return cross_entropy(model(batch.x), batch.y)
@@ -96,11 +96,11 @@ class LayerDecay(Classification):
 
         f = cross-entropy + sum_l weight_decay_l |W_l|^2 / (4 n)
 
-    with n training examples, as in Sinha, Gunwal & Kumar, arXiv:2208.12118, where weight_decay_l is exp(x_l). Trained
-    by SGD with Nesterov momentum.
+    n is the number of training examples, as in Sinha, Gunwal & Kumar, arXiv:2208.12118, where weight_decay_l is
+    exp(x_l). The network is trained by SGD with Nesterov momentum.
 
-    share:         "layer": weight_decay has one entry per layer, by its name; "all": it is one number for all of them.
-    penalty_scale: "paper": n as above. "batch": n is the size of the batch at hand, as in the authors' code.
+    share:         "layer": weight_decay has one entry per layer, by its name. "all": it is one number for all layers.
+    penalty_scale: "paper": n as above. "batch": n is the size of the current batch, as in the authors' code.
     """
 
     def __init__(
@@ -142,14 +142,14 @@ class LayerDecay(Classification):
         return decay
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        # torch refuses Nesterov's form where the momentum is 0, in which case they are the same
+        # torch refuses Nesterov's form with a momentum of 0, for which it is the same as the plain one.
         return torch.optim.SGD(
             model.parameters(), lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0
         )
 
 
 def data_folder(problem: BilevelProblem, data: str | None) -> str:
-    """The folder of a problem's data files (see `_datasets`), absolute: a worker runs in another directory.
+    """The absolute folder of a problem's data files; see `_datasets`. A worker runs in another directory.
 
     Raises:
         ConfigError: it was not given.

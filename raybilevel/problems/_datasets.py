@@ -1,4 +1,4 @@
-"""Readers of image data sets from a folder the user names. Nothing is downloaded.
+"""Readers of data sets from a folder of the user. Nothing is downloaded.
 
     folder/mnist/      train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-...: the four files, gzipped or not
     folder/mnist_1k/   train_dataset_1k_60.npz, validation_dataset_1k_40.npz
@@ -6,7 +6,7 @@
     folder/bsds_crops.npz    24 crops of photographs of BSDS300, see `bsds_crops`
     folder/planetoid/  cora.npz, citeseer.npz, see `planetoid`
 
-Every file is compared with its published size and hash before anything in it is believed.
+Every file is compared with its published size and hash before its content is used.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ CIFAR10_NPZ_ORIGIN = f"copy it again, or {CIFAR10_ORIGIN}"
 
 @dataclass(frozen=True)
 class Published:
-    """A data file as it was published.
+    """A published data file.
 
-    size:   bytes; of an MNIST file, un-gzipped, as is its digest.
+    size:   bytes. Size and digest of a gzipped file are those of its content.
     digest: "sha256:..." or "md5:...".
-    origin: what to do when it is missing or damaged.
+    origin: advice for messages: what to do if the file is missing or damaged.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Published:
     origin: str
 
     def path(self, folder: Path, *suffixes: str) -> Path:
-        """Where it is in the folder; the first of the suffixes, if any are given, with which it is there."""
+        """The path of the file in the folder, with the first of the suffixes that exists."""
         candidates = [folder / (self.name + suffix) for suffix in suffixes or ("",)]
         for candidate in candidates:
             if candidate.exists():
@@ -56,7 +56,7 @@ class Published:
         raise DataError(f"no data file {names}: expected in {folder}; nothing is downloaded, so {self.origin}")
 
     def read(self, path: Path) -> bytes:
-        """The content, un-gzipped; at most one byte more than expected, which is enough to see that it is too long."""
+        """The uncompressed content, up to one byte more than expected. That shows whether it is too long."""
         try:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
                 return file.read(self.size + 1)
@@ -193,7 +193,7 @@ def mnist_test(folder: str | Path) -> Images:
 
 
 def has_mnist_test(folder: str | Path) -> bool:
-    """Whether any test file of MNIST is there; `mnist_test` says what is wrong where they are incomplete."""
+    """Whether any test file of MNIST exists. If some are missing, `mnist_test` raises an error that names them."""
     return any((_folder(folder, "mnist") / (file.name + end)).exists() for file in MNIST_TEST for end in (".gz", ""))
 
 
@@ -216,17 +216,17 @@ def mnist_1k(folder: str | Path) -> tuple[Images, Images]:
 
 
 def cifar10(folder: str | Path, train: int | None = None, test: int | None = None) -> tuple[Images, Images]:
-    """CIFAR-10, training and test images; only the first `train` and `test` of them where these are given.
+    """The training and test images of CIFAR-10; only the first `train` and `test` of them if these are given.
 
-    Read is the first of these forms that has anything there; it must then be complete. Training and test images are
-    always of the same form, since the JPEG files are lossy.
+    It reads the first of these forms of which any file exists. That form must then be complete. Training and test
+    images always have the same form, since the JPEG files are lossy.
 
     1. cifar-10-batches-py/data_batch_1 to 5 and test_batch, in folder/cifar10/ or folder/: the official files, 50,000 +
-       10,000. They are pickles; no code in them is run.
+       10,000. They are pickles. No code in them is run.
     2. cifar10/cifar10_train_jpeg.npz and cifar10_test_jpeg.npz: the same images after JPEG compression, the test images
        in another order. Needs pillow.
-    3. cifar10/cifar10_train_first4000_lossless.npz: the first 4,000 training images. There are no test images with
-       them, so the last quarter is held out as such: 3,000 + 1,000.
+    3. cifar10/cifar10_train_first4000_lossless.npz: the first 4,000 training images. It has no test images, so the last
+       quarter takes their place: 3,000 + 1,000.
 
     Raises:
         DataError: there is none of these, a file is missing or is not the published one, or pillow is missing.
@@ -268,8 +268,10 @@ def bsds_crops(folder: str | Path) -> tuple[Tensor, Tensor]:
 class Graph(NamedTuple):
     """A citation graph of n papers with c topics.
 
-    features: float32, (n, f), bags of words; edges: int64, (m, 2), undirected, each once; labels: int64, (n,), -1 where
-    unknown; train, validation, test: int64, the nodes of the public split.
+    features: float32, (n, f), bags of words.
+    edges:    int64, (m, 2), undirected, each once.
+    labels:   int64, (n,), -1 if unknown.
+    train, validation, test: int64, the nodes of the public split.
     """
 
     features: Tensor
@@ -363,7 +365,7 @@ def _cifar_batches(files: tuple[Published, ...], paths: list[Path], limit: int |
 
 
 def _pickled_dtype(spec: bytes | str, align: int = 0, copy: int = 0) -> np.dtype[Any]:
-    """The one dtype of the batches. Their Python 2 gives align and copy as numbers, which NumPy deprecates."""
+    """The only dtype of the batches. Python 2 pickled align and copy as numbers, which NumPy now deprecates."""
     if spec not in (b"u1", "u1"):
         raise pickle.UnpicklingError(f"it holds an array of {spec!r}, expected one of bytes")
     return np.dtype(np.uint8)
@@ -379,7 +381,7 @@ _PICKLED = {
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Imports nothing and calls nothing but what rebuilds an array of bytes."""
+    """Imports and calls only what rebuilds an array of bytes."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLED:
@@ -390,7 +392,7 @@ class _BatchUnpickler(pickle.Unpickler):
 def _unpickle_batch(path: Path, content: bytes) -> tuple[Any, Any]:
     """Pixels, (n, 3072), and labels, (n,), of an official batch.
 
-    Its hash has been checked; but that is an MD5, which is no proof against forgery.
+    Its hash has been checked, but that is an MD5, which can be forged. So the content is not trusted.
     """
     try:
         batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()

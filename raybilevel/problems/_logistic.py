@@ -1,4 +1,4 @@
-"""Multinomial logistic regression trained to the optimum: what the linear problems share."""
+"""Multinomial logistic regression trained to its optimum, the base of the linear problems."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Splits = dict[str, tuple[Tensor, Tensor]]
 
 
 class Logistic(Classification):
-    """A linear model from zero weights, full-batch L-BFGS in double precision; a subclass says what f is.
+    """A linear model trained from zero weights by full-batch L-BFGS in double precision. Subclasses define f.
 
-    features, classes: of the inputs and the outputs.
-    iterations:        of L-BFGS in an epoch, at most.
+    features, classes: sizes of the inputs and of the outputs.
+    iterations:        limit of L-BFGS iterations in an epoch.
     """
 
     epochs = 5

@@ -1,6 +1,6 @@
-"""Products with sparse matrices, differentiable any number of times in the entries and in the other factor.
+"""Products with sparse matrices that can be differentiated any number of times, in the entries and the other factor.
 
-torch's own sparse products have no second derivatives. Sums over gathered rows have, and take three times as long.
+torch's own sparse products have no second derivatives. Sums over gathered rows do, but take three times as long.
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ from torch.nn.functional import embedding_bag
 
 
 class Pattern(NamedTuple):
-    """Where the e entries of a matrix are: their rows and columns, int64, (e,), in any order; the order that sorts them
-    by row, and where each row begins in it; the same by column."""
+    """The places of the e entries of a sparse matrix, all int64.
+
+    row, column:   of each entry, (e,), in any order.
+    by_row:        the order that sorts the entries by row, (e,).
+    row_starts:    where each row begins in that order, (rows,).
+    by_column, column_starts: the same by column.
+    """
 
     row: Tensor
     column: Tensor
@@ -50,7 +55,7 @@ def _sorted(number: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def product(entry: Tensor, dense: Tensor, where: Pattern) -> Tensor:
-    """A B, where A has these entries."""
+    """The product A B, for A with these entries, (e,), and B = `dense`, (columns, d)."""
     found: Tensor = _Product.apply(entry, dense, where)  # type: ignore[no-untyped-call]
     return found
 
@@ -62,12 +67,13 @@ def sampled(left: Tensor, right: Tensor, where: Pattern) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """The gradients from G are G B^T at the pattern and A^T G."""
+    """The product A B. Its gradients, for an incoming G, are G B^T at the pattern and A^T G."""
 
     @staticmethod
     def forward(ctx: Any, entry: Tensor, dense: Tensor, where: Pattern) -> Tensor:
         ctx.save_for_backward(entry, dense)
         ctx.where = where
+        # embedding_bag sums weighted rows of B for each row of A without storing the gathered rows.
         columns, weights = where.column.index_select(0, where.by_row), entry.index_select(0, where.by_row)
         return embedding_bag(columns, dense.contiguous(), where.row_starts, mode="sum", per_sample_weights=weights)
 
@@ -83,7 +89,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Sampled(torch.autograd.Function):
-    """The gradients from g, the entries of a matrix G at the pattern, are G R and G^T L."""
+    """The entries of L R^T. Their gradients, for the incoming entries of a matrix G, are G R and G^T L."""
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, where: Pattern) -> Tensor:

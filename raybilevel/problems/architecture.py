@@ -1,4 +1,4 @@
-"""Architecture: which operation each edge of a convolutional network's cell has, by a continuous relaxation."""
+"""Architecture search: the operation of each edge in a convolutional cell, by a continuous relaxation."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ CELLS, CLASSES = 2, 10
 
 
 def convolution(channels: int, size: int) -> nn.Module:
-    """Without running means, so that a training and a hypergradient see the same function."""
+    """A convolution with group normalisation. Batch normalisation would make the function depend on the batch, and its
+    running means would differ between a training and a hypergradient."""
     layer = nn.Conv2d(channels, channels, size, padding=size // 2, bias=False)
     return nn.Sequential(nn.ReLU(), layer, nn.GroupNorm(1, channels, affine=False))
 
 
 def pooling(channels: int, pool: nn.Module) -> nn.Module:
-    """Of the same size as what a convolution returns, so that the weights of both can be compared."""
+    """A pooling, normalised to the size of a convolution's output, so that the weights of both are comparable."""
     return nn.Sequential(pool, nn.GroupNorm(1, channels, affine=False))
 
 
@@ -43,13 +44,13 @@ OPERATIONS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def edges(nodes: int) -> list[tuple[int, int]]:
-    """(i, j) for each node j = 1, ..., nodes of a cell and each i < j; node 0 is the input."""
+    """All (i, j) with i < j for the nodes j = 1, ..., nodes of a cell. Node 0 is the input."""
     return [(i, j) for j in range(1, nodes + 1) for i in range(j)]
 
 
 class Cell(nn.Module):
-    """Node j is the sum of the operations of its edges on the nodes before, times their weights; the output is the mean
-    of all nodes but the input."""
+    """A cell. Node j is the weighted sum of its edges' operations on the earlier nodes. The output is the mean of all
+    nodes except the input."""
 
     def __init__(self, channels: int, nodes: int, choices: Sequence[Sequence[str]]) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Cell(nn.Module):
 class CellNetwork(nn.Module):
     """3x3 convolution, cell, 2x2 max pooling, cell, means over grid x grid parts of the image, linear layer.
 
-    choices: the operations that each edge may have; with one each it is a network as any other.
+    choices: the operations of each edge. With one per edge it is an ordinary network.
     """
 
     def __init__(self, inputs: int, channels: int, nodes: int, grid: int, choices: Sequence[Sequence[str]]) -> None:
@@ -83,7 +84,7 @@ class CellNetwork(nn.Module):
         self.plain = [torch.ones(len(few)) for few in choices]
 
     def forward(self, x: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """(n, inputs, h, w) -> (n, 10); `weights` of each edge's operations, 1 by default."""
+        """(n, inputs, h, w) -> (n, 10). weights: of each edge's operations; 1 by default."""
         given = [one.to(x) for one in self.plain] if weights is None else weights
         x = self.stem(x)
         for number, cell in enumerate(self.cells):
@@ -93,7 +94,7 @@ class CellNetwork(nn.Module):
 
 
 class MixingWeights(nn.Module):
-    """The upper-level variable: logits, (edges, operations), at first near 0, whose softmax mixes the operations."""
+    """The upper-level variable: logits, (edges, operations), whose softmax mixes the operations. They start near 0."""
 
     def __init__(self, nodes: int) -> None:
         super().__init__()
@@ -108,15 +109,17 @@ class Architecture(LargeUpperLevel, SplitData):
 
         f(x, y) = CE(y; mixed by softmax x) + decay |y|^2 / 2 on training images,    F = CE on validation images
 
-    At the end each edge keeps its operation with the largest weight, and that network is trained anew, from random
-    weights, on the training images. There is no operation "none", whose weight says nothing of the others.
+    At the end each edge keeps the operation with the largest weight. That network is trained from random weights on the
+    training images. There is no operation "none", as its weight would say nothing about the others.
 
-    Test examples are those that digits leaves, or the first `test` of the official ones.
+    The test examples are the remaining digits, or the first `test` of the official ones.
 
-    source: "digits" (8 x 8), or from the data folder "mnist" (averaged to 14 x 14) or "cifar10" (16 x 16).
-    nodes, channels: of each of the two cells, which have the same architecture. grid: the last layer sees the means of
-        grid x grid parts of the image; of all of it, as in DARTS, by default.
-    epochs: of a training of one architecture; search_epochs: of the mixed network before the first step.
+    source:        "digits" (8 x 8), or from the data folder "mnist" (averaged to 14 x 14) or "cifar10" (16 x 16).
+    nodes, channels: of each of the two cells, which have the same architecture.
+    grid:          the last layer sees the means of grid x grid parts of the image; by default of all of it, as in
+        DARTS.
+    epochs:        of a training of one architecture.
+    search_epochs: of the mixed network before the first step.
     """
 
     def __init__(
@@ -198,8 +201,11 @@ class Architecture(LargeUpperLevel, SplitData):
         return cross_entropy(model(batch.x, hyperparameters["upper"]()), batch.y)
 
     def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
-        """Validation and test loss and accuracy of the architecture that the mixture becomes, trained anew; how many of
-        its edges are convolutions; the least of the largest weights of an edge."""
+        """Metrics of the final architecture, trained from scratch: loss and accuracy on validation and test data.
+
+        `convolutions` is the number of its edges that are convolutions. `least_weight` is the smallest weight of an
+        operation that was kept.
+        """
         mixing = hyperparameters["upper"]
         found = self.trained(genotype(mixing))
         found["convolutions"] = float(sum(name.startswith("convolution") for name in genotype(mixing)))
@@ -207,8 +213,10 @@ class Architecture(LargeUpperLevel, SplitData):
         return found
 
     def trained(self, operations: Genotype, seed: int = 0) -> dict[str, float]:
-        """`validation_loss`, `validation_accuracy`, `test_loss` and `test_accuracy` of an architecture, trained from
-        random weights on the training images for `epochs`, at a rate that falls to 0 along a cosine."""
+        """`validation_loss`, `validation_accuracy`, `test_loss` and `test_accuracy` of an architecture.
+
+        It is trained from random weights on the training images for `epochs`. The rate falls to 0 along a cosine.
+        """
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -240,7 +248,7 @@ class Architecture(LargeUpperLevel, SplitData):
         return loss / count, right / count
 
     def multiply_adds(self, operations: Sequence[Sequence[str]]) -> float:
-        """Of one image through a network whose edges have these operations; convolutions only."""
+        """Multiplications with additions for one image, in the convolutions of a network with these operations."""
         height = self.splits["lower"][0].shape[-1]
         kernel = sum({"convolution_1": 1, "convolution_3": 9}.get(name, 0) for few in operations for name in few)
         inputs = self.splits["lower"][0].shape[1]
@@ -249,13 +257,13 @@ class Architecture(LargeUpperLevel, SplitData):
 
 
 def genotype(mixing: nn.Module) -> Genotype:
-    """Of each edge the operation with the largest weight."""
+    """The operation with the largest weight of each edge."""
     names = tuple(OPERATIONS)
     return tuple(names[number] for number in mixing().argmax(1).tolist())
 
 
 def random_genotype(nodes: int, generator: torch.Generator) -> Genotype:
-    """Every operation alike."""
+    """A random architecture, in which every operation is equally likely."""
     names = tuple(OPERATIONS)
     drawn = torch.randint(len(names), (len(edges(nodes)),), generator=generator)
     return tuple(names[number] for number in drawn.tolist())

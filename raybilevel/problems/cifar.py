@@ -15,9 +15,9 @@ from raybilevel.problems._classification import Examples, LayerDecay, check_posi
 class CifarLenet(LayerDecay):
     """LeNet-5 with ReLU and max pooling; layers conv1, conv2, fc1, fc2, fc3.
 
-    Trained and validated on the first train + validation training images, shuffled by seed, so the same pictures
-    whatever form the files have (see `_datasets.cifar10`). Tested on `test` images at most, since every epoch
-    ends with a test. Channels are normalised by the means and deviations of the training split.
+    Training and validation data are the first train + validation training images, shuffled by the seed. They are the
+    same pictures in every form of the files (see `_datasets.cifar10`). There are at most `test` test images, since
+    every epoch ends with a test. Channels are normalised by the means and deviations of the training split.
     """
 
     def __init__(

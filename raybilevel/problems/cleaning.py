@@ -1,4 +1,4 @@
-"""Data hyper-cleaning on MNIST: training images in groups with more and more wrong labels, one weight per group."""
+"""Data hyper-cleaning on MNIST: a weight for each group of training images, with more wrong labels in each group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raybilevel.space import Parameter, Space
 
 
 class GroupedBatch(NamedTuple):
-    """Inputs, class numbers, and the group of each example; the last group is clean and has weight 1."""
+    """Inputs, class numbers, and the group of each example. The last group is clean and has weight 1."""
 
     x: Tensor
     y: Tensor
@@ -30,9 +30,9 @@ class HyperCleaning(Logistic):
     """f = mean_i weight_g(i) * cross-entropy_i + decay |W|^2 / 2, a weight in [0, 1] per group g of training images.
 
     The share of wrong labels rises from 0 in the first group to `wrong` in the last. F is the cross-entropy on clean
-    validation images. A refit takes these in with weight 1.
+    validation images. A refit includes them with weight 1.
 
-    pool: inputs are the 14 x 14 means of 2 x 2 pixels, not the 784 pixels.
+    pool: whether inputs are the 14 x 14 means of 2 x 2 pixels instead of the 784 pixels.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class HyperCleaning(Logistic):
             members = (self.group == g).nonzero().flatten()
             share = self.wrong * g / max(1, self.groups - 1)
             chosen = members[torch.randperm(len(members), generator=generator)[: round(share * len(members))]]
+            # A shift by 1 to 9 classes: a label that is chosen is always wrong afterwards.
             noisy[chosen] = (noisy[chosen] + torch.randint(1, 10, (len(chosen),), generator=generator)) % 10
         return {
             "lower": (self.inputs(images[lower]), noisy),
@@ -90,6 +91,7 @@ class HyperCleaning(Logistic):
 
     def _minibatches(self, split: str, generator: torch.Generator | None) -> Iterator[Minibatch]:
         x, y = self.splits[split]
+        # A refit's split begins with the training images. The rest, validation images, is in the clean group.
         group = torch.cat([self.group, torch.full((len(x),), self.groups)])[: len(x)]
         yield GroupedBatch(x, y, group, len(x))  # type: ignore[misc]
 

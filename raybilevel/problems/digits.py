@@ -19,7 +19,7 @@ PIXELS, CLASSES, EXAMPLES = 64, 10, 1797
 
 
 def digits_splits(train: int, validation: int, seed: int, dtype: torch.dtype) -> dict[str, Examples]:
-    """The 1,797 digits, pixels in [0, 1], shuffled by the seed; the test split is what the others leave."""
+    """The 1,797 digits with pixels in [0, 1], shuffled by the seed. The test split has the remaining examples."""
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(EXAMPLES, generator=torch.Generator().manual_seed(seed))
     x, y = torch.tensor(images / 16.0, dtype=dtype)[order], torch.tensor(labels)[order]
@@ -36,7 +36,7 @@ def check_split(train: int, validation: int) -> None:
 
 
 class DigitsPerceptron(LayerDecay):
-    """A tanh network 64-hidden-10 with layers fc1, fc2, fc3, one weight decay each, trained by SGD."""
+    """A tanh network 64-hidden-10 with layers fc1, fc2, fc3, trained by SGD. Each layer has a weight decay."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A deep-equilibrium classifier: its hidden layer is the fixed point of a map, which the lower level finds."""
+"""A deep-equilibrium classifier: the lower level finds its hidden layer, which is the fixed point of a map."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = 10
 
 
 class States(nn.Module):
-    """The lower-level variable: the hidden state of every example, (n, hidden), at first zero."""
+    """The lower-level variable: the hidden state of every example, (n, hidden). It starts at zero."""
 
     def __init__(self, examples: int, hidden: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class States(nn.Module):
 
 
 class EquilibriumNetwork(nn.Module):
-    """The upper-level variable: what makes the map, and the classifier that reads its fixed point."""
+    """The upper-level variable: the weights of the map, and those of the classifier that reads its fixed point."""
 
     def __init__(self, inputs: int, hidden: int, contraction: float) -> None:
         super().__init__()
@@ -41,6 +41,7 @@ class EquilibriumNetwork(nn.Module):
         """The map, (n, hidden) -> (n, hidden), for images, (n, inputs)."""
         if self.contraction == 0:
             return torch.tanh(self.inputs(images))
+        # A spectral norm below 1 makes the map a contraction, as tanh has slopes of at most 1.
         norm = torch.linalg.matrix_norm(self.recurrent, 2)
         recurrent = self.recurrent * (self.contraction / norm).clamp(max=1)
         return torch.tanh(states @ recurrent.T + self.inputs(images))
@@ -52,13 +53,15 @@ class EquilibriumDigits(LargeUpperLevel):
 
         z_i = tanh(W z_i + U image_i + b),    F = mean_i CE(V z_i + c, label_i) + decay |x|^2 / 2
 
-    with x = (W, U, b, V, c) and y all z_i. W is scaled to a spectral norm of at most `contraction`, so that there is
-    one fixed point, to which every iteration converges. Images and labels are those of the training split in both
-    levels, and F is the network's training loss; other images are for the test.
+    with x = (W, U, b, V, c) and y all z_i. W is scaled to a spectral norm of at most `contraction`. So there is one
+    fixed point, to which every iteration converges. Both levels use the images and labels of the training split, and F
+    is the network's training loss. Other images are for the test.
 
-    data:   the folder of the data files, for MNIST, averaged over 2x2 pixels; without it scikit-learn's 8x8 digits.
-    train:  how many examples; the rest of the digits, or MNIST's official test images, are for the test.
-    hidden: of z. contraction: below 1; 0 for a plain network with one hidden layer.
+    data:        the folder of the data files, for MNIST averaged over 2x2 pixels; None for scikit-learn's
+        8x8 digits.
+    train:       number of examples. The rest of the digits, or MNIST's official test images, are for the test.
+    hidden:      size of z.
+    contraction: below 1; 0 for a plain network with one hidden layer.
     """
 
     epochs = 1

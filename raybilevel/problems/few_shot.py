@@ -1,4 +1,4 @@
-"""A learned initialisation: weights from which a few examples of new classes suffice."""
+"""A learned initialisation, from which a few examples of new classes are enough."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ TURNS = 4
 
 
 class Tasks(NamedTuple):
-    """Of T tasks: images to learn from, (T, n, 14, 14), and their labels, (T, n); images to be judged by,
-    (T, q, 14, 14), and theirs, (T, q); which class each label stands for, (T, ways), as a number of `digit, turn`."""
+    """T tasks.
+
+    x, y:             images to learn from, (T, n, 14, 14), and their labels, (T, n).
+    query_x, query_y: images for the evaluation, (T, q, 14, 14), and their labels, (T, q).
+    classes:          the class of each label, (T, ways), as a number made of digit and turn.
+    """
 
     x: Tensor
     y: Tensor
@@ -35,8 +39,8 @@ class Tasks(NamedTuple):
 
 
 class Initialisation(nn.Module):
-    """The upper-level variable: a small convolutional network, which all tasks share, and the weights of its last layer
-    that every task starts from."""
+    """The upper-level variable: a small convolutional network that all tasks share, and the weights of its last layer,
+    from which every task starts."""
 
     def __init__(self, ways: int) -> None:
         super().__init__()
@@ -46,7 +50,7 @@ class Initialisation(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def features(self, images: Tensor) -> Tensor:
-        """Of images, (T, n, 14, 14) -> (T, n, 288), with mean 0 and deviation 1."""
+        """The features of images, (T, n, 14, 14) -> (T, n, 288), with mean 0 and deviation 1."""
         found = images.reshape(-1, 1, SIDE, SIDE)
         for layer in (self.first, self.second):
             found = avg_pool2d(relu(layer(found)), 2)
@@ -54,7 +58,7 @@ class Initialisation(nn.Module):
 
 
 class Deviations(nn.Module):
-    """The lower-level variable: how far the last layer of every task is from the initialisation, at first zero."""
+    """The lower-level variable: the deviation of every task's last layer from the initialisation. It starts at zero."""
 
     def __init__(self, tasks: int, ways: int) -> None:
         super().__init__()
@@ -63,7 +67,7 @@ class Deviations(nn.Module):
 
 
 def logits(head: nn.Linear, weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
-    """Of every task's last layer for its features, (T, n, 288) -> (T, n, ways)."""
+    """The logits of every task's last layer for its features, (T, n, 288) -> (T, n, ways)."""
     return torch.baddbmm((head.bias + bias)[:, None], features, (head.weight + weight).mT)
 
 
@@ -72,20 +76,22 @@ def mean_loss(found: Tensor, labels: Tensor) -> Tensor:
 
 
 class FewShot(LargeUpperLevel):
-    """Weights x from which a network learns to tell apart `ways` classes it has not seen from `shots` examples of each:
+    """Weights x from which a network learns `ways` new classes from `shots` examples of each:
 
         f(x, y) = mean_t [CE of task t's examples at x + y_t + nearness |y_t|^2 / 2],
         F(x, y) = mean_t CE of task t's other images at x + y_t
 
-    with y_t, task t's deviation from x, at first zero: implicit MAML (Rajeswaran, Finn, Kakade & Levine 2019,
-    arXiv:1909.04630), of which only the last layer is learned in a task, as in ANIL (Raghu, Raghu, Bengio & Vinyals
-    2020, arXiv:1909.09157), so that f is convex in y. Tasks are of MNIST digits averaged over 2x2 pixels. A class to
-    learn from is a digit of `learn` of the training images in one of four orientations, as in Santoro et al. 2016 (some
-    look alike: a 0 on its side is a 0); test tasks are of all other digits, upright, of the test images.
+    y_t is task t's deviation from x, which starts at zero. This is implicit MAML (Rajeswaran, Finn, Kakade & Levine
+    2019, arXiv:1909.04630). A task learns only the last layer, as in ANIL (Raghu, Raghu, Bengio & Vinyals 2020,
+    arXiv:1909.09157), so f is convex in y. Images are MNIST digits averaged over 2x2 pixels. A class of the training
+    tasks is a digit of `learn` from the training images, in one of four orientations as in Santoro et al. 2016. (Some
+    look alike: a 0 on its side is a 0.) Test tasks have all other digits, upright, from the test images.
 
-    data:  the folder of the data files. tasks, test_tasks: how many. queries: judged images of each class of a task.
-    turns: whether the classes to learn from are turned, too, or upright digits only.
-    nearness: of the lower level; the larger, the nearer a task stays to the initialisation.
+    data:     the folder of the data files.
+    tasks, test_tasks: numbers of tasks.
+    queries:  images for the evaluation, of each class of a task.
+    turns:    whether the training tasks have digits in four orientations, or upright ones only.
+    nearness: weight of the deviation in f. The larger it is, the nearer a task stays to the initialisation.
     """
 
     epochs = 1
@@ -128,7 +134,7 @@ class FewShot(LargeUpperLevel):
         }
 
     def drawn(self, split: Images, digits: Sequence[int], count: int, turns: bool, generator: torch.Generator) -> Tasks:
-        """Tasks of random classes and images."""
+        """`count` tasks with random classes and images."""
         images = avg_pool2d(split.images[:, None].to(self.dtype) / 255, 2)[:, 0]
         members = {digit: (split.labels == digit).nonzero().flatten() for digit in digits}
         classes = [(digit, turn) for digit in digits for turn in range(TURNS if turns else 1)]
@@ -176,7 +182,7 @@ class FewShot(LargeUpperLevel):
         return mean_loss(logits(start.head, weight, bias, start.features(batch.query_x)), batch.query_y)
 
     def accuracies(self, start: Initialisation, split: str, nearness: float) -> Tensor:
-        """Of each task of a split, (T,), on its judged images, after learning from the others."""
+        """The accuracy of each task of a split on its query images, (T,), after learning from the others."""
         tasks = Tasks(*(part.to(self.device) for part in self.splits[split]))
         head = copy.deepcopy(start.head).requires_grad_(False)
         with torch.no_grad():
@@ -196,5 +202,5 @@ class FewShot(LargeUpperLevel):
         return (logits(head, *parts(flat), asked).argmax(2) == tasks.query_y).double().mean(1)
 
     def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
-        """`test_accuracy` on tasks of the digits that were not learned from."""
+        """`test_accuracy`: the mean over tasks with digits that are in no training task."""
         return {"test_accuracy": self.accuracies(hyperparameters["upper"], "test", self.nearness).mean().item()}

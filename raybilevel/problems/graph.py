@@ -1,4 +1,4 @@
-"""Graph structure: the edge probabilities of a citation graph that lacks edges, for a graph convolutional network."""
+"""Graph structure: edge probabilities for a graph convolutional network on a citation graph with missing edges."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from raybilevel.problems._classification import check_positive, data_folder
 from raybilevel.problems._sparse import Pattern, Sparse, pattern
 
 GIVEN, NEIGHBOUR, ONLY_NEIGHBOUR = 0.9, 0.1, 0.5
-"""Probabilities at the start: of a given edge; of a nearest neighbour beside given edges, and without any."""
+"""Initial probabilities: of a given edge, of a nearest neighbour beside given edges, and of one without any."""
 
 
 class Nodes(NamedTuple):
-    """Numbers of some nodes and their labels, int64, (b,); features of all nodes, (n, f); where the graph of the
-    candidate edges has entries."""
+    """A batch of nodes.
+
+    nodes, labels: numbers and labels of some nodes, int64, (b,).
+    features:      of all nodes, (n, f).
+    graph:         the pattern of the graph of the candidate edges.
+    """
 
     nodes: Tensor
     labels: Tensor
@@ -31,7 +35,7 @@ class Nodes(NamedTuple):
 
 
 class GraphConvolution(nn.Module):
-    """A relu(A X W1 + b1) W2 + b2 (Kipf & Welling 2017, equation (9)), on whichever graph A it is given."""
+    """A relu(A X W1 + b1) W2 + b2 (Kipf & Welling 2017, equation (9)), for a given graph A."""
 
     def __init__(self, features: int, hidden: int, classes: int) -> None:
         super().__init__()
@@ -57,18 +61,21 @@ class EdgeProbabilities(nn.Module):
 
 
 class GraphStructure(LargeUpperLevel):
-    """A graph convolutional network on Cora or Citeseer, a share of whose edges is missing:
+    """A graph convolutional network on Cora or Citeseer, with a share of the edges missing:
 
         f(x, y) = CE on the training nodes + decay |y|^2 / 2,    F(x, y) = CE on half of the validation nodes,
 
-    the network's graph being the expected one, D^-1/2 (P(x) + I) D^-1/2 with the probabilities P of the candidate
-    edges: those that are left, and those to the nearest neighbours in the features. After Franceschi, Niepert, Pontil &
-    He 2019 (LDS, arXiv:1903.11960), who draw graphs and learn the probabilities of all pairs of nodes. x has tens of
-    thousands of variables and F a few hundred nodes, so the other half of the validation nodes chooses the x (selection
-    loss), as theirs does.
+    The network's graph is the expected one, D^-1/2 (P(x) + I) D^-1/2, with the probabilities P of the candidate edges.
+    Candidates are the edges that are left, and those to the nearest neighbours in the features. This follows
+    Franceschi, Niepert, Pontil & He 2019 (LDS, arXiv:1903.11960), who draw graphs and learn the probabilities of all
+    pairs of nodes. x has tens of thousands of variables and F only a few hundred nodes. Against overfitting the other
+    half of the validation nodes selects the x (selection loss), as in their work.
 
-    data: the folder of the data files. graph: "cora" or "citeseer". missing: share of the edges that is removed.
-    neighbours: k; data_seed: of the edges removed and of the halves of the validation nodes.
+    data:       the folder of the data files.
+    graph:      "cora" or "citeseer".
+    missing:    share of the edges that is removed.
+    neighbours: number of nearest neighbours of each node.
+    data_seed:  of the edges removed, and of the halves of the validation nodes.
     """
 
     epochs = 10  # of 20 iterations each
@@ -98,7 +105,7 @@ class GraphStructure(LargeUpperLevel):
 
     @cached_property
     def features(self) -> Sparse:
-        """Bags of words, each of norm 1."""
+        """Bags of words, scaled to norm 1."""
         words = self.citations.features
         words = words / words.norm(dim=1, keepdim=True).clamp_min(1e-12)
         row, column = words.nonzero(as_tuple=True)
@@ -106,7 +113,7 @@ class GraphStructure(LargeUpperLevel):
 
     @property
     def count(self) -> int:
-        """How many nodes there are."""
+        """The number of nodes."""
         return len(self.citations.labels)
 
     @cached_property
@@ -134,17 +141,17 @@ class GraphStructure(LargeUpperLevel):
 
     @cached_property
     def parts(self) -> dict[str, Tensor]:
-        """Numbers of the nodes of each part; "labelled" is "lower" and "upper" together."""
+        """The numbers of the nodes of each part. "labelled" is "lower" and "upper" together."""
         found = self.citations
         generator = torch.Generator().manual_seed(self.data_seed)
         mixed = found.validation[torch.randperm(len(found.validation), generator=generator)]
-        upper, selection = mixed.split(-(-len(mixed) // 2))
+        upper, selection = mixed.split(-(-len(mixed) // 2))  # rounded up, else an odd number makes three parts
         labelled = torch.cat([found.train, upper])
         parts = {"lower": found.train, "upper": upper, "selection": selection, "test": found.test}
         return {**parts, "validation": found.validation, "labelled": labelled}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the data, so that a worker is sent little and reads its own."""
+        """The state without the data: little is sent to a worker, which reads the data itself."""
         read = ("citations", "features", "given", "near", "candidates", "pattern", "parts")
         return {name: value for name, value in self.__dict__.items() if name not in read}
 
@@ -160,7 +167,7 @@ class GraphStructure(LargeUpperLevel):
         return GraphConvolution(found.features.shape[1], self.hidden, int(found.labels.max()) + 1)
 
     def start_probabilities(self) -> Tensor:
-        """Of the candidate edges at the start, (m,)."""
+        """The initial probabilities of the candidate edges, (m,)."""
         start = torch.full((len(self.candidates),), NEIGHBOUR if len(self.given) else ONLY_NEIGHBOUR)
         start[: len(self.given)] = GIVEN
         return start
@@ -187,10 +194,13 @@ class GraphStructure(LargeUpperLevel):
         return self.upper_loss(model, hyperparameters, batch).item()
 
     def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
-        """Loss and accuracy on the test nodes; `edges`, how many are expected; `homophily`, the share of them between
-        papers on one topic; test accuracies of the same network on the edges that are left (`given_accuracy`), on the
-        nearest neighbours' (`neighbour_accuracy`), and on the learned ones with the nodes of F among the training
-        nodes (`refit_accuracy`)."""
+        """Loss and accuracy on the test nodes, and more.
+
+        `edges` is the expected number of edges, `homophily` the share of them between papers on one topic. Test
+        accuracies of the same network on other graphs are `given_accuracy`, on the edges that are left,
+        `neighbour_accuracy`, on those to nearest neighbours, and `refit_accuracy`, on the learned ones with the nodes
+        of F as further training nodes.
+        """
         batch = move(self.nodes("test"), self.device, self.dtype)
         probabilities = hyperparameters["upper"]()
         logits = model(batch.features, normalised(batch.graph, probabilities))[batch.nodes]
@@ -209,7 +219,7 @@ class GraphStructure(LargeUpperLevel):
     def accuracies(
         self, edges: Tensor, probabilities: Tensor | None = None, part: str = "lower", seed: int = 0
     ) -> dict[str, float]:
-        """Accuracies on each part of the nodes after a training on the nodes of one part, with a graph that stays.
+        """Accuracies on each part of the nodes after a training on the nodes of one part, on a fixed graph.
 
         edges: (m, 2); probabilities: (m,), 1 by default.
         """
@@ -231,20 +241,20 @@ class GraphStructure(LargeUpperLevel):
             for _ in range(self.epochs):
                 optimizer.step(closure)
         with torch.no_grad():
-            said = model(batch.features, graph).argmax(1).cpu()
+            predicted = model(batch.features, graph).argmax(1).cpu()
         labels = self.citations.labels
-        return {name: (said[part] == labels[part]).double().mean().item() for name, part in self.parts.items()}
+        return {name: (predicted[part] == labels[part]).double().mean().item() for name, part in self.parts.items()}
 
 
 def adjacency(edges: Tensor, nodes: int) -> Pattern:
-    """Where P + I has entries: edges (i, j), (m, 2), undirected, each once, then (j, i), then the diagonal."""
+    """The pattern of P + I: the undirected edges (i, j), (m, 2), each once, then all (j, i), then the diagonal."""
     loops = torch.arange(nodes)
     row, column = torch.cat([edges[:, 0], edges[:, 1], loops]), torch.cat([edges[:, 1], edges[:, 0], loops])
     return pattern(row, column, nodes, nodes)
 
 
 def normalised(graph: Pattern, probabilities: Tensor) -> Sparse:
-    """D^-1/2 (P + I) D^-1/2, D the row sums of P + I, whose edges have these probabilities, (m,)."""
+    """D^-1/2 (P + I) D^-1/2 for edges with these probabilities, (m,). D has the row sums of P + I."""
     nodes = len(graph.row_starts)
     entry = torch.cat([probabilities, probabilities, probabilities.new_ones(nodes)])
     scale = entry.new_zeros(nodes).index_add(0, graph.row, entry).rsqrt()
@@ -252,8 +262,10 @@ def normalised(graph: Pattern, probabilities: Tensor) -> Sparse:
 
 
 def nearest(features: Tensor, k: int) -> Tensor:
-    """Edges between each node and the k others whose features have the highest cosine with its own, int64, (m, 2); none
-    between nodes that share no feature."""
+    """Edges from each node to the k others with the highest cosine of their features, int64, (m, 2).
+
+    Nodes that share no feature have no edge.
+    """
     unit = features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
     row, column = unit.nonzero(as_tuple=True)
     similarity = Sparse(pattern(row, column, *unit.shape), unit[row, column]).times(unit.T)
@@ -264,6 +276,6 @@ def nearest(features: Tensor, k: int) -> Tensor:
 
 
 def undirected(edges: Tensor, nodes: int) -> Tensor:
-    """Each edge once, its lower node first, in order; int64, (m, 2)."""
+    """Each edge once, with its lower node first, sorted; int64, (m, 2)."""
     code = torch.unique(edges.min(1).values * nodes + edges.max(1).values)
     return torch.stack([code // nodes, code % nodes], 1)

@@ -1,4 +1,4 @@
-"""Inverse problems in imaging: filters of a fields-of-experts regulariser, or a few regularisation parameters."""
+"""Inverse problems in imaging: the filters of a fields-of-experts regulariser, or a few regularisation parameters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Measured(NamedTuple):
 
 
 class Reconstruction(nn.Module):
-    """The lower-level variable: images, (n, 1, h, w), at first zero."""
+    """The lower-level variable: images, (n, 1, h, w). They start at zero."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
@@ -47,6 +47,8 @@ class Reconstruction(nn.Module):
 class Experts(nn.Module):
     """The upper-level variable: K filters, (K, 1, s, s), and the logarithms of their weights, (K,)."""
 
+    # Logarithms keep the weights, and so the regulariser, positive.
+
     def __init__(self, filters: Tensor, weights: float) -> None:
         super().__init__()
         self.filters = nn.Parameter(filters)
@@ -58,13 +60,16 @@ class Imaging(BilevelProblem):
 
         f(x, y) = |A y - b|^2 / 2 + R(x, y) + 5e-7 |y|^2,    F(y) = |y - clean|^2 / 2,    means over images
 
-    "inpainting": MNIST digits of which a share of the pixels is missing. "deblurring": crops of photographs (BSDS300),
-    blurred by a Gaussian. Filters are applied with zeros outside the image. Test images are others.
+    "inpainting": MNIST digits with a share of the pixels missing. "deblurring": crops of photographs (BSDS300), blurred
+    by a Gaussian. Filters are applied with zeros outside the image. Test images are different ones.
 
-    data:     the folder of the data files.
-    images:   training images, from number `first` on; test: how many test images.
-    size:     of the deblurred crops, in pixels; at most that of the photographs, 160.
-    noise:    standard deviation; removed: share of the pixels that inpainting lacks; blur: deviation in pixels.
+    data:      the folder of the data files.
+    images:    number of training images, beginning at number `first`.
+    test:      number of test images.
+    size:      of the deblurred crops, in pixels; at most that of the photographs, 160.
+    noise:     standard deviation, in grey values.
+    removed:   share of the pixels that are missing in inpainting.
+    blur:      standard deviation of the Gaussian, in pixels.
     smoothing: grey value below which the regularisers are quadratic.
     """
 
@@ -111,7 +116,7 @@ class Imaging(BilevelProblem):
         return {name: self.measure(part[:, None].to(self.dtype) / 255, name) for name, part in chosen.items()}
 
     def measure(self, clean: Tensor, split: str) -> Measured:
-        """Each image has its own noise and missing pixels, by its number, whichever images are taken with it."""
+        """Measure images. The noise and the missing pixels of an image depend on its number only, as shards need it."""
         masks, noises = [], []
         for number in range(len(clean)):
             offset = self.first + number if split == "train" else 1_000_000 + number
@@ -126,7 +131,7 @@ class Imaging(BilevelProblem):
         return {name: value for name, value in self.__dict__.items() if name != "splits"}
 
     def shard(self, index: int, count: int) -> Imaging:
-        """Its share of the training images, which are measured as they are beside the others; all test images."""
+        """A share of the training images, with the same measurements as in the whole, and all test images."""
         if count > self.images:
             raise ConfigError(f"{self.images} training images cannot be divided into {count} shards")
         other = copy.copy(self)  # without the splits
@@ -135,9 +140,10 @@ class Imaging(BilevelProblem):
         return other
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """A: what would be measured of images without noise."""
+        """A, the measurement of images without noise."""
         if self.task == "inpainting":
             return mask * images
+        # A Gaussian is separable: rows and columns are blurred one after the other. Beyond three deviations it is cut.
         radius = math.ceil(3 * self.blur)
         at = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
         kernel = torch.exp(-(at**2) / (2 * self.blur**2))
@@ -146,7 +152,7 @@ class Imaging(BilevelProblem):
         return conv2d(rows, kernel.view(1, 1, 1, -1), padding=(0, radius))
 
     def regulariser(self, images: Tensor, hyperparameters: Hyperparameters) -> Tensor:
-        """R(x, y), summed over images."""
+        """R(x, y), the sum over images."""
         raise NotImplementedError
 
     def model(self) -> nn.Module:
@@ -174,8 +180,10 @@ class Imaging(BilevelProblem):
         )  # fmt: skip
 
     def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
-        """PSNR in dB, mean over the images, of the training reconstruction and of the test images', reconstructed here;
-        `test_loss` is F of these."""
+        """Mean PSNR in dB of the training reconstructions and of the test images, which are reconstructed here.
+
+        `test_loss` is F of the test images.
+        """
         with torch.enable_grad():
             test = self.reconstruct(self.splits["test"], hyperparameters)
         clean = self.splits["test"].clean.to(test)
@@ -201,7 +209,7 @@ class Imaging(BilevelProblem):
 
 
 class _Given(nn.Module):
-    """A model whose images are given, not its own."""
+    """A model of given images, without parameters of its own."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
@@ -216,12 +224,14 @@ class FieldsOfExperts(LargeUpperLevel, Imaging):
 
         R(x, y) = sum_k w_k sum_pixels phi(c_k * y),   x = (c_1, ..., c_K, log w_1, ..., log w_K)
 
-    after Ehrhardt, Gazzola & Scott, arXiv:2412.08264. The filters start as random ones, scaled to norm 1, or, where
-    there are as many as the transform has but its constant one, as those of the discrete cosine transform.
+    after Ehrhardt, Gazzola & Scott, arXiv:2412.08264. The filters start as random ones with norm 1. If K = s^2 - 1 they
+    start as those of the discrete cosine transform without the constant one.
 
-    filters: K; filter_size: s; start_weight: w_k at first.
-    expert:  phi(t) = "smoothed_l1": sqrt(t^2 + s^2), convex, or "lorentzian": s^2 log(1 + t^2 / s^2), which is not;
-        s is `smoothing`.
+    filters:      K.
+    filter_size:  s.
+    start_weight: initial w_k.
+    expert:       phi(t), with the smoothing h = `smoothing`: "smoothed_l1" is sqrt(t^2 + h^2), which is convex, and
+        "lorentzian" is h^2 log(1 + t^2 / h^2), which is not.
     """
 
     def __init__(
@@ -267,7 +277,7 @@ class RegularisationParameters(Imaging):
 
         R(x, y) = tv sum_pixels sqrt(|grad y|^2 + s^2) + tikhonov |y|^2 / 2,
 
-    with s = `smoothing`; few enough for the method that models the value function, too.
+    with s = `smoothing`. They are few enough also for the methods that model the value function.
     """
 
     def regulariser(self, images: Tensor, hyperparameters: Hyperparameters) -> Tensor:
@@ -279,6 +289,6 @@ class RegularisationParameters(Imaging):
 
 
 def psnr(images: Tensor, clean: Tensor) -> float:
-    """Peak signal to noise ratio in dB, of grey values in [0, 1], mean over images."""
+    """Mean peak signal-to-noise ratio of images in dB, for grey values in [0, 1]."""
     errors = (images - clean).square().flatten(1).mean(1)
     return (-10 * errors.log10()).mean().item()

@@ -1,4 +1,4 @@
-"""Adult income (a9a): weight decay per group of features of a logistic model on few examples."""
+"""Adult income (a9a): a logistic model on few examples, with a weight decay for each group of features."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FEATURES, EXAMPLES = 123, 32_561
 class Income(Logistic):
     """f = cross-entropy + sum_g weight_decay_g |W_g|^2 / 2 over groups g of neighbouring binary features.
 
-    data: its folder libsvm/ holds a9a and a9a.t, gzipped or not.
+    data: the folder of the data files. Its folder libsvm/ has a9a and a9a.t, gzipped or not.
     """
 
     features = FEATURES

@@ -1,4 +1,4 @@
-"""Long-tailed MNIST: few examples of most classes, a loss weight and a logit shift per class."""
+"""Long-tailed MNIST: few examples of most classes, with a loss weight and a logit shift for each class."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ CLASSES = 10
 class LongTailed(Logistic):
     """f = mean_i weight_y(i) * cross-entropy(z_i + shift, y_i) + decay |W|^2 / 2, with z the logits of a linear model.
 
-    The classes' frequencies fall geometrically, from `largest` images of 0 to `largest / ratio` of 9; validation data
-    are balanced, and F and the test loss have neither weights nor shifts. Inputs are means of 2 x 2 pixels. A refit
-    takes the balanced validation images in, so its classes are less unequal.
+    The classes' frequencies fall geometrically, from `largest` images of 0 to `largest / ratio` of 9. Validation data
+    are balanced. F and the test loss have neither weights nor shifts. Inputs are means of 2 x 2 pixels. A refit
+    includes the balanced validation images, so its classes are less unequal.
     """
 
     features = 196

@@ -20,10 +20,10 @@ from raybilevel.space import Parameter, Space
 class MnistPerceptron(LayerDecay):
     """A ReLU network 784-hidden-10 with layers fc1, fc2, ... on pixels / 255.
 
-    The defaults are the published setting of `LayerDecay`'s paper; the initial weights are drawn as Keras does, which
-    its authors used: Glorot uniform, biases 0.
+    The defaults are the published setting of `LayerDecay`'s paper. Its authors used Keras, so the initial weights are
+    drawn as Keras does: Glorot uniform, biases 0.
 
-    data: the folder of the data files; on a cluster it must be there on every node.
+    data: the folder of the data files. On a cluster every node needs it.
     """
 
     decays: tuple[str, ...] = ("weight_decay",)
@@ -75,7 +75,7 @@ class MnistPerceptron(LayerDecay):
 
 
 class Mnist(MnistPerceptron):
-    """`train` and `validation` examples of the official 60,000, drawn by seed; tested on the official 10,000."""
+    """`train` and `validation` examples of the official 60,000, drawn by the seed. The test has the official 10,000."""
 
     def __init__(
         self, data: str | None = None, train: int = 3000, validation: int = 2000, split_seed: int = 0, **options: Any
@@ -103,7 +103,7 @@ class Mnist1K(MnistPerceptron):
     """The published 600 training and 400 validation examples.
 
     The test split is the official one without the images that are among the 1,000: 9,859 images. Without the official
-    test files there is none, and no test metrics.
+    test files there is no test split, and there are no test metrics.
     """
 
     def load(self) -> dict[str, Examples]:

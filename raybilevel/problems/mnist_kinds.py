@@ -1,4 +1,4 @@
-"""The MNIST 1K split with a deeper network: one decay per layer and kind of parameter."""
+"""The MNIST 1K split with a deeper network: a decay for each layer and kind of parameter."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ LOW, HIGH = 1e-4, 10.0
 class Ridge(BilevelProblem):
     """f = |X w - t|^2 / (2 n) + sum_g decay_g |w_g|^2 / 2, with groups g of neighbouring features.
 
-    Decays are drawn at random, and the validation targets are made from the weights that these give, plus noise that
+    Decays are drawn at random. The validation targets are made from the weights that these decays give, plus noise that
     is orthogonal to the validation inputs. So F = |X_v w - t_v|^2 / (2 n_v) has its minimum over all w at those
-    weights: `optimum` and `best_decay` are known, whatever the correlations of the features.
+    weights. `optimum` and `best_decay` are thus known, whatever the correlations of the features.
     """
 
     epochs = 3
@@ -66,6 +66,7 @@ class Ridge(BilevelProblem):
         target = lower @ normal(self.features, 1) + self.noise * normal(self.examples, 1)
         best = solve(lower, target, self.best_decay[self.group])
         noise = normal(self.examples, 1)
+        # The part that is orthogonal to the inputs, at the norm that gives F = noise^2 / 2.
         noise = noise - upper @ torch.linalg.lstsq(upper, noise).solution
         noise *= self.noise * self.examples**0.5 / noise.norm()
         return {

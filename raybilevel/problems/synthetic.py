@@ -1,4 +1,4 @@
-"""Small problems with a known answer: an upper level with several local optima, a lower level with many minimisers."""
+"""Small problems with known solutions: an upper level with several local optima, a lower level with many minimisers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raybilevel.space import Parameter, Space, sobol_points
 
 
 class Point(nn.Module):
-    """A lower-level variable that is just a vector y, at first 0."""
+    """A lower-level variable that is a vector y. It starts at 0."""
 
     def __init__(self, dimension: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class SeveralOptima(Analytic):
 
         F = 1 - log(sum_k exp(-b w_k(y))) / b,   w_k = rise k + (y - c_k)' A_k (y - c_k) / 2,   b = 30
 
-    Well 0 has the global one. The centres c_k are far from each other, A_k has eigenvalues between 1 and 4.
+    Well 0 has the global optimum. The centres c_k are far from each other. A_k has eigenvalues between 1 and 4.
     """
 
     sharpness = 30.0
@@ -60,7 +60,7 @@ class SeveralOptima(Analytic):
 
     @cached_property
     def centres(self) -> Tensor:
-        """c_k, shape (wells, d): each the farthest from those before it, of 64 points in [-0.8, 0.8]^d."""
+        """c_k, shape (wells, d). Each is the farthest from the earlier ones among 64 points in [-0.8, 0.8]^d."""
         points = 1.6 * sobol_points(self.dimension, 64, self.seed) - 0.8
         chosen = [points[0]]
         while len(chosen) < self.wells:
@@ -88,7 +88,7 @@ class SeveralOptima(Analytic):
 
     @cached_property
     def minimiser(self) -> Tensor:
-        """The global optimum: a few Newton steps from the deepest well's centre, which the others hardly move."""
+        """The global optimum, by Newton steps from the deepest well's centre. The other wells hardly move it."""
         y = self.centres[0].clone()
         for _ in range(20):
             gradient = torch.func.grad(self.value)(y)
@@ -110,13 +110,14 @@ class SeveralOptima(Analytic):
 
 
 class ManyMinimisers(Analytic):
-    """f = |B y - x|^2 / 2 with more weights y than x pins; B, shape (2, n), and N, its complement, are orthonormal.
+    """f = |B y - x|^2 / 2, which does not determine all weights y. B, shape (2, n), and its complement N are
+    orthonormal.
 
         F = 0.1 + |B y - e|^2 / 2 + |N y - P B y|^2 / 2
 
-    A training from y = 0 ends at N y = 0, whatever F says. Of all minimisers of f, those with N y = P B y have the
-    lowest F, 0.1 + |x - e|^2 / 2: `evaluate` reports it as `optimistic_loss`. It is least at x = e, while F at trained
-    weights is least elsewhere, which is where a method that knows of one minimiser only must end.
+    A training from y = 0 ends at N y = 0, independently of F. Of all minimisers of f, those with N y = P B y have the
+    lowest F, 0.1 + |x - e|^2 / 2, which `evaluate` reports as `optimistic_loss`. Its minimum is at x = e. F at trained
+    weights has its minimum elsewhere, and a method that knows only one minimiser of f ends there.
     """
 
     dimension = 2
@@ -135,7 +136,7 @@ class ManyMinimisers(Analytic):
 
     @property
     def optimum(self) -> float:
-        """The lowest F at weights trained from y = 0, the least of a quadratic in x; or at any minimiser of f."""
+        """The lowest F at weights trained from y = 0, or with `optimistic` at any minimisers of f."""
         if self.optimistic:
             return self.best
         hessian = torch.eye(2, dtype=torch.double) + self.coupling.T @ self.coupling

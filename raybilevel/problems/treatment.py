@@ -1,4 +1,4 @@
-"""Effects of a treatment from observational data: a network that weights units balances an outcome regression."""
+"""Treatment effects from observational data: a network weights the units of an outcome regression to balance them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from raybilevel.problems._classification import check_positive
 
 COVARIATES = 4
 EFFECT = 10.0
-"""Of the treatment, mean over the population."""
+"""The mean effect of the treatment over the population."""
 
 
 class Units(NamedTuple):
-    """covariates: as observed, mean 0 and deviation 1, (n, 4); treated: (n,); outcome: mean 0 and deviation 1, (n,);
-    effect: the true one of each unit, in the outcome's own units, (n,), which only the metrics look at."""
+    """Units of the study.
+
+    covariates: as observed, with mean 0 and deviation 1, (n, 4).
+    treated:    1 or 0, (n,).
+    outcome:    with mean 0 and deviation 1, (n,).
+    effect:     the true effect on each unit, in the outcome's original units, (n,). Only metrics use it.
+    """
 
     covariates: Tensor
     treated: Tensor
@@ -30,7 +35,7 @@ class Units(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Units of a level, and the covariates and treatment of all units, whose balance is measured."""
+    """The units of a level, and the covariates and treatment of all units, to measure the balance."""
 
     units: Units
     everyone: Tensor
@@ -38,7 +43,7 @@ class Batch(NamedTuple):
 
 
 class Distances(NamedTuple):
-    """Between units: each pair's, (n, n); each unit's mean to all, (n,); the mean of all, ()."""
+    """Distances between units: of each pair, (n, n), the mean of each unit to all, (n,), and the mean of all, ()."""
 
     pairs: Tensor
     to_all: Tensor
@@ -51,8 +56,8 @@ class Distances(NamedTuple):
 
 
 class UnitWeights(nn.Module):
-    """The upper-level variable: covariates, (n, 4), and treatment, (n,) -> weights, (n,), with mean 1 in either arm, by
-    a network 5-hidden-1."""
+    """The upper-level variable: a network 5-hidden-1 from covariates, (n, 4), and treatment, (n,), to weights, (n,),
+    which have mean 1 in each arm."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -63,13 +68,13 @@ class UnitWeights(nn.Module):
         inputs = torch.cat([covariates, 2 * treated[:, None] - 1], 1)
         logits = self.last(torch.tanh(self.first(inputs)))[:, 0]
         weights = torch.zeros_like(logits)
-        for arm in (treated > 0, treated <= 0):
+        for arm in (treated > 0, treated <= 0):  # a softmax within the arm, so that the mean is 1
             weights = weights + torch.where(arm, logits, -torch.inf).softmax(0) * arm.sum()
         return weights
 
 
 class OutcomeRegression(nn.Module):
-    """The lower-level variable: a linear regression in either arm, (2, 5), the control's first."""
+    """The lower-level variable: a linear regression in each arm, (2, 5), with the control's first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,29 +86,31 @@ class OutcomeRegression(nn.Module):
 
 
 class TreatmentEffects(LargeUpperLevel):
-    """The mean effect of a treatment that units were not assigned at random, from a regression on weighted units:
+    """The mean effect of a treatment without random assignment, from a regression on weighted units:
 
         f(x, y) = sum_i w_i (outcome_i - g_y(covariates_i, treated_i))^2 / n + decay |y|^2 / 2
-        F(x, y) = the same of other units, without decay, + imbalance (E_1 + E_0)
+        F(x, y) = the same for other units, without decay, + imbalance (E_1 + E_0)
 
-    with weights w from a network x and E_t the energy distance (Szekely & Rizzo 2013) between the covariates of the
-    weighted units of arm t and of all units: the bound on the counterfactual risk of Johansson, Kallus, Shalit &
-    Sontag, arXiv:1802.08598, with the energy distance, as in Huling & Mak, arXiv:2004.13962, for their kernel's. The
-    regression is linear and the outcome is not, so that it depends on the units' weights what it says of the others.
+    The weights w come from a network x. E_t is the energy distance (Szekely & Rizzo 2013) between the covariates of the
+    weighted units of arm t and those of all units. F is the bound on the counterfactual risk of Johansson, Kallus,
+    Shalit & Sontag, arXiv:1802.08598, with the energy distance in place of their kernel's, as in Huling & Mak,
+    arXiv:2004.13962. The regression is linear and the outcome is not, so its predictions depend on the weights.
 
-    Data are those of Kang & Schafer 2007 (Statistical Science 22(4)), with two arms: four independent normal variables
-    z of which only nonlinear transforms are observed,
+    The data follow Kang & Schafer 2007 (Statistical Science 22(4)), with two arms. There are four independent normal
+    variables z, of which only nonlinear transforms are observed:
 
         P(treated) = 1 / (1 + exp(z_1 - z_2 / 2 + z_3 / 4 + z_4 / 10))
         outcome = 210 + 27.4 z_1 + 13.7 (z_2 + z_3 + z_4) + effect treated + N(0, 1),    effect = 10 + spread z_1,
 
-    so that neither a logistic propensity nor a linear outcome is right.
+    So neither a logistic propensity nor a linear outcome is right.
 
-    units:     how many; validation: the share of them in the upper level.
-    spread:    of effects over units.
-    latent:    whether z itself is observed: then both simple models are right.
-    imbalance: weight of the energy distances, of covariates with deviation 1.
-    hidden:    of the weight network; decay: of the regression.
+    units:      number of units.
+    validation: share of the units in the upper level.
+    spread:     of effects over units.
+    latent:     whether z itself is observed. Then both simple models are right.
+    imbalance:  weight of the energy distances, of covariates with deviation 1.
+    hidden:     size of the weight network.
+    decay:      of the regression.
     """
 
     dtype = torch.float64
@@ -128,7 +135,7 @@ class TreatmentEffects(LargeUpperLevel):
 
     @cached_property
     def everyone(self) -> Units:
-        """All units, those of the lower level first."""
+        """All units, with those of the lower level first."""
         generator = torch.Generator().manual_seed(self.data_seed)
         z = torch.randn(self.units, COVARIATES, generator=generator, dtype=self.dtype)
         propensity = torch.sigmoid(z @ z.new_tensor([-1.0, 0.5, -0.25, -0.1]))
@@ -170,7 +177,7 @@ class TreatmentEffects(LargeUpperLevel):
         return self.risk(model, hyperparameters, batch.units) + self.decay / 2 * coefficients.square().sum()
 
     def risk(self, model: nn.Module, hyperparameters: Hyperparameters, units: Units) -> Tensor:
-        """Weighted mean square of the residuals."""
+        """The weighted mean square of the residuals."""
         without, with_treatment = model(units.covariates)
         residual = units.outcome - torch.where(units.treated > 0, with_treatment, without)
         weights: Tensor = hyperparameters["upper"](units.covariates, units.treated)
@@ -185,9 +192,12 @@ class TreatmentEffects(LargeUpperLevel):
         return torch.optim.LBFGS(model.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
-        """`ate_error`, the absolute error of the mean effect over all units, and `pehe`, the root mean square of the
-        error of each unit's (Hill 2011), from a regression on all units with the learned weights, in the outcome's
-        units; the same of other estimators (`estimators`); how even the weights are (`effective_units`, Kish's)."""
+        """Errors of the effects by a regression on all units with the learned weights, in the outcome's units.
+
+        `ate_error` is the absolute error of the mean effect. `pehe` is the root mean square error of the units' effects
+        (Hill 2011). The other `estimators` have the same metrics with their names in front. `effective_units` is Kish's
+        measure of how even the weights are.
+        """
         units = Units(*(column.to(self.device) for column in self.everyone))
         weights = hyperparameters["upper"](units.covariates, units.treated).detach()
         without, with_treatment = regressed(units, weights, self.decay)
@@ -202,7 +212,7 @@ class TreatmentEffects(LargeUpperLevel):
 
 
 def observed(z: Tensor) -> Tensor:
-    """What is seen of the latent variables, (n, 4) -> (n, 4)."""
+    """The observed transforms of the latent variables, (n, 4) -> (n, 4)."""
     a, b, c, d = z.T
     return torch.stack(
         [(a / 2).exp(), b / (1 + a.exp()) + 10, (a * c / 25 + 0.6) ** 3, (b + d + 20) ** 2],
@@ -211,33 +221,40 @@ def observed(z: Tensor) -> Tensor:
 
 
 def energy_distances(weights: Tensor, treated: Tensor, distances: Distances) -> Tensor:
-    """Of either arm, weighted, to all units alike, (2,): 2 E|U - V| - E|U - U'| - E|V - V'|."""
+    """The energy distance 2 E|U - V| - E|U - U'| - E|V - V'| from each weighted arm U to all units V, (2,)."""
     arms = torch.stack([weights * (1 - treated), weights * treated])
     arms = arms / arms.sum(1, keepdim=True)
     return 2 * arms @ distances.to_all - ((arms @ distances.pairs) * arms).sum(1) - distances.mean
 
 
 def regressed(units: Units, weights: Tensor, decay: float) -> Tensor:
-    """Outcomes without and with treatment, (2, n), by a weighted regression in either arm: the solution of the lower
-    level in closed form."""
+    """Outcomes without and with treatment, (2, n), by a weighted regression in each arm.
+
+    It is the solution of the lower level in closed form.
+    """
     x = torch.cat([units.covariates, torch.ones_like(units.covariates[:, :1])], 1)
     outcomes = []
     for arm in (units.treated <= 0, units.treated > 0):
         w = (weights * arm)[:, None] / len(x)
+        # Half of the decay, as f has the squares without a factor 1/2.
         gram = x.T @ (w * x) + decay / 2 * torch.eye(x.shape[1]).to(x)
         outcomes.append(x @ torch.linalg.solve(gram, x.T @ (w[:, 0] * units.outcome)))
     return torch.stack(outcomes)
 
 
 def estimators(units: Units, decay: float) -> Mapping[str, Tensor]:
-    """Effects, (n,), by the estimators in use; those that know a mean only say it of each unit.
+    """Effects, (n,), by common estimators. Those that estimate only a mean give it for each unit.
 
-    difference: of the arms' means. ipw: inverse propensities by a logistic regression, normalised (Hajek); ipw_trimmed:
-    of propensities cut to [0.05, 0.95]. regression: unweighted. ipw_regression: weighted by trimmed inverse
-    propensities. doubly_robust: regression plus the mean of its residuals by trimmed inverse propensities (Robins,
-    Rotnitzky & Zhao 1994).
+    difference:     of the arms' means.
+    ipw:            inverse propensities from a logistic regression, normalised (Hajek).
+    ipw_trimmed:    the same, with propensities clamped to [0.05, 0.95].
+    regression:     unweighted.
+    ipw_regression: weighted by trimmed inverse propensities.
+    doubly_robust:  regression plus the mean of its residuals by trimmed inverse propensities (Robins, Rotnitzky & Zhao
+        1994).
     """
     x, t, outcome = units.covariates, units.treated, units.outcome
+    # A large C, so that the regression is practically unregularised.
     fitted = LogisticRegression(C=1e6, max_iter=1000).fit(x.cpu().numpy(), t.cpu().numpy())
     propensity = torch.from_numpy(fitted.predict_proba(x.cpu().numpy())[:, 1]).to(x)
     trimmed = propensity.clamp(0.05, 0.95)

@@ -1,4 +1,4 @@
-"""A network that guides a network: it weights training examples, some of whose labels are wrong."""
+"""A network that weights the training examples of another one, as some of their labels are wrong."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ CLASSES = 10
 
 
 class Weighted(NamedTuple):
-    """Inputs, (n, 196), the labels given, (n,), what the weight network sees of them, (n, 2), and whether they are
-    right, (n,), which only the metrics look at."""
+    """Weighted examples.
+
+    x, y:  inputs, (n, 196), and the labels given, (n,).
+    signs: the inputs of the weight network, (n, 2).
+    right: whether the label is right, (n,). Only metrics use it.
+    """
 
     x: Tensor
     y: Tensor
@@ -31,7 +35,7 @@ class Weighted(NamedTuple):
 
 
 class WeightNetwork(nn.Module):
-    """The upper-level variable: signs of a wrong label, (n, 2) -> weights in (0, 1), (n,), by a network 2-hidden-1."""
+    """The upper-level variable: a network 2-hidden-1 from signs of wrong labels, (n, 2), to weights in (0, 1), (n,)."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -42,19 +46,22 @@ class WeightNetwork(nn.Module):
 
 
 class NoisyLabels(LargeUpperLevel, SplitData):
-    """Multinomial logistic regression on MNIST digits, a share of whose labels is wrong, with weights from a network:
+    """Multinomial logistic regression on MNIST digits with a share of wrong labels. A network weights the examples:
 
         f(x, y) = sum_i w_x(signs_i) CE_i(y) / sum_i w_x(...) + decay |y|^2 / 2,   F = CE on clean examples
 
-    after Meta-Weight-Net (Shu et al. 2019), whose network sees an example's present loss. Here it sees the losses of
-    two models trained before, on all training examples alike and on one half of the clean ones, so that f is convex in
-    y; F is taken on the other half. A network of the image and the label itself, with thousands of weights, learned the
-    few clean examples by heart instead.
+    It follows Meta-Weight-Net (Shu et al. 2019), whose network sees the current loss of an example. Here it sees the
+    losses of two models that were trained before: one on all training examples with equal weights, one on half of the
+    clean ones. So f is convex in y. F is taken on the other half. A network of the image and the label themselves, with
+    thousands of weights, overfitted the few clean examples.
 
-    Test metrics are of the official test images; all images are averaged over 2x2 pixels.
+    Test metrics are of the official test images. All images are averaged over 2x2 pixels.
 
-    data: the folder of the data files. train, validation: how many examples, the latter clean. wrong: share of
-        training labels that are wrong, drawn from the nine other classes. hidden: of the weight network.
+    data:       the folder of the data files.
+    train:      number of training examples.
+    validation: number of clean examples.
+    wrong:      share of training labels that are wrong, drawn from the nine other classes.
+    hidden:     size of the weight network.
     """
 
     epochs = 1
@@ -99,13 +106,14 @@ class NoisyLabels(LargeUpperLevel, SplitData):
     def batches(self, level: Level, generator: torch.Generator | None) -> Any:
         x, y = self.splits[level]
         if level == "upper":
+            # F needs no signs. Any tensor of their shape will do.
             yield Weighted(x, y, x[:, :2], torch.ones_like(y, dtype=torch.bool))
         else:
             yield Weighted(x, y, self.signs, self._right)
 
     @cached_property
     def signs(self) -> Tensor:
-        """Losses of the training examples under the two models, to mean 0 and deviation 1."""
+        """The losses of the training examples under the two models, scaled to mean 0 and deviation 1, (n, 2)."""
         (x, y), (clean_x, clean_y) = self.splits["lower"], self.splits["guide"]
         losses = [
             cross_entropy(self.fitted(inputs, labels, torch.ones_like(inputs[:, 0]))(x), y, reduction="none")
@@ -136,9 +144,12 @@ class NoisyLabels(LargeUpperLevel, SplitData):
         return cross_entropy(model(batch.x), batch.y)
 
     def evaluate(self, model: nn.Module, hyperparameters: Hyperparameters) -> dict[str, float]:
-        """Test metrics; test accuracies of the same model trained on all examples alike (`uniform_accuracy`), on the
-        clean validation examples alone, and on the right examples as if they were known (`oracle_accuracy`); and how
-        often a right example weighs more than a wrong one (`ranking`; 0.5 is chance)."""
+        """Test metrics, and test accuracies of the same model with other weights.
+
+        `uniform_accuracy` has equal weights, `validation_only_accuracy` the clean examples alone, and `oracle_accuracy`
+        only the examples with right labels. `ranking` is the share of pairs in which an example with a right label has
+        more weight than one with a wrong label; 0.5 is chance.
+        """
         (batch,) = self.batches("lower", None)
         x, y, right = batch.x.to(self.device), batch.y.to(self.device), batch.right.to(self.device)
         weights = hyperparameters["upper"](batch.signs.to(self.device))
@@ -149,12 +160,13 @@ class NoisyLabels(LargeUpperLevel, SplitData):
         found["validation_only_accuracy"] = self.accuracy_of(clean_x, clean_y, torch.ones_like(clean_x[:, 0]))
         found["oracle_accuracy"] = self.accuracy_of(x, y, right.to(weights))
         if right.any() and not right.all():
+            # For each right label the number of wrong ones with less weight, in n log n.
             below = torch.searchsorted(weights[~right].sort().values, weights[right])
             found["ranking"] = below.double().mean().item() / int((~right).sum())
         return found
 
     def accuracy_of(self, x: Tensor, y: Tensor, weights: Tensor) -> float:
-        """Test accuracy of the model trained with these weights."""
+        """The test accuracy of the model trained with these weights."""
         inputs, labels = (part.to(self.device) for part in self.splits["test"])
         return (self.fitted(x, y, weights)(inputs).argmax(1) == labels).double().mean().item()
 
