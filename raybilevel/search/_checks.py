@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from raybilevel._lower.hooks import check_hooks
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.random_numbers import forked_random
 from raybilevel._lower.variables import ModuleVariables
@@ -25,6 +26,7 @@ from raybilevel.problem import (
     Level,
     make_batches,
     make_model,
+    make_schedule,
     move,
     on_cpu,
     trains_itself,
@@ -103,6 +105,9 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
             optimizers = [optimizer_of_a_training(problem, one, plain) for one in (earlier, model)]
             before = {key: tensor.clone() for key, tensor in shared.items()}
             rehearse(problem, model, optimizers[1], given, plain)
+            check_hooks(problem)
+            with calling(problem, "schedule(optimizer)"):
+                make_schedule(problem, optimizers[1], plain)
             check_unchanged(problem, shared, before)
     if not another_loop:  # which may read them
         unread = [p.name for p in space.parameters if p.path not in given.read]

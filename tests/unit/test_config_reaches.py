@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel._lower.training import LowerLevelTraining, load_checkpoint, refit, train
+from raybilevel.errors import ProblemError
 from raybilevel.methods import Default, Paper
 from raybilevel.methods._base import UpperStep
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level, minibatches
@@ -97,3 +98,16 @@ def test_a_search_runs_with_them() -> None:
     optimizer = BilevelOptimizer(SPACE, Default(start_points=2))
     search(Shaped(), optimizer, 4, CONSTANTS)
     assert any(training.hypergradient for training in optimizer.state.trainings)
+
+
+def test_what_only_the_optimizer_reads_is_searched_by_values() -> None:
+    space = Space((*SPACE.parameters, Parameter(("lr",), 1e-3, 0.3, log=True)))
+    assert check_problem(Shaped(), space, CONSTANTS).smooth == (True, False)
+
+
+def test_what_nothing_reads_may_be_read_by_a_loop_of_ones_own() -> None:
+    problem, space = Shaped(), Space((*SPACE.parameters, Parameter(("mixup",), 0.0, 1.0)))
+    with pytest.raises(ProblemError, match="mixup: nothing in Shaped reads it"):
+        check_problem(problem, space, CONSTANTS)
+    problem.own_loop = True
+    assert check_problem(problem, space, CONSTANTS).smooth == (True, False)
