@@ -125,6 +125,26 @@ class BilevelOptimizer:
         """A training's hyperparameters, nested as the space is."""
         return self.space.to_config(torch.tensor(training.unit, dtype=torch.double))
 
+    def was_asked(self, trial: str, config: Mapping[str, Any]) -> bool:
+        """Whether a config agrees with what a known trial was asked to train, as far as it names the same; to a
+        millionth of the box."""
+        try:
+            trained = self.space.encode(config)
+        except SpaceError:
+            return True  # other entries only
+        asked = torch.tensor(self.state.trainings[self.trials[trial]].unit, dtype=torch.double)
+        return self.space.contains(config) and bool((trained - asked).abs().max() < 1e-6)
+
+    def move(self, trial: str, config: Mapping[str, Any]) -> bool:
+        """Know of a pending trial that it was trained elsewhere. Not if its config is no point of the space."""
+        index = self.trials[trial]
+        if not self.space.contains(config):
+            return False
+        if self.state.trainings[index].status == "pending":
+            proposal = Proposal(tuple(self.space.encode(config).tolist()), "unknown")
+            self.state = self.state.change(index, proposal=proposal)
+        return True
+
     def without_running(self) -> BilevelOptimizer:
         """A copy in which the upper-level steps under way are to be planned again."""
         other = copy.copy(self)

@@ -15,12 +15,15 @@ from raybilevel.search import Observation
 from raybilevel.space import Space
 
 
-class MissingMetricError(RaybilevelError):
-    """A trial reported a result without a metric that the search needs."""
+class MetricError(RaybilevelError):
+    """A trial reported a result without a metric that the search needs, or one that is no number.
 
-    def __init__(self, trial: str, metric: str) -> None:
-        super().__init__(f"trial {trial} reported no {metric!r}; is its trainable lower_level_trainable(problem)?")
-        self.metric = metric
+    metric: which. missing: it is not there at all.
+    """
+
+    def __init__(self, what: str, metric: str, missing: bool) -> None:
+        super().__init__(what)
+        self.metric, self.missing = metric, missing
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,27 @@ class Objective:
         An entry of the gradient that a trainable does not report is NaN: not known.
 
         Raises:
-            MissingMetricError: the metric or the lower-level loss is missing.
+            MetricError: the metric or the lower-level loss is missing, or a value is no number.
         """
         flat = flatten_dict(dict(result))
-        for needed in (self.metric, LOWER_LOSS):
-            if needed not in flat:
-                raise MissingMetricError(trial, needed)
-        upper, passes = self.sign * float(flat[self.metric]), float(flat.get(PASSES, 0.0))
+
+        def number(name: str, default: float | None = None) -> float:
+            if name not in flat and default is None:
+                why = f"trial {trial} reported no {name!r}; is its trainable lower_level_trainable(problem)?"
+                raise MetricError(why, name, missing=True)
+            value = flat.get(name, default)
+            try:
+                return float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                why = f"trial {trial} reported {name} = {value!r}; report a number."
+                raise MetricError(why, name, missing=False) from error
+
+        upper, lower, passes = self.sign * number(self.metric), number(LOWER_LOSS), number(PASSES, 0.0)
         if not flat.get(FINISHED, False):
             return Observation(upper, passes=passes, complete=False)
-        gradient = {name: float(flat.get(f"{GRADIENT}/{name}", math.nan)) for name in space.names}
+        gradient = {name: number(f"{GRADIENT}/{name}", math.nan) for name in space.names}
         unit = space.to_unit_gradient(config, gradient)
-        return Observation(upper, float(flat[LOWER_LOSS]), tuple(unit.tolist()), passes)
+        return Observation(upper, lower, tuple(unit.tolist()), passes)
 
 
 def ran_to_its_end(result: Mapping[str, Any]) -> bool:

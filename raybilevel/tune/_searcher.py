@@ -18,6 +18,7 @@ from raybilevel._cluster.pace import StepTime
 from raybilevel._cluster.resources import bundles_of, step_options
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps
+from raybilevel._lower.checkpoint import without_numpy
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel._tune_changes.run import tune_run
 from raybilevel.errors import ConfigError, RaybilevelError, SpaceError
@@ -30,7 +31,7 @@ from raybilevel.space import Space, check_points
 from raybilevel.tune._checkpoints import Checkpoints
 from raybilevel.tune._failures import ALIKE_AT_MOST
 from raybilevel.tune._points import reported_config, unflatten
-from raybilevel.tune._results import MissingMetricError, Objective, ran_to_its_end
+from raybilevel.tune._results import MetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
 from raybilevel.tune._session import Session, job_of_ray
 from raybilevel.tune._setup import set_up
@@ -101,7 +102,8 @@ class BilevelSearch(ResumableSearcher):
         self.problem = problem
         self.method: Method = make_method(method) if isinstance(method, str) else method
         self.seed = seed
-        self._points = list(points_to_evaluate or ())
+        self._space, self._objective_given = space, metric is not None or mode is not None
+        self._points = [without_numpy(point) for point in points_to_evaluate or ()]
         self._step_options = step_options(upper_resources, problem)
         self._step_time_limit = step_time_limit
         self._filesystem = storage_filesystem
@@ -126,6 +128,7 @@ class BilevelSearch(ResumableSearcher):
         self._samples = spec.get("num_samples")
         self._slots.begin_run(self._samples)
         if self._optimizer is not None:  # from `space`, of an earlier run or restored by hand
+            self._take_objective(metric, mode)
             self._begin_run()
             return False
         self._metric = metric or self._metric
@@ -219,7 +222,7 @@ class BilevelSearch(ResumableSearcher):
         if self._optimizer is None:
             self._early.append((parameters, value, error))
             return
-        nested = unflatten(parameters)
+        nested = without_numpy(unflatten(parameters))
         check_points([nested], self._optimizer.space, "evaluated points")
         observation = None if error else Observation(self._objective.sign * float(value), complete=False)
         self._optimizer.add(f"evaluated-{len(self._optimizer.state.trainings)}", nested, observation)
@@ -323,11 +326,29 @@ class BilevelSearch(ResumableSearcher):
 
     def _ready(self) -> BilevelOptimizer:
         if self._optimizer is None:
-            raise SpaceError(
+            raise NoSpaceYetError(
                 "BilevelSearch has no search space yet; pass param_space to tune.Tuner (config to tune.run), or space "
                 "to BilevelSearch"
             )
         return self._optimizer
+
+    def _take_objective(self, metric: str | None, mode: str | None) -> None:
+        """Tune's metric and mode, where the space was known before them.
+
+        Raises:
+            ConfigError: the search has others, given to it or from an earlier run.
+        """
+        here = self._objective
+        asked = Objective(metric or here.metric, mode or here.mode)
+        if asked == here:
+            return
+        if self._space is None or self._objective_given or self.state.trainings:
+            raise ConfigError(
+                f"Tune is given metric={asked.metric!r}, mode={asked.mode!r}, and this search has {here.metric!r}, "
+                f"{here.mode!r}; give both the same, and a search of its own to each metric"
+            )
+        self._metric, self._mode = asked.metric, asked.mode
+        self._set_up(self._space)
 
     def _set_up(self, param_space: Mapping[str, Any]) -> None:
         objective = self._objective
@@ -365,12 +386,14 @@ class BilevelSearch(ResumableSearcher):
         """A trial's last result; None where it failed."""
         optimizer = self._ready()
         observation = None
+        if result is not None and not self._at_what_was_asked(trial_id, result):
+            result = None
         try:
             if result is not None:
                 observation = self._objective.observe(trial_id, result, optimizer.space, optimizer.config(trial_id))
-        except MissingMetricError as error:
+        except MetricError as error:
             logger.error("%s It counts as failed", error)
-            if error.metric == LOWER_LOSS and not optimizer.state.done:
+            if error.metric == LOWER_LOSS and error.missing and not optimizer.state.done:
                 self._session.fatal = RaybilevelError(f"{error} A Repeater passes on means of the metric alone")
         optimizer.tell(trial_id, observation)
         index = optimizer.trials[trial_id]
@@ -382,6 +405,19 @@ class BilevelSearch(ResumableSearcher):
             logger.warning("trial %s failed or has no finite result; the search goes on without it", trial_id)
             self._session.failures.failed(trial_id)
         self._warn_of_stops()
+
+    def _at_what_was_asked(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """Whether a training was done at a point of the space: where it was asked, or else where it now counts."""
+        optimizer, trained = self._ready(), reported_config(result)
+        if not trained or optimizer.was_asked(trial_id, trained):
+            return True
+        asked, moved = optimizer.config(trial_id), optimizer.move(trial_id, trained)
+        follows = "its result counts there" if moved else "that is no point of the space, and it counts as failed"
+        logger.warning(
+            "trial %s was trained at %s and not at %s as asked; %s. Does a scheduler change hyperparameters, or the "
+            "trainable its config?", trial_id, trained, asked, follows,
+        )  # fmt: skip
+        return moved
 
     def _warn_of_stops(self) -> None:
         """Where trainings end before their last epoch, and none runs to it."""
@@ -405,6 +441,10 @@ class BilevelSearch(ResumableSearcher):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin_session()
+
+
+class NoSpaceYetError(SpaceError, RuntimeError):
+    """A search is asked before it knows what to search; Ray's own searchers raise a `RuntimeError` then."""
 
 
 def check_arguments(

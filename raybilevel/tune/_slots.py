@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 from raybilevel._cluster.resources import most_slots, trainings_that_fit
@@ -22,8 +23,8 @@ class Slots:
         self.limit = given
 
     def begin_run(self, samples: int | None) -> None:
-        """samples: trials of the run, if their number is known."""
-        self._most = most_slots(samples or 0)
+        """samples: trials of the run, if their number is known; Tune says `sys.maxsize` for trials without end."""
+        self._most = most_slots(0 if samples in (None, sys.maxsize) else samples)
 
     def restore(self, slots: int) -> None:
         """The run that is resumed had so many; its `num_samples` is not told again."""

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.fs
 import pytest
 import ray
@@ -17,7 +18,7 @@ from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from raybilevel import BilevelSearch
-from raybilevel.errors import RaybilevelError, SpaceError
+from raybilevel.errors import ConfigError, RaybilevelError, SpaceError
 from raybilevel.methods import Default
 from raybilevel.methods._trust_region import TrustRegionRule
 from raybilevel.search._state_file import FORMAT, read
@@ -284,6 +285,64 @@ def test_stops_before_every_last_epoch_are_warned_of_once(caplog: pytest.LogCapt
         search.on_trial_complete(f"{number}", result(1.0, finished=False))
         warned = caplog.text.count("were stopped before their last epoch (Parabola.epochs = 2), and none ran to it")
         assert warned == (number >= 2)
+
+
+@pytest.mark.parametrize("value", [None, "high", [0.1, 0.2]])
+@pytest.mark.parametrize("name", ["upper_loss", "lower_loss"])
+def test_a_metric_that_is_no_number_is_a_failure_that_is_named(
+    name: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = ready()
+    search.suggest("a")
+    search.on_trial_complete("a", {**result(), name: value})
+    assert search.state.trainings[0].status == "failed"
+    assert f"trial a reported {name} = {value!r}; report a number." in caplog.text
+    assert search.suggest("b") is not None
+
+
+def test_a_result_of_another_config_counts_where_it_was_trained(caplog: pytest.LogCaptureFixture) -> None:
+    search = ready()
+    asked = search.suggest("a")
+    assert isinstance(asked, dict)
+    search.on_trial_complete("a", result(0.25, config={**SPACE, "x": {"a": 2.0}}))
+    (training,) = search.state.done
+    assert search.config_of(training)["x"]["a"] == pytest.approx(2.0)
+    assert search.config_of(training) != asked
+    assert "trial a was trained at" in caplog.text and "its result counts there" in caplog.text
+    search.suggest("b")
+    search.on_trial_complete("b", result(0.25, config={**SPACE, "x": {"a": 1e9}}))
+    assert search.state.trainings[1].status == "failed"
+    caplog.clear()
+    same = search.suggest("c")
+    assert isinstance(same, dict)
+    search.on_trial_complete("c", result(0.25, config={**SPACE, **same}))
+    assert search.state.trainings[2].status == "done" and "was trained at" not in caplog.text
+
+
+def test_tune_s_metric_reaches_a_search_that_was_given_its_space() -> None:
+    search = BilevelSearch(Parabola(), space=SPACE, max_concurrent=2)
+    search.set_search_properties("score", "max", {})
+    search.suggest("a")
+    search.on_trial_complete("a", result(1.0, score=0.5))
+    assert search.state.measured[0].upper_loss == -0.5
+    with pytest.raises(ConfigError, match="Tune is given metric='upper_loss', mode='min', and this search has 'score'"):
+        search.set_search_properties("upper_loss", "min", {})
+    with pytest.raises(ConfigError, match=r"this search has 'upper_loss', 'min'; give both the same"):
+        BilevelSearch(Parabola(), space=SPACE, metric="upper_loss").set_search_properties("score", "max", {})
+
+
+def test_numbers_of_numpy_are_points() -> None:
+    search = ready(points_to_evaluate=[{"x": {"a": np.float32(0.5)}}])
+    suggestion = search.suggest("a")
+    assert isinstance(suggestion, dict)
+    assert suggestion["x"]["a"] == pytest.approx(0.5) and type(suggestion["x"]["a"]) is float
+    search.add_evaluated_point({"x/a": np.float32(0.25)}, 1.0)
+    assert search.config_of(search.state.measured[0])["x"]["a"] == pytest.approx(0.25)
+
+
+def test_a_search_without_a_space_raises_what_ray_s_own_do() -> None:
+    with pytest.raises(RuntimeError, match="no search space yet"):
+        BilevelSearch(Parabola()).suggest("a")
 
 
 # Restoring beside Tune's own snapshot.

@@ -9,7 +9,7 @@ import pytest
 
 from raybilevel.search import Observation
 from raybilevel.space import Parameter, Space
-from raybilevel.tune._results import MissingMetricError, Objective, ran_to_its_end
+from raybilevel.tune._results import MetricError, Objective, ran_to_its_end
 
 SPACE = Space((Parameter(("x", "a"), 1e-2, 1.0, log=True), Parameter(("b",), 0.0, 4.0)))
 CONFIG = {"x": {"a": 0.1}, "b": 1.0, "note": "constant"}
@@ -51,6 +51,6 @@ def test_of_a_training_that_was_stopped_f_and_its_cost_count() -> None:
 @pytest.mark.parametrize("missing", ["upper_loss", "lower_loss"])
 def test_what_is_missing_is_named(missing: str) -> None:
     report = {name: value for name, value in REPORT.items() if name != missing}
-    with pytest.raises(MissingMetricError, match=f"trial t reported no '{missing}'") as caught:
+    with pytest.raises(MetricError, match=f"trial t reported no '{missing}'") as caught:
         Objective().observe("t", report, SPACE, CONFIG)
     assert caught.value.metric == missing

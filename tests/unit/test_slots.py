@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from raybilevel.tune import _slots as slots
@@ -14,7 +16,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "trainings_that_fit", lambda bundles: 40)
 
 
-@pytest.mark.parametrize(("samples", "most"), [(None, 16), (20, 16), (100, 25), (1000, 40)])
+@pytest.mark.parametrize(("samples", "most"), [(None, 16), (20, 16), (100, 25), (1000, 40), (sys.maxsize, 16)])
 def test_a_cluster_is_filled_up_to_a_share_of_all_trials(samples: int | None, most: int) -> None:
     found = Slots(None, [{"CPU": 1.0}])
     found.begin_run(samples)
