@@ -14,35 +14,33 @@ import ray
 from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 
-from raybilevel._cluster.pace import StepTime
 from raybilevel._cluster.resources import bundles_of, step_options
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps
 from raybilevel._lower.checkpoint import without_numpy
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel._tune_changes.run import tune_run
-from raybilevel.errors import ConfigError, RaybilevelError, SpaceError
+from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.methods import Method, make_method
 from raybilevel.problem import BilevelProblem
 from raybilevel.search import BilevelOptimizer, Observation
 from raybilevel.search import _state_file as state_file
-from raybilevel.search_state import SearchState, Training
-from raybilevel.space import Space, check_points
+from raybilevel.space import check_points
 from raybilevel.tune._checkpoints import Checkpoints
-from raybilevel.tune._failures import ALIKE_AT_MOST
-from raybilevel.tune._points import reported_config, unflatten
+from raybilevel.tune._points import reported_config, trained_in_the_space, unflatten
 from raybilevel.tune._results import MetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
 from raybilevel.tune._session import Session, job_of_ray
-from raybilevel.tune._setup import set_up
+from raybilevel.tune._setup import other_objective, set_up, warn_of_stops
 from raybilevel.tune._slots import Slots
 from raybilevel.tune._snapshot import TrialRecord
 from raybilevel.tune._steps import StepRunner
+from raybilevel.tune._view import SearchView
 
 logger = logging.getLogger(__name__)
 
 
-class BilevelSearch(ResumableSearcher):
+class BilevelSearch(SearchView, ResumableSearcher):
     """Bilevel hyperparameter search for `tune.run` and `tune.Tuner`, with `lower_level_trainable(problem)`.
 
         tune.Tuner(
@@ -268,43 +266,6 @@ class BilevelSearch(ResumableSearcher):
         self._session.lost.restored(optimizer.pending_trials, len(optimizer.state.told))
         self._checkpoints.look()
 
-    # What else it shows.
-
-    @property
-    def state(self) -> SearchState:
-        """Every training and upper-level step so far."""
-        return self._optimizer.state if self._optimizer is not None else SearchState()
-
-    @property
-    def space(self) -> Space:
-        return self._ready().space
-
-    @property
-    def exhausted(self) -> bool:
-        """The method has nothing more to propose."""
-        return self._optimizer is not None and self._optimizer.exhausted
-
-    @property
-    def steps_under_way(self) -> int:
-        return len(self._session.steps)
-
-    @property
-    def step_times(self) -> Sequence[StepTime]:
-        """Of the upper-level steps that were heard of in this Ray session."""
-        return self._session.steps.pace.steps
-
-    def index_of(self, trial_id: str) -> int | None:
-        """The training that a trial is."""
-        return self._ready().trials.get(trial_id)
-
-    def checkpoint_of(self, training: Training) -> str | None:
-        """Where a training's weights lie on the experiment's filesystem."""
-        return self._checkpoints.paths.get(training.index)
-
-    def config_of(self, training: Training) -> dict[str, Any]:
-        """A training's hyperparameters, nested as the space is."""
-        return self._ready().config_of(training)
-
     def cancel_steps(self, timeout: float = 0.0) -> None:
         """Cancel upper-level steps under way; they are planned again if the search goes on.
 
@@ -324,14 +285,6 @@ class BilevelSearch(ResumableSearcher):
     def _objective(self) -> Objective:
         return Objective(self._metric or UPPER_LOSS, self._mode or "min")
 
-    def _ready(self) -> BilevelOptimizer:
-        if self._optimizer is None:
-            raise NoSpaceYetError(
-                "BilevelSearch has no search space yet; pass param_space to tune.Tuner (config to tune.run), or space "
-                "to BilevelSearch"
-            )
-        return self._optimizer
-
     def _take_objective(self, metric: str | None, mode: str | None) -> None:
         """Tune's metric and mode, where the space was known before them.
 
@@ -343,10 +296,7 @@ class BilevelSearch(ResumableSearcher):
         if asked == here:
             return
         if self._space is None or self._objective_given or self.state.trainings:
-            raise ConfigError(
-                f"Tune is given metric={asked.metric!r}, mode={asked.mode!r}, and this search has {here.metric!r}, "
-                f"{here.mode!r}; give both the same, and a search of its own to each metric"
-            )
+            raise ConfigError(other_objective(asked, here))
         self._metric, self._mode = asked.metric, asked.mode
         self._set_up(self._space)
 
@@ -386,7 +336,7 @@ class BilevelSearch(ResumableSearcher):
         """A trial's last result; None where it failed."""
         optimizer = self._ready()
         observation = None
-        if result is not None and not self._at_what_was_asked(trial_id, result):
+        if result is not None and not trained_in_the_space(optimizer, trial_id, result):
             result = None
         try:
             if result is not None:
@@ -404,34 +354,8 @@ class BilevelSearch(ResumableSearcher):
         if optimizer.state.trainings[index].status == "failed":
             logger.warning("trial %s failed or has no finite result; the search goes on without it", trial_id)
             self._session.failures.failed(trial_id)
-        self._warn_of_stops()
-
-    def _at_what_was_asked(self, trial_id: str, result: Mapping[str, Any]) -> bool:
-        """Whether a training was done at a point of the space: where it was asked, or else where it now counts."""
-        optimizer, trained = self._ready(), reported_config(result)
-        if not trained or optimizer.was_asked(trial_id, trained):
-            return True
-        asked, moved = optimizer.config(trial_id), optimizer.move(trial_id, trained)
-        follows = "its result counts there" if moved else "that is no point of the space, and it counts as failed"
-        logger.warning(
-            "trial %s was trained at %s and not at %s as asked; %s. Does a scheduler change hyperparameters, or the "
-            "trainable its config?", trial_id, trained, asked, follows,
-        )  # fmt: skip
-        return moved
-
-    def _warn_of_stops(self) -> None:
-        """Where trainings end before their last epoch, and none runs to it."""
-        state, session = self.state, self._session
-        stopped = len(state.measured) - len(state.done)
-        if session.warned_of_stops or state.done or stopped < ALIKE_AT_MOST or self.method.upper_steps is None:
-            return
-        session.warned_of_stops = True
-        logger.warning(
-            "%d trainings were stopped before their last epoch (%s.epochs = %d), and none ran to it: without trained "
-            "weights there is no hypergradient, and the search only fills the space. Let trainings end (a scheduler's "
-            "max_t and stop's training_iteration of at least %d), or lower epochs",
-            stopped, type(self.problem).__name__, self.problem.epochs, self.problem.epochs,
-        )  # fmt: skip
+        if not self._session.warned_of_stops and self.method.upper_steps is not None:
+            self._session.warned_of_stops = warn_of_stops(self.state, self.problem)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: without what belongs to one Ray session. Steps under way are planned again."""
@@ -441,10 +365,6 @@ class BilevelSearch(ResumableSearcher):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin_session()
-
-
-class NoSpaceYetError(SpaceError, RuntimeError):
-    """A search is asked before it knows what to search; Ray's own searchers raise a `RuntimeError` then."""
 
 
 def check_arguments(

@@ -12,8 +12,10 @@ from raybilevel.errors import ConfigError
 from raybilevel.methods import Method
 from raybilevel.problem import BilevelProblem
 from raybilevel.search._checks import check_search
+from raybilevel.search_state import SearchState
 from raybilevel.space import Space, check_points
 from raybilevel.tune._domains import split_param_space
+from raybilevel.tune._failures import ALIKE_AT_MOST
 from raybilevel.tune._results import Objective
 
 logger = logging.getLogger(__name__)
@@ -70,3 +72,25 @@ def in_words(space: Space) -> str:
     for parameter, smooth in zip(space.parameters, space.smooth, strict=True):
         names[smooth].append(parameter.name)
     return f"with gradients: {', '.join(names[True]) or 'none'}; by values: {', '.join(names[False])}"
+
+
+def other_objective(asked: Objective, here: Objective) -> str:
+    """What to say where Tune and a search disagree on metric and mode."""
+    return (
+        f"Tune is given metric={asked.metric!r}, mode={asked.mode!r}, and this search has {here.metric!r}, "
+        f"{here.mode!r}; give both the same, and a search of its own to each metric"
+    )
+
+
+def warn_of_stops(state: SearchState, problem: BilevelProblem) -> bool:
+    """Whether trainings end before their last epoch, and none runs to it; that is said then."""
+    stopped = len(state.measured) - len(state.done)
+    if state.done or stopped < ALIKE_AT_MOST:
+        return False
+    logger.warning(
+        "%d trainings were stopped before their last epoch (%s.epochs = %d), and none ran to it: without trained "
+        "weights there is no hypergradient, and the search only fills the space. Let trainings end (a scheduler's "
+        "max_t and stop's training_iteration of at least %d), or lower epochs",
+        stopped, type(problem).__name__, problem.epochs, problem.epochs,
+    )  # fmt: skip
+    return True
