@@ -9,7 +9,7 @@ from raybilevel._cluster.environment import environment, waiting_trials
 PENDING = "TUNE_MAX_PENDING_TRIALS_PG"
 
 
-def test_a_variable_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A", "before")
     monkeypatch.delenv("B", raising=False)
     with environment("A", "inside"), environment("B", "inside"):
@@ -20,7 +20,7 @@ def test_a_variable_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "B" not in os.environ
 
 
-def test_as_many_trials_wait_as_there_are_slots_or_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_trials_may_wait_as_there_are_slots_unless_the_user_has_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PENDING, raising=False)
     with waiting_trials(8):
         assert os.environ[PENDING] == "8"

@@ -35,7 +35,7 @@ def test_all_idle_actors_are_kept_and_the_newest_is_used_first(kept: IdleActorCa
     assert not kept.has_cached_object("one CPU")
 
 
-def test_those_idle_for_longer_than_the_timeout_go_but_the_last_one(kept: IdleActorCache, clock: Clock) -> None:
+def test_actors_idle_beyond_the_timeout_are_stopped_except_the_last(kept: IdleActorCache, clock: Clock) -> None:
     kept.cache_object("one CPU", "a")
     clock.now += TIMEOUT_S / 2
     kept.cache_object("one CPU", "b")
@@ -50,14 +50,14 @@ def test_those_idle_for_longer_than_the_timeout_go_but_the_last_one(kept: IdleAc
     assert kept.num_cached_objects == 1
 
 
-def test_resources_that_a_trial_of_another_kind_waits_for_are_given_back_at_once(kept: IdleActorCache) -> None:
+def test_actors_are_stopped_at_once_for_a_trial_with_other_resources(kept: IdleActorCache) -> None:
     kept.cache_object("one CPU", "a")
     kept.cache_object("one CPU", "b")
     kept.increase_max("a GPU")
     assert list(kept.flush_cached_objects()) == ["a", "b"]
 
 
-def test_at_the_end_none_is_kept(kept: IdleActorCache) -> None:
+def test_no_actor_is_kept_at_the_end(kept: IdleActorCache) -> None:
     kept.cache_object("one CPU", "a")
     kept.cache_object("a GPU", "b")
     assert list(kept.flush_cached_objects(force_all=True)) == ["a", "b"]
@@ -71,7 +71,7 @@ class Controller:
         self._actor_cache = cache
 
 
-def test_a_run_is_changed_once_and_only_before_it_keeps_any(clock: Clock) -> None:
+def test_a_run_is_changed_once_and_only_before_an_actor_is_idle(clock: Clock) -> None:
     controller = Controller(_ObjectCache())
     controller._actor_cache.increase_max("one CPU")
     keep_idle_actors(controller, TIMEOUT_S, clock)
@@ -96,7 +96,7 @@ def test_a_controller_of_tune_has_the_cache_that_is_replaced(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("cache", [None, {}])
-def test_a_tune_without_such_a_cache_is_named_once(cache: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_cache_is_reported_once(cache: Any, caplog: pytest.LogCaptureFixture) -> None:
     controller = Controller(cache)
     for _ in range(2):
         keep_idle_actors(controller, TIMEOUT_S)

@@ -63,7 +63,7 @@ def test_minres_takes_the_iterations_of_scipy(negative: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.float])
 @pytest.mark.parametrize(("null", "values"), [(5, (0.5, 2.0)), (30, (-2.0, 2.1)), (58, (0.5, 2.0))])
-def test_minres_ends_at_a_least_squares_solution_where_there_is_no_other(
+def test_minres_stops_at_a_least_squares_solution_of_a_singular_system(
     dtype: torch.dtype, null: int, values: tuple[float, float]
 ) -> None:
     """H with a null space, and b not in its range; cold and from the solution before."""
@@ -83,7 +83,7 @@ def test_minres_ends_at_a_least_squares_solution_where_there_is_no_other(
 
 
 @pytest.mark.parametrize(("least", "negative"), [(1e-6, False), (-1e-2, True)])
-def test_minres_ends_where_the_curvature_along_the_residual_is_flat_or_negative(least: float, negative: bool) -> None:
+def test_minres_stops_at_a_flat_or_negative_curvature(least: float, negative: bool) -> None:
     """Against the residuals themselves: the one before the end is curved, the one at the end is not."""
     values = torch.tensor([4.0, 3.0, 2.0, 1.0, least], dtype=torch.double)
     given = LinearSystem(lambda v: values * v, torch.ones(5, dtype=torch.double), lambda v: v)
@@ -102,7 +102,7 @@ def test_minres_ends_where_the_curvature_along_the_residual_is_flat_or_negative(
     assert whole.iterations > found.iterations - 1 and not whole.negative
 
 
-def test_a_neumann_series_takes_its_rate_from_all_directions_and_says_if_it_diverges() -> None:
+def test_a_neumann_series_estimates_its_rate_and_reports_divergence() -> None:
     values = torch.tensor([1.0, 1.0, 3.0], dtype=torch.double)
     right = torch.tensor([1.0, 1.0, 1e-7], dtype=torch.double)  # hardly any of the direction of 3
     found, _ = NeumannSeries(100).solve(LinearSystem(lambda v: values * v, right, lambda v: v), None)
@@ -175,7 +175,7 @@ def test_selection_against_dense_decompositions() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.float])
-def test_what_the_hessian_annihilates_is_not_recycled(dtype: torch.dtype) -> None:
+def test_the_null_space_of_the_hessian_is_not_recycled(dtype: torch.dtype) -> None:
     basis, _ = torch.linalg.qr(torch.randn(N, N, generator=generator(1), dtype=torch.double))
     values = torch.cat([torch.zeros(1, dtype=torch.double), torch.linspace(0.5, 2, N - 1, dtype=torch.double)])
     h = (basis * values @ basis.T).to(dtype)
@@ -191,7 +191,7 @@ def test_what_the_hessian_annihilates_is_not_recycled(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("strategy", ["ritz", "harmonic_ritz", "ritz_generalized_singular"])
 @pytest.mark.parametrize("dtype", [torch.double, torch.float])
-def test_what_can_be_recycled_may_be_little_or_nothing(strategy: str, dtype: torch.dtype) -> None:
+def test_few_or_no_vectors_may_be_recycled(strategy: str, dtype: torch.dtype) -> None:
     solver = MinimalResidual(1e-3, limit=1, selection=Selection(strategy, dimension=10))  # type: ignore[arg-type]
     one = torch.eye(2, dtype=dtype)[0]
     for h in (torch.zeros(2, 2, dtype=dtype), torch.eye(2, dtype=dtype).flip(0)):  # W^T H W = 0, of one vector
@@ -261,7 +261,7 @@ def test_a_right_side_of_zero_has_the_solution_zero(dtype: torch.dtype) -> None:
             assert kept.space is (memory.space if memory else None)
 
 
-def test_a_krylov_space_that_holds_the_solution_ends_the_solve() -> None:
+def test_an_exhausted_krylov_space_stops_the_solve() -> None:
     zero = torch.zeros(N, dtype=torch.double)
     # a breakdown: the first Krylov space holds the solution
     given = LinearSystem(lambda v: 2 * v, zero + 1, lambda v: v)

@@ -78,7 +78,7 @@ def test_failures_are_charged_and_a_loss_that_is_not_finite_is_one() -> None:
     assert book.best is None
 
 
-def test_when_the_budget_is_spent_nothing_counts_any_more() -> None:
+def test_nothing_counts_after_the_budget_is_spent() -> None:
     book = ledger(trainings=1)
     first, second = trial(0.1), trial(0.2)
     book.on_trial_start(0, [], second)
@@ -93,7 +93,7 @@ def test_when_the_budget_is_spent_nothing_counts_any_more() -> None:
     assert book.trials[first.trial_id].status == "cut"
 
 
-def test_room_counts_what_is_under_way() -> None:
+def test_room_counts_trainings_under_way() -> None:
     book = ledger(trainings=3)
     assert book.room()
     one, two = trial(0.1), trial(0.2)
@@ -116,7 +116,7 @@ def test_the_unit_of_the_budget(budget: dict[str, float], spent: float) -> None:
     assert book.observations()[0].spent == pytest.approx(spent)
 
 
-def test_seconds_of_gpus_are_those_that_trials_and_steps_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_seconds_count_trials_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     from raybilevel._compare import ledger as module
 
     now = 100.0
@@ -145,7 +145,7 @@ def test_a_stopper_is_shared_by_copies_and_leaves_the_ledger_behind_when_pickled
     assert "ledger" not in vars(pickle.loads(pickle.dumps(stopper)))
 
 
-def test_a_population_member_that_takes_over_another_is_charged_for_what_it_ran() -> None:
+def test_a_population_member_that_copies_another_is_charged_for_its_own_epochs() -> None:
     # PBT sets a trial back to another's epoch, with its gradient evaluations: reports are what it ran.
     book = ledger(trainings=10)
     who = trial()

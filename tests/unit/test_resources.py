@@ -45,7 +45,7 @@ def test_bundles_become_a_placement_group(tmp_path: Path) -> None:
     ("device", "lower", "upper"),
     [(None, {"CPU": 1}, {}), ("cuda:0", {"CPU": 1, "GPU": 1}, {"GPU": 1}), ("mps", {"CPU": 1}, {})],
 )
-def test_a_training_has_a_gpu_of_its_own_where_it_runs_on_one(device: str | None, lower: Any, upper: Any) -> None:
+def test_a_training_on_a_gpu_requests_one(device: str | None, lower: Any, upper: Any) -> None:
     raw = {"problem": "digits", "options": {"device": device}, "search": {"trainings": 1}}
     given = ExperimentConfig.model_validate(raw)
     assert given.resources.of_training(given.on_gpu).bundles == (lower,)
@@ -90,11 +90,11 @@ def test_wrong_resources_are_named(lower: str, words: str, tmp_path: Path) -> No
         (tune.PlacementGroupFactory([{"CPU": 1}, {"CPU": 1, "GPU": 1}]), [{"CPU": 3.0}, {"CPU": 3.0, "GPU": 2.0}], 2),
     ],
 )
-def test_as_many_trainings_fit_as_the_nodes_hold(lower: Any, nodes: list[dict[str, float]], count: int) -> None:
+def test_trainings_that_fit_on_the_nodes(lower: Any, nodes: list[dict[str, float]], count: int) -> None:
     assert fitting(nodes, bundles_of(lower, Parabola())) == count
 
 
-def test_a_training_asks_for_a_gpu_where_its_problem_is_on_one() -> None:
+def test_a_training_requests_a_gpu_if_its_problem_is_on_one() -> None:
     problem = Parabola()
     assert bundles_of(None, problem) == [{"CPU": 1.0}]
     problem.device = "cuda"
@@ -102,11 +102,11 @@ def test_a_training_asks_for_a_gpu_where_its_problem_is_on_one() -> None:
 
 
 @pytest.mark.parametrize(("trainings", "most"), [(0, 16), (40, 16), (64, 16), (100, 25), (4000, 1000)])
-def test_of_few_trainings_few_are_under_way_at_once(trainings: int, most: int) -> None:
+def test_the_limit_of_concurrent_trainings_grows_with_their_number(trainings: int, most: int) -> None:
     assert most_slots(trainings) == most
 
 
-def test_a_step_asks_for_no_cpu_unless_told() -> None:
+def test_a_step_requests_no_cpu_by_default() -> None:
     assert task_options({}) == {"num_cpus": 0}
     assert task_options({"num_gpus": 1, "scheduling_strategy": "SPREAD"}) == {
         "num_cpus": 0, "num_gpus": 1, "scheduling_strategy": "SPREAD",
@@ -114,12 +114,12 @@ def test_a_step_asks_for_no_cpu_unless_told() -> None:
     assert task_options({"CPU": 1, "resources": {"a": 1}, "b": 2}) == {"num_cpus": 1, "resources": {"a": 1, "b": 2}}
 
 
-def test_a_command_over_ray_client_is_refused_with_what_to_do() -> None:
+def test_ray_client_is_refused_with_advice() -> None:
     with pytest.raises(ConfigError, match="ray job submit"), cluster("ray://192.0.2.1:10001"):
         pass
 
 
-def test_a_run_may_go_on_with_more_slots_and_nothing_else(tmp_path: Path) -> None:
+def test_a_run_resumes_with_other_slots_but_no_other_change(tmp_path: Path) -> None:
     (tmp_path / TUNE_FOLDER).mkdir()
     text = "problem: digits\nspace: {a: {uniform: [0, 1]}}\nsearch: {trainings: 9, max_concurrent: 4}\n"
     (tmp_path / CONFIG_FILE).write_text(text)
@@ -133,7 +133,7 @@ def test_a_run_may_go_on_with_more_slots_and_nothing_else(tmp_path: Path) -> Non
         resume("search.max_concurrent=8", "search.seed=1")
 
 
-def test_a_run_goes_on_in_another_folder_with_the_config_that_its_storage_keeps(tmp_path: Path) -> None:
+def test_a_run_resumes_in_another_folder_with_the_config_from_its_storage(tmp_path: Path) -> None:
     text = "problem: digits\nspace: {a: {uniform: [0, 1]}}\nsearch: {trainings: 9}\n"
     (tmp_path / "mine.yaml").write_text(text)
     given, storage = read_config(tmp_path / "mine.yaml"), locate(tmp_path / "storage")
@@ -147,7 +147,7 @@ def test_a_run_goes_on_in_another_folder_with_the_config_that_its_storage_keeps(
         prepare_folder(tmp_path / "third", changed, resume=True, place=storage)
 
 
-def test_a_run_goes_on_where_its_config_says_what_the_other_leaves_open(tmp_path: Path) -> None:
+def test_a_run_resumes_if_the_config_spells_out_a_default(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("problem: digits\nspace: {a: {uniform: [0, 1]}}\nsearch: {trainings: 9}\n")
     given = read_config(tmp_path / "mine.yaml", ["resources.lower.cpu=1", "resources.upper={}"])
     prepare_folder(tmp_path, given, resume=False, place=locate(tmp_path))

@@ -43,7 +43,7 @@ def search(slots: int, trainings: int):
 
 
 @pytest.mark.parametrize("slots", [1, 3, 100])
-def test_a_task_has_the_state_that_was_sent(slots: int, store: Store):
+def test_a_task_receives_the_whole_state(slots: int, store: Store):
     sent = SentState(store.put)
     for state in search(slots, 700):  # both blocks are there in the end
         assert repr(received(sent, state)) == repr(state)
@@ -51,7 +51,7 @@ def test_a_task_has_the_state_that_was_sent(slots: int, store: Store):
 
 
 @pytest.mark.parametrize("slots", [1, 100])
-def test_few_blocks_are_put(slots: int, store: Store):
+def test_blocks_are_put_rarely(slots: int, store: Store):
     sent = SentState(store.put)
     large, small = BLOCK_SIZES
     for state in search(slots, 2000):

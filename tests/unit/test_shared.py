@@ -50,12 +50,12 @@ def test_its_bytes_travel_out_of_band() -> None:
     assert pickle.loads(inside, buffers=buffers).value.name == "a"
 
 
-def test_what_arrived_can_be_handed_on() -> None:
+def test_an_unpickled_value_can_be_sent_again() -> None:
     arrived = pickle.loads(pickle.dumps(Shared(Counted("a"))))
     assert pickle.loads(pickle.dumps(arrived)).value.name == "a"
 
 
-def test_different_values_do_not_meet_and_old_ones_go() -> None:
+def test_values_are_kept_apart_and_old_ones_are_dropped() -> None:
     carried = [pickle.dumps(Shared(Counted(str(number)))) for number in range(MAX_CACHED_VALUES + 2)]
     assert [pickle.loads(data).value.name for data in carried] == [
         str(number) for number in range(MAX_CACHED_VALUES + 2)

@@ -178,9 +178,7 @@ def test_overlapping_blocks_are_undone_by_the_last_in_any_order_and_thread() -> 
 @pytest.mark.parametrize(
     "gone", [{"attribute": "no_more"}, {"owner": "NoMore"}, {"module": "ray.no_more"}, {"parameters": ("self", "more")}]
 )
-def test_a_change_whose_target_has_gone_is_named_with_versions(
-    gone: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_missing_target_is_reported_with_versions(gone: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     change = dataclasses.replace(TRIAL_QUEUE, **gone)
     upstream = methods()
     with change.applied():
@@ -191,7 +189,7 @@ def test_a_change_whose_target_has_gone_is_named_with_versions(
         assert words in record.getMessage()
 
 
-def test_a_run_changes_tune_from_its_first_question_to_its_end() -> None:
+def test_a_run_changes_tune_from_its_first_suggestion_to_its_end() -> None:
     upstream = methods()
     controller = Controller()
     controller._update_trial_queue()
@@ -209,7 +207,7 @@ def test_a_run_changes_tune_from_its_first_question_to_its_end() -> None:
     assert methods() == upstream
 
 
-def test_a_run_that_never_reaches_its_end_changes_tune_until_it_is_garbage() -> None:
+def test_a_run_without_cleanup_changes_tune_until_it_is_garbage_collected() -> None:
     upstream = methods()
     controller = Controller()
     controller._update_trial_queue()
@@ -219,7 +217,7 @@ def test_a_run_that_never_reaches_its_end_changes_tune_until_it_is_garbage() -> 
     assert methods() == upstream
 
 
-def test_what_fails_in_the_end_of_a_run_leaves_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_at_the_end_of_a_run_leaves_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = methods()
     controller = Controller()
     controller._update_trial_queue()
@@ -233,13 +231,13 @@ def test_what_fails_in_the_end_of_a_run_leaves_no_change(monkeypatch: pytest.Mon
     assert methods() == upstream
 
 
-def test_a_searcher_that_no_run_asks_changes_nothing() -> None:
+def test_a_searcher_outside_a_run_changes_nothing() -> None:
     upstream = methods()
     assert tune_run() is None
     assert methods() == upstream
 
 
-def test_without_an_end_to_hear_of_a_searcher_changes_nothing(
+def test_nothing_is_changed_if_the_end_of_a_run_would_go_unnoticed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(run_module, "RUN_END", dataclasses.replace(RUN_END, attribute="no_more"))
@@ -274,7 +272,7 @@ def test_failed_trials_have_settled_results_after_the_end(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("status", "warnings"), [(Trial.PENDING, 1), (Trial.RUNNING, 0)])
-def test_tune_warns_of_too_few_resources_where_a_trial_waits_for_some(
+def test_tune_warns_of_too_few_resources_only_with_a_pending_trial(
     status: str, warnings: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resource_logger, "handlers", [caplog.handler])
