@@ -199,6 +199,17 @@ class SearchState:
         """Trainings that have an F: those that ran to their end, and those stopped early."""
         return tuple(t for t in self.told if t.status in ("done", "stopped"))
 
+    @property
+    def measured_or_failed(self) -> tuple[Training, ...]:
+        """`measured`, and failed trainings as if they had the highest F of these: what a model of F learns from, so
+        that it does not propose points beside those that failed."""
+        measured = self.measured
+        if not measured:
+            return ()
+        highest = max(t.upper_loss for t in measured)
+        failed = (replace(t, upper_loss=highest) for t in self.told if t.status == "failed")
+        return (*measured, *failed)
+
     @cached_property
     def pending(self) -> tuple[Training, ...]:
         return tuple(t for t in self.trainings if t.status == "pending")

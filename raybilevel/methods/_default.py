@@ -263,7 +263,7 @@ class Default(Method):
             record["first"] = estimate.first
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
-        model_of_upper = fit_upper_model(state.measured, pending, centre, self.max_rows, space.unordered)
+        model_of_upper = fit_upper_model(state.measured_or_failed, pending, centre, self.max_rows, space.unordered)
         shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
         value_function = fit_value_function(state.done, centre, True, self.max_rows, space.unordered)
         starts = [centre]
