@@ -111,3 +111,15 @@ def test_what_nothing_reads_may_be_read_by_a_loop_of_ones_own() -> None:
         check_problem(problem, space, CONSTANTS)
     problem.own_loop = True
     assert check_problem(problem, space, CONSTANTS).smooth == (True, False)
+
+
+def test_what_only_the_schedule_reads_is_read_and_hooks_are_checked_before_a_training() -> None:
+    class Scheduled(Shaped):
+        def schedule(self, optimizer: torch.optim.Optimizer, hyperparameters: Hyperparameters) -> Any:
+            return torch.optim.lr_scheduler.StepLR(optimizer, 1, hyperparameters["factor"])
+
+    problem, space = Scheduled(), Space((*SPACE.parameters, Parameter(("factor",), 0.1, 1.0)))
+    assert check_problem(problem, space, CONSTANTS).smooth == (True, False)
+    problem.ema = 2.0
+    with pytest.raises(ProblemError, match=r"Scheduled\.ema must be a decay between 0 and 1"):
+        check_problem(problem, space, CONSTANTS)
