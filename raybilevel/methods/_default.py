@@ -228,39 +228,23 @@ class Default(Method):
         found: dict[int, Unit] = {}
         unreadable: dict[int, str] = {}
         record: dict[str, Any] = {}
-        first = self._first_multiplier(state)
         point = descent = None
         for index in step.targets:
-            training = state.trainings[index]
-            if not any(space.smooth):  # by values alone: there is no gradient to look for
-                found[index] = ()
-                continue
-            try:
-                checkpoint = load(index)
-            except CheckpointError as error:
-                unreadable[index], found[index] = str(error), ()  # tried, and not to be tried again
-                continue
-            variables, unit = BoxVariables(space, constants), torch.tensor(training.unit, dtype=torch.double)
-            config = variables.config(unit)
-            model = make_model(problem, config)
-            model.load_state_dict(checkpoint["model"])
-            levels = Levels(problem, model, variables, config)
-            try:
-                here = TrainedPoint(levels, unit)
-                estimate_at = lagrangian_point if self.linear_solve else descend
-                estimate = estimate_at(here, self.decrease, self.upper_share * state.passes_per_training, first)
-            except (NotFiniteError, RejectedDescentError) as error:
-                logger.warning("no hypergradient at training %d: %s", index, error)
-                found[index] = ()
-                passes += levels.passes
+            looked = self._look_at(problem, space, constants, step.state, index, load)
+            found[index], passes = looked.gradient, passes + looked.passes
+            if looked.unreadable is not None:
+                unreadable[index] = looked.unreadable
+            if looked.descent is None:
                 continue
             if index == step.centre:
-                point, descent = here, estimate
-            found[index] = space.known(estimate.gradient.tolist())
+                point, descent = looked.point, looked.descent
             state = state.change(index, hypergradient=found[index])
-            passes += levels.passes
-            record = {"multiplier": estimate.multiplier, "violation": 0.0, "decrease": estimate.decrease}
-            record["first"] = estimate.first
+            record = {
+                "multiplier": looked.descent.multiplier,
+                "violation": 0.0,
+                "decrease": looked.descent.decrease,
+                "first": looked.descent.first,
+            }
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
         model_of_upper = fit_upper_model(state.measured_or_failed, pending, centre, self.max_rows, space.unordered)
@@ -301,6 +285,38 @@ class Default(Method):
             found,
             unreadable=unreadable,
         )
+
+    def _look_at(
+        self,
+        problem: BilevelProblem,
+        space: Space,
+        constants: Mapping[str, Any],
+        state: SearchState,
+        index: int,
+        load: LoadCheckpoint,
+    ) -> Looked:
+        """The hypergradient at the weights of one training."""
+        if not any(space.smooth):  # by values alone: there is no gradient to look for
+            return Looked()
+        try:
+            checkpoint = load(index)
+        except CheckpointError as error:
+            return Looked(unreadable=str(error))
+        unit = torch.tensor(state.trainings[index].unit, dtype=torch.double)
+        variables = BoxVariables(space, constants)
+        config = variables.config(unit)
+        model = make_model(problem, config)
+        model.load_state_dict(checkpoint["model"])
+        levels = Levels(problem, model, variables, config)
+        estimate_at = lagrangian_point if self.linear_solve else descend
+        budget = self.upper_share * state.passes_per_training
+        try:
+            point = TrainedPoint(levels, unit)
+            descent = estimate_at(point, self.decrease, budget, self._first_multiplier(state))
+        except (NotFiniteError, RejectedDescentError) as error:
+            logger.warning("no hypergradient at training %d: %s", index, error)
+            return Looked(passes=levels.passes)
+        return Looked(space.known(descent.gradient.tolist()), levels.passes, point, descent)
 
     def _shrinkage(
         self,
@@ -350,6 +366,23 @@ class Default(Method):
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
         beta = self.beta + 0.25 * step.rank
         return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, space.discrete)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a step found at the weights of one training.
+
+    gradient:   its hypergradient; empty where there is none, so that no step looks again.
+    passes:     what that cost.
+    point, descent: where it comes from.
+    unreadable: why its checkpoint could not be read.
+    """
+
+    gradient: Unit = ()
+    passes: float = 0.0
+    point: TrainedPoint | None = None
+    descent: LagrangianPoint | None = None
+    unreadable: str | None = None
 
 
 @lru_cache
