@@ -8,15 +8,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raybilevel.search._new_data import NewData
 from tests.docs.pages import ROOT, run
 
 PAGE = ROOT / "docs/reference/summary.md"
-SECTIONS = {"The whole": None, "best": "best", "diagnostics": "diagnostics", "history": "history"}
+SECTIONS = {"The whole": None} | {name: name for name in ("best", "lowest", "new_data", "diagnostics", "history")}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,11 @@ def keys(value: Any) -> set[str]:
 def test_the_page_on_the_summary_names_every_key(folder: Path, section: str) -> None:
     summary = json.loads((folder / "runs/digits/summary.json").read_text(encoding="utf-8"))
     name = SECTIONS[section]
-    assert documented(section) == keys(summary if name is None else summary[name])
+    found = summary if name is None else summary[name]
+    if found is None:  # a run of five trainings has taken too few steps to say it
+        assert name == "new_data"
+        found = {field.name: None for field in fields(NewData)}
+    assert documented(section) == keys(found)
 
 
 @pytest.mark.slow
