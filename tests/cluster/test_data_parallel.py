@@ -68,7 +68,7 @@ class Regression(BilevelProblem):
 
 def test_shares_of_the_workers_make_up_the_batch() -> None:
     problem = Regression()
-    own = [Shares(problem, rank, 3) for rank in range(3)]
+    own = [Shares(problem, rank, 3, {}) for rank in range(3)]
     whole = list(problem.batches("lower", None))
     parts = [list(shares.batches("lower", None)) for shares in own]
     for number, (x, y) in enumerate(whole):
