@@ -27,13 +27,15 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 class FailsOnAllData(Parabola):
-    """Its training on all data raises, hangs, or ends its process."""
+    """Its training on all data raises, hangs, or ends its process; in the process that checks it, it does not."""
 
     def __init__(self, how: str = "raises") -> None:
         super().__init__()
-        self.how = how
+        self.how, self.made_in = how, os.getpid()
 
     def refit_batches(self, generator: Any) -> Any:
+        if os.getpid() == self.made_in:
+            return self.batches("lower", generator)
         if self.how == "dies":
             os._exit(1)
         if self.how == "hangs":
