@@ -134,7 +134,7 @@ def searched(request: pytest.FixtureRequest) -> Searched:
     problem = Recorder(dimension=2)
     search = optimizer(problem, METHODS[request.param])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(local, "check_search", lambda *_: None)  # its steps are no trainings
+        patched.setattr(local, "check_search", lambda _, space, *rest: space)  # its steps are no trainings
         checkpoints = local.search(problem, search, cost=math.inf if request.param == "paper" else 12)
     assert len(search.state.steps) >= 2
     return problem, search, checkpoints
