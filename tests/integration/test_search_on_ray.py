@@ -536,9 +536,8 @@ def test_points_to_evaluate_come_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("space", "words"),
     [
-        ({"x": {"a": tune.choice([1, 2])}}, "x/a.*choice"),
-        ({"x": {"a": tune.randint(1, 3)}}, "x/a.*randint"),
-        ({"x": {"a": tune.randn()}}, "x/a.*not supported"),
+        ({"x": {"a": tune.choice([1])}}, "x/a.*choice"),
+        ({"x": {"a": tune.randint(1, 2)}}, "x/a.*below"),
         ({"x": {"a": tune.grid_search([1.0, 2.0])}}, "x/a.*grid_search"),
         ({"x": {"a": tune.sample_from(lambda _: 1.0)}}, "x/a.*sample_from"),
         ({"x": {"a": tune.uniform(2.0, 1.0)}}, "x/a.*below"),
