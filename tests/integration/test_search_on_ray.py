@@ -182,10 +182,11 @@ def test_a_failed_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
         def __init__(self, log: str) -> None:
             super().__init__()
-            self.log = log
+            self.log, self.made_in = log, os.getpid()
 
         def batches(self, level: Any, generator: Any) -> Any:
-            if generator is not None:  # a training pass
+            # A training pass; one in the process that made the problem is of its check.
+            if generator is not None and os.getpid() != self.made_in:
                 with open(self.log, "a") as file:
                     file.write("epoch\n")
                 if Path(self.log).read_text().count("epoch") == 3:
