@@ -86,10 +86,10 @@ class HangingDescent(Parabola):
 
     def __init__(self, folder: str) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.made_in = folder, os.getpid()
 
     def batches(self, level: Any, generator: Any) -> Any:
-        if generator is not None and enter(self.folder, "pass") == 0:
+        if generator is not None and os.getpid() != self.made_in and enter(self.folder, "pass") == 0:
             time.sleep(3600)
         return super().batches(level, generator)
 
@@ -110,10 +110,11 @@ class Hungry(Parabola):
 
     def __init__(self, folder: str) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.made_in = folder, os.getpid()
 
     def batches(self, level: Any, generator: Any) -> Any:
-        if generator is not None and enter(self.folder, "pass") == self.epochs:
+        training = generator is not None and os.getpid() != self.made_in
+        if training and enter(self.folder, "pass") == self.epochs:
             taken = []
             for _ in range(3 * 1024 // 64):
                 taken.append(os.urandom(1 << 16) * 1024)  # 64 MiB that are really there

@@ -25,6 +25,8 @@ FAMILIES = {
 """What they print that can be judged."""
 NEED_DATA = {"few_shot", "graph_structure", "image_regulariser"}
 ELSEWHERE = {"cluster", "data_parallel", *FAMILIES}  # tests/cluster runs the second
+LONG = {"own_loop_problem", "own_loop_tune"}
+"""`test_own_loops_on_ray` has shorter ones of their kind."""
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in ELSEWHERE)
 
 
@@ -46,7 +48,9 @@ def printed(example: str, folder: Path, *arguments: str) -> str:
     return out
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize(
+    "example", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in EXAMPLES]
+)
 def test_example(example: str, tmp_path: Path) -> None:
     losses = [
         float(number) for number in re.findall(r"(?:validation loss|best F) ([\d.]+)", printed(example, tmp_path))
