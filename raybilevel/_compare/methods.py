@@ -20,7 +20,6 @@ LARGEST_GRID = 4096
 SEARCHERS = ("random", "grid", *OWN_METHODS, "optuna", "optuna-gp", "hyperopt", "ax", "bayesopt", "bohb")
 STOPPERS = ("asha", "hyperband", "median-stopping")
 """Schedulers that stop trainings early and work with any searcher."""
-SCHEDULERS = (*STOPPERS, "pbt", "pb2", "bohb")
 PAUSERS = ("hyperband", "median-stopping", "pbt", "pb2", "bohb")
 """Schedulers that pause trials and resume them from checkpoints. Trials write one after every epoch for them."""
 

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from raybilevel.problems._classification import Classification
 
-Splits = dict[str, tuple[Tensor, Tensor]]
-
 
 class Logistic(Classification):
     """A linear model trained from zero weights by full-batch L-BFGS in double precision. Subclasses define f.

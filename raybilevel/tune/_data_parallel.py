@@ -31,6 +31,7 @@ from raybilevel.tune._trainable import (
     checkpoint_due,
     default_checkpoint_interval,
     report,
+    restore,
     send,
 )
 
@@ -111,10 +112,7 @@ def worker(given: Mapping[str, Any]) -> None:
     context = train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     training = DataParallelTraining(given["problem"].value, given["config"], given["seed"], rank, workers)
-    begun = train.get_checkpoint()
-    if begun is not None:
-        with begun.as_directory() as folder:
-            training.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
+    restore(training, train.get_checkpoint(), CHECKPOINT_FILE, load_checkpoint)
     saved = training.epoch
     while not training.finished:
         with time_limit(given["epoch_time_limit"]):  # the others of the group wait for a process that hangs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -23,6 +22,7 @@ from raybilevel.tune._trainable import (
     check_no_hooks,
     check_not_optimistic,
     default_checkpoint_interval,
+    restore,
     send,
 )
 
@@ -93,10 +93,7 @@ def descend(
     logging.getLogger("ray.train._internal.storage").setLevel(logging.WARNING)  # five lines a trial, none of them news
     with time_limit(epoch_time_limit):
         descent = BilevelDescent(problem.value, config, settings, space, seed)
-    checkpoint = tune.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            descent.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
+    restore(descent, tune.get_checkpoint(), CHECKPOINT_FILE, load_checkpoint)
     while not descent.finished:
         epochs = 1 + (settings.lower_epochs if descent.step else problem.value.epochs)
         if descent.step + 1 == settings.steps:

@@ -107,10 +107,7 @@ def lower_level(
         return
     with time_limit(epoch_time_limit):
         training = LowerLevelTraining(problem.value, config, seed)
-    checkpoint = tune.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            training.load_state_dict(load_checkpoint(Path(folder) / CHECKPOINT_FILE))
+    restore(training, tune.get_checkpoint(), CHECKPOINT_FILE, load_checkpoint)
     saved = training.epoch
     while not training.finished:
         last = training.epoch + 1 == problem.value.epochs or problem.value.patience is not None
@@ -162,6 +159,13 @@ def send(metrics: dict[str, Any], name: str, checkpoint: bytes | None, beside: t
             beside.to_directory(folder)
         (Path(folder) / name).write_bytes(checkpoint)
         tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def restore(training: Any, checkpoint: tune.Checkpoint | None, name: str, load: Callable[[Path], Any]) -> None:
+    """Set a training or a descent to the state in its checkpoint, if it has one; `load` reads the file `name`."""
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            training.load_state_dict(load(Path(folder) / name))
 
 
 def checkpoint_due(training: LowerLevelTraining, saved: int, every: int) -> bool:
