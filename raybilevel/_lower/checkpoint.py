@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,24 @@ def dump(state: Mapping[str, Any]) -> bytes:
     """
     state = without_numpy(state)
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    try:
+        torch.save(state, buffer)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # as pickle has it, e.g. for a lambda
+        raise unreadable(state, str(error)) from error
     buffer.seek(0)
     # This reads the types in the file, and no tensor.
     refused = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
     if refused:
-        where = next((f"{'/'.join(path)} is a {type(entry).__name__}" for path, entry in others(state)), "")
-        raise CheckpointError(
-            f"a checkpoint of this training could not be read again: {where or 'it'} ({', '.join(sorted(refused))}); "
-            "keep tensors, numbers and strings in the state of model and optimizer, e.g. lr=float(lr)"
-        )
+        raise unreadable(state, ", ".join(sorted(refused)))
     return buffer.getvalue()
+
+
+def unreadable(state: Mapping[str, Any], reason: str) -> CheckpointError:
+    where = next((f"{'/'.join(path)} is a {type(entry).__name__}" for path, entry in others(state)), "it")
+    return CheckpointError(
+        f"a checkpoint of this training could not be read again: {where} ({reason}); "
+        "keep tensors, numbers and strings in the state of model and optimizer, e.g. lr=float(lr)"
+    )
 
 
 def without_numpy(entry: Any) -> Any:
