@@ -38,15 +38,15 @@ def test_a_state_without_them_is_the_same_object():
     assert checkpoint.without_numpy(state) is state
 
 
-@pytest.mark.parametrize("entry", [np.ones(3), nn.Linear(1, 1), print, lambda epoch: 0.1])
+@pytest.mark.parametrize("entry", [np.ones(3), nn.Linear(1, 1), breakpoint, lambda epoch: 0.1])
 def test_what_cannot_be_read_is_named_when_it_is_written(entry: Any):
     with pytest.raises(CheckpointError, match=rf"optimizer/groups/0/lr is a {type(entry).__name__} \("):
         read_back({"optimizer": {"groups": [{"lr": entry}]}})
 
 
 def test_a_function_that_was_replaced_is_named_too(monkeypatch: pytest.MonkeyPatch):
-    replaced = print
-    monkeypatch.setattr(builtins, "print", lambda *args: None)  # as Ray does, for its progress bars
+    replaced = breakpoint  # Ray replaces `print` in this way, for its progress bars, so here it may be Ray's already
+    monkeypatch.setattr(builtins, "breakpoint", lambda *args: None)
     with pytest.raises(CheckpointError, match=r"a is a builtin_function_or_method \("):
         read_back({"a": replaced})
 
