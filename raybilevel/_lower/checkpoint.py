@@ -57,6 +57,7 @@ def without_numpy(entry: Any) -> Any:
             isinstance(key, np.generic) for key in entry
         )
         return entry if unchanged else mapped
+    # Exactly these two: a named tuple cannot be built again from one list.
     if type(entry) in (list, tuple):
         listed = [without_numpy(value) for value in entry]
         return entry if all(a is b for a, b in zip(listed, entry, strict=True)) else type(entry)(listed)

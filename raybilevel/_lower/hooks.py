@@ -34,6 +34,7 @@ class Hooks:
         self.schedule: LRScheduler | None = make_schedule(problem, optimizer, config)
         self.averaged: AveragedModel | None = None
         if problem.ema is not None:
+            # Torch copies buffers, e.g. the statistics of batch norm, from the raw model and does not average them.
             self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(problem.ema))
         self.model: nn.Module = model if self.averaged is None else self.averaged.module
         self.lowest = math.inf
@@ -69,6 +70,7 @@ class Hooks:
         found = upper()
         if found < self.lowest:
             self.lowest, self.waited = found, 0
+            # A state_dict shares its memory with the model, which is trained on.
             self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         else:
             self.waited += 1
@@ -78,6 +80,7 @@ class Hooks:
     def state_dict(self) -> dict[str, Any]:
         return {
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            # With 0 the next update would replace the average, and not add to it.
             "averaged": None if self.averaged is None else self.averaged.n_averaged,
             "raw": None if self.averaged is None else self.raw.state_dict(),
             "lowest": self.lowest,

@@ -77,6 +77,7 @@ class Levels(BothLevels):
                 count += size
             return count
 
+        # Each time, since a training puts its model back into train mode.
         self._placed.eval()
         count: int = self._at(x, y, all_batches)
         if count == 0:
@@ -112,12 +113,14 @@ class Levels(BothLevels):
             found = move(raw, self.problem.device, self.problem.dtype), self.problem.batch_size(raw)
             only = found if number == 0 else None
             yield found
+        # At the end of a pass only: a second batch may still come after the first.
         if only is not None:
             self._held[level] = only
 
     def _at(self, x: Tensor, y: Tensor, work: Callable[[], Any]) -> Any:
         """What is worked out while x and y are in place. Gradients belong in it: a checkpointed layer runs again when
         it is differentiated."""
+        # The same parameters in the same order as in `weights_of`, which made y.
         inner = {f"model.{name}": w for name, w in self.model.named_parameters() if w.requires_grad}
         module = self.variables.module
         outer = dict(module.named_parameters(prefix="upper")) if module is not None else {}

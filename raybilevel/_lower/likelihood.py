@@ -27,6 +27,7 @@ class UpperLikelihood:
     examples: int
 
 
+# Weak keys: a problem that nobody holds any more is dropped, with its data.
 _KNOWN: weakref.WeakKeyDictionary[BilevelProblem, UpperLikelihood] = weakref.WeakKeyDictionary()
 
 
@@ -55,9 +56,11 @@ def _kind(problem: BilevelProblem, hyperparameters: Hyperparameters, config: Map
         return None
     if said != "auto":
         return said
+    # No device is forked: the model is made on the CPU, and draws its numbers there.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make_model(on_cpu(problem), config).eval()
+        # One batch will do: it is not the value that is looked at, but the function that returned it.
         batch = move(next(iter(make_batches(problem, "upper", None, config))), "cpu", problem.dtype)
         loss = upper_loss(problem, model, hyperparameters, batch)
     return kind_of(loss, problem.batch_size(batch))
@@ -65,10 +68,12 @@ def _kind(problem: BilevelProblem, hyperparameters: Hyperparameters, config: Map
 
 def kind_of(loss: Tensor, examples: int) -> Likelihood | None:
     """By the torch function that a loss is the direct result of, if it took the plain mean of one term an example."""
+    # Autograd keeps a function's arguments in its node as `_saved_*`. Nodes of other functions lack these.
     made_by: Any = loss.grad_fn
     saved = {name: getattr(made_by, f"_saved_{name}", None) for name in ("reduction", "target", "weight", "pos_weight")}
     if saved["reduction"] != MEAN or saved["weight"] is not None or saved["pos_weight"] is not None:
         return None
+    # Of several targets an example, e.g. one a pixel, the mean is not over n independent terms.
     if saved["target"] is None or saved["target"].numel() != examples:
         return None
     name = made_by.name()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+# `functions` imports this module.
 if TYPE_CHECKING:
     from raybilevel._lower.functions import BothLevels, Part
 
@@ -91,6 +92,7 @@ class Linearisation:
                 add(graph)
                 return total / weights
             last: list[_Graph] = []
+            # Levels know this after a first pass over the data. Until then each product builds its graph.
             keep = self.functions.is_single("lower")
 
             def take(part: Part) -> None:
@@ -143,11 +145,14 @@ class Differences:
 
 def difference(point: Tensor) -> float:
     """How far apart two points are whose gradients are subtracted."""
+    # The errors of a forward difference are of order h (truncation) and eps / h (rounding). They are equal at
+    # h = eps^(1/2), in units of the point (Nocedal & Wright 2006, Numerical Optimization, section 8.1).
     return math.sqrt(torch.finfo(point.dtype).eps) * (norm(point) or 1.0)
 
 
 def inner(a: Tensor, b: Tensor) -> float:
     """<a, b>, summed in double precision where the device has it."""
+    # MPS has no double precision.
     wide = torch.float32 if a.device.type == "mps" else torch.double
     return a.to(wide).dot(b.to(wide)).item()
 

@@ -69,6 +69,7 @@ class Observed:
         """
         found = self.levels.lower(self.variables.x, self.levels.y)
         finite("lower", found.value)
+        # A NaN in one entry must not cost the others, so each is judged by itself.
         numbers = dict(zip(self.variables.paths, found.in_x.tolist(), strict=True))
         for path, number in numbers.items():
             if not math.isfinite(number):

@@ -76,6 +76,7 @@ def train_epoch(
     Raises:
         NotFiniteError: a loss is NaN or infinite; training on would waste the rest.
     """
+    # `Levels` leaves the model in eval mode after each evaluation.
     model.train()
     count = 0
     for group in groups(batches, problem.accumulate):
@@ -83,22 +84,27 @@ def train_epoch(
         total = sum(size for _, size in parts)
 
         def closure(parts: Sequence[tuple[Batch, int]] = parts, total: int = total) -> float:
+            # In here, as L-BFGS calls the closure several times a step.
             optimizer.zero_grad()
             value = 0.0
             for batch, size in parts:
+                # Weighted by examples: a group of batches has the gradient that one large batch would have.
                 found = loss(batch) if len(parts) == 1 else loss(batch) * (size / total)
                 found.backward()
                 ledger.charge(size)
                 value += number(found)
+            # After all parts: the limit is one on the gradient of the step.
             if problem.clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), problem.clip)
             return value
 
+        # L-BFGS, which takes several losses a step, returns the first.
         value = float(optimizer.step(closure))
         if not math.isfinite(value):
             raise NotFiniteError(f"the lower-level loss is {value} {where}")
         after_step()
         count += total
+    # Where no evaluation has counted the examples yet.
     if not ledger.whole:
         ledger.whole = count
 
@@ -120,12 +126,14 @@ class LowerLevelTraining(Observed):
     def __init__(self, problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0, refit: bool = False):
         super().__init__(problem, config)
         self.refit, self.epoch = refit, 0
+        # Batches have their own numbers: a model with more weights or dropout sees them in the same order.
         self.generator = torch.Generator().manual_seed(seed)
         self._random_state: dict[str, Tensor] = {}
         with self._random(seed):
             self.model = make_model(problem, self.config)
             self.optimizer = make_optimizer(problem, self.model, self.config)
             self.hooks = Hooks(problem, self.model, self.optimizer, self.config, refit)
+        # With averaged weights F, f and df/dx are those of the average.
         self.levels = Levels(problem, self.hooks.model, self.variables, self.config)
 
     @property
@@ -149,6 +157,7 @@ class LowerLevelTraining(Observed):
                 f"in epoch {self.epoch + 1} at {self.config}", self.number, self.hooks.after_step,
             )  # fmt: skip
         self.epoch += 1
+        # After the count: `reports` and `finished` are asked about the epoch that has just ended.
         self.hooks.after_epoch(self.upper, self.reports, self.finished)
 
     def run(self) -> None:
@@ -159,6 +168,7 @@ class LowerLevelTraining(Observed):
     def conclude(self) -> None:
         """After the last epoch: of an optimistic problem, choose among the minimisers of f."""
         if self.problem.optimistic:
+            # As many passes as the training took, so that it costs up to twice as much (`BilevelProblem.optimistic`).
             select_minimiser(self.levels, self.variables.x, self.passes)
 
     def batch_loss(self, batch: Batch) -> Tensor:
@@ -183,6 +193,7 @@ class LowerLevelTraining(Observed):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        # Without averaged weights this is the trained model itself. With them `hooks` has the raw one.
         self.hooks.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.hooks.load_state_dict(state["hooks"])
@@ -204,12 +215,14 @@ class LowerLevelTraining(Observed):
         """Torch's global random numbers (initialisation, dropout) belong to this training inside the block."""
         with forked_random(self.problem.device) as accelerator:
             if seed is not None:
+                # This seeds accelerators as well.
                 torch.manual_seed(seed)
             else:
                 torch.set_rng_state(self._random_state["cpu"])
                 if accelerator is not None:
                     accelerator.set_rng_state(self._random_state["accelerator"])
             yield
+            # Inside `forked_random`, which puts the caller's numbers back.
             self._random_state = {"cpu": torch.get_rng_state()}
             if accelerator is not None:
                 self._random_state["accelerator"] = accelerator.get_rng_state()
@@ -228,6 +241,7 @@ def train(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> 
 
 def observed(training: Observed) -> TrainedLowerLevel:
     """What a training observes at its end."""
+    # `passes` is read after the gradient, which is charged.
     losses, gradient = training.losses(), training.gradient()
     return TrainedLowerLevel(losses.pop(LOWER_LOSS), losses.pop(UPPER_LOSS), gradient, training.passes, losses)
 

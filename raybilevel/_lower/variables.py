@@ -82,6 +82,7 @@ class ConfigVariables:
 
     def __init__(self, config: Mapping[str, Any], problem: BilevelProblem) -> None:
         self.config = flatten(config)
+        # Whole numbers, truth values and texts have no derivative. The losses get them as they are.
         self.paths = [path for path, value in self.config.items() if isinstance(value, float)]
         values = [self.config[path] for path in self.paths]
         self.x = torch.tensor(values, dtype=problem.dtype, device=problem.device)
