@@ -260,17 +260,20 @@ class MinimalResidual:
             if self.selection is not None and len(basis) < self.selection.most_vectors:
                 basis.append(vector)
                 images.append(image)
+            # Lanczos on (I - C C^T) H: the tridiagonal matrix gets the column (beta, alpha, next beta).
             p = image - c @ inner
             p = p - c @ (c.T @ p)  # again: one projection leaves a part in C, of the size of rounding
             alpha = vector.dot(p).item()
             p = p - alpha * vector - (beta * before if iterations > 1 else 0)
             beta = p.norm().item()
+            # The rotation of the step before, applied to this column.
             delta2 = cosine * delta + sine * alpha
             gamma = sine * delta - cosine * alpha
             epsilon_next, delta = sine * beta, -cosine * beta
             gamma2 = math.hypot(gamma, beta)
             size, projected = max(size, math.hypot(alpha, beta)), phi * math.hypot(gamma, delta)
             if self.flat is not None:
+                # <r, H r> / |r|^2 of the iterate before this step.
                 curvature = -cosine * gamma
                 steepest = max(steepest, abs(curvature))
                 if curvature <= self.flat * steepest:
@@ -284,8 +287,10 @@ class MinimalResidual:
             lost = singular and projected > 100 * best.projected
             if lost or gamma2 == 0:
                 break
+            # The rotation of this step makes R upper triangular. phi is the norm of the residual after it.
             cosine, sine = gamma / gamma2, beta / gamma2
             tau, phi = cosine * phi, sine * phi
+            # Columns of V R^-1, the newest first: the iterate moves along d1. t1 and t2 are the same for C^T H V.
             d1, d2 = (vector - delta2 * d1 - epsilon * d2) / gamma2, d1
             t1, t2 = (inner - delta2 * t1 - epsilon * t2) / gamma2, t1
             epsilon = epsilon_next
@@ -295,6 +300,7 @@ class MinimalResidual:
                 residual = sine**2 * residual
                 break
             before, vector = vector, p / beta
+            # r_k = s_k^2 r_(k-1) - phi_k c_k v_(k+1)
             residual = sine**2 * residual - phi * cosine * vector
         if singular and not lost:
             # phi comes from the recurrence, which does not see the growth in the null space.
