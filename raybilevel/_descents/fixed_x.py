@@ -79,8 +79,10 @@ def limit(point: TrainedPoint, decrease: float, max_passes: float, tolerance: fl
     if solved.negative or not solved.solution.any():
         return None
     fall = inner(upper.in_y, solved.solution)  # of F, linearised, along y_m - y_i = -q / m, times m
+    # F falls by fall / m in all. Choose m so that this is `decrease` |F|.
     multiplier = fall / (decrease * (abs(upper.value) or 1.0))
     found = implicit(upper, products, solved)
+    # slack: f rises by <q, H q> / (2 m^2), and H q = dF/dy.
     return LagrangianPoint(found, multiplier, decrease, fall / (2 * multiplier**2), -solved.solution / multiplier)
 
 
@@ -119,15 +121,19 @@ def descend(
             value = at.upper.value - here.upper.value + multiplier * (at.lower.value - here.lower.value)
             return value / gain, (at.upper.in_y + multiplier * at.lower.in_y) * (step / gain)
 
+        # `tolerance` is relative to the gradient at y_i, where that of f is 0: dF/dy in the descent's units.
         reference = here.upper.in_y.abs().max().item() * step / gain
         move = step * minimise(merit, move / step, max(3, evaluations), tolerance * reference).at
         at = point.evaluate(point.x, move)
         fallen = (here.upper.value - at.upper.value) / scale
+        # Another descent is not worth its start with fewer than four evaluations left.
         if fallen <= 1.5 * decrease or point.levels.passes - begun + 4 * point.evaluation_passes >= max_passes:
             break
+        # Fall and displacement are of order 1/m, so the next descent starts at the displacement scaled down.
         raised = multiplier * max(2.0, fallen / decrease)
         move = move * (multiplier / raised)
         multiplier = raised
+    # The envelope theorem, with dv/dx = df/dx(x, y_i) by Danskin's.
     gradient = at.upper.in_x + multiplier * (at.lower.in_x - here.lower.in_x)
     slack = at.lower.value - here.lower.value
     found = checked(Hypergradient(gradient, here.upper.value))
@@ -148,4 +154,5 @@ def _curvature(point: TrainedPoint) -> float:
         return found.value, found.in_y
 
     along = point.here.upper.in_y
+    # f may be flat, or bent downwards, along dF/dy. The Cauchy step divides by this.
     return max(1e-12, curvature(lower, point.still, torch.zeros_like(along), along, point.difference))

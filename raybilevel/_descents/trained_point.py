@@ -44,6 +44,7 @@ class TrainedPoint:
         finite("lower", lower.value)
         check_gradient("lower", lower.value, "the weights", lower.in_y)
         self.tilt = lower.in_y
+        # The gradient of tilted f is 0 at y_i by construction.
         self.here = Evaluation(self._upper(x, self.y), lower._replace(in_y=torch.zeros_like(self.y)))
         upper = self.here.upper
         check_gradient("upper", upper.value, "the weights", upper.in_y)
@@ -87,6 +88,7 @@ class TrainedPoint:
     @cached_property
     def evaluation_passes(self) -> float:
         """What one evaluation costs, in gradient evaluations of f."""
+        # Counted when both levels were evaluated at y_i.
         sizes = self.levels.examples
         return 1 + sizes["upper"] / sizes["lower"]
 
