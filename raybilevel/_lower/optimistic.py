@@ -46,7 +46,7 @@ def select_minimiser(levels: Levels, x: Tensor, max_passes: float, tolerance: fl
         bent = search.curvature(slope)
     except (NotFiniteError, _Spent):
         return search.gave_up()
-    # The gradient of f~ is 0 at y_i. A Cauchy step on F + m f~ is dF/dy / (m bent) and lowers F by |dF/dy|^2 / (m bent).
+    # A Cauchy step on F + m f~ from y_i, where df~/dy is 0, is dF/dy / (m bent). It lowers F by |dF/dy|^2 / (m bent).
     multiplier = inner(slope, slope) / (max(bent, 1e-12) * DECREASE * size)
     aim = tolerance * slope.abs().max().item()
     move = search.start
