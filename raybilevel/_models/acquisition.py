@@ -39,6 +39,7 @@ class Warp:
     def of(cls, upper: Tensor) -> Warp:
         low = upper.min().item()
         spread = upper.median().item() - low
+        # With all F alike there is nothing to flatten, and the logarithm needs a positive argument.
         return cls(low, spread if spread > 1e-9 * max(1.0, abs(low)) else 1.0)
 
     def __call__(self, upper: Tensor) -> Tensor:
@@ -76,13 +77,16 @@ def fit_upper_model(
 
     unordered: coordinates of choices without an order.
     """
+    # Of all trainings, before rows are thinned: `low` is the lowest F of all.
     warp = Warp.of(torch.tensor([t.upper_loss for t in trainings], dtype=torch.double))
     trainings = thinned(trainings, near, max_rows // 2 if any(t.hypergradient for t in trainings) else max_rows)
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
     upper = torch.tensor([t.upper_loss for t in trainings], dtype=torch.double)
     slope = warp.slope(upper)
     known = [i for i, t in enumerate(trainings) if t.hypergradient]
+    # A gradient takes d rows.
     kept = [known[i] for i in nearest(x[known], near, (max_rows - len(x)) // x.shape[1])] if known else []
+    # The chain rule: dz/dx = z'(F) dF/dx.
     gradients = {i: slope[i] * torch.tensor(trainings[i].hypergradient, dtype=torch.double) for i in kept}
     process = fit(x, warp(upper), gradients, categorical=unordered)
     if pending:
@@ -91,7 +95,9 @@ def fit_upper_model(
         with exact(), torch.no_grad():
             believed = process.model.posterior(points).mean.squeeze(-1)
         rows = torch.cat([process.model.train_inputs[0], value_rows(points)])
+        # strict=False lets the number of rows change.
         process.model.set_train_data(rows, torch.cat([process.model.train_targets, believed]), strict=False)
+    # In the units of the process, whose posterior the acquisitions see.
     lowest = (warp(torch.tensor(warp.low, dtype=torch.double)) - process.shift) / process.scale
     return UpperModel(process, warp, lowest.item())
 
@@ -125,7 +131,9 @@ class PenalisedConfidenceBound(AcquisitionFunction):  # type: ignore[misc]
         posterior = process.model.posterior(X)
         bound = posterior.mean[..., 0, 0]
         if self.beta > 0:
+            # The root has no finite gradient at a variance of 0.
             bound = bound - math.sqrt(self.beta) * posterior.variance[..., 0, 0].clamp_min(1e-18).sqrt()
+        # The warp is monotone, so the bound of z is warped back to that of F.
         upper = torch.exp(process.shift + process.scale * bound) + warp.low - warp.spread
         return -self.penalty(upper, X.squeeze(-2))
 
@@ -156,6 +164,7 @@ def maximise(
     low, high = widened(low, high, discrete)
     raw = snapped(low + sobol_points(len(low), 64, seed) * (high - low), discrete)
     with torch.no_grad():
+        # Stable: points of equal acquisition, e.g. far from all data, keep their order on every machine.
         order = acquisition(raw.unsqueeze(1)).argsort(descending=True, stable=True)
     chosen = [*(snapped(start, discrete).clamp(low, high) for start in starts), *raw[order[:restarts]]]
     if not discrete:
@@ -169,11 +178,13 @@ def maximise(
             if setting in tried:
                 continue
             point = candidate
+            # Else every coordinate is fixed, and nothing is left to optimise.
             if len(fixed) < len(low):
                 others = [with_setting(start, fixed) for start in chosen[:2]]
                 point = ascended(acquisition, low, high, [candidate, *others], fixed)
             with torch.no_grad():
                 tried[setting] = acquisition(point[None, None]).item(), point
+        # The next round starts from the best setting, and looks at its neighbours.
         points = max(tried.values(), key=lambda found: found[0])[1].unsqueeze(0)
     return points[0]
 
@@ -188,6 +199,7 @@ def ascended(
     """The best of L-BFGS-B from each start, shape (d,); `fixed` coordinates keep their values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BotorchWarning)
+        # BoTorch warns so where L-BFGS-B did not succeed.
         warnings.simplefilter("ignore", RuntimeWarning)
         found, _ = optimize_acqf(
             acquisition,

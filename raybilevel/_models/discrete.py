@@ -79,6 +79,7 @@ def covering(points: Tensor, discrete: Levels, seed: int) -> Tensor:
     found, generator = points.clone(), torch.Generator().manual_seed(seed)
     for coordinate, values in discrete.items():
         levels = torch.tensor(values, dtype=points.dtype)
+        # Rounded up: the last turn may be cut short.
         turns = -(-len(points) // len(levels))
         order = torch.cat([torch.randperm(len(levels), generator=generator) for _ in range(turns)])
         found[:, coordinate] = levels[order[: len(points)]]
