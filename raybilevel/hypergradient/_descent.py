@@ -70,12 +70,14 @@ class BilevelDescent:
             assert isinstance(problem, SupportsShards)  # checked before anything runs
             problem = problem.shard(number % settings.shards, settings.shards)
         self.problem = problem
+        # The parts of one start share its seed, and with it the first x.
         self.seed = seed + number // settings.shards
         self.estimator = settings.make_estimator()
         self.generator = torch.Generator().manual_seed(self.seed)
         with self._random(self.seed):
             self.model = make_model(problem, self.config)
             self.variables, x = self._start()
+        # One leaf for the whole descent: Adam keeps its moments by this object.
         self.x = nn.Parameter(x)
         self.adam = torch.optim.Adam([self.x], lr=settings.rate)
         self.levels = Levels(problem, self.model, self.variables, self.config)
@@ -88,6 +90,7 @@ class BilevelDescent:
         self.iterations = self.products = 0
         self.best: tuple[float, Tensor] = (math.inf, x.clone())
         self.last: dict[str, float] = {}
+        # Passes in the ledger of the shard, once the descent has gone on to all data.
         self.earlier = 0.0
         self.warned = False
         self.lower_residual: float | None = None
@@ -112,6 +115,7 @@ class BilevelDescent:
     def passes(self) -> float:
         """The cost so far, in gradients of f over all lower-level data."""
         passes = self.levels.passes
+        # A pass over a shard is that share of one over all data.
         return self.earlier + (passes if self.problem is self.whole else passes / self.settings.shards)
 
     def run_step(self) -> dict[str, float]:
@@ -120,9 +124,11 @@ class BilevelDescent:
         Raises:
             NotFiniteError: a loss or the hypergradient is NaN or infinite.
         """
+        # A copy, as Adam changes self.x in place and `best` may keep this one.
         settings, x = self.settings, self.x.detach().clone()
         # The first step begins at initial weights and needs a whole training. The later ones begin at trained weights.
         y = self._train(self.model, self.optimizer, x, settings.lower_epochs if self.step else self.problem.epochs)
+        # 0 in the first step, where no norm is known: the solver then goes by its own tolerance.
         target = settings.accuracy * self.last.get("hypergradient_norm", 0.0)
         found = self.estimator(self.levels, x, y, self.memory, target)
         upper = self.levels.value("upper", x, y)  # a penalty estimator's own weights have seen validation data
@@ -182,8 +188,10 @@ class BilevelDescent:
         with self._random(self.seed):
             model = make_model(self.problem, self.config)
             optimizer = make_optimizer(self.problem, model, self.config)
+        # The order of the batches must not depend on how much the descent has drawn.
         self.generator.manual_seed(self.seed)
         y = self._train(model, optimizer, x, self.problem.epochs)
+        # Buffers as well, which y does not hold, e.g. the statistics of batch norm.
         self.model.load_state_dict(model.state_dict())
         self.x.data = x.clone()
         upper, lower = self.levels.value("upper", x, y), self.levels.lower(x, y)
@@ -245,6 +253,7 @@ class BilevelDescent:
         return weights_of(model)
 
     def _fixed_point(self, x: Tensor, y: Tensor) -> Tensor:
+        # Only g itself tells how y divides into rows.
         rows = len(self.levels.mapped(x, y))
         found = AndersonAcceleration(self.settings.lower_tolerance).solve(
             lambda z: self.levels.mapped(x, z.flatten()), y.view(rows, -1)
@@ -256,6 +265,7 @@ class BilevelDescent:
     def _random(self, seed: int | None = None) -> Iterator[None]:
         """Inside the block torch's global random numbers are this descent's own."""
         with forked_random(self.problem.device):
+            # A seed drawn from the generator: its state, which checkpoints hold, then determines these numbers as well.
             torch.manual_seed(seed if seed is not None else int(torch.randint(2**31, (), generator=self.generator)))
             yield
 
@@ -291,6 +301,7 @@ class BilevelDescent:
         """The parameters of the upper-level module at x, by name; None for a box."""
         if self.variables.module is None:
             return None
+        # This sets the module to x. A step may have left it at an earlier one.
         self.levels.hyperparameters(self.x.detach())
         return dict(self.variables.module.state_dict())
 
@@ -299,6 +310,7 @@ class BilevelDescent:
         if state["finished"]:
             self._take_all_data()  # first, as the tensors below have the shapes of all data
         self.step, self.last = state["step"], dict(state["last"])
+        # In place of the tensor, not of the parameter: Adam holds that.
         self.x.data = state["x"].to(**place)
         self.model.load_state_dict(state["model"])
         self.adam.load_state_dict(state["adam"])
@@ -307,6 +319,7 @@ class BilevelDescent:
         self.best = (state["best"][0], state["best"][1].to(**place))
         self.iterations, self.products, self.earlier = state["counts"]
         self.levels.ledger.examples, self.levels.ledger.whole = state["charged"]
+        # What estimators keep may be on the GPU, and a checkpoint is read onto the CPU.
         memory = move(state["memory"], self.problem.device, self.problem.dtype)
         if isinstance(memory, dict):
             known = memory["estimator"]
