@@ -87,6 +87,7 @@ class Method(Protocol):
     fills_slots: whether a slot that is free until the first step can be planned may train a space-filling point.
     """
 
+    # Methods are dataclasses: the names of their settings are read off their fields (`make_method`).
     __dataclass_fields__: ClassVar[dict[str, Any]]
     most_hyperparameters: ClassVar[int | None] = 100
     searches_by_values: ClassVar[bool] = False

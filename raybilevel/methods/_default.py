@@ -73,17 +73,20 @@ class Default(Method):
     searches_by_values: ClassVar[bool] = True
     fills_slots: ClassVar[bool] = True
 
+    # Five start points were later on smooth problems, the centre alone stuck in local optima (method.md).
     start_points: int = 3
     hypergradients: bool = True
     linear_solve: bool = True
     decrease: float = 0.05
     upper_share: float = 0.35
+    # Off, since it made no visible difference on digits (method.md).
     joint_share: float = 0.0
     explore_every: int = 6
     max_regions: int = 4
     max_rows: int = 500
     settled: float = 0.001
     generalise: bool = True
+    # Mean - 0.5 deviation was mostly worse (method.md).
     beta: float = 0.0
     region: TrustRegionRule = field(default_factory=TrustRegionRule)
 
@@ -109,6 +112,7 @@ class Default(Method):
 
         Whole numbers and choices go through their values instead, and there are points enough to meet each of a few.
         """
+        # On many regularisation problems most of the gain of a random search is on the diagonal, one shared value.
         diagonal = torch.tensor([[0.5], [0.25], [0.75]], dtype=torch.double).expand(3, space.dimension)
         most = max((len(values) for values in space.discrete.values()), default=0)
         count = max(slots, self.start_points, min(most, VALUES_TO_MEET))
@@ -116,9 +120,11 @@ class Default(Method):
         return covering(points, space.discrete, seed)
 
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
+        # Plans follow F with the penalty. The step gets plain F, as it learns the penalty's strength anew.
         plain, state = state, judged(state)
         done = state.done
         starting = [t for t in state.pending if t.proposal.origin in ("start", "given")]
+        # Until more of the start design has ended than is under way.
         if len(done) <= min(len(starting), ENOUGH_TO_BEGIN):
             return None
         number = len(state.steps) + len(running)
@@ -129,13 +135,16 @@ class Default(Method):
         regions = self.open_regions(state, running)
         under_way = self._under_way(state, running)
         busy = {region.began: under_way[region.began] for region in regions}
+        # A new region only where every open one has something under way, and slots are left.
         if not regions or (min(busy.values()) > 0 and len(regions) < min(slots, self.max_regions)):
             start = self._next_start(state, running)
             if start is not None:
                 regions, busy = (*regions, TrustRegion(start, start, self.region.initial)), {**busy, start: 0}
         if not regions:
             return self._look(step, running)
+        # The one with the least under way; among equals, with the lowest F.
         region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper_loss))
+        # Steps under way are finding these hypergradients.
         claimed = {index for step in running for index in step.targets}
         newest = state.region(region.began).done[-1].index
         lacking = [i for i in dict.fromkeys((region.centre, newest)) if state.trainings[i].hypergradient is None]
@@ -180,9 +189,11 @@ class Default(Method):
         if len(region.done) == 1:
             return False
         upper, last = state.sorted_upper, region.done[-1]
+        # The spread of F: its median less its lowest.
         gain = self.settled * (upper[len(upper) // 2] - upper[0])
         promised, before = last.proposal.predicted_upper_loss, region.best_before
         beaten = len(region.done) > 3 and region.best > upper[0] and (promised is None or promised > upper[0])
+        # A promise below 0, a rise, says that the model is wrong, and not that the region is done.
         settled = promised is not None and 0 <= before - promised < gain and before - last.upper_loss < gain
         return beaten or settled
 
@@ -201,9 +212,11 @@ class Default(Method):
         if left and done[-1].proposal.region is not None:
             return None
         ranked = sorted(done, key=lambda t: t.upper_loss)
+        # NumPy in the driver: torch takes five times as long, 9 ms at 1,000 trainings.
         units = np.fromiter(itertools.chain.from_iterable(t.unit for t in ranked), float).reshape(len(ranked), -1)
         for training, unit in zip(ranked, units, strict=True):
             if training.proposal.region is None and training.index not in begun:
+                # Rows are in the order of F, so that those before this place have a lower one.
                 better = units[: bisect.bisect_left(state.sorted_upper, training.upper_loss)]
                 if not (np.abs(better - unit).max(1) <= self.region.initial).any():
                     return training.index
@@ -238,9 +251,11 @@ class Default(Method):
                 continue
             if index == step.centre:
                 point, descent = looked.point, looked.descent
+            # So that the models below learn from it.
             state = state.change(index, hypergradient=found[index])
             record = {
                 "multiplier": looked.descent.multiplier,
+                # With eps = f(x_i, y_m) - v(x_i), y_m fulfils the constraint with equality.
                 "violation": 0.0,
                 "decrease": looked.descent.decrease,
                 "first": looked.descent.first,
@@ -249,6 +264,7 @@ class Default(Method):
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
         model_of_upper = fit_upper_model(state.measured_or_failed, pending, centre, self.max_rows, space.unordered)
         shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
+        # `done` alone: a training that was stopped early says nothing of v.
         value_function = fit_value_function(state.done, centre, True, self.max_rows, space.unordered)
         starts = [centre]
         if point is not None and descent is not None and self.joint_share > 0:
@@ -346,6 +362,7 @@ class Default(Method):
         last = next((s for s in reversed(state.steps) if s.first is not None and s.decrease is not None), None)
         if last is None or last.first is None or last.decrease is None:
             return 10.0
+        # The decrease falls as 1/m, so one that was too large by a factor asks for an m larger by that factor.
         factor = min(4.0, max(0.25, last.decrease / self.decrease))
         return min(1000.0, max(3.0, last.first * factor))
 
@@ -364,6 +381,7 @@ class Default(Method):
         if step.origin == "global":
             return expected_improvement(model, len(centre), starts, step.seed, space.discrete)
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
+        # The deviation is small beside pending points, so that weight on it leads away from them.
         beta = self.beta + 0.25 * step.rank
         return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, space.discrete)
 
@@ -398,6 +416,7 @@ def say_once(problem: str) -> None:
 def farthest(known: Tensor, seed: int) -> Tensor:
     """Of 64 scrambled Sobol points the one farthest from all that are known, shape (d,)."""
     points = sobol_points(known.shape[1], 64, seed)
+    # Such points become dense in the box, which is what global convergence rests on (method.md, guarantees).
     return points[torch.cdist(points, known).amin(1).argmax()]
 
 
