@@ -51,10 +51,12 @@ class Given(dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         raise MissingHyperparameterError("/".join((*self.path, str(key))))
 
+    # With an __iter__ of its own, {**given} and dict(given) go through `keys`: else CPython copies the entries unseen.
     def __iter__(self) -> Iterator[str]:
         self.read.update((*self.path, key) for key in super().__iter__())
         return super().__iter__()
 
+    # dict's own `get` and `pop` do not go through __getitem__.
     def get(self, key: str, default: Any = None) -> Any:
         if key not in self:
             return default
@@ -92,6 +94,7 @@ def calling(problem: BilevelProblem, what: str) -> Iterator[None]:
     name = type(problem).__name__
     try:
         yield
+    # It says already what is wrong and where.
     except RaybilevelError:
         raise
     except MissingHyperparameterError as error:

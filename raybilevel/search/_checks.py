@@ -91,17 +91,22 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
             else value
             for path, value in config.items()
         }
+        # One set for both: a hyperparameter may be read by `model`, as a plain value, or by a loss, as a tensor.
         given = Given(nest(flat), read=plain.read)
+        # As for every F and f that the search sees. In train mode dropout would differ from call to call.
         model.eval()
         first = {
             level: check_same_data(problem, level, plain) for level in (WatchedLevel("lower"), WatchedLevel("upper"))
         }
+        # Before `first` is asked for a level, which compares names as well.
         check_level_names(problem, first)
         smooth = check_loss(problem, model, "lower", first[WatchedLevel("lower")], given, flat, space)
         check_loss(problem, model, "upper", first[WatchedLevel("upper")], given, flat, space)
+        # A loop of one's own need not use the problem's optimizer and hooks.
         if another_loop:
             check_evaluate(problem, model, given)
         else:
+            # In this order: an optimizer that the problem keeps would be that of the earlier model.
             optimizers = [optimizer_of_a_training(problem, one, plain) for one in (earlier, model)]
             before = {key: tensor.clone() for key, tensor in shared.items()}
             rehearse(problem, model, optimizers[1], given, plain)
@@ -140,6 +145,7 @@ def check_loss(
     flat: what `given` holds, by path; floats as tensors that require gradients.
     """
     name = type(problem).__name__
+    # Whole numbers and choices are plain values, in which there is no gradient to ask for.
     searched = {p.name: flat[p.path] for p in space.parameters if isinstance(flat[p.path], Tensor)}
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batch = move(raw, problem.device, problem.dtype)
@@ -160,6 +166,7 @@ def check_loss(
         with calling(problem, f"{level}_loss, differentiated,"):
             found = torch.autograd.grad(loss, [*searched.values(), *weights], allow_unused=True)
         in_x, in_y = found[: len(searched)], found[len(searched) :]
+        # Embeddings may have sparse gradients.
         dense = [torch.zeros_like(w) if g is None else g.to_dense() for w, g in zip(weights, in_y, strict=True)]
         return Measured(loss.detach(), in_x, parameters_to_vector(dense))
 
@@ -193,6 +200,7 @@ def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any])
     def one_batch(level: Level, generator: torch.Generator | None) -> Iterator[Batch]:
         return itertools.islice(make_batches(whole, level, generator, constants), 1)
 
+    # Of the copy. A batch of each level is enough to see what it depends on.
     problem.batches = one_batch  # type: ignore[method-assign]
     functions = Levels(problem, model, ModuleVariables(module, constants), constants)
     x, y = parameters_to_vector(module.parameters()).detach(), functions.y

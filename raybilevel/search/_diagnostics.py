@@ -85,6 +85,7 @@ def agreement(state: SearchState) -> float | None:
             trained.append((end.upper_loss - start.upper_loss) / length)
     if len(promised) < 3:
         return None
+    # Means are not taken off: promises that all have the wrong sign must not count as right.
     norms = math.hypot(*promised) * math.hypot(*trained)
     return sum(a * b for a, b in zip(promised, trained, strict=True)) / norms if norms > 0 else None
 

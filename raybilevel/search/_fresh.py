@@ -25,6 +25,7 @@ def model_of_a_training(problem: BilevelProblem, config: Mapping[str, Any]) -> n
     torch.manual_seed(0)
     with calling(problem, "model()"):
         model = make_model(problem, config)
+    # Uninitialised parameters have no shape, which all that follows needs.
     if any(nn.parameter.is_lazy(tensor) for tensor in tensors(model).values()):
         raise ProblemError(f"{name}.model() has lazy layers; give them their sizes, e.g. Linear(64, 10)")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -43,6 +44,7 @@ def check_fresh_model(problem: BilevelProblem, earlier: nn.Module, model: nn.Mod
     """
     name = type(problem).__name__
     before = tensors(earlier)
+    # Empty tensors all have the address 0, and share nothing.
     places = {place(tensor) for tensor in before.values() if tensor.numel()}
     shared = {key: tensor for key, tensor in tensors(model).items() if tensor.numel() and place(tensor) in places}
     trained = [key for key, tensor in shared.items() if tensor.requires_grad]
@@ -74,6 +76,7 @@ def optimizer_of_a_training(
         optimizer = make_optimizer(problem, model, config)
     if not all(hasattr(optimizer, needed) for needed in ("step", "zero_grad", "param_groups", "state_dict")):
         raise ProblemError(f"{name}.optimizer must return a torch optimizer, got {type(optimizer).__name__}")
+    # By identity, as == of tensors compares entries.
     own = {id(parameter) for parameter in model.parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     foreign = sum(id(parameter) not in own for parameter in trained)

@@ -57,6 +57,7 @@ class BilevelOptimizer:
         self.memory: bytes | None = None
         given = [Proposal(tuple(space.encode(point).tolist()), "given") for point in points]
         design = method.start_design(space, slots, seed)
+        # The user's points come before the design.
         self.queue = deque([*given, *(Proposal(tuple(unit.tolist()), "start") for unit in design)])
 
     @classmethod
@@ -71,6 +72,7 @@ class BilevelOptimizer:
         if saved.method != name_of(method):
             raise StateError(f"the state is of method {saved.method!r}, this search is of {name_of(method)!r}")
         state_file.check_settings(saved.settings, state_file.as_json(asdict(method)))
+        # Its start design gives way to the queue that was saved.
         optimizer = cls(Space(saved.parameters), method, saved.seed, slots or saved.slots)
         optimizer.state = saved.state
         optimizer.trials = dict(saved.trials)
@@ -94,6 +96,7 @@ class BilevelOptimizer:
 
     def ask(self, trial: str) -> dict[str, Any] | None:
         """The hyperparameters to train next, nested as the space is; None while there are none."""
+        # Asking again for a known trial must not use up a proposal.
         if trial in self.trials:
             return self.config(trial)
         nothing = not (self.queue or self.running or self.design_under_way or self.state.done)
@@ -147,6 +150,7 @@ class BilevelOptimizer:
 
     def without_running(self) -> BilevelOptimizer:
         """A copy in which the upper-level steps under way are to be planned again."""
+        # Shallow will do: states are values, and what is changed in place is copied.
         other = copy.copy(self)
         other.running, other.queue, other.trials = {}, deque(self.queue), dict(self.trials)
         return other
@@ -161,6 +165,7 @@ class BilevelOptimizer:
         if index is None or self.state.trainings[index].status not in ("pending", "lost", "failed"):
             return
         before = self.state.trainings[index].finished
+        # A failed training that is tried again keeps its place in the order.
         finished = before if before >= 0 else len(self.state.told)
         if observation is None or not observation.finite:
             self.state = self.state.change(index, status="failed", finished=finished)
@@ -227,6 +232,7 @@ class BilevelOptimizer:
             self.state = self.state.change(index, hypergradient=())
 
     def _record(self, record: StepRecord) -> None:
+        # When it was heard of decides which training it is charged to (`SearchState.costs`).
         self.state = self.state.after(replace(record, finished=len(self.state.told)))
 
     def fill(self) -> None:
@@ -234,6 +240,7 @@ class BilevelOptimizer:
         self._fill(self.seed + len(self.state.trainings))
 
     def _fill(self, seed: int) -> None:
+        # Each seed scrambles the sequence anew, so that its first point is another one.
         unit = sobol_points(self.space.dimension, 1, seed)[0]
         self.queue.append(Proposal(tuple(unit.tolist()), "fill"))
 
@@ -265,6 +272,7 @@ class BilevelOptimizer:
             return False
         unit = self.space.encode(config)
         proposal = Proposal(tuple(unit.tolist()), "unknown")
+        # A search that was restored to a moment before it asked for this trial still has its proposal to ask.
         for waiting in self.queue:
             point = torch.tensor(waiting.unit, dtype=torch.double)
             if (self.space.encode(self.space.to_config(point)) - unit).abs().max() < 1e-9:
@@ -284,6 +292,7 @@ class BilevelOptimizer:
             index = self.trials[trial]
             if self.state.trainings[index].status != "pending":
                 continue
+            # Later trainings keep their indices, so that only the newest can be taken back.
             if index < len(self.state.trainings) - 1:
                 self.lose(trial)
                 continue

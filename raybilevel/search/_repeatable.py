@@ -33,11 +33,14 @@ class WatchedLevel(str):
     def __eq__(self, other: object) -> bool:
         if isinstance(other, str):
             self.compared.add(str(other))
+        # A name that is no string is not compared with a level.
         return str.__eq__(self, other) if isinstance(other, str) else False
 
+    # str has a __ne__ of its own, which would note nothing.
     def __ne__(self, other: object) -> bool:
         return not self == other
 
+    # A class that defines __eq__ has no hash unless it says so.
     __hash__ = str.__hash__
 
 
@@ -67,6 +70,7 @@ def look_at(batches: Any, what: str, problem: BilevelProblem, most: int | None =
             raise ProblemError(f"{name}.{what} returned None; return an iterable of batches, or yield them")
         until = time.monotonic() + LOOK_S
         iterator: Iterator[Batch] = iter(batches)
+        # One batch more than `most` tells whether the pass ends there.
         for raw in iterator if most is None else itertools.islice(iterator, most + 1):
             if count and (time.monotonic() > until if most is None else count == most):
                 whole = False
@@ -96,6 +100,7 @@ def check_same_data(problem: BilevelProblem, level: WatchedLevel, config: Mappin
         return look_at(batches, what, problem, most)
 
     one = look()
+    # By count: the clock would end the two passes at different batches.
     two = look(one.count)
     if (one.count, one.whole) != (two.count, two.whole) or not (
         same_batch(one.first, two.first) and same_batch(one.last, two.last)
@@ -153,6 +158,7 @@ def check_same_loss(problem: BilevelProblem, level: Level, one: Measured, two: M
     pairs += [("its gradient in the hyperparameters", a, b) for a, b in zip(one.in_x, two.in_x, strict=True)
               if a is not None and b is not None]  # fmt: skip
     for what, a, b in pairs:
+        # An infinite entry, as the slope of a root at 0, is no sign of chance: the difference is then not finite.
         scale = max(a.norm().item(), b.norm().item())
         if not (a - b).norm().item() <= 100 * torch.finfo(a.dtype).eps * scale and bool((a - b).isfinite().all()):
             raise ProblemError(

@@ -17,6 +17,7 @@ from raybilevel.search_state import Proposal, SearchState
 from raybilevel.space import Parameter, flatten
 
 FORMAT = 2
+# JSON has no NaN, by which gradients say that an entry is not known.
 CHECKED = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
@@ -62,11 +63,14 @@ ADAPTER: TypeAdapter[SavedSearch] = TypeAdapter(SavedSearch)
 def write(path: str | Path, saved: SavedSearch) -> None:
     """Write atomically: a crash leaves the old file or the new one, never half of one."""
     payload = ADAPTER.dump_json(saved).decode()
+    # The search is text within the document, so that the checksum is over just what is read back.
     document = json.dumps({"format": FORMAT, "sha256": digest(payload), "search": payload})
+    # In the same folder, as a rename is atomic only within a filesystem.
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(document)
         file.flush()
+        # Else a power loss after the rename may leave an empty file.
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -106,6 +110,7 @@ def decode(memory: str | None) -> bytes | None:
 
 
 def as_json(settings: Any) -> str:
+    # What JSON has no form for is compared as text.
     return json.dumps(settings, sort_keys=True, default=str)
 
 
