@@ -36,6 +36,7 @@ class Checkpoints:
 
     def look(self) -> None:
         """See, after a restore, whether the folder is still where the paths say."""
+        # A path is experiment/trial/checkpoint.
         self._folder = next((path.rsplit("/", 2)[0] for path in self.paths.values()), "")
         self.moved = bool(self._folder) and not self.is_there(self._folder)
 

@@ -80,6 +80,7 @@ def parameter(name: str, path: tuple[str, ...], domain: Domain) -> Parameter:
     sampler = domain.get_sampler()
     step: tuple[float, ...] = ()
     if isinstance(sampler, Quantized):
+        # Tune wraps the sampler of a quantised domain.
         step, sampler = (float(sampler.q),), sampler.get_sampler()
     if isinstance(domain, Function):
         raise SpaceError(f"{name}: sample_from cannot be searched; use {SUPPORTED}, or make it a constant")

@@ -100,6 +100,7 @@ def newest_first(folder: str, pattern: str, since: float) -> list[Path]:
     since:   see `snapshot.synced`.
     """
     there = snapshot.synced(Path(folder).glob(f"*{pattern}"), since)
+    # Tune has the time in the names, and takes the last by name for the newest.
     current = sorted({path.name.removeprefix(snapshot.PREVIOUS) for path in there}, reverse=True)
     candidates = (Path(folder, name) for one in current for name in (one, snapshot.PREVIOUS + one))
     return [path for path in candidates if path in there]
@@ -143,9 +144,11 @@ def adopt_records(
         if record.trial not in optimizer.trials:
             heard += optimizer.adopt(record.trial, record.config)
     over = [r for r in records if r.status in ("TERMINATED", "ERROR") and r.trial in optimizer.trials]
+    # In the order of their last reports, as `finished` counts them.
     for record in sorted(over, key=lambda record: record.result.get("timestamp", 0)):
         before = optimizer.state.trainings[optimizer.trials[record.trial]].status
         ended = record.status == "TERMINATED"
+        # A result that the state knows already is not told twice.
         if before in ("pending", "lost") or (before == "failed" and ended):  # it was tried again
             tell(record.trial, record.result if ended else None)
             heard += 1

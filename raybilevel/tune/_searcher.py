@@ -148,6 +148,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         run = tune_run()  # which changes Tune until the run's end
         self._session.lost.asked(run.idle if run is not None else None)
+        # A search in which a training has succeeded is not ended for failures.
         if run is not None and not self.state.measured and (error := self._session.failures.always(run.error_file)):
             self._session.fatal = error
         answer = self._suggest(trial_id)
@@ -160,7 +161,9 @@ class BilevelSearch(SearchView, ResumableSearcher):
         session, steps = self._session, self._session.steps
         if self._slots.limit is None and session.should_check_cluster:
             optimizer.slots = self._slots.now
+        # First of all: what a step proposes may be the next trial.
         steps.hear(optimizer)
+        # Their configurations are the next to be asked for, so before `ask_if_free`.
         for lost in session.lost.find(optimizer):
             logger.warning("trial %s was lost; resubmitting its configuration", lost)
             optimizer.lose(lost)
@@ -185,6 +188,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._session.heard_of(trial_id)
+        # Kept, since Tune ends a paused trial without its result.
         self._session.reported[trial_id] = result
         self._checkpoints.follow(result)
 
@@ -202,6 +206,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
             return
         self._tell(trial_id, None if error else result)
         self._completed.add(trial_id)
+        # Without a wait: Tune has other events to handle.
         self._session.steps.collect(optimizer)
         if self._samples is not None and len(self._completed) >= self._samples:
             self.cancel_steps()
@@ -243,6 +248,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
     def load(self, path: str | Path) -> None:
         saved = state_file.read(path)
         check_saved(saved, None if self._optimizer is None else self.space, self._metric, self._mode)
+        # As `set_up` made it when that search began.
         method = self.method if saved.metric == UPPER_LOSS else self.method.for_metric(saved.metric)
         optimizer = BilevelOptimizer.from_saved(saved, method, self._slots.limit)
         if self._optimizer is None:  # else the constants are what they are: JSON would make lists of tuples
@@ -298,6 +304,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
         if self._space is None or self._objective_given or self.state.trainings:
             raise ConfigError(other_objective(asked, here))
         self._metric, self._mode = asked.metric, asked.mode
+        # Anew, as the method depends on the metric.
         self._set_up(self._space)
 
     def _set_up(self, param_space: Mapping[str, Any]) -> None:
@@ -324,6 +331,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
 
     def _begin_run(self) -> None:
         """Go on with what is known from an earlier run; nothing of that is under way any more."""
+        # Steps of another Ray went with it.
         if self._session.job == job_of_ray():
             self.cancel_steps()
         self._completed.clear()
@@ -350,6 +358,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
         if observation is not None and observation.complete and result is not None:
             seconds, reports = result.get("time_total_s", 0.0), result.get("training_iteration", 1)
             self._session.steps.pace.trained(float(seconds), int(reports))
+            # Of whole trainings only: steps never descend from weights of a stopped one.
             self._checkpoints.add(index, result)
         if optimizer.state.trainings[index].status == "failed":
             logger.warning("trial %s failed or has no finite result; the search goes on without it", trial_id)

@@ -28,6 +28,7 @@ class Session:
         self.lost = LostTrials()
         self.failures = FailedTrainings()
         self.warned_of_stops = False
+        # Wall time, as it is compared with times of files.
         self.began = time.time()
         self.job: str | None = None
         self.reported: dict[str, dict[str, Any]] = {}

@@ -47,6 +47,7 @@ def set_up(
     space, constants = split_param_space(param_space)
     if objective == Objective(UPPER_LOSS, "max"):
         raise ConfigError("mode='max' with metric='upper_loss': the upper-level loss is minimised; use mode='min'")
+    # The space that comes back says in which hyperparameters f is differentiable.
     space = check_search(problem, space, constants, method)
     check_points(points, space)
     if not all(space.smooth) and not space.of_starts:

@@ -52,6 +52,7 @@ def parse(text: str) -> list[TrialRecord]:
         StateError: it is truncated or not a snapshot.
     """
     try:
+        # Tune writes each trial as a JSON text within the JSON.
         pairs = [(json.loads(trial), json.loads(metadata)) for trial, metadata in json.loads(text)["trial_data"]]
         return [
             TrialRecord(trial["trial_id"], trial["status"], trial["config"], metadata.get("last_result") or {})
@@ -118,6 +119,7 @@ def prepare_resume(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
                     aside.append(paths.pop(candidate))
                     filesystem.move(aside[-1], aside[-1] + DAMAGED)
                     continue
+                # Tune finds a file by its own name alone.
                 if candidate != name:
                     paths[name] = paths[candidate].removesuffix(candidate) + name
                     filesystem.move(paths.pop(candidate), paths[name])

@@ -90,6 +90,7 @@ def check_no_hooks(function: str, problem: BilevelProblem, *hooks: str) -> None:
 
 def default_checkpoint_interval(count: int) -> int:
     """Epochs or steps between checkpoints, of so many in all: there are five."""
+    # Rounded up, so that there are no more than five.
     return max(1, -(-count // 5))
 
 
@@ -105,6 +106,7 @@ def lower_level(
     if trains_itself(problem.value):
         own_loop(config, problem.value, seed)
         return
+    # Within the limit as well, as the problem's data and model are made here.
     with time_limit(epoch_time_limit):
         training = LowerLevelTraining(problem.value, config, seed)
     restore(training, tune.get_checkpoint(), CHECKPOINT_FILE, load_checkpoint)
@@ -148,6 +150,7 @@ def send(metrics: dict[str, Any], name: str, checkpoint: bytes | None, beside: t
     name:   the file of a checkpoint that is due.
     beside: a checkpoint whose files are kept with it.
     """
+    # Tune's results name a checkpoint's folder, but not where the trial's own is.
     metrics = {**metrics, TRIAL_PATH: tune.get_context().get_storage().trial_fs_path}
     if gpus := ray.get_gpu_ids():
         metrics[GPUS] = ",".join(map(str, gpus))
@@ -178,6 +181,7 @@ def report(training: LowerLevelTraining) -> dict[str, Any]:
     metrics: dict[str, Any] = {**training.losses(), EPOCH: training.epoch, FINISHED: training.finished}
     if training.finished:
         metrics[GRADIENT] = training.gradient()
+    # Read last, as the gradient is charged.
     return {**metrics, PASSES: training.passes}
 
 
