@@ -90,6 +90,7 @@ def make_problem(name: str, options: Mapping[str, Any] | None = None, data: str 
         raise ConfigError(f"unknown problem {name!r}; choose one of {', '.join(sorted(PROBLEMS))}")
     known = option_names(PROBLEMS[name])
     given = dict(options or {})
+    # An attribute of every problem, so that no constructor has to take it.
     device = given.pop("device", None)
     if data is not None and "data" in known:
         given.setdefault("data", data)
@@ -113,6 +114,7 @@ def option_names(problem: type[BilevelProblem]) -> list[str]:
             continue
         parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
         names |= {p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        # Without **options nothing reaches the classes above.
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return [name for name in names if name != "self"]

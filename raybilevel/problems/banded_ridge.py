@@ -82,6 +82,7 @@ class BandedRidge(BilevelProblem):
             return torch.randn(*shape, generator=generator, dtype=self.dtype)
 
         with torch.random.fork_rng(devices=[]):
+            # torch's distributions take no generator.
             torch.manual_seed(self.seed)
             shares = torch.distributions.Dirichlet(torch.full((self.groups,), 0.3, dtype=self.dtype)).sample()
         weight = normal(self.groups * self.features) * shares.sqrt().repeat_interleave(self.features)
@@ -118,6 +119,7 @@ class BandedRidge(BilevelProblem):
 
     def upper_loss(self, model: nn.Module, batch: Folded) -> Tensor:
         squares = (model(batch.x) - batch.target.unsqueeze(1)).square()
+        # Each example is held out by one fold, so the sum has n terms.
         loss: Tensor = (squares * (1 - batch.trained)).sum() / len(batch.x)
         return loss
 

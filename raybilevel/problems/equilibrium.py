@@ -34,6 +34,7 @@ class EquilibriumNetwork(nn.Module):
     def __init__(self, inputs: int, hidden: int, contraction: float) -> None:
         super().__init__()
         self.inputs, self.readout = nn.Linear(inputs, hidden), nn.Linear(hidden, CLASSES)
+        # A matrix of normal numbers has a spectral norm of about 2 sqrt(hidden), so that W begins near 1.
         self.recurrent = nn.Parameter(torch.randn(hidden, hidden) / (2 * hidden**0.5))
         self.contraction = contraction
 
@@ -88,6 +89,7 @@ class EquilibriumDigits(LargeUpperLevel):
     @cached_property
     def splits(self) -> dict[str, Examples]:
         if self.data is None:
+            # There is no validation split here: the one example in it is left out.
             found = digits_splits(self.train, 1, self.split_seed, self.dtype)
             return {"train": found["lower"], "test": found["test"]}
         (images, labels), test = datasets.mnist(self.data)

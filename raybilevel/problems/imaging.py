@@ -22,6 +22,7 @@ from raybilevel.problems._classification import check_positive, data_folder
 Task = Literal["inpainting", "deblurring"]
 Expert = Literal["smoothed_l1", "lorentzian"]
 
+# f has a minimum even where no pixel is measured and the regulariser is flat.
 STRONG_CONVEXITY = 1e-6
 
 
@@ -119,6 +120,7 @@ class Imaging(BilevelProblem):
         """Measure images. The noise and the missing pixels of an image depend on its number only, as shards need it."""
         masks, noises = [], []
         for number in range(len(clean)):
+            # Seeds of training images, of test images and of another data_seed never meet.
             offset = self.first + number if split == "train" else 1_000_000 + number
             generator = torch.Generator().manual_seed(2_000_003 * self.data_seed + offset)
             removed = self.removed if self.task == "inpainting" else 0.0
@@ -200,6 +202,7 @@ class Imaging(BilevelProblem):
         batch = Measured(*(part.to(self.device) for part in measured))
 
         def lower(x: Tensor, y: Tensor) -> Tensor:
+            # Not in `Reconstruction`, whose images are a parameter: y must stay the tensor that is differentiated.
             given = _Given(y.view_as(model.images))
             return self.lower_loss(given, hyperparameters, batch)
 
@@ -281,6 +284,7 @@ class RegularisationParameters(Imaging):
     """
 
     def regulariser(self, images: Tensor, hyperparameters: Hyperparameters) -> Tensor:
+        # Forward differences, at pixels that have both neighbours.
         down = images[..., 1:, :-1] - images[..., :-1, :-1]
         right = images[..., :-1, 1:] - images[..., :-1, :-1]
         variation = (down.square() + right.square() + self.smoothing**2).sqrt().sum()

@@ -72,5 +72,6 @@ def _rows(folder: str, file: Published) -> Examples:
     path = file.path(Path(folder) / "libsvm", ".gz", "")
     content = file.read(path)
     file.check(path, content)
+    # a9a.t lacks the last feature, and would be a column narrower by itself. Labels are -1 and 1.
     x, y = load_svmlight_file(io.BytesIO(content), n_features=FEATURES)
     return torch.from_numpy(x.toarray()), torch.from_numpy((y > 0).astype(np.int64))

@@ -57,6 +57,7 @@ class LongTailed(Logistic):
         lower, upper = [], []
         for c, count in enumerate(self.counts):
             members = order[labels[order] == c]
+            # Validation images first, as many of each class, whatever is left for training.
             share = self.validation // CLASSES
             upper.append(members[:share])
             lower.append(members[share : share + count])

@@ -46,6 +46,7 @@ class Ridge(BilevelProblem):
     @property
     def best_decay(self) -> Tensor:
         """The decays of the optimum, shape (groups,), well inside the box."""
+        # Not the numbers of the data.
         generator = torch.Generator().manual_seed(self.seed + 1)
         return 10 ** (-3 + 3 * torch.rand(self.groups, generator=generator, dtype=torch.double))
 
