@@ -84,6 +84,7 @@ def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine 
     Raises:
         RaybilevelError: there is a mistake. Several mistakes are one ConfigError with a line for each.
     """
+    # First, since which method "auto" is decides what is checked below.
     config = with_method(config)
     search, mistakes = config.search, Mistakes()
     problem = mistakes.made_by(lambda: make_problem(config.problem, config.options, data))
@@ -201,6 +202,7 @@ def check_machine(config: ExperimentConfig, machine: Machine) -> None:
     mistakes = []
     for key, what, bundles in (("lower", "a training", training), ("upper", "an upper-level step", (step,))):
         for name, there in has.items():
+            # Ray reserves all processes of a training at once.
             asked = sum(bundle.get(name, 0.0) for bundle in bundles)
             if asked > there:
                 mistakes.append(
