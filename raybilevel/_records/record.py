@@ -25,6 +25,7 @@ Unit = Literal["trainings", "epochs", "seconds", "gpu_seconds"]
 class Stored(BaseModel):
     """A value that is stored with the names of its fields. An unknown name in the file is an error."""
 
+    # JSON has neither NaN nor infinity.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 

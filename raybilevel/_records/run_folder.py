@@ -41,6 +41,7 @@ def read_run(folder: Path) -> Record:
     states = sorted((folder / TUNE_FOLDER).glob("searcher-state-*.pkl"))
     if not states:
         raise DataError(f"{folder}: no search state in {TUNE_FOLDER}/ yet; Tune writes the first within seconds")
+    # Tune has the time in the names.
     saved = state_file.read(states[-1])
     return record_of(
         read_config(folder / CONFIG_FILE),
@@ -74,6 +75,7 @@ def record_of(
     position = {training.index: number for number, training in enumerate(saved.state.told)}
     return Record(
         kind="run",
+        # The summary is the last file that a run writes.
         status="done" if summary else "running",
         problem_name=config.problem,
         method_name=config.search.method,
@@ -127,6 +129,7 @@ def observations_of(
             stopped_upper_loss=finite(training.upper_loss) if training.status == "stopped" else None,
             metrics=problem_metrics(lines[-1]) if lines else {},
             passes=training.passes,
+            # Of the steps that were heard of before this training ended.
             extra_passes=sum(step.passes for step in state.steps if step.finished <= number),
             # A training whose trial left no file has no time. Its place in the order of ends stands in for it.
             seconds=float(lines[-1]["timestamp"]) - began if lines else float(training.finished),
@@ -141,6 +144,7 @@ def trial_log(trial: str, lines: Lines, began: float, saved: SavedSearch) -> Tri
     status = "unknown" if index is None else saved.state.trainings[index].status
     return TrialLog(
         trial=trial,
+        # A trial's own report is newer than the state, which Tune saves now and then.
         status="done" if last.get(FINISHED) else "running" if status == "pending" else status,
         node=str(last.get("node_ip", "")),
         pid=int(last.get("pid", 0)),

@@ -68,6 +68,7 @@ def summarise(
         "failed_upper_steps": sum(step.failed for step in state.steps),
         "cost": state.cost,
         "wall_seconds": wall_seconds,
+        # The verdict is on F with the penalty. `converged` is given plain F, as it applies the penalty itself.
         "verdict": verdict(judged(state), method.converged(state), test_losses),
         "diagnostics": asdict(diagnose(state)),
         "history": history(state, space, test_losses, trial_results),
