@@ -34,11 +34,13 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[bool]:
             f"--address {address}: over Ray Client the search runs in a process that this command does not see; "
             "submit the command to the cluster by `ray job submit`"
         )
+    # Tune's own output would be printed over the view of the progress.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray").setLevel(logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # its advice after Ctrl-C is for scripts
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
+        # "local", so that no cluster is joined that happens to run here.
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     else:
         try:

@@ -52,6 +52,7 @@ def run(
         InterruptedRunError: Ctrl-C, or SIGTERM.
     """
     local = address is None and not ray.is_initialized()
+    # Before the folder and Ray: a mistake leaves nothing behind.
     plan = resolve(config, data, this_machine() if local else None)
     place = locate(storage or out)
     prepare_folder(out, plan.config, resume, place)
@@ -71,6 +72,7 @@ def run(
             # On SIGINT Tune saves its state and returns as if the run were complete.
             raise InterruptedRunError(f"stopped after {told} of {plan.trainings} trainings")
         summary = conclude(plan, searcher, analysis, began)
+    # Last: a folder with a summary is that of a run that is done.
     keep(SUMMARY_FILE, as_text(summary), out, place)
     return summary
 

@@ -64,6 +64,7 @@ class PlainView:
                 self.done, self.best = self.done + 1, min(self.best, training.upper_loss)
             best = f"{self.best:.4f}" if self.done else "nan"
             line = f"[{self.shown}/{self.trainings}] {training.proposal.origin:<6} {outcome}  best {best}"
+            # Of several trainings that ended since, the newest numbers belong to the last.
             if self.shown == len(told):
                 line += details(newest(state))
             if self.done < self.shown:
