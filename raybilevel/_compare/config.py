@@ -196,6 +196,7 @@ class Run:
     @property
     def path(self) -> Path:
         """The path of the record in the output folder."""
+        # A slash would make a folder.
         return path_of(self.problem_name, self.method_name.replace("/", "-"), self.settings)
 
 
@@ -219,6 +220,7 @@ def experiment_of(name: str, entry: ProblemEntry, resources: ResourcesConfig) ->
         "problem": entry.problem,
         "options": entry.options,
         "space": space,
+        # Only to make it a whole config: budget and methods are the comparison's.
         "search": SearchConfig(trainings=1, method="default"),
         "resources": resources,
     }
@@ -247,9 +249,11 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
         scales = raw.get("scales") or {}
         if scale not in scales:
             raise ConfigError(f"{path}: no scale {scale!r}; it has {', '.join(scales) or 'none'}")
+        # Before the problems' own files are read, as a scale may have other problems.
         raw |= scales[scale]
     raw.pop("scales", None)
     inline_configs(raw, Path(path).parent)
+    # Last, so that an override also reaches what came from another file.
     for override in overrides:
         apply_override(raw, override)
     return validated(CompareConfig, raw, path)

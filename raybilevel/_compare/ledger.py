@@ -90,6 +90,7 @@ class Ledger(Callback):  # type: ignore[misc]
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         now = time.monotonic()
         running = sum(trial.status == "RUNNING" for trial in trials)
+        # What runs now is taken to have run since the last step of Tune's loop.
         self.gpu_seconds += (now - self.seen) * (running * self.gpus[0] + self.steps()[1] * self.gpus[1])
         self.seen = now
         self.on_news(self)
@@ -125,6 +126,7 @@ class Ledger(Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         log = self.trials.get(trial.trial_id)
+        # Its end was noted with its last result already.
         if log is None or log.status != "running":
             return
         if self.over:

@@ -163,6 +163,7 @@ def make_scheduler(name: str | None, setting: Setting) -> Any:
 
     if name is None:
         return None
+    # By default ASHA ends every training at 100 of its units.
     halving = {"max_t": setting.epochs, "time_attr": TIME}
     # The rungs may end before a complete training. Trials that survive all of them are to be completed.
     bands = {**halving, "stop_last_trials": False}
@@ -208,6 +209,7 @@ def grid(space: Space, trainings: float | None) -> dict[tuple[str, ...], list[fl
     if 2**space.dimension > LARGEST_GRID:
         raise UnavailableError(f"two values for each of {space.dimension} hyperparameters make {2**space.dimension:,}")
     wanted = 100 if trainings is None else trainings
+    # The largest grid within the budget. 1e-9, since 1000 ** (1 / 3) is 9.999999999999998.
     side = max(2, math.floor(wanted ** (1 / space.dimension) + 1e-9))
     return {
         p.path: [p.round(p.low * (p.high / p.low) ** u if p.log else p.low + u * (p.high - p.low)) for u in units]
