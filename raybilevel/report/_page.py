@@ -73,6 +73,7 @@ def load(folder: str | Path) -> Loaded:
     """
     import pandas as pd
 
+    # First, so that a missing package is said before anything is read.
     plotly_figure = drawing()
     source = read_folder(Path(folder))
     check(source)
@@ -180,6 +181,7 @@ def render(source: Source, sections: Sequence[Section], plotly_figure: Any) -> s
     import jinja2
     from plotly.offline import get_plotlyjs
 
+    # With StrictUndefined a name that the template misspells is an error, and not an empty text.
     loader = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     loader.filters["bold"] = bold
     template = loader.from_string(resources.files("raybilevel.report").joinpath("page.html.j2").read_text("utf-8"))

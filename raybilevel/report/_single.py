@@ -115,6 +115,7 @@ def timeline(record: Record, prefix: str) -> Chart:
     workers: dict[tuple[str, int], str] = {}
     for trial in record.trials:
         gpus = f", GPU {trial.gpus}" if trial.gpus else ""
+        # A process number is unique on its node only.
         lane = workers.setdefault((trial.node, trial.pid), f"{trial.node} worker {len(workers) + 1}{gpus}")
         for begin, end in stretches(trial.seconds, trial.took):
             spans.setdefault(trial.status, []).append((lane, begin, end - begin, f"trial {trial.trial}"))

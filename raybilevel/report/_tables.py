@@ -36,6 +36,7 @@ def table_csv(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(table.headers)
+    # Bold is Markdown's, and no part of the value.
     writer.writerows([cell.replace("**", "") for cell in row] for row in table.rows)
     return out.getvalue()
 
