@@ -61,6 +61,7 @@ MOST_LEVELS = 32
 """Whole numbers of more values than this are searched like a continuous hyperparameter and rounded."""
 
 NORMAL = NormalDist()
+# What is cut off at either end, a probability of 3e-5.
 BELOW = NORMAL.cdf(-TAIL)
 
 Values = Annotated[
@@ -113,6 +114,7 @@ class Parameter:
             raise SpaceError(f"{self.name}: a logarithmic scale needs a positive lower bound, got {self.low}")
         if self.step is not None and not self.step > 0:
             raise SpaceError(f"{self.name}: the step must be positive, got {self.step}")
+        # 1e-9 of a step, since 0.3 / 0.1 is 2.9999999999999996.
         if self.step is not None and math.ceil(self.low / self.step - 1e-9) * self.step > self.high + 1e-9 * self.step:
             raise SpaceError(f"{self.name}: no multiple of the step {self.step} lies in [{self.low}, {self.high}]")
         if self.integer and not all(float(n).is_integer() for n in (self.low, self.high, self.step or 1)):
@@ -140,6 +142,7 @@ class Parameter:
         if kind.normal:
             if not high > 0:
                 raise SpaceError(f"{name}: {domain} needs a positive standard deviation, got {high}")
+            # Of a normal distribution `low` and `high` are its mean and deviation up to here.
             low, high = low - TAIL * high, low + TAIL * high
         if kind.integer and step in ([], [1.0]):  # Tune's `high` is exclusive then
             high, step = high - 1, []
@@ -211,6 +214,7 @@ class Parameter:
         if self.choices or self.integer:
             return self.to_value(unit.item())
         if self.normal:
+            # Quantiles from BELOW to 1 - BELOW: the tails are cut off.
             return self._mean + self._deviation * torch.special.ndtri(BELOW + unit * (1 - 2 * BELOW))
         if self.log:
             return torch.exp(math.log(self._low) + unit * self.width)
@@ -234,6 +238,7 @@ class Parameter:
         if self.normal:
             unit = (NORMAL.cdf((number - self._mean) / self._deviation) - BELOW) / (1 - 2 * BELOW)
         elif self.log:
+            # A value that was given from outside may be below the box, and have no logarithm.
             if not number > 0:
                 return 0.0
             unit = math.log(number / self._low) / self.width
@@ -271,6 +276,7 @@ class Parameter:
     def slope(self, value: float) -> float:
         """d value / d unit at a value: turns a gradient in the value into one in the unit cube."""
         if self.normal:
+            # The derivative of a quantile function is one over the density.
             density = NORMAL.pdf((value - self._mean) / self._deviation)
             return self._deviation * (1 - 2 * BELOW) / density
         return value * self.width if self.log else self.width

@@ -14,6 +14,7 @@ from rich.table import Table
 from raybilevel._version import __version__
 from raybilevel.errors import ConfigError, DataError, ProblemError, RaybilevelError, SpaceError, StorageError
 
+# 130 is 128 + SIGINT, as shells report it.
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -37,6 +38,7 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
+        # Eager: before anything is said of a command that is missing.
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
@@ -83,6 +85,7 @@ def run(
             storage=storage,
             console=console,
         )
+    # Tune catches Ctrl-C while it runs. Before and after that it is a KeyboardInterrupt.
     except (experiment.InterruptedRunError, KeyboardInterrupt) as error:
         console.print(f"{str(error) or 'stopped'}; what was observed is kept. To go on:", markup=False)
         show_how_to_go_on(console, "run", folder, data, address, storage)
@@ -162,6 +165,7 @@ def compare(
         raise ConfigError("--resume needs --out, the folder of the comparison to go on with")
     folder = out or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     comparison = read_comparison(config, settings or (), scale)
+    # Workers run in other directories.
     absolute = None if data is None else str(data.expanduser().absolute())
     runs = comparison.runs(absolute)
     command.prepare(comparison, folder, resume)

@@ -152,6 +152,7 @@ class StepRecord(PickledOnce):
     shrinkage: Shrinkage | None = None
 
 
+# Compared by identity, as it is a key of a cache (`_trust_region.replayed`).
 @dataclass(frozen=True, eq=False)
 class RegionHistory:
     """A trust region's trainings that have ended, in order; the first is the one at which it began."""
@@ -268,6 +269,7 @@ class SearchState:
         trainings = [1.0 if t.status != "stopped" else t.passes / unit for t in told]
         for step in self.steps:
             if told:
+                # A step that ended after the last training is charged to that.
                 trainings[min(step.finished, len(told) - 1)] += step.passes / unit
         return list(itertools.accumulate(trainings))
 
@@ -286,9 +288,12 @@ class SearchState:
     def change(self, index: int, **changes: Any) -> SearchState:
         before, after = self.trainings[index], replace(self.trainings[index], **changes)
         new = replace(self, trainings=put(self.trainings, index, after))
+        # Only steps settle regions.
         new._knowing({"settled": self.settled})
+        # It has ended, as the last so far: what is derived grows by it.
         if before.finished < 0 and after.finished == len(self.told):
             return new._knowing(self._with_end(before, after))
+        # Only more is known of it, e.g. its hypergradient. After a second try all is worked out again.
         same = (
             before.status == after.status
             and before.upper_loss == after.upper_loss
@@ -307,17 +312,21 @@ class SearchState:
         known: dict[str, Any] = {"told": (*self.told, after), "pending": pending, "regions": regions}
         if after.status != "done":
             return known | {name: getattr(self, name) for name in ("done", "sorted_upper", "best")}
+        # The state before keeps its own.
         sorted_upper = self.sorted_upper.copy()
         bisect.insort(sorted_upper, after.upper_loss)
+        # Of equals the earlier one, as `min` takes.
         best = self.best if self.best is not None and self.best.upper_loss <= after.upper_loss else after
         return known | {"done": (*self.done, after), "sorted_upper": sorted_upper, "best": best}
 
     def _with_more(self, before: Training, after: Training) -> dict[str, Any]:
         """What is known once something was found out, e.g. a hypergradient, of a training that had ended."""
+        # The region that began at it, and the one that it is a member of.
         own = {region for region in (after.index, after.proposal.region) if region in self.regions}
         regions = self.regions | {region: self.regions[region].change(before, after) for region in own}
         done = self.done
         if after.status == "done":
+            # `done` is in the order of ends.
             done = put(done, bisect.bisect_left(done, after.finished, key=lambda t: t.finished), after)
         best = after if self.best is before else self.best
         known = {"told": put(self.told, after.finished, after), "done": done, "best": best, "regions": regions}
@@ -326,6 +335,7 @@ class SearchState:
     def _knowing(self, worked_out: Mapping[str, Any]) -> SearchState:
         """With what need not be worked out again."""
         for name, value in worked_out.items():
+            # Where `cached_property` keeps values. Setting an attribute is refused, as the class is frozen.
             self.__dict__.setdefault(name, value)
         return self
 
@@ -337,6 +347,7 @@ class SearchState:
     def __setstate__(self, state: bytes) -> None:
         file = io.BytesIO(state)
         records = []
+        # In the order in which they were written, so that places in the tuples are indices again.
         while file.tell() < len(state):
             records.append(pickle.load(file))
         self.__dict__.update(

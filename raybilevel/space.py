@@ -116,6 +116,7 @@ class Space:
         """A gradient by flat name in the hyperparameters' own units -> shape (d,) in the unit cube; NaN where `known`
         says so."""
         entries = [
+            # df/du = df/dx dx/du
             gradient[p.name] * p.slope(self.value(config, p)) if smooth else math.nan
             for p, smooth in zip(self.parameters, self.smooth, strict=True)
         ]
@@ -169,6 +170,7 @@ def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = 
 
 def sobol_points(dimension: int, count: int, seed: int) -> Tensor:
     """Scrambled Sobol points of the unit cube, shape (count, d), in double precision."""
+    # torch's engine raises if it is to draw none.
     if count == 0:
         return torch.empty(0, dimension, dtype=torch.double)
     points: Tensor = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed).draw(count, dtype=torch.double)
@@ -191,5 +193,6 @@ def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple
     flat: dict[tuple[str, ...], Any] = {}
     for key, value in tree.items():
         path = (*prefix, str(key))
+        # An empty mapping is an entry like any other, or it would be lost.
         flat.update(flatten(value, path) if isinstance(value, Mapping) and value else {path: value})
     return flat
