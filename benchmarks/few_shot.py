@@ -47,6 +47,7 @@ def joint(start: Initialisation, tasks: Tasks, seed: int) -> Initialisation:
     """The start's convolutions trained by Adam to tell all classes of the tasks apart, and a last layer of zeros."""
     images = torch.cat([tasks.x, tasks.query_x], 1).flatten(0, 1)
     labels = torch.cat([tasks.classes.gather(1, y) for y in (tasks.y, tasks.query_y)], 1).flatten()
+    # The classes of all tasks, numbered from 0.
     kinds, labels = labels.unique(return_inverse=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -86,6 +87,7 @@ def measured(config: ExperimentConfig, data: str | None, seed: int) -> dict[str,
     assert isinstance(problem, FewShot)
     descent = BilevelDescent(problem, {"start": float(seed)}, descent_method(config))
     start: Initialisation = descent.levels.hyperparameters(descent.x.detach().clone())["upper"]
+    # Before the descent, which changes `start`: it is the module that is learned.
     row = {
         "nearest example": nearest(problem.splits["test"]),
         "random": at_best_nearness(problem, start),

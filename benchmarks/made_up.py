@@ -25,6 +25,7 @@ class Quadratic(BilevelProblem):
 
     def __init__(self, dimension: int = DIMENSION, megabytes: float = 0.0) -> None:
         self.dimension = dimension
+        # Tensors of 8 kB, 125 of which are a megabyte.
         self.data = [torch.zeros(1000, dtype=torch.double) for _ in range(int(megabytes * 125))]
 
     def model(self) -> nn.Module:
@@ -41,6 +42,7 @@ class Quadratic(BilevelProblem):
         yield torch.zeros(1, dtype=torch.double)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        # f has curvature 1.
         return torch.optim.SGD(model.parameters(), lr=1.0)
 
 
@@ -72,6 +74,7 @@ class Answers:
         """A search that has run: regions of ten trainings each, a step before every training."""
         trainings = []
         for index in range(count):
+            # Each tenth training begins a region, named by its index.
             region = index - index % 10 if index % 10 else None
             proposal = Proposal(self.point(), "region", region, 0.5, 0.5, 0.1)
             value, upper = self.random.random(), self.random.random()

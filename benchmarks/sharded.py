@@ -95,6 +95,7 @@ def run(problem: SeveralOptima, count: int, slots: int, trainings: int, share: b
         what: Any
         if driver.timed(lambda: driver.search.ask(trial)) is not None:
             driver.asked += 1
+            # A mean of exp(-0.045 + 0.3^2 / 2) = 1.
             what, seconds = trial, math.exp(chance.gauss(-0.045, 0.3))
         elif (step := driver.timed(driver.search.plan)) is not None:
             what, seconds = step, STEP
@@ -110,6 +111,7 @@ def run(problem: SeveralOptima, count: int, slots: int, trainings: int, share: b
             if share and store:
                 leader = min(store)[1]
                 for number, driver in enumerate(drivers):
+                    # Half of the slots for all alike, the other half for the part with the lowest F.
                     driver.search.slots = max(1, slots // 2 // count) + (slots // 2 if number == leader else 0)
             for number, driver in enumerate(drivers):
                 free = slots - sum(other.busy for other in drivers)
@@ -142,6 +144,7 @@ def finish_training(problem: BilevelProblem, driver: Driver, trial: str, seed: i
 def take(driver: Driver, source: Driver, trial: str, config: dict[str, Any], upper: float) -> None:
     """What another search observed, from the store, where it lies in this one's part."""
     if driver is not source and driver.search.space.contains(config):
+        # complete=False: of F alone. Its weights, and so its gradients, stay with the search that trained it.
         driver.timed(lambda: driver.search.add(trial, config, Observation(upper, complete=False)))
 
 
