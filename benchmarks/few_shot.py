@@ -59,6 +59,7 @@ def joint(start: Initialisation, tasks: Tasks, seed: int) -> Initialisation:
     for _ in range(JOINT_EPOCHS):
         for rows in torch.randperm(len(images), generator=generator).split(50):
             adam.zero_grad()
+            # As one task, (1, n, 14, 14).
             found: Tensor = wide.head(wide.features(images[rows][None]))[0]
             cross_entropy(found, labels[rows]).backward()
             adam.step()

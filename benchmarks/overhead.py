@@ -202,6 +202,7 @@ def busy_share(times: Sequence[tuple[float, float]], count: int) -> float:
     """
     if len(times) < count:
         return math.nan
+    # When as many have ended as there are slots, and when the last one begins.
     first, last = sorted(ended for _, ended in times)[count - 1], max(began for began, _ in times)
     if first >= last:
         return math.nan

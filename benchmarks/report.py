@@ -214,6 +214,7 @@ def figures(records: Sequence[Record], folder: Path) -> list[Path]:
 
 def curve(runs: Sequence[Record]) -> tuple[list[float], list[float], list[float], list[float]]:
     """Costs, and least, mean and largest regret over the seeds there; from where every seed has an incumbent."""
+    # As far as all runs go.
     end = min(r.settings.budget for r in runs)
     ends = {o.cost for r in runs for o in r.observations if o.cost <= end}
     # The axis is logarithmic, and the best run has a regret of 0.

@@ -153,6 +153,7 @@ def simulate(count: int, share: float, trainings: int) -> tuple[float, float]:
     now, asked, idle, busy, begun, order = 0.0, 0, 0.0, 0.0, math.inf, 0
     running = {"training": 0, "step": 0}
     while asked < trainings or events:
+        # Something for each free slot.
         while asked < trainings and running["training"] + running["step"] < count:
             trial = str(asked)
             kind: str
@@ -170,6 +171,7 @@ def simulate(count: int, share: float, trainings: int) -> tuple[float, float]:
             heapq.heappush(events, (now + seconds, order, kind, what))
         if begun == math.inf and asked >= max(count, 5):
             begun = now
+        # The next that ends.
         then, _, kind, what = heapq.heappop(events)
         # Not while the last trainings end: then slots are free for want of more.
         if begun < math.inf and asked < trainings:

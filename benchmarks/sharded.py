@@ -114,11 +114,13 @@ def run(problem: SeveralOptima, count: int, slots: int, trainings: int, share: b
                     # Half of the slots for all alike, the other half for the part with the lowest F.
                     driver.search.slots = max(1, slots // 2 // count) + (slots // 2 if number == leader else 0)
             for number, driver in enumerate(drivers):
+                # All drivers share the slots, whatever each may have at most.
                 free = slots - sum(other.busy for other in drivers)
                 while free > 0 and driver.busy < driver.search.slots and begin(number):
                     free -= 1
         if not events:
             return Outcome(best, max(driver.seconds for driver in drivers))
+        # The next that ends.
         now, _, number, what = heapq.heappop(events)
         driver = drivers[number]
         driver.busy -= 1

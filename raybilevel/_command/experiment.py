@@ -59,6 +59,7 @@ def run(
     began = time.monotonic()
     with cluster(address) as alone:
         check_access(place)
+        # Only on a cluster is it known how many GPUs there are.
         plan = with_room_for_steps(plan)
         check_room(plan.training, plan.step, alone)
         searcher = searcher_of(plan, place)

@@ -30,6 +30,7 @@ def prepare_folder(out: Path, config: ExperimentConfig, resume: bool, place: Sto
             raise ConfigError(f"--resume: there is no run in {place.path}; leave --resume out to begin one")
         if elsewhere is not None:  # the run began on another machine
             keep(CONFIG_FILE, elsewhere, out, place)
+        # By content: a config that writes a default out is the same.
         if resume_key(read_config(saved)) != resume_key(config):
             raise ConfigError(
                 f"--resume: the config differs from the one in {saved}, with which the run began; only "

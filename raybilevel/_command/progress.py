@@ -85,6 +85,7 @@ class LiveView:
         self.title, self.trainings = title, trainings
         self.clock = Clock(trainings)
         self.drawn = 0.0
+        # Redirected, so that what others print appears above the table and not in it.
         self.live = Live(console=console, auto_refresh=False, redirect_stdout=True, redirect_stderr=True)
         self.live.start()
         self.newest = (SearchState(), 0)

@@ -109,6 +109,7 @@ def execute(
         logging.getLogger(__name__).debug("run failed", exc_info=True)
         found |= {"error": f"{type(raised).__name__}: {first_line(raised)}", "traceback": traceback.format_exc()}
     finally:
+        # Before the storage is removed: a step under way would hold its resources, and fail for want of a checkpoint.
         if searcher is not None and isinstance(searcher.inner, BilevelSearch):
             searcher.inner.cancel_steps(CANCEL_TIMEOUT_S)
         with contextlib.suppress(OSError):

@@ -95,6 +95,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     raw = read_mapping(path)
     if "problem" not in raw and {"problems", "methods"} <= raw.keys():
         raise ConfigError(f"{path}: a config of a comparison; use `raybilevel compare {path}`")
+    # Before the check, so that overrides are checked like the file.
     for override in overrides:
         apply_override(raw, override)
     return validated(ExperimentConfig, raw, path)
@@ -108,6 +109,7 @@ def resolved(config: ExperimentConfig) -> str:
 
 def resume_key(config: ExperimentConfig) -> dict[str, Any]:
     """The part of a config that must not change when a run is resumed, with every default filled in."""
+    # `max_concurrent` may change: a search may go on with another share of the cluster.
     # Resources are compared as resolved, so that a default may be written out.
     return {
         **config.model_dump(exclude={"search": {"max_concurrent"}, "resources": True}),

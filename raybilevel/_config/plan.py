@@ -197,6 +197,7 @@ def check_machine(config: ExperimentConfig, machine: Machine) -> None:
             f"options.device: {config.options['device']!r}, and this machine has no GPU; join a cluster that has by "
             "--address"
         )
+    # Ray itself says nothing: what no node has is waited for without end.
     has = {"CPU": machine.cpus, "GPU": machine.gpus}
     training, step = config.resources.of_training(config.on_gpu).bundles, config.resources.of_step(config.on_gpu)
     mistakes = []

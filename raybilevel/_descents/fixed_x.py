@@ -111,6 +111,7 @@ def descend(
     move = point.still
     while True:
         # In units of the Cauchy step and its decrease, value, gradient and variables of the descent are of order one.
+        # torch's L-BFGS leaves out an update with <y, s> below 1e-10, in whatever units these are.
         step, gain = math.sqrt(squared) / (multiplier * bent), squared / (multiplier * bent)
         evaluations = int((max_passes - (point.levels.passes - begun)) / point.evaluation_passes)
 

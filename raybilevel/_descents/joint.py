@@ -65,6 +65,7 @@ def joint_descent(
         return x, half * torch.cos(angle), evaluation, constraint, slope
 
     budget = point.levels.passes + max_passes
+    # The method of multipliers: minimise L, then update the multiplier.
     for remaining in range(rounds, 0, -1):
         current = state
 

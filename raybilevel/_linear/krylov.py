@@ -229,6 +229,7 @@ class MinimalResidual:
         if space is not None:
             u, c = deflation(system.hessian, space.vectors)
             products += space.vectors.shape[1]
+            # q_0 + U C^T r_0, whose residual is r = (I - C C^T) r_0.
             inner = c.T @ residual  # (k,)
             solution, residual = solution + u @ inner, residual - c @ inner
 
@@ -310,6 +311,7 @@ class MinimalResidual:
             _, solution, t_sum, residual, phi = best
         solution = solution - u @ t_sum
         estimate, kept, jacobians = error(residual), space, 0
+        # What the next system recycles.
         if self.selection is not None and basis:
             w, hw = torch.cat([u, torch.stack(basis, 1)], 1), torch.cat([c, torch.stack(images, 1)], 1)
             chosen, jacobians = self.selection.select(w, hw, system.jacobian, space.estimator if space else None)

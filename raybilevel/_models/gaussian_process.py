@@ -133,6 +133,7 @@ class RowNoise(Noise):  # type: ignore[misc]
         s = row[..., self.dimension]
         # Gradients of a smooth kernel make nearly singular matrices: a nugget relative to the prior's variance.
         (kernel,) = self._kernel
+        # It is a part of the noise: as an operator of its own it sends gpytorch through interpolated sparse matrices.
         nugget = NUGGET * kernel.outputscale
         # A derivative has the prior variance outputscale / l^2, the largest where l is least.
         steepest = kernel.base_kernel.lengthscale.min().square().reciprocal()
@@ -245,10 +246,12 @@ def fit(
     shift, scale = values.mean().item(), values.std().item() if len(values) > 1 else 1.0
     # Equal values differ by rounding, which is nothing to be scaled up to 1.
     scale = scale if scale > 1e-12 * max(1.0, abs(shift)) else 1.0
+    # The rows of all values, then those of the derivatives that are known.
     rows = torch.cat([value_rows(x), *(derivative_rows(x[i], gradient) for i, gradient in gradients.items())])
     # A derivative is scaled as values are, but not shifted.
     known = [gradient[~gradient.isnan()] / scale for gradient in gradients.values()]
     targets = torch.cat([(values - shift) / scale, *known])
+    # Rows drawn at random, or all derivatives of fewer points, were worse on digits with 64 decays (method.md).
     chosen = spaced(rows[:, -x.shape[-1] :], max_rows)
     model = DerivativeGP(rows[chosen], targets[chosen], x.shape[-1], ard, categorical)
     marginal = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
@@ -271,6 +274,7 @@ def fit(
         if descend(SCREENING) > as_noise[0]:
             model.load_state_dict(as_noise[1])
     descend(max_iterations)
+    # The posterior, conditioned on all rows.
     model.eval()
     if len(chosen) < len(rows):
         model.set_train_data(rows, targets, strict=False)

@@ -202,6 +202,7 @@ def modes(
         x = penalised_minimum(surface, groups, strength, low, high, x)
         bends = curvatures(surface.hessian(x), basis, rank)
         differing = off_mean(x, groups).square().sum().item()
+        # log p(tau) of the module's docstring.
         evidence = (
             -examples * (surface.value(x) + strength * differing / 2) - (bends / strength).log1p().sum().item() / 2
         )

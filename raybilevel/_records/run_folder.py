@@ -72,6 +72,7 @@ def record_of(
     space, best = Space(saved.parameters), saved.state.best
     observations = tuple(observations_of(saved.state, space, names, results, began))
     refit = (summary.get("best") or {}).get("test_loss_refit")
+    # A record has trainings in the order of their ends, a search in the order in which they were asked.
     position = {training.index: number for number, training in enumerate(saved.state.told)}
     return Record(
         kind="run",
@@ -89,6 +90,7 @@ def record_of(
             seed=config.search.seed,
             budget=float(config.search.trainings),
         ),
+        # The problem is not made here: what the longest training has reached stands for its epochs.
         epochs_per_training=max((reached(lines[-1]) for lines in results.values()), default=1),
         space=box(space),
         versions=summary.get("versions", {}),

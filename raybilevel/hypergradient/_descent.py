@@ -183,6 +183,7 @@ class BilevelDescent:
         The best x has the lowest F of all steps, or the lowest selection loss if the problem has one. If it is a point
         of a box, it is rounded to the steps of the box, and "hyperparameters" has it.
         """
+        # First of all, so that F is that of the hyperparameters that are reported.
         x = self.variables.rounded(self.best[1])
         self._take_all_data()
         with self._random(self.seed):
@@ -278,6 +279,7 @@ class BilevelDescent:
             memory = {
                 "solution": memory.solution,
                 "vectors": space.vectors if space else None,
+                # Else the first solve after a restart would end by the residual, and the descent at another x.
                 "estimator": {"weighted": seen.weighted, "basis": seen.basis, "rest": seen.rest} if seen else None,
             }
         return {

@@ -242,6 +242,7 @@ class Default(Method):
         unreadable: dict[int, str] = {}
         record: dict[str, Any] = {}
         point = descent = None
+        # Hypergradients, each at the weights of its training.
         for index in step.targets:
             looked = self._look_at(problem, space, constants, step.state, index, load)
             found[index], passes = looked.gradient, passes + looked.passes
@@ -267,6 +268,7 @@ class Default(Method):
         # `done` alone: a training that was stopped early says nothing of v.
         value_function = fit_value_function(state.done, centre, True, self.max_rows, space.unordered)
         starts = [centre]
+        # One more start, by a descent in (x, y) jointly, where v_hat is known well enough.
         if point is not None and descent is not None and self.joint_share > 0:
             radius = trusted_radius(value_function, centre, descent, step.radius)
             if radius > 0.1 * step.radius:
@@ -276,6 +278,7 @@ class Default(Method):
                 passes += point.levels.passes - before
                 starts.append(joint.x)
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
+        # The next training.
         penalty = GroupPenalty.of(shrinkage) if shrinkage is not None and shrinkage.applied else None
         unit = snap(self._propose(step, space, model_of_upper, centre, starts, penalty), space)
         if not is_new(unit, step):
@@ -364,6 +367,7 @@ class Default(Method):
             return 10.0
         # The decrease falls as 1/m, so one that was too large by a factor asks for an m larger by that factor.
         factor = min(4.0, max(0.25, last.decrease / self.decrease))
+        # The ratio is carried on, and not the multiplier itself, which differs too much between points (method.md).
         return min(1000.0, max(3.0, last.first * factor))
 
     def _propose(

@@ -30,6 +30,8 @@ def convolution(channels: int, size: int) -> nn.Module:
     return nn.Sequential(nn.ReLU(), layer, nn.GroupNorm(1, channels, affine=False))
 
 
+# Without normalisation every edge became max pooling within five steps: its output is larger while the convolutions
+# are untrained.
 def pooling(channels: int, pool: nn.Module) -> nn.Module:
     """A pooling, normalised to the size of a convolution's output, so that the weights of both are comparable."""
     return nn.Sequential(pool, nn.GroupNorm(1, channels, affine=False))
@@ -63,6 +65,7 @@ class Cell(nn.Module):
         nodes = {0: x}
         for (i, j), few, weight in zip(self.edges, self.operations, weights, strict=True):
             assert isinstance(few, nn.ModuleList)
+            # The mixture of edge (i, j). Every operation keeps the shape (n, channels, h, w).
             term = torch.stack([w * operation(nodes[i]) for w, operation in zip(weight, few, strict=True)]).sum(0)
             nodes[j] = nodes[j] + term if j in nodes else term
         return torch.stack([nodes[j] for j in nodes if j > 0]).mean(0)
@@ -134,7 +137,9 @@ class Architecture(LargeUpperLevel, SplitData):
         test: int = 1000,
         nodes: int = 3,
         channels: int = 8,
+        # With the means of 2 x 2 parts architectures hardly differ (families.md).
         grid: int = 1,
+        # After 40 epochs most architectures have not converged (families.md).
         epochs: int = 100,
         search_epochs: int = 20,
         batch: int = 50,

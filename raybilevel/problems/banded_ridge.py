@@ -113,6 +113,7 @@ class BandedRidge(BilevelProblem):
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Folded) -> Tensor:
         decay = torch.stack([hyperparameters["decay"][f"g{g}"] for g in range(self.groups)])
         squares = (model(batch.x) - batch.target.unsqueeze(1)).square() * batch.trained
+        # (groups,): squares over the folds and the features of each group.
         by_group = model.get_parameter("weight").square().sum(1).reshape(self.groups, self.features).sum(1)
         loss: Tensor = ((squares.sum(0) / batch.trained.sum(0)).sum() + (decay * by_group).sum()) / 2
         return loss

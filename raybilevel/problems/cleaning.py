@@ -97,6 +97,7 @@ class HyperCleaning(Logistic):
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: GroupedBatch) -> Tensor:
         weights = [hyperparameters["weight"][f"g{g}"] for g in range(self.groups)]
+        # (groups + 1,) -> (n,)
         weight = torch.stack([*weights, torch.ones_like(weights[0])])[batch.group]
         loss = (weight * cross_entropy(model(batch.x), batch.y, reduction="none")).mean()
         return loss + self.decay / 2 * model.get_parameter("weight").square().sum()

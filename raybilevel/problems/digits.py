@@ -95,5 +95,6 @@ class DigitsLogistic(Logistic):
         decay = torch.stack([hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)])
         group_of_pixel = torch.arange(PIXELS, device=decay.device) * self.groups // PIXELS
         weight = model.get_parameter("weight")
+        # Over classes first: (classes, pixels) -> (pixels,).
         penalty = (decay[group_of_pixel] * weight.square().sum(0)).sum() / 2
         return cross_entropy(model(batch.x), batch.y) + penalty

@@ -58,6 +58,7 @@ class Initialisation(nn.Module):
         return layer_norm(found.flatten(1), (FEATURES,)).view(*images.shape[:2], FEATURES)
 
 
+# The last layer alone: where a task changed a whole network, accuracy fell below that of random weights (families.md).
 class Deviations(nn.Module):
     """The lower-level variable: the deviation of every task's last layer from the initialisation. It starts at zero."""
 
@@ -194,6 +195,7 @@ class FewShot(LargeUpperLevel):
         cut = math.prod(shape)
 
         def parts(flat: Tensor) -> tuple[Tensor, Tensor]:
+            # The weights of all tasks, then their biases.
             return flat[:cut].view(shape), flat[cut:].view(shape[:2])
 
         def lower(_: Tensor, flat: Tensor) -> Tensor:

@@ -109,6 +109,7 @@ class Imaging(BilevelProblem):
             parts = datasets.bsds_crops(self.data)
             if self.size > parts[0].shape[-1]:
                 raise ConfigError(f"the photographs have {parts[0].shape[-1]} pixels a side; got size={self.size}")
+            # The central crop. A larger size would make this negative, and count from the other end.
             start = (parts[0].shape[-1] - self.size) // 2
             train, test = (part[:, start : start + self.size, start : start + self.size] for part in parts)
         chosen = {"train": train[self.first : self.first + self.images], "test": test[: self.test]}
@@ -266,6 +267,7 @@ class FieldsOfExperts(LargeUpperLevel, Imaging):
 
     def regulariser(self, images: Tensor, hyperparameters: Hyperparameters) -> Tensor:
         experts = hyperparameters["upper"]
+        # (n, 1, h, w) -> (n, K, h, w)
         responses = conv2d(images, experts.filters, padding=self.filter_size // 2)
         if self.expert == "smoothed_l1":
             values = (responses.square() + self.smoothing**2).sqrt()

@@ -64,6 +64,7 @@ class Income(Logistic):
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
         decay = torch.stack([hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)])
         group = torch.arange(FEATURES, device=decay.device) * self.groups // FEATURES
+        # Over classes first: (classes, features) -> (features,).
         penalty = (decay[group] * model.get_parameter("weight").square().sum(0)).sum() / 2
         return cross_entropy(model(batch.x), batch.y) + penalty
 

@@ -84,6 +84,7 @@ class SeveralOptima(Analytic):
     def value(self, y: Tensor) -> Tensor:
         """F at y, shape (d,) -> ()."""
         offset = y - self.centres
+        # (y - c_k)' A_k (y - c_k) / 2, shape (wells,).
         wells = torch.einsum("ki,kij,kj->k", offset, self.curvatures, offset) / 2
         heights = self.rise * torch.arange(self.wells, dtype=torch.double)
         # A smooth minimum over the wells.

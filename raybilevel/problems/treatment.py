@@ -152,6 +152,7 @@ class TreatmentEffects(LargeUpperLevel):
 
     @cached_property
     def distances(self) -> Distances:
+        # Kept on the device: (n, n) numbers are too many to be moved there with every F.
         return Distances.between(self.everyone.covariates.to(self.device))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -238,6 +239,7 @@ def regressed(units: Units, weights: Tensor, decay: float) -> Tensor:
     x = torch.cat([units.covariates, torch.ones_like(units.covariates[:, :1])], 1)
     outcomes = []
     for arm in (units.treated <= 0, units.treated > 0):
+        # (n, 1), 0 outside the arm.
         w = (weights * arm)[:, None] / len(x)
         # Half of the decay, as f has the squares without a factor 1/2.
         gram = x.T @ (w * x) + decay / 2 * torch.eye(x.shape[1]).to(x)

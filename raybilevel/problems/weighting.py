@@ -176,6 +176,7 @@ class NoisyLabels(LargeUpperLevel, SplitData):
         """The logits of the model trained with fixed weights, as a function of inputs."""
 
         def logits(flat: Tensor, inputs: Tensor) -> Tensor:
+            # The weights, (196, 10), then the biases.
             return inputs @ flat[: PIXELS * CLASSES].view(PIXELS, CLASSES) + flat[PIXELS * CLASSES :]
 
         def lower(_: Tensor, flat: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ def progress(record: Record, prefix: str) -> Chart:
     done = [(i, o) for i, o in enumerate(record.observations) if o.upper_loss is not None]
     origins = origins_of(record)
     series = []
+    # From 1, as colour 0 is that of the best so far.
     for number, origin in enumerate(dict.fromkeys(origins.get(o.trial, "training") for _, o in done), 1):
         chosen = [(i, o) for i, o in done if origins.get(o.trial, "training") == origin]
         notes = [describe(o.hyperparameters) for _, o in chosen]

@@ -83,6 +83,7 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
     config = {**flatten(constants or {}), **flatten(space.to_config(centre))}
     plain = Given(nest(config))
     with forked_random(problem.device):
+        # Two models, as two trainings begin with.
         earlier, model = model_of_a_training(problem, plain), model_of_a_training(problem, plain)
         shared = check_fresh_model(problem, earlier, model)
         flat = {
@@ -100,6 +101,7 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
         }
         # Before `first` is asked for a level, which compares names as well.
         check_level_names(problem, first)
+        # Both levels and their gradients, twice each.
         smooth = check_loss(problem, model, "lower", first[WatchedLevel("lower")], given, flat, space)
         check_loss(problem, model, "upper", first[WatchedLevel("upper")], given, flat, space)
         # A loop of one's own need not use the problem's optimizer and hooks.
@@ -108,6 +110,7 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
         else:
             # In this order: an optimizer that the problem keeps would be that of the earlier model.
             optimizers = [optimizer_of_a_training(problem, one, plain) for one in (earlier, model)]
+            # Steps of a training, and what they must not change.
             before = {key: tensor.clone() for key, tensor in shared.items()}
             rehearse(problem, model, optimizers[1], given, plain)
             check_hooks(problem)

@@ -334,6 +334,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
         # Steps of another Ray went with it.
         if self._session.job == job_of_ray():
             self.cancel_steps()
+        # Those of the run before, or this one's first trials would be taken for its last, and steps be cancelled.
         self._completed.clear()
         self._begin_session()
         optimizer = self._ready()

@@ -126,6 +126,7 @@ def prepare_resume(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
                 return content
         return None
 
+    # Tune needs both to resume: the trials, and the state of its search generator.
     trials = newest_whole(EXPERIMENT_STATE, lambda content: parse(content.decode()))
     generator = newest_whole(GENERATOR_STATE, check_pickle)
     if trials is None and aside:
