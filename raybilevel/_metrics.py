@@ -84,6 +84,7 @@ def problem_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in result.items()
+        # A truth value is an int, too.
         if isinstance(value, float | int) and not isinstance(value, bool)
         if not is_reserved(name) and math.isfinite(value)
     }

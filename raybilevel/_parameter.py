@@ -181,6 +181,7 @@ class Parameter:
             return self.choices
         if self.integer:
             low, high = int(self.low), int(self.high)
+            # Without a step Tune's `high` is exclusive, as in `of`.
             return (low, high + 1) if self.step is None else (low, high, int(self.step))
         numbers = (self._mean, self._deviation) if self.normal else (self.low, self.high)
         return numbers if self.step is None else (*numbers, self.step)

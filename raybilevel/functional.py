@@ -228,6 +228,7 @@ def dropout(
         slope = torch.where(kept > 0, 0.5 / (1 - rate) ** 2, -0.5 / max(rate * (1 - rate), 1e-30))
         # Adds 0 to the value, and `slope` to the gradient.
         noise = noise + slope * (p - p.detach())
+    # p may be of another precision.
     return input * noise.to(input.dtype)
 
 

@@ -242,6 +242,7 @@ class SearchState:
     def passes_per_training(self) -> float:
         """Gradient evaluations of f that a training takes on average; 1 before the first."""
         done = self.done
+        # It divides. A trainable of the user's own may report no passes.
         return max(1e-12, sum(t.passes for t in done) / len(done)) if done else 1.0
 
     @cached_property

@@ -26,6 +26,7 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[bool]:
     Raises:
         ConfigError: there is no cluster at `address`, or `address` is one of Ray Client.
     """
+    # A cluster that the caller has joined is not to be left here.
     if ray.is_initialized():
         yield False
         return

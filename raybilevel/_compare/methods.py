@@ -176,6 +176,7 @@ def make_scheduler(name: str | None, setting: Setting) -> Any:
         ),
         "bohb": lambda: (schedulers.HyperBandForBOHB, bands),
         "pbt": lambda: (
+            # log_config would write a file of the changes of each member on the driver's machine.
             schedulers.PopulationBasedTraining,
             {**interval, "hyperparam_mutations": dict(setting.param_space), "log_config": False},
         ),

@@ -175,6 +175,7 @@ def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, 
         return check_search(problem, space, constants, method)
     except RaybilevelError:
         raise
+    # Of a large upper level, whose losses are called as they are: `check_problem` puts this into words itself.
     except KeyError as error:
         raise ProblemError(
             f"space: {type(problem).__name__} reads the hyperparameter {error}, which is not there; give it a "

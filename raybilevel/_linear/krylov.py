@@ -288,7 +288,7 @@ class MinimalResidual:
             lost = singular and projected > 100 * best.projected
             if lost or gamma2 == 0:
                 break
-            # The rotation of this step makes R upper triangular. phi is the norm of the residual after it.
+            # The rotation of this step leaves an upper triangular matrix, R. phi is the norm of the residual after it.
             cosine, sine = gamma / gamma2, beta / gamma2
             tau, phi = cosine * phi, sine * phi
             # Columns of V R^-1, the newest first: the iterate moves along d1. t1 and t2 are the same for C^T H V.

@@ -124,7 +124,7 @@ class Default(Method):
         plain, state = state, judged(state)
         done = state.done
         starting = [t for t in state.pending if t.proposal.origin in ("start", "given")]
-        # Until more of the start design has ended than is under way.
+        # Until more trainings have ended than are under way of the start design, or than ENOUGH_TO_BEGIN.
         if len(done) <= min(len(starting), ENOUGH_TO_BEGIN):
             return None
         number = len(state.steps) + len(running)

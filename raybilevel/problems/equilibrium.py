@@ -34,7 +34,7 @@ class EquilibriumNetwork(nn.Module):
     def __init__(self, inputs: int, hidden: int, contraction: float) -> None:
         super().__init__()
         self.inputs, self.readout = nn.Linear(inputs, hidden), nn.Linear(hidden, CLASSES)
-        # A matrix of normal numbers has a spectral norm of about 2 sqrt(hidden), so that W begins near 1.
+        # A matrix of normal numbers has a spectral norm of about 2 sqrt(hidden), so that of W is near 1 at first.
         self.recurrent = nn.Parameter(torch.randn(hidden, hidden) / (2 * hidden**0.5))
         self.contraction = contraction
 
