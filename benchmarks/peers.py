@@ -68,7 +68,6 @@ def cma_es(objective: Objective, seed: int) -> None:
     from cmaes import CMA  # type: ignore[import-untyped,unused-ignore]
 
     dimension = objective.space.dimension
-    bounds = np.tile([0.0, 1.0], (dimension, 1))
     # cmaes has no one-dimensional form: there, the second coordinate means nothing.
     padded = max(2, dimension)
     bounds = np.tile([0.0, 1.0], (padded, 1))

@@ -103,8 +103,9 @@ class Ledger(Callback):  # type: ignore[misc]
     ) -> None:
         if self.over:  # a result after the budget was spent must not count, for any method
             return
-        self.epochs += 1
         log, upper_loss, lower_loss = self._log(trial), finite(result[UPPER_LOSS]), finite(result[LOWER_LOSS])
+        # A problem may report less often than each epoch. After a retry epochs are reported again, one at a time.
+        self.epochs += max(1, int(result[EPOCH]) - (log.epochs[-1] if log.epochs else 0))
         self._log(
             trial,
             node=str(result.get("node_ip", "")),
