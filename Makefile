@@ -13,6 +13,8 @@ COMPARE ?= configs/compare/quick.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes of `make test`. One of them runs all tests that start Ray.
+WORKERS ?= 2
 # Of Ray, for `make test-ray`.
 VERSIONS ?= 2.50.1 2.55.1 2.60.0
 # Servers of object stores. The dependencies of moto and of Ray exclude each other.
@@ -42,7 +44,7 @@ run: $(STAMP)
 	$(BIN)/raybilevel run "$(CONFIG)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
