@@ -28,7 +28,8 @@ __all__ = [
 Status = Literal["pending", "done", "stopped", "failed", "lost"]
 Origin = str
 """Where a proposal comes from. Of the search itself: "start" (the method's design), "given" (by the user), "fill" (a
-space-filling point), "unknown" (a trial that it did not ask for). Of a method's steps: what the method calls it."""
+space-filling point), "unknown" (a trial that it did not ask for), "evaluated" (a point whose F is known from
+elsewhere). Of a method's steps: what the method calls it."""
 Unit = tuple[float, ...]
 Likelihood = Literal["log_likelihood", "squared_error"]
 
@@ -232,6 +233,13 @@ class SearchState:
 
     def region(self, began: int) -> RegionHistory:
         return self.regions.get(began) or RegionHistory((self.trainings[began],))
+
+    def number(self, training: Training) -> int:
+        """A training's number for people: from 1, in the order in which trainings were asked, as Tune numbers its
+        trials. Points whose F is known from elsewhere have none, and do not count; 0 stands for it."""
+        if training.proposal.origin == "evaluated":
+            return 0
+        return training.index + 1 - sum(t.proposal.origin == "evaluated" for t in self.trainings[: training.index])
 
     @cached_property
     def best(self) -> Training | None:

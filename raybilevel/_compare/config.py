@@ -19,6 +19,7 @@ from raybilevel._records.record import Settings, Unit
 from raybilevel._records.store import path_of
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.problems import make_problem
+from raybilevel.problems._own import located
 
 
 class Budget(Checked):
@@ -53,7 +54,7 @@ class Budget(Checked):
 class ProblemEntry(Checked):
     """A problem as in a config of `raybilevel run`. The file may also give `config`, the path of such a config.
 
-    problem: one of `raybilevel problems`.
+    problem: one of `raybilevel problems`, or one of your own, as there.
     options: arguments of its constructor, and `device`.
     space:   by default the problem's own box.
     budget, seeds, methods: for this problem, instead of the comparison's.
@@ -256,6 +257,9 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
     # Last, so that an override also reaches what came from another file.
     for override in overrides:
         apply_override(raw, override)
+    for entry in (raw.get("problems") or {}).values():
+        if isinstance(entry, dict) and isinstance(entry.get("problem"), str):
+            entry["problem"] = located(entry["problem"], Path(path).parent)
     return validated(CompareConfig, raw, path)
 
 

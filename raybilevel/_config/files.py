@@ -44,6 +44,12 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not YAML, or has no keys and values.
     """
+    if Path(path).suffix == ".py":
+        raise ConfigError(
+            f"{path}: Python, and no config; give the YAML file that names its class (problem: "
+            f"{Path(path).name}:MyProblem). "
+            "`raybilevel new` writes both"
+        )
     try:
         raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -247,8 +247,13 @@ def observed(training: Observed) -> TrainedLowerLevel:
 
 
 def refit(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> dict[str, float] | None:
-    """The problem's metrics after a training on training plus validation data; None where it has no such data,
-    or trains itself."""
+    """The problem's metrics after a training on training plus validation data (`refit_batches`), in this process.
+
+    config: hyperparameters and constants, nested, e.g. `results.get_best_result().config`.
+
+    Returns:
+        None if the problem has no `refit_batches`, or trains itself.
+    """
     if trains_itself(problem) or make_refit_batches(problem, None, config) is None:
         return None
     training = LowerLevelTraining(problem, config, seed, refit=True)

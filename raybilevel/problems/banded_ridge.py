@@ -39,7 +39,9 @@ class Folds(nn.Module):
 
 
 class BandedRidge(BilevelProblem):
-    """f = sum_k [ mean over fold k's training part of (x . w_k - t)^2 / 2 + sum_g decay_g |w_kg|^2 / 2 ], and F is the
+    """Ridge regression with a decay for each group of features, judged by cross-validation.
+
+    f = sum_k [ mean over fold k's training part of (x . w_k - t)^2 / 2 + sum_g decay_g |w_kg|^2 / 2 ], and F is the
     mean squared error of each example where it is held out.
 
     The folds are one model, trained together. A refit trains each on all examples.

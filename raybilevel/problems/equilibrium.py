@@ -49,8 +49,9 @@ class EquilibriumNetwork(nn.Module):
 
 
 class EquilibriumDigits(LargeUpperLevel):
-    """Handwritten digits by a network whose hidden layer z is an equilibrium (Bai, Kolter & Koltun 2019,
-    arXiv:1909.01377):
+    """Handwritten digits by a network whose hidden layer is an equilibrium.
+
+    Bai, Kolter & Koltun (2019), arXiv:1909.01377:
 
         z_i = tanh(W z_i + U image_i + b),    F = mean_i CE(V z_i + c, label_i) + decay |x|^2 / 2
 

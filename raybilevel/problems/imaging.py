@@ -278,7 +278,9 @@ class FieldsOfExperts(LargeUpperLevel, Imaging):
 
 
 class RegularisationParameters(Imaging):
-    """Two regularisation parameters of an inverse problem: smoothed total variation and Tikhonov,
+    """Two regularisation parameters of an inverse problem.
+
+    They are of smoothed total variation and Tikhonov,
 
         R(x, y) = tv sum_pixels sqrt(|grad y|^2 + s^2) + tikhonov |y|^2 / 2,
 

@@ -26,7 +26,9 @@ FEATURES, EXAMPLES = 123, 32_561
 
 
 class Income(Logistic):
-    """f = cross-entropy + sum_g weight_decay_g |W_g|^2 / 2 over groups g of neighbouring binary features.
+    """Income from census data by a logistic regression, a weight decay for each group of features.
+
+    f = cross-entropy + sum_g weight_decay_g |W_g|^2 / 2 over groups g of neighbouring binary features.
 
     data: the folder of the data files. Its folder libsvm/ has a9a and a9a.t, gzipped or not.
     """

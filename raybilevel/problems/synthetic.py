@@ -46,7 +46,9 @@ class Analytic(BilevelProblem):
 
 
 class SeveralOptima(Analytic):
-    """f = |y - x|^2 / 2, so y*(x) = x, and F has one local optimum in each of `wells` quadratic wells:
+    """A function with several local optima.
+
+    f = |y - x|^2 / 2, so y*(x) = x, and F has one local optimum in each of `wells` quadratic wells:
 
         F = 1 - log(sum_k exp(-b w_k(y))) / b,   w_k = rise k + (y - c_k)' A_k (y - c_k) / 2,   b = 30
 
@@ -115,7 +117,9 @@ class SeveralOptima(Analytic):
 
 
 class ManyMinimisers(Analytic):
-    """f = |B y - x|^2 / 2, which does not determine all weights y. B, shape (2, n), and its complement N are
+    """A training whose minimiser is not unique.
+
+    f = |B y - x|^2 / 2, which does not determine all weights y. B, shape (2, n), and its complement N are
     orthonormal.
 
         F = 0.1 + |B y - e|^2 / 2 + |N y - P B y|^2 / 2

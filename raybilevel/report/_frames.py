@@ -34,7 +34,7 @@ def row_of(record: Record, number: int, observation: Observation) -> dict[str, A
         "problem": record.problem_name,
         "method": record.method_name,
         "seed": record.settings.seed,
-        "training": number,
+        "training": number if observation.number is None else observation.number,
         "status": observation.status,
         "upper_loss": observation.upper_loss,
         "best_upper_loss": record.observations[observation.incumbent].upper_loss,

@@ -64,7 +64,8 @@ class Loaded:
 
 
 def load(folder: str | Path) -> Loaded:
-    """The observations, figures and tables of a folder of `raybilevel run` or `raybilevel compare`.
+    """The observations, figures and tables of a folder of `raybilevel run` or `raybilevel compare`, or of a Tune
+    experiment with `BilevelSearch`.
 
     Raises:
         DataError: the folder is of neither.
@@ -165,7 +166,8 @@ def about_run(record: Record) -> str:
     names = ", ".join(p.name for p in record.space[:12]) + (", ..." if len(record.space) > 12 else "")
     told = "" if record.status == "done" else " It has not ended yet, or was stopped."
     head = f"{record.problem_name}, method {record.method_name}, {len(record.space)} hyperparameters ({names})"
-    return f"{head}: {len(record.observations)} of {record.settings.budget:g} trainings.{told}"
+    counted = f"{head}: {len(record.observations)} of {record.settings.budget:g} trainings.{told}"
+    return " ".join([*record.in_words, counted])
 
 
 def about_problem(records: Sequence[Record]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from raybilevel._metrics import UPPER_LOSS
+from raybilevel._records.conclusion import in_words
 from raybilevel._records.record import Observation, Record
 from raybilevel._records.run_folder import search_of
 from raybilevel.report import _search as search
@@ -69,7 +71,7 @@ def origins_of(record: Record) -> dict[str, str]:
     if saved is None:
         return {}
     names = {"start": "start design", "region": "trust region", "global": "whole box", "given": "given",
-             "fill": "space-filling", "unknown": "from elsewhere"}  # fmt: skip
+             "fill": "space-filling", "unknown": "from elsewhere", "evaluated": "from earlier work"}  # fmt: skip
     origins = {trial: saved.state.trainings[index].proposal.origin for trial, index in saved.trials.items()}
     return {trial: names.get(origin, origin) for trial, origin in origins.items()}
 
@@ -195,18 +197,23 @@ def cost_split(record: Record, saved: SavedSearch | None, prefix: str) -> Chart:
 
 def tables(record: Record) -> list[Table]:
     """The result of a run, and the trainings that became the incumbent."""
-    done = [(number, o) for number, o in enumerate(record.observations, 1) if o.upper_loss is not None]
+    done = [
+        (o.number if o.number is not None else place, o)
+        for place, o in enumerate(record.observations, 1)
+        if o.upper_loss is not None
+    ]
     return [result(record, done[-1][1].incumbent), improvements(done)] if done else []
 
 
 def result(record: Record, best: int) -> Table:
     """The losses, hyperparameters and diagnostics of the incumbent, whose position is `best`."""
     incumbent = record.observations[best]
-    rows = [("F (validation loss)", f"{incumbent.upper_loss:.6g}")]
+    name = "F (validation loss)" if record.metric == UPPER_LOSS else record.metric
+    rows = [(name, f"{incumbent.upper_loss:.6g}")]
     rows += [(name.replace("_", " "), f"{value:.6g}") for name, value in incumbent.metrics.items()]
     refit = record.refits.get(best, {})
     rows += [(f"{name.replace('_', ' ')} after refit", f"{value:.6g}") for name, value in refit.items()]
-    rows += [("/".join(path), f"{value:.6g}") for path, value in flatten(incumbent.hyperparameters).items()]
+    rows += [("/".join(path), in_words(value)) for path, value in flatten(incumbent.hyperparameters).items()]
     rows.append(("cost, in trainings", f"{record.observations[-1].cost:.1f}"))
     if record.verdict:
         rows.append(("verdict", record.verdict))

@@ -184,7 +184,7 @@ class BilevelOptimizer:
         """A training that this search did not ask for, e.g. of an earlier experiment."""
         if trial not in self.trials:
             self.trials[trial] = len(self.state.trainings)
-            self.state = self.state.add(Proposal(tuple(self.space.encode(config).tolist()), "unknown"))
+            self.state = self.state.add(Proposal(tuple(self.space.encode(config).tolist()), "evaluated"))
         self.tell(trial, observation)
 
     def plan(self) -> UpperStep | None:

@@ -27,6 +27,7 @@ from raybilevel.search import BilevelOptimizer, Observation
 from raybilevel.search import _state_file as state_file
 from raybilevel.space import check_points
 from raybilevel.tune._checkpoints import Checkpoints
+from raybilevel.tune._earlier import Evaluated, Study, evaluated, of_experiment, of_study, take
 from raybilevel.tune._points import reported_config, trained_in_the_space, unflatten
 from raybilevel.tune._results import MetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
@@ -65,6 +66,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
     lower_resources: what a training asks for, as `tune.with_resources` takes it, by which those that fit are counted;
         by default one GPU where the problem's device is "cuda", else one CPU.
     points_to_evaluate: configurations to train first, nested as the space is.
+    evaluated_rewards: the metric at each of `points_to_evaluate`, which are not trained then. The model of F has them.
     upper_resources: Ray resources of an upper-level step, e.g. {"gpu": 0.5, "my_resource": 1}, or options of a Ray
         task ("scheduling_strategy", ...); by default one GPU where the problem's device is "cuda", else none: a step
         takes the place of a training, so it finds a CPU. With reuse_actors=True idle workers keep their GPUs. Then
@@ -92,6 +94,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
         lower_resources: Mapping[str, float] | PlacementGroupFactory | None = None,
         storage_filesystem: pyarrow.fs.FileSystem | None = None,
         step_time_limit: float | None = None,
+        evaluated_rewards: Sequence[float] | None = None,
     ) -> None:
         check_arguments(problem, mode, max_concurrent, step_time_limit)
         super().__init__(metric=metric, mode=mode)
@@ -110,11 +113,59 @@ class BilevelSearch(SearchView, ResumableSearcher):
         self._optimizer: BilevelOptimizer | None = None
         self.constants: Mapping[str, Any] = {}
         self._early: list[tuple[Mapping[str, Any], float, bool]] = []
+        self._earlier: Sequence[Evaluated] = ()
+        if evaluated_rewards is not None:
+            self._early = evaluated(self._points, evaluated_rewards)
+            self._points = []
         self._samples: int | None = None
         self._completed: set[str] = set()
         self._begin_session()
         if space is not None:
             self._set_up(space)
+
+    @classmethod
+    def from_experiment(
+        cls, folder: str | Path, problem: BilevelProblem, reported_as: str | None = None, **options: Any
+    ) -> BilevelSearch:
+        """A search that knows the trials of an earlier Tune experiment, of whatever searcher.
+
+        Those that ended well are points of the model of F, by their values alone. A trial that a scheduler stopped
+        counts with the value that it had. Trials outside of the space are left out.
+
+            search = BilevelSearch.from_experiment(results.experiment_path, problem, reported_as="val_loss")
+
+        folder:      of the experiment, or its URI.
+        reported_as: what that experiment called the metric of this search; by default the same.
+        options:     arguments of `BilevelSearch`.
+
+        Raises:
+            DataError: it is no folder of an experiment.
+            ConfigError: no trial reported the metric.
+            SpaceError: when the space becomes known, and no trial lies in it.
+        """
+        return cls._knowing(of_experiment(folder, reported_as or options.get("metric") or UPPER_LOSS), problem, options)
+
+    @classmethod
+    def from_study(cls, study: Study, problem: BilevelProblem, **options: Any) -> BilevelSearch:
+        """A search that knows the complete trials of an Optuna study, by their values; see `from_experiment`.
+
+        study:   an `optuna.Study` whose parameters have the names of the space, nested ones joined by slashes
+            ("weight_decay/fc1").
+        options: arguments of `BilevelSearch`.
+
+        Raises:
+            ConfigError: the study has several objectives, or another direction than this search.
+            SpaceError: when the space becomes known, and no trial lies in it.
+        """
+        return cls._knowing(of_study(study, options.get("mode") or "min"), problem, options)
+
+    @classmethod
+    def _knowing(cls, points: Sequence[Evaluated], problem: BilevelProblem, options: dict[str, Any]) -> BilevelSearch:
+        search = cls(problem, **options)
+        search._earlier = points
+        if search._optimizer is not None:  # else when the space becomes known
+            take(search._optimizer, points, search._objective)
+        return search
 
     def _begin_session(self) -> None:
         """What belongs to one run on one Ray."""
@@ -316,6 +367,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
         for parameters, value, error in self._early:
             self.add_evaluated_point(parameters, value, error)
         self._early = []
+        take(self._optimizer, self._earlier, self._objective)
 
     def _shared_by_steps(self) -> SharedBySteps:
         method = self.method.upper_steps
