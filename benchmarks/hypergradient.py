@@ -5,7 +5,7 @@
 A row is a point of a kind of training (`benchmarks.trainings`). The estimate is what an upper-level step of the default
 method finds there. Central differences of F, over trainings with the same seed, are taken with two step lengths. Points
 at which these disagree, or at which they are nearly 0, are left out of the count, and the table says so. OUT gets
-hypergradient.json.
+hypergradient.json. It keeps the differences, which take most of the time, for the next run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.families import table, wide_console, write_json
+from benchmarks.families import kept, table, wide_console, write_json
 from benchmarks.trainings import KINDS, Digits, problem_of
 from raybilevel._lower.training import TrainedLowerLevel, load_checkpoint, train
 from raybilevel.methods import Default
@@ -119,13 +120,15 @@ def estimated(problem: Digits, unit: Tensor) -> tuple[TrainedLowerLevel, tuple[f
     return found, result.hypergradients[0], result.record.passes
 
 
-def row(problem: Digits, point: tuple[float, ...]) -> Row:
-    unit = torch.tensor(point, dtype=torch.double)
-    short, long = (differences(problem, unit, step) for step in STEPS)
+def row(problem: Digits, point: tuple[float, ...], out: Path) -> Row:
+    """out: the folder that keeps differences."""
+    unit, dtype = torch.tensor(point, dtype=torch.double), str(problem.dtype).removeprefix("torch.")
+    settings = f"{problem.kind.name}, {problem.epochs} epochs, {dtype}, at {point} by {STEPS}"
+    file = out / "differences" / f"{zlib.crc32(settings.encode()):08x}.json"
+    short, long = kept(file, settings, lambda: {str(h): differences(problem, unit, h) for h in STEPS}).values()
     apart = norm([a - b for a, b in zip(short, long, strict=True)]) / (norm(short) or 1.0)
     found, estimate, passes = estimated(problem, unit)
-    dtype = str(problem.dtype).removeprefix("torch.")
-    return Row(problem.kind.name, dtype, point, found.upper_loss, short, apart, estimate, passes / found.passes)
+    return Row(problem.kind.name, dtype, point, found.upper_loss, tuple(short), apart, estimate, passes / found.passes)
 
 
 def shown(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
@@ -171,7 +174,7 @@ def main(given: Sequence[str] | None = None) -> None:
         if any(word in kind.name for word in options.kinds):
             problem = problem_of(kind, getattr(torch, dtype), options.epochs)
             for point in POINTS[: options.points]:
-                rows.append(row(problem, point))
+                rows.append(row(problem, point, options.out))
                 write_json(options.out / "hypergradient.json", {"rows": [asdict(one) for one in rows]})
     console = wide_console()
     console.print(table(COLUMNS, list(shown(rows))), highlight=False)

@@ -16,7 +16,7 @@ from raybilevel.problems.digits import CLASSES, PIXELS, digits_splits
 from raybilevel.space import Parameter, Space
 
 ROWS, COLUMNS = 8, 8
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 MakeModel = Callable[[], nn.Module]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -58,7 +58,7 @@ class Digits(BilevelProblem):
     @cached_property
     def splits(self) -> dict[Level, Batch]:
         found = digits_splits(self.examples, 300, 0, self.dtype)
-        return {"lower": tuple(found["lower"]), "upper": tuple(found["upper"])}
+        return {"lower": found["lower"], "upper": found["upper"]}
 
     def model(self) -> nn.Module:
         return self.kind.model()
@@ -71,15 +71,16 @@ class Digits(BilevelProblem):
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
         first, *rest = (weights.square().sum() for weights in model.parameters())
-        penalty = hyperparameters["decay_first"] * first
+        penalty: Tensor = hyperparameters["decay_first"] * first
         if rest:
             penalty = penalty + hyperparameters["decay_rest"] * torch.stack(rest).sum()
-        return cross_entropy(model(batch[0]), batch[1], label_smoothing=hyperparameters["smoothing"]) + penalty / 2
+        loss = cross_entropy(model(batch[0]), batch[1], label_smoothing=hyperparameters["smoothing"])
+        return loss + penalty / 2
 
     def upper_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
-    def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Batch]:
+    def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[tuple[Tensor, ...]]:
         return minibatches(self.splits[level], self.kind.batch if level == "lower" else None, generator)
 
 
@@ -145,8 +146,8 @@ KINDS = (
     Kind("BatchNorm, 50", lambda: network(nn.BatchNorm1d(32)), sgd(0.05, 0.9), 50),
     Kind("perceptron, 60", perceptron, sgd(0.1, 0.9), 60),
     Kind("perceptron, 300", perceptron, sgd(0.1, 0.9), 300),
-    Kind("LSTM, Adam, 60", Recurrent, adam(1e-2), 60),
-    Kind("attention, Adam, 60", Attention, adam(5e-3), 60),
+    Kind("LSTM, Adam, cosine, 60", Recurrent, adam(5e-3), 60, annealed=True),
+    Kind("attention, Adam, cosine, 60", Attention, adam(2e-3), 60, annealed=True),
     Kind("logistic, L-BFGS", lambda: nn.Linear(PIXELS, CLASSES), lbfgs, 1, batch=None),
 )
 

@@ -16,7 +16,7 @@ from raybilevel.errors import StateError
 from raybilevel.search_state import Proposal, SearchState
 from raybilevel.space import Parameter, flatten
 
-FORMAT = 2
+FORMAT = 3
 CHECKED = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
