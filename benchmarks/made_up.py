@@ -81,12 +81,12 @@ class Answers:
             found = Training(index, proposal, "done", index, value, upper, self.point(), 3.0, self.point())
             trainings.append(found)
         steps = [
-            StepRecord(index, index, 1.0, multiplier=1.0, violation=0.0, decrease=0.05, first=10.0, finished=index)
+            StepRecord(index, index, 1.0, multiplier=1.0, violation=0.0, decrease=0.05, finished=index)
             for index in range(count)
         ]
         return SearchState(tuple(trainings), tuple(steps))
 
     def step(self, step: UpperStep) -> UpperResult:
         proposal = Proposal(self.point(), step.origin, step.region, 0.5, 0.5, 0.1)
-        record = StepRecord(step.number, step.centre, 1.0, multiplier=1.0, decrease=0.05, first=10.0)
+        record = StepRecord(step.number, step.centre, 1.0, multiplier=1.0, decrease=0.05)
         return UpperResult(record, proposal, {index: self.point() for index in step.targets})

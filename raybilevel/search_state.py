@@ -126,9 +126,8 @@ class StepRecord(PickledOnce):
     """One finished upper-level step.
 
     centre:      index of the training whose weights it started from.
-    multiplier, violation: where its augmented Lagrangian descent ended; None where it had nothing to descend.
-    decrease:    F at the trained weights less F at the descent's, relative to |F|.
-    first:       the multiplier relative to its Cauchy estimate, where the next descent begins.
+    multiplier, violation: of its augmented Lagrangian; None where it had no hypergradient to take.
+    decrease:    F at the trained weights less F where that Lagrangian is least, relative to |F|.
     penalty, rate, momentum: of the published scheme, for its next descent.
     finished:    how many trainings had finished when its result came.
     settled:     a trust region in which it found nothing better to propose.
@@ -143,7 +142,6 @@ class StepRecord(PickledOnce):
     multiplier: float | None = None
     violation: float | None = None
     decrease: float | None = None
-    first: float | None = None
     penalty: float | None = None
     rate: float | None = None
     momentum: float | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raybilevel.errors import CheckpointError
 
-LOWER_LEVEL_FORMAT = 3
+LOWER_LEVEL_FORMAT = 4
 """Of the checkpoints of a lower-level training."""
 PLAIN = (bool, int, float, str, bytes, type(None), Tensor)
 

@@ -117,6 +117,12 @@ class Levels(BothLevels):
         if only is not None:
             self._held[level] = only
 
+    def count(self, level: Level) -> int:
+        """Examples of a level."""
+        if level not in self.examples:
+            self.examples[level] = sum(size for _, size in self.batches(level))
+        return self.examples[level]
+
     def _at(self, x: Tensor, y: Tensor, work: Callable[[], Any]) -> Any:
         """What is worked out while x and y are in place. Gradients belong in it: a checkpointed layer runs again when
         it is differentiated."""

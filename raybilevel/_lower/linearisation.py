@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from raybilevel.errors import RaybilevelError
+
 # `functions` imports this module.
 if TYPE_CHECKING:
     from raybilevel._lower.functions import BothLevels, Part
+
+
+class NoisyError(RaybilevelError, ArithmeticError):
+    """A difference of gradients is nothing but noise."""
 
 
 class Products(Protocol):
@@ -122,19 +128,64 @@ class Differences:
     A product with d2f/dy2 takes one gradient, a forward difference; with d2f/dxdy two, a central one: where f holds a
     square of y, as in weight decay, a forward difference is off by that square.
 
+    Gradients may be far less precise than the weights (autocast, TF32), or bend within the first length. So the first
+    product is taken with two lengths, and with longer or shorter ones until it no longer changes: one gradient more
+    where all is well, and a few where it is not.
+
     gradient: df/dy at (x, y), where it is known already.
+    apart:    how far apart two points are whose gradients are subtracted.
+    noise:    of the first product, relative, where gradients are coarser than weights, else 0; infinite before it.
+
+    Products raise NoisyError if no length gives one that is more than noise.
     """
 
     def __init__(self, functions: BothLevels, x: Tensor, y: Tensor, gradient: Tensor | None = None) -> None:
         self.functions, self.x, self.y = functions, x, y
         self.gradient = functions.lower(x, y).in_y if gradient is None else gradient
+        self.apart, self.noise = difference(y), math.inf
 
     def hessian(self, direction: Tensor) -> Tensor:
-        step = difference(self.y) / norm(direction)
+        return self._along(direction, self.apart) if self.noise < math.inf else self._first(direction)
+
+    def _along(self, direction: Tensor, apart: float) -> Tensor:
+        step = apart / norm(direction)
         return (self.functions.lower(self.x, self.y + step * direction).in_y - self.gradient) / step
 
+    def _first(self, direction: Tensor) -> Tensor:
+        """The first product, with the length at which it changes least."""
+        scale, tried = self.apart, {}
+
+        def product(power: int) -> Tensor:
+            if power not in tried:
+                tried[power] = self._along(direction, scale * LONGER**power)
+            return tried[power]
+
+        def change(power: int) -> float:
+            """From this length to the next one, relative."""
+            return norm(product(power + 1) - product(power)) / (norm(product(power + 1)) or 1.0)
+
+        best, least, towards = 0, change(0), 1
+        while least > NOISE and abs(best) < FARTHEST:
+            found = change(best + towards)
+            if found < least:
+                best, least = best + towards, found
+            elif towards == 1 and best == 0:
+                towards = -1
+            else:
+                break
+        if least > DROWNED:
+            raise NoisyError(
+                f"a difference of gradients changes by {100 * least:.0f} % from one length to another, so it is noise; "
+                "compute the lower-level loss in a higher precision, and without random numbers"
+            )
+        self.noise = 0.0
+        if best > 0:  # the longer one of the two has less noise, and the shorter one bends less
+            best, self.noise = best + 1, least / LONGER
+        self.apart = scale * LONGER**best
+        return product(best)
+
     def mixed(self, direction: Tensor) -> Tensor:
-        step = difference(self.y) / norm(direction)
+        step = self.apart / norm(direction)
         ahead, behind = (self.functions.lower(self.x, self.y + sign * step * direction).in_x for sign in (1, -1))
         return (ahead - behind) / (2 * step)
 
@@ -143,8 +194,16 @@ class Differences:
         return (self.functions.lower(self.x + step * direction, self.y).in_y - self.gradient) / step
 
 
+LONGER = 8.0
+"""The second of two lengths, in units of the first."""
+NOISE, DROWNED = 0.05, 0.3
+"""The relative change of a product from one length to the next that is taken for none, and that which is too much."""
+FARTHEST = 3
+"""How many times a length is made longer, or shorter. Thrice takes that of float32 to a tenth of the weights' norm."""
+
+
 def difference(point: Tensor) -> float:
-    """How far apart two points are whose gradients are subtracted."""
+    """How far apart two points are whose gradients are subtracted, if these are as precise as the point."""
     # The errors of a forward difference are of order h (truncation) and eps / h (rounding). They are equal at
     # h = eps^(1/2), in units of the point (Nocedal & Wright 2006, Numerical Optimization, section 8.1).
     return math.sqrt(torch.finfo(point.dtype).eps) * (norm(point) or 1.0)

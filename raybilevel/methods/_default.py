@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raybilevel._descents.fixed_x import LagrangianPoint, RejectedDescentError, descend, lagrangian_point
+from raybilevel._descents.fixed_x import Budget, LagrangianPoint, lagrangian_point
 from raybilevel._descents.joint import joint_descent
 from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.likelihood import upper_likelihood
+from raybilevel._lower.linearisation import NoisyError
+from raybilevel._lower.precision import full_precision
+from raybilevel._lower.trained_time import per_weight
 from raybilevel._lower.variables import BoxVariables
 from raybilevel._models.acquisition import (
     UpperModel,
@@ -56,10 +59,10 @@ class Default(Method):
     """Trust regions on a model of F with hypergradients; docs/explanation/method.md has the equations.
 
     start_points:  size of the start design, if there are not more slots.
-    decrease:      how far below the trained F a descent may end, relative to |F|; decides the multiplier.
+    decrease:      how far below the trained F the Lagrangian point lies, relative to |F|; decides the multiplier.
     hypergradients: False for values of F only, where the metric that is searched is not the upper-level loss.
-    linear_solve:  hypergradients in the limit of a large multiplier where f is convex; False for descents always.
-    upper_share:   gradient evaluations of one hypergradient, as a share of a training's.
+    upper_share:   gradient evaluations of one hypergradient, as a share of a training's. Trainings to a minimum and
+        short ones get more (`Budget`). Where that is too few, there are no hypergradients.
     joint_share:   the same, of a descent in (x, y) jointly; 0 for none.
     explore_every: one proposal in so many looks at the whole box, half of those far from all that is known.
     max_regions:   trust regions open at once, where there are slots for them.
@@ -76,9 +79,8 @@ class Default(Method):
     # Five start points were later on smooth problems, the centre alone stuck in local optima (method.md).
     start_points: int = 3
     hypergradients: bool = True
-    linear_solve: bool = True
     decrease: float = 0.05
-    upper_share: float = 0.35
+    upper_share: float = 0.2
     # Off, since it made no visible difference on digits (method.md).
     joint_share: float = 0.0
     explore_every: int = 6
@@ -259,7 +261,6 @@ class Default(Method):
                 # With eps = f(x_i, y_m) - v(x_i), y_m fulfils the constraint with equality.
                 "violation": 0.0,
                 "decrease": looked.descent.decrease,
-                "first": looked.descent.first,
             }
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
@@ -327,12 +328,16 @@ class Default(Method):
         model = make_model(problem, config)
         model.load_state_dict(checkpoint["model"])
         levels = Levels(problem, model, variables, config)
-        estimate_at = lagrangian_point if self.linear_solve else descend
-        budget = self.upper_share * state.passes_per_training
+        time = per_weight(checkpoint.get("time"), model)
+        budget = Budget.of(levels, state.passes_per_training, self.upper_share, time)
+        if budget.most < 1:
+            say_too_short(type(problem).__name__)
+            return Looked()
         try:
-            point = TrainedPoint(levels, unit)
-            descent = estimate_at(point, self.decrease, budget, self._first_multiplier(state))
-        except (NotFiniteError, RejectedDescentError) as error:
+            with full_precision():
+                point = TrainedPoint(levels, unit, time)
+                descent = lagrangian_point(point, self.decrease, budget)
+        except (NotFiniteError, NoisyError) as error:
             logger.warning("no hypergradient at training %d: %s", index, error)
             return Looked(passes=levels.passes)
         return Looked(space.known(descent.gradient.tolist()), levels.passes, point, descent)
@@ -359,16 +364,6 @@ class Default(Method):
                 say_once(type(problem).__name__)
             return None
         return learn(Surface.of(model, known.kind), state, groups, known.examples, around, self.generalise)
-
-    def _first_multiplier(self, state: SearchState) -> float:
-        """Where the last descent ended relative to its Cauchy estimate; 10 before there is one."""
-        last = next((s for s in reversed(state.steps) if s.first is not None and s.decrease is not None), None)
-        if last is None or last.first is None or last.decrease is None:
-            return 10.0
-        # The decrease falls as 1/m, so one that was too large by a factor asks for an m larger by that factor.
-        factor = min(4.0, max(0.25, last.decrease / self.decrease))
-        # The ratio is carried on, and not the multiplier itself, which differs too much between points (method.md).
-        return min(1000.0, max(3.0, last.first * factor))
 
     def _propose(
         self,
@@ -413,6 +408,16 @@ def say_once(problem: str) -> None:
     logger.warning(
         "%s: hyperparameters of a kind are not held together (generalise), since F is not known to be a mean negative "
         "log-likelihood or a mean squared error; set upper_likelihood on the problem ('none' if it is neither)",
+        problem,
+    )
+
+
+@lru_cache
+def say_too_short(problem: str) -> None:
+    """That there are no hypergradients, once in a process."""
+    logger.warning(
+        "%s: hypergradients: off, trainings are too short for them to pay; the search goes by values of F; train for "
+        "more epochs, or raise the setting upper_share",
         problem,
     )
 

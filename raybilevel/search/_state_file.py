@@ -16,8 +16,8 @@ from raybilevel.errors import StateError
 from raybilevel.search_state import Proposal, SearchState
 from raybilevel.space import Parameter, flatten
 
-FORMAT = 2
 # JSON has no NaN, by which gradients say that an entry is not known.
+FORMAT = 3
 CHECKED = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 

@@ -151,7 +151,7 @@ def test_products_by_differences_are_the_exact_ones_and_cost_a_gradient_each(exa
     functions, exact = example.functions(), example.functions().linearise(example.x, example.y)
     differences = Differences(functions, example.x, example.y)
     q, r = torch.arange(N, dtype=torch.double) - 3, torch.arange(P, dtype=torch.double) + 1
-    for cost, name, direction in ((1, "hessian", q), (2, "mixed", q), (1, "mixed_transposed", r)):
+    for cost, name, direction in ((2, "hessian", q), (1, "hessian", q), (2, "mixed", q), (1, "mixed_transposed", r)):
         before, truth = functions.passes, getattr(exact, name)(direction)
         found = getattr(differences, name)(direction)
         assert functions.passes - before == cost
