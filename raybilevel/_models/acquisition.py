@@ -15,10 +15,10 @@ from botorch.optim import optimize_acqf
 from torch import Tensor
 
 from raybilevel._models.discrete import NONE, Levels, promising, snapped, widened, with_setting
-from raybilevel._models.gaussian_process import FittedGP, exact, fit, value_rows
+from raybilevel._models.gaussian_process import FittedGP, differs, exact, fit, value_rows
 from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.value_function import nearest, thinned
-from raybilevel.search_state import Training
+from raybilevel.search_state import Training, or_zero
 from raybilevel.space import sobol_points
 
 ROUNDS = 2
@@ -29,19 +29,18 @@ ROUNDS = 2
 class Warp:
     """z = log(F - low + spread): bad regions are flattened, whatever the shift and scale of F.
 
-    low: the smallest F seen; spread: the median's distance from it.
+    low: the smallest F seen; spread: the median's distance from it, or else that of the mean.
     """
 
     low: float
     spread: float
 
     @classmethod
-    def of(cls, upper: Tensor) -> Warp:
+    def of(cls, upper: Tensor, steepest: float = 0.0) -> Warp:
+        """steepest: the largest derivative of F that is known, which stands for the spread where all F are equal."""
         low = upper.min().item()
-        # The lower quartile in place of the median was better on ridge regression and worse on digits (method.md).
-        spread = upper.median().item() - low
-        # With all F alike there is nothing to flatten, and the logarithm needs a positive argument.
-        return cls(low, spread if spread > 1e-9 * max(1.0, abs(low)) else 1.0)
+        spreads = (upper.median().item() - low, upper.mean().item() - low)
+        return cls(low, next((spread for spread in spreads if differs(spread, low)), steepest or 1.0))
 
     def __call__(self, upper: Tensor) -> Tensor:
         return torch.log(upper - self.low + self.spread)
@@ -79,7 +78,8 @@ def fit_upper_model(
     unordered: coordinates of choices without an order.
     """
     # Of all trainings, before rows are thinned: `low` is the lowest F of all.
-    warp = Warp.of(torch.tensor([t.upper_loss for t in trainings], dtype=torch.double))
+    steepest = max((abs(or_zero(g)) for t in trainings for g in t.hypergradient or ()), default=0.0)
+    warp = Warp.of(torch.tensor([t.upper_loss for t in trainings], dtype=torch.double), steepest)
     trainings = thinned(trainings, near, max_rows // 2 if any(t.hypergradient for t in trainings) else max_rows)
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
     upper = torch.tensor([t.upper_loss for t in trainings], dtype=torch.double)

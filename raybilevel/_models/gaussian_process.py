@@ -30,6 +30,8 @@ from linear_operator.operators import DiagLinearOperator
 from torch import Tensor, nn
 
 NUGGET = 1e-9
+ROUNDINGS = 16
+"""Of values that are equal but for rounding, in units of their precision."""
 SAME_CHOICE = 1e-6
 """Coordinates of one choice differ by rounding only."""
 # L-BFGS-B iterations from each of the two starts of the noise in `fit`.
@@ -189,6 +191,11 @@ class DerivativeGP(gpytorch.models.ExactGP, GPyTorchModel):  # type: ignore[misc
             return super().posterior(value_rows(X), *args, **kwargs)
 
 
+def differs(spread: float, value: float) -> bool:
+    """Whether a spread of numbers about a value is more than rounding."""
+    return spread > ROUNDINGS * torch.finfo(torch.double).eps * abs(value)
+
+
 @dataclass(frozen=True)
 class FittedGP:
     """A fitted process together with the shift and scale of what it observed."""
@@ -243,9 +250,10 @@ def fit(
     categorical:          coordinates that stand for unordered choices.
     """
     # The deviation of a single value is NaN.
-    shift, scale = values.mean().item(), values.std().item() if len(values) > 1 else 1.0
-    # Equal values differ by rounding, which is nothing to be scaled up to 1.
-    scale = scale if scale > 1e-12 * max(1.0, abs(shift)) else 1.0
+    shift, scale = values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+    if not differs(scale, shift):
+        steepest = torch.cat([torch.zeros(1, dtype=x.dtype), *gradients.values()]).nan_to_num(0.0).abs().max().item()
+        scale = steepest or 1.0
     # The rows of all values, then those of the derivatives that are known.
     rows = torch.cat([value_rows(x), *(derivative_rows(x[i], gradient) for i, gradient in gradients.items())])
     # A derivative is scaled as values are, but not shifted.

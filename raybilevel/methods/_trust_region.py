@@ -49,13 +49,12 @@ class TrustRegionRule:
         decrease = centre.upper_loss - training.upper_loss
         radius = region.radius
         if predicted is not None:
-            # A model that promised a rise must not turn the sign of the ratio.
-            ratio = decrease / max(centre.upper_loss - predicted, 1e-12 * max(1.0, abs(centre.upper_loss)))
-            if ratio < self.poor:
+            promised = max(0.0, centre.upper_loss - predicted)
+            if decrease <= 0 or decrease < self.poor * promised:
                 # Half of the step that failed, if it was shorter than the radius, but at least an eighth of the radius.
                 radius = min(radius, max(distance(training.unit, centre.unit), radius / 4)) / 2
             # A step that ended well inside was not held back by the radius.
-            elif ratio > self.good and distance(training.unit, centre.unit) > 0.8 * radius:
+            elif decrease > self.good * promised and distance(training.unit, centre.unit) > 0.8 * radius:
                 radius = min(self.largest, 2 * radius)
         return replace(region, centre=training.index if decrease > 0 else region.centre, radius=radius, members=members)
 

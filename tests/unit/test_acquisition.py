@@ -67,16 +67,20 @@ def test_the_warps_inverse_and_slope():
         assert warp.slope(value).item() == pytest.approx(difference, rel=1e-7)  # (h / F)^2 and 1e-16 / 1e-6
 
 
-@pytest.mark.parametrize("upper", [[2.0], [2.0, 2.0, 2.0], [2.0, 2.0, 9.0]])
-def test_without_spread_the_warp_is_still_a_logarithm(upper: list[float]):
-    warp = Warp.of(vector(*upper))
-    assert warp == Warp(2.0, 1.0)
+@pytest.mark.parametrize(
+    ("upper", "steepest", "spread"),
+    [([2.0], 0.0, 1.0), ([2.0] * 3, 0.5, 0.5), ([2.0, 2.0 + 1e-15], 0.5, 0.5), ([2.0, 2.0, 9.0], 0.5, 7 / 3)],
+)
+def test_without_a_spread_of_the_median_the_warp_is_still_a_logarithm(upper, steepest, spread):
+    warp = Warp.of(vector(*upper), steepest)
+    assert (warp.low, warp.spread) == (2.0, pytest.approx(spread))
 
 
-def test_shift_and_scale_of_f_leave_the_warp_alone_but_for_a_constant():
+@pytest.mark.parametrize("scale", [1e-14, 1000])
+def test_shift_and_scale_of_f_leave_the_warp_alone_but_for_a_constant(scale: float):
     upper = vector(0.3, 0.5, 1.7, 40.0)
-    a, b = (Warp.of(u)(u) for u in (upper, 1000 * upper - 7))
-    assert (b - a).tolist() == pytest.approx([math.log(1000)] * 4, rel=1e-12)
+    a, b = (Warp.of(u)(u) for u in (upper, scale * (upper - 7)))
+    assert (b - a).tolist() == pytest.approx([math.log(scale)] * 4, rel=1e-12)
 
 
 # The model.
