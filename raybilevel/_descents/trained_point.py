@@ -11,6 +11,7 @@ from torch import Tensor
 from raybilevel._lower.functions import LevelGradient, finite
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.linearisation import Differences, inner
+from raybilevel._lower.precision import Narrowest
 from raybilevel.errors import NotFiniteError
 from raybilevel.problem import Level
 
@@ -42,7 +43,9 @@ class TrainedPoint:
 
     def __init__(self, levels: Levels, x: Tensor, time: Tensor | None = None) -> None:
         self.levels, self.x, self.y, self.time = levels, x, levels.y, time
-        lower = levels.lower(x, self.y)
+        with Narrowest(self.y.dtype) as computed:
+            lower = levels.lower(x, self.y)
+        self.precision = computed.dtype
         finite("lower", lower.value)
         check_gradient("lower", lower.value, "the weights", lower.in_y)
         self.tilt = lower.in_y
@@ -80,7 +83,7 @@ class TrainedPoint:
     @cached_property
     def products(self) -> Differences:
         """Products with the second derivatives of f here; the tilt has none."""
-        return Differences(self.levels, self.x, self.y, self.tilt)
+        return Differences(self.levels, self.x, self.y, self.tilt, self.precision)
 
     @cached_property
     def evaluation_passes(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Levels(BothLevels):
         self.examples: dict[Level, int] = {}
         self._held: dict[Level, tuple[Batch, int]] = {}
         self._placed = _Placed(model, variables.module)
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in self._placed.modules())
+        check_dense(type(problem).__name__, self._placed)
         if variables.module is not None:  # during a training of the model, too
             variables.module.eval()
 
@@ -79,7 +82,8 @@ class Levels(BothLevels):
 
         # Each time, since a training puts its model back into train mode.
         self._placed.eval()
-        count: int = self._at(x, y, all_batches)
+        with differentiable_in_eval_mode() if self._recurrent else nullcontext():
+            count: int = self._at(x, y, all_batches)
         if count == 0:
             raise ProblemError(f"{type(self.problem).__name__}.batches({level!r}, None) yields no examples")
         self.examples[level] = count
@@ -131,6 +135,31 @@ class Levels(BothLevels):
         module = self.variables.module
         outer = dict(module.named_parameters(prefix="upper")) if module is not None else {}
         return torch.func.functional_call(self._placed, {**split(y, inner), **split(x, outer)}, (work,))
+
+
+@contextmanager
+def differentiable_in_eval_mode() -> Iterator[None]:
+    """Inside the block recurrent layers are torch's own: those of cuDNN refuse a backward pass in eval mode."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+def check_dense(problem: str, modules: nn.Module) -> None:
+    """Whether gradients of all weights are tensors like any other.
+
+    Raises:
+        ProblemError: those of an embedding are sparse.
+    """
+    for name, part in modules.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            raise ProblemError(
+                f"{problem}: the embedding {name.partition('.')[2]} has sparse gradients, and "
+                "raybilevel needs gradients of all weights as one vector; leave out sparse=True"
+            )
 
 
 class _Placed(nn.Module):

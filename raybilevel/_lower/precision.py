@@ -1,4 +1,4 @@
-"""Gradients whose differences are taken: in the precision of their tensors, and not in a coarser one."""
+"""The precision in which gradients are computed, whose differences are taken."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def _settings() -> list[tuple[object, str, object]]:
@@ -17,6 +20,24 @@ def _settings() -> list[tuple[object, str, object]]:
         owners += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
         return [(owner, "fp32_precision", "ieee") for owner in owners]
     return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+
+
+class Narrowest(TorchDispatchMode):
+    """Sees the coarsest floating-point type of all that is computed inside the block, e.g. that of autocast.
+
+    dtype: that type; the one given if nothing is coarser.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for entry in tree_leaves(found):
+            if isinstance(entry, Tensor) and entry.is_floating_point():
+                self.dtype = max(self.dtype, entry.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        return found
 
 
 @contextmanager

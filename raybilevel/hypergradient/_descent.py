@@ -18,6 +18,7 @@ from raybilevel._linear.recycling import ErrorEstimator, RecycleSpace
 from raybilevel._lower import checkpoint
 from raybilevel._lower.hypergradient import Hypergradient
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.linearisation import Differences, NoisyError
 from raybilevel._lower.random_numbers import forked_random
 from raybilevel._lower.training import train_epoch
 from raybilevel._lower.variables import BoxVariables, ModuleVariables, UpperVariables, set_weights, weights_of
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "bilevel.pt"
 CHECKPOINT_FORMAT = 2
+WRONG_PRODUCT = 0.1
+"""A product farther from that of a difference, relatively, is wrong. Less may be the kinks of rectifiers."""
 FAILED_SOLVE_RESIDUAL = 0.5
 """A linear solve with a larger relative residual has failed."""
 
@@ -128,6 +131,8 @@ class BilevelDescent:
         settings, x = self.settings, self.x.detach().clone()
         # The first step begins at initial weights and needs a whole training. The later ones begin at trained weights.
         y = self._train(self.model, self.optimizer, x, settings.lower_epochs if self.step else self.problem.epochs)
+        if self.step == 0 and self.estimator.second_derivatives:
+            self._compare_second_derivatives(x, y)
         # 0 in the first step, where no norm is known: the solver then goes by its own tolerance.
         target = settings.accuracy * self.last.get("hypergradient_norm", 0.0)
         found = self.estimator(self.levels, x, y, self.memory, target)
@@ -163,6 +168,25 @@ class BilevelDescent:
             "second_order_products": float(self.products),
             **{name: residual for name, residual in residuals.items() if residual is not None},
         }
+
+    def _compare_second_derivatives(self, x: Tensor, y: Tensor) -> None:
+        """Warn unless a product with d2f/dy2 is that of a difference: autograd takes a function whose backward pass is
+        detached for a constant, without a word."""
+        chance = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+        direction = chance.to(y)  # the same on each device
+        product = self.levels.linearise(x, y).hessian(direction)
+        self.products += 1
+        try:
+            compared = Differences(self.levels, x, y).hessian(direction)
+        except NoisyError:  # nothing to compare with
+            return
+        apart = (product - compared).norm().item() / (compared.norm().item() or 1.0)
+        if apart > WRONG_PRODUCT:
+            logger.warning(
+                "a product with second derivatives of the lower-level loss is %.0f %% off that of a difference of "
+                "gradients. Does the model have a function whose backward pass is detached or once_differentiable? Use "
+                "estimator 'first_order', which takes first derivatives only.", 100 * apart,
+            )  # fmt: skip
 
     def _warn_of_failed_solve(self, found: Hypergradient, target: float) -> None:
         """Warn once per descent, unless the solve ended because the hypergradient is accurate enough."""

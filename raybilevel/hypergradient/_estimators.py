@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,13 @@ from raybilevel.hypergradient._fixed_point import AndersonAcceleration
 
 
 class Estimator(Protocol):
-    """A frozen dataclass of settings."""
+    """A frozen dataclass of settings.
+
+    second_derivatives: whether it takes products with the second derivatives of f.
+    """
+
+    @property
+    def second_derivatives(self) -> bool: ...
 
     def __call__(
         self, functions: BothLevels, x: Tensor, y: Tensor, memory: Any = None, target: float = 0.0
@@ -31,6 +37,8 @@ class Estimator(Protocol):
 @dataclass(frozen=True)
 class Implicit:
     """The implicit function theorem: dF/dx - (d2f/dxdy) q with (d2f/dy2) q = dF/dy."""
+
+    second_derivatives: ClassVar[bool] = True
 
     solver: LinearSolver = field(default_factory=MinimalResidual)
 
@@ -51,6 +59,8 @@ class Equilibrium:
 
     where u is found by the same acceleration as y. Only one evaluation of g is differentiated, however many y needed.
     """
+
+    second_derivatives: ClassVar[bool] = False
 
     tolerance: float = 1e-4
     limit: int = 100
@@ -96,6 +106,8 @@ class Unrolled:
         (n, p), and is for small p only.
     truncate: number of last steps that reverse mode goes back over (Shaban et al. 2019); None for all.
     """
+
+    second_derivatives: ClassVar[bool] = True
 
     steps: int = 100
     rate: float = 0.1
@@ -168,6 +180,8 @@ class FirstOrder:
     growth: factor of m after each estimate, up to `most`.
     """
 
+    second_derivatives: ClassVar[bool] = False
+
     multiplier: float = 10.0
     growth: float = 1.0
     most: float = 1e6
@@ -214,6 +228,8 @@ class DynamicBarrier:
 
     Each estimate starts at the last y of the previous one.
     """
+
+    second_derivatives: ClassVar[bool] = False
 
     barrier: float = 0.5
     steps: int = 1

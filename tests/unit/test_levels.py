@@ -161,3 +161,48 @@ def test_batches_that_are_all_empty_are_found_before_anything_is_divided():
 
 def test_every_abstract_part_is_asked_for():
     assert BilevelProblem.__abstractmethods__ == {"model", "lower_loss", "upper_loss", "batches"}
+
+
+class Refusing(nn.LSTM):
+    """A recurrent layer as cuDNN has it: in eval mode its backward pass raises."""
+
+    def forward(self, *given: Any) -> Any:
+        states, last = super().forward(*given)
+        if torch.backends.cudnn.enabled and not self.training and states.requires_grad:
+            states.register_hook(self.refuse)
+        return states, last
+
+    @staticmethod
+    def refuse(gradient: Tensor) -> None:
+        raise RuntimeError("cudnn RNN backward can only be called in training mode")
+
+
+class Recurrent(Network):
+    """The small classifier reads its inputs one by one."""
+
+    def model(self) -> nn.Module:
+        return nn.ModuleDict({"layer": Refusing(1, 3, batch_first=True), "head": nn.Linear(3, 2)})
+
+    def upper_loss(self, model: Any, batch: Any) -> Tensor:
+        states, _ = model["layer"](batch[0].unsqueeze(-1))
+        return nn.functional.cross_entropy(model["head"](states[:, -1]), batch[1])
+
+
+def test_recurrent_layers_are_differentiated_in_eval_mode():
+    problem = Recurrent()
+    torch.manual_seed(0)
+    levels, x, y = levels_at(problem, problem.model(), {"decay": 0.1})
+    before = torch.backends.cudnn.enabled
+    found = levels.lower(x, y).in_y
+    product = levels.linearise(x, y).hessian(y)
+    assert found.any() and product.any()
+    assert torch.backends.cudnn.enabled is before is True
+
+
+def test_sparse_gradients_are_refused():
+    class Sparse(Network):
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.Embedding(4, 2, sparse=True))
+
+    with pytest.raises(ProblemError, match=r"Sparse: the embedding 0 has sparse gradients, .* leave out sparse=True"):
+        levels_at(Sparse(), Sparse().model(), {"decay": 0.1})

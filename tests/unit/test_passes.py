@@ -93,7 +93,7 @@ def optimizer(request: pytest.FixtureRequest) -> Callable[[nn.Module], torch.opt
 @pytest.fixture(params=[None, 5], ids=["one batch", "minibatches"])
 def problem(request: pytest.FixtureRequest, optimizer: Any) -> Counting:
     # More of gradient descent, whose trainings are too short for hypergradients otherwise.
-    return Counting(batch=request.param, optimizer=optimizer, epochs=6 if optimizer is OPTIMIZERS["L-BFGS"] else 40)
+    return Counting(batch=request.param, optimizer=optimizer, epochs=6 if optimizer is OPTIMIZERS["L-BFGS"] else 24)
 
 
 class Products:

@@ -365,6 +365,18 @@ def test_a_difference_is_as_long_as_the_noise_of_gradients_asks(
     assert (found[1] - found[0]).norm() <= error * found[0].norm()
 
 
+def test_kinks_within_the_usual_length_make_a_difference_shorter():
+    # |y| has a kink at 0, which a step of the usual length in float32 passes, 3.5e-4 of |y| = 1
+    problem = Formula(1, 2, lambda x, y: (y[0] - 1).square() + (y[1] - 1e-5).abs(), lambda y: y[0] - y[1])
+    problem.dtype = torch.float32
+    model = problem.model()
+    with torch.no_grad():
+        model.get_parameter("weight").copy_(torch.tensor([[1.0, 1.1e-4]]))
+    point = point_at(problem, model, vector(0.5))
+    product = point.products.hessian(point.here.upper.in_y)
+    assert product.tolist() == pytest.approx([2, 0], rel=0.02)
+
+
 def test_what_noise_drowns_is_said():
     chance = torch.Generator().manual_seed(0)
 
