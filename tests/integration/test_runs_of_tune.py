@@ -39,17 +39,15 @@ class Slow(Parabola):
         return torch.optim.SGD(model.parameters(), lr=0.5)
 
 
-class UntilFour(tune.Stopper):  # type: ignore[misc]
-    """Ends a run when a search, which no pickle of this keeps, has four trainings."""
+class FailsAtFour(tune.Callback):  # type: ignore[misc]
+    """Ends the run when a search, which no pickle of this keeps, has four trainings."""
 
     search: BilevelSearch | None = None
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         search = type(self).search
-        return search is not None and len(search.state.done) >= 4
+        if search is not None and len(search.state.done) >= 4:
+            raise RuntimeError("the driver fails")
 
 
 def tuner(search: BilevelSearch, folder: Path, samples: int, **options: Any) -> tune.Tuner:
@@ -93,7 +91,8 @@ def test_tune_s_metric_reaches_a_search_to_which_it_gives_no_space(tmp_path: Pat
 def test_a_run_that_is_restored_with_its_space_keeps_its_size_and_its_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tune tells of a single sample then. And a run that something else ends cancels its steps."""
+    """Tune tells of a single sample then. And a run that ends before its last sample cancels its steps."""
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
     cancelled: list[int] = []
 
     def cancel(self: BilevelSearch, timeout: float = 0.0) -> None:
@@ -103,9 +102,10 @@ def test_a_run_that_is_restored_with_its_space_keeps_its_size_and_its_steps(
     upstream = BilevelSearch.cancel_steps
     monkeypatch.setattr(BilevelSearch, "cancel_steps", cancel)
     first = BilevelSearch(Parabola(), max_concurrent=1)
-    monkeypatch.setattr(UntilFour, "search", first)
-    tuner(first, tmp_path, 9, param_space=SPACE, run_config={"stop": UntilFour()}).fit()
-    monkeypatch.setattr(UntilFour, "search", None)
+    monkeypatch.setattr(FailsAtFour, "search", first)
+    with pytest.raises(RuntimeError, match="the driver fails"):
+        tuner(first, tmp_path, 9, param_space=SPACE, run_config={"callbacks": [FailsAtFour()]}).fit()
+    monkeypatch.setattr(FailsAtFour, "search", None)
     before = len(first.state.told)
     assert 4 <= before < 9
     assert cancelled == [before] and first.steps_under_way == 0
