@@ -22,6 +22,7 @@ GRADIENT = "lower_gradient"
 HYPERPARAMETERS = "hyperparameters"
 TRIAL_PATH = "trial_path"
 GPUS = "gpus"
+PROBLEM = "problem_identity"
 CHECKPOINT_DIR_NAME = "checkpoint_dir_name"
 
 OF_DESCENTS = frozenset({
@@ -31,7 +32,7 @@ OF_DESCENTS = frozenset({
 """What a descent along hypergradients reports beside F and f."""
 
 OF_RAYBILEVEL = OF_DESCENTS | {
-    UPPER_LOSS, LOWER_LOSS, EPOCH, STEP, PASSES, FINISHED, GRADIENT, HYPERPARAMETERS, TRIAL_PATH, GPUS,
+    UPPER_LOSS, LOWER_LOSS, EPOCH, STEP, PASSES, FINISHED, GRADIENT, HYPERPARAMETERS, TRIAL_PATH, GPUS, PROBLEM,
 }  # fmt: skip
 
 # Of Ray 2.50 to 2.60: AUTO_RESULT_KEYS, DEBUG_METRICS and the auto-filled keys in ray/tune/result.py, Tune's private

@@ -103,6 +103,8 @@ class Parameter:
     smooth: bool = True
 
     def __post_init__(self) -> None:
+        for bound in ("low", "high"):  # so that values at a bound are floats, too
+            object.__setattr__(self, bound, float(getattr(self, bound)))
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise SpaceError(f"{self.name}: bounds must be finite, got [{self.low}, {self.high}]")
         if not self.low < self.high:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raybilevel._lower.functions import BothLevels, Part
 from raybilevel._lower.passes import Passes
+from raybilevel._lower.random_numbers import FEWEST_DRAWS, common_random, draws_needed, random_state
 from raybilevel._lower.variables import UpperVariables, split, weights_of
 from raybilevel.errors import ProblemError
 from raybilevel.problem import Batch, BilevelProblem, Level, SupportsLowerMap, make_batches, move, upper_loss
@@ -21,6 +22,10 @@ class Levels(BothLevels):
 
     All is taken in eval mode. The model's own weights and those of an upper-level module are neither read nor changed.
     A level that comes as one batch stays on the device; of several each is fetched when it is its turn.
+
+    Where a loss draws torch's random numbers, e.g. noise whose level is a hyperparameter, a level is its mean over a
+    few draws, the same at every x and y (common random numbers). Each draw is a pass. Their number follows from the
+    scatter of the first ones.
 
     config: the hyperparameters with which the model was made and trained, as plain values. Batches are those of this
         config at every x.
@@ -37,6 +42,7 @@ class Levels(BothLevels):
         self.problem, self.model, self.variables, self.config = problem, model, variables, config or {}
         self.ledger = ledger or Passes()
         self.examples: dict[Level, int] = {}
+        self._draws: dict[Level, int] = {}
         self._held: dict[Level, tuple[Batch, int]] = {}
         self._placed = _Placed(model, variables.module)
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in self._placed.modules())
@@ -73,26 +79,47 @@ class Levels(BothLevels):
             ProblemError: the level has no examples.
         """
 
-        def all_batches() -> int:
-            count = 0
-            for batch, size in self.batches(level):
-                take(Part(self.loss(level, self._given(x), batch), size, size))
-                count += size
+        means: list[float] = []
+        drawn = False
+
+        def one_draw() -> int:
+            nonlocal drawn
+            count, total, device = 0, 0.0, self.problem.device
+            with common_random(device, seed=len(means)):
+                for batch, size in self.batches(level):
+                    before = random_state(device) if level not in self._draws else ()
+                    loss = self.loss(level, self._given(x), batch)
+                    if level not in self._draws:  # which takes the CPU's time, and a wait for an accelerator
+                        drawn = drawn or before != random_state(device)
+                        total += loss.item() * size
+                    take(Part(loss, size, size))
+                    count += size
+            if count == 0:
+                raise ProblemError(f"{type(self.problem).__name__}.batches({level!r}, None) yields no examples")
+            means.append(total / count)
+            return count
+
+        def all_draws() -> int:
+            count = one_draw()
+            if level not in self._draws:
+                while drawn and len(means) < FEWEST_DRAWS:
+                    one_draw()
+                self._draws[level] = draws_needed(means) if drawn else 1
+            while len(means) < self._draws[level]:
+                one_draw()
             return count
 
         # Each time, since a training puts its model back into train mode.
         self._placed.eval()
         with differentiable_in_eval_mode() if self._recurrent else nullcontext():
-            count: int = self._at(x, y, all_batches)
-        if count == 0:
-            raise ProblemError(f"{type(self.problem).__name__}.batches({level!r}, None) yields no examples")
+            count: int = self._at(x, y, all_draws)
         self.examples[level] = count
         if level == "lower":
             self.ledger.whole = count
-        return count
+        return count * len(means)
 
     def is_single(self, level: Level) -> bool:
-        return level in self._held
+        return level in self._held and self._draws.get(level, 1) == 1
 
     def mapped(self, x: Tensor, y: Tensor) -> Tensor:
         problem = self.problem

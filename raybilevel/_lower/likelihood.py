@@ -27,8 +27,8 @@ class UpperLikelihood:
     examples: int
 
 
-# Weak keys: a problem that nobody holds any more is dropped, with its data.
-_KNOWN: weakref.WeakKeyDictionary[BilevelProblem, UpperLikelihood] = weakref.WeakKeyDictionary()
+_KNOWN: dict[int, UpperLikelihood] = {}
+"""By the problem's id, as a data class has no hash."""
 
 
 def upper_likelihood(
@@ -41,10 +41,11 @@ def upper_likelihood(
     Raises:
         ProblemError: `upper_likelihood` has a value that is not known.
     """
-    if problem not in _KNOWN:
+    if id(problem) not in _KNOWN:
         sizes = [problem.batch_size(batch) for batch in make_batches(problem, "upper", None, config or {})]
-        _KNOWN[problem] = UpperLikelihood(_kind(problem, hyperparameters, config or {}), sum(sizes))
-    return _KNOWN[problem]
+        _KNOWN[id(problem)] = UpperLikelihood(_kind(problem, hyperparameters, config or {}), sum(sizes))
+        weakref.finalize(problem, _KNOWN.pop, id(problem), None)
+    return _KNOWN[id(problem)]
 
 
 def _kind(problem: BilevelProblem, hyperparameters: Hyperparameters, config: Mapping[str, Any]) -> Likelihood | None:

@@ -79,6 +79,11 @@ class Observed:
                 numbers[path] = math.nan
         return nest(numbers)
 
+    @property
+    def unknown_gradient(self) -> dict[str, Any]:
+        """NaN in each place of `gradient`."""
+        return nest(dict.fromkeys(self.variables.paths, math.nan))
+
     def metrics(self) -> dict[str, float]:
         """What the problem's `evaluate` says of the present weights."""
         self.levels.model.eval()

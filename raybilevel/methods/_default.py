@@ -75,6 +75,7 @@ class Default(Method):
 
     searches_by_values: ClassVar[bool] = True
     fills_slots: ClassVar[bool] = True
+    enough_stopped: ClassVar[int | None] = ENOUGH_TO_BEGIN
 
     # Five start points were later on smooth problems, the centre alone stuck in local optima (method.md).
     start_points: int = 3
@@ -124,6 +125,8 @@ class Default(Method):
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
         # Plans follow F with the penalty. The step gets plain F, as it learns the penalty's strength anew.
         plain, state = state, judged(state)
+        if not state.done and len(state.measured) >= ENOUGH_TO_BEGIN:
+            state = stopped_as_done(state)
         done = state.done
         starting = [t for t in state.pending if t.proposal.origin in ("start", "given")]
         # Until more trainings have ended than are under way of the start design, or than ENOUGH_TO_BEGIN.
@@ -175,7 +178,7 @@ class Default(Method):
     def incumbent(self, state: SearchState) -> Training | None:
         """The training expected to be best on new data: the lowest F at trained weights, with the penalty on groups."""
         best = judged(state).best
-        return None if best is None else state.trainings[best.index]
+        return super().incumbent(state) if best is None else state.trainings[best.index]
 
     def open_regions(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[TrustRegion, ...]:
         """Regions that still promise something: not collapsed, not settled, not beaten by another."""
@@ -266,11 +269,12 @@ class Default(Method):
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
         model_of_upper = fit_upper_model(state.measured_or_failed, pending, centre, self.max_rows, space.unordered)
         shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
-        # `done` alone: a training that was stopped early says nothing of v.
-        value_function = fit_value_function(state.done, centre, True, self.max_rows, space.unordered)
+        value_function = None
+        if state.done:
+            # `done` alone: a training that was stopped early says nothing of v.
+            value_function = fit_value_function(state.done, centre, True, self.max_rows, space.unordered)
         starts = [centre]
-        # One more start, by a descent in (x, y) jointly, where v_hat is known well enough.
-        if point is not None and descent is not None and self.joint_share > 0:
+        if point is not None and descent is not None and value_function is not None and self.joint_share > 0:
             radius = trusted_radius(value_function, centre, descent, step.radius)
             if radius > 0.1 * step.radius:
                 before = point.levels.passes
@@ -296,8 +300,8 @@ class Default(Method):
             step.origin,
             step.region,
             model_of_upper.mean(unit),
-            value_function.mean(unit).item(),
-            value_function.deviation(unit).item(),
+            None if value_function is None else value_function.mean(unit).item(),
+            None if value_function is None else value_function.deviation(unit).item(),
         )
         return UpperResult(
             StepRecord(step.number, step.centre, passes, shrinkage=shrinkage, **record),
@@ -351,7 +355,7 @@ class Default(Method):
         model: UpperModel,
     ) -> Shrinkage | None:
         """How far hyperparameters of a kind may differ; None while too little is known, or if F is no likelihood."""
-        if len(state.steps) < PLAIN_STEPS or not self.hypergradients:
+        if len(state.steps) < PLAIN_STEPS or not self.hypergradients or not state.done:
             return None
         groups = space.groups()
         incumbent = self.incumbent(state)
@@ -400,6 +404,14 @@ class Looked:
     point: TrainedPoint | None = None
     descent: LagrangianPoint | None = None
     unreadable: str | None = None
+
+
+def stopped_as_done(state: SearchState) -> SearchState:
+    """The search with trainings that were stopped as if they had run to their end, without gradients: to plan by their
+    values where there are no others."""
+    trainings = tuple(replace(t, status="done", hypergradient=()) if t.status == "stopped" else t
+                      for t in state.trainings)  # fmt: skip
+    return replace(state, trainings=trainings)
 
 
 @lru_cache

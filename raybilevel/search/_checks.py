@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from raybilevel._lower.hooks import check_hooks
+from raybilevel._lower.hooks import schedule_of_a_training
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.random_numbers import forked_random
+from raybilevel._lower.settings import check_settings
 from raybilevel._lower.variables import ModuleVariables
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
@@ -26,17 +27,22 @@ from raybilevel.problem import (
     Level,
     make_batches,
     make_model,
-    make_schedule,
-    move,
     on_cpu,
     trains_itself,
-    upper_loss,
 )
 from raybilevel.search._calls import Given, calling, where_it_can_run
-from raybilevel.search._fresh import check_fresh_model, check_unchanged, model_of_a_training, optimizer_of_a_training
+from raybilevel.search._fresh import (
+    check_fresh_model,
+    check_same_start,
+    check_unchanged,
+    model_of_a_training,
+    optimizer_of_a_training,
+    warn_of_scheduler,
+)
+from raybilevel.search._measured import Probe
 from raybilevel.search._rehearsal import check_evaluate, rehearse
-from raybilevel.search._repeatable import Measured, WatchedLevel, check_level_names, check_same_data, check_same_loss
-from raybilevel.space import Space, flatten, nest
+from raybilevel.search._repeatable import WatchedLevel, check_level_names, check_same_data
+from raybilevel.space import Space, flatten, nest, sobol_points
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +67,7 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
     """Call everything that a training will call, on a batch or two at the centre of the space, before anything is
     trained. It is done on the problem's device, or on the CPU where this machine lacks that.
 
-    Constants that nothing reads are warned of.
+    Constants that nothing reads are warned of, and so is a hyperparameter in which the gradient of f is exactly zero.
 
     Returns the space, with the hyperparameters marked in which f is differentiable (`Parameter.smooth`). The others are
     searched by values of F.
@@ -73,109 +79,122 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
         NotFiniteError: a loss is NaN or infinite at the start weights.
     """
     name = type(problem).__name__
-    for setting in ("epochs", "evaluate_every"):
-        number = getattr(problem, setting)
-        if not isinstance(number, int) or number < 1:
-            raise ProblemError(f"{name}.{setting} must be a whole number of at least 1, got {number!r}")
+    check_settings(problem)
     problem = where_it_can_run(problem)
     another_loop = problem.own_loop or trains_itself(problem)
-    centre = torch.full((space.dimension,), 0.5, dtype=torch.double)
-    config = {**flatten(constants or {}), **flatten(space.to_config(centre))}
-    plain = Given(nest(config))
+    at = Points(problem, space, flatten(constants or {}))
     with forked_random(problem.device):
+        plain = at.centre
         # Two models, as two trainings begin with.
         earlier, model = model_of_a_training(problem, plain), model_of_a_training(problem, plain)
         shared = check_fresh_model(problem, earlier, model)
-        flat = {
-            path: torch.tensor(value, dtype=problem.dtype, device=problem.device, requires_grad=True)
-            if isinstance(value, float)
-            else value
-            for path, value in config.items()
-        }
-        # One set for both: a hyperparameter may be read by `model`, as a plain value, or by a loss, as a tensor.
-        given = Given(nest(flat), read=plain.read)
-        # As for every F and f that the search sees. In train mode dropout would differ from call to call.
-        model.eval()
-        first = {
+        data = {
             level: check_same_data(problem, level, plain) for level in (WatchedLevel("lower"), WatchedLevel("upper"))
         }
-        # Before `first` is asked for a level, which compares names as well.
-        check_level_names(problem, first)
-        # Both levels and their gradients, twice each.
-        smooth = check_loss(problem, model, "lower", first[WatchedLevel("lower")], given, flat, space)
-        check_loss(problem, model, "upper", first[WatchedLevel("upper")], given, flat, space)
-        # A loop of one's own need not use the problem's optimizer and hooks.
+        check_level_names(problem, data)
+        probes = {level: at.probe(level) for level in data}
+        at_start = {level: probes[level].check(model, look.first) for level, look in data.items()}
+        given = at.given(at.entries(0))
+        # As for every F and f that the search sees.
+        model.eval()
         if another_loop:
             check_evaluate(problem, model, given)
         else:
             # In this order: an optimizer that the problem keeps would be that of the earlier model.
             optimizers = [optimizer_of_a_training(problem, one, plain) for one in (earlier, model)]
-            # Steps of a training, and what they must not change.
+            warn_of_scheduler(problem, optimizers[1])
             before = {key: tensor.clone() for key, tensor in shared.items()}
-            rehearse(problem, model, optimizers[1], given, plain)
-            check_hooks(problem)
             with calling(problem, "schedule(optimizer)"):
-                make_schedule(problem, optimizers[1], plain)
+                schedule_of_a_training(problem, optimizers[1], plain)
+            rehearse(problem, model, optimizers[1], given, plain)
             check_unchanged(problem, shared, before)
+            later = model_of_a_training(problem, plain)
+            check_same_start(problem, earlier, later)
+            for level, was in at_start.items():
+                raw = next(iter(make_batches(problem, level, None, plain)))  # type: ignore[arg-type]
+                probes[level].check_nothing_kept(was, probes[level].draw(later, raw, 0))
+        smooth = [p.name for p in space.parameters if at_start[WatchedLevel("lower")].in_x.get(p.name) is not None]
+        dead = at.without_slope(earlier, smooth)
     if not another_loop:  # which may read them
-        unread = [p.name for p in space.parameters if p.path not in given.read]
+        unread = [p.name for p in space.parameters if p.path not in plain.read]
         if unread:
             raise ProblemError(
                 f"{', '.join(unread)}: nothing in {name} reads it, so that no search can tell what it does; use it in "
                 "lower_loss or another method that is given the hyperparameters, leave it out of the space, or set "
                 "own_loop if a Tune function of your own reads it"
             )
-        if ignored := given.unread(constants or {}):
+        if ignored := plain.unread(constants or {}):
             logger.warning(
                 "%s reads no %s: constants that nothing reads have no effect on a training; use them, e.g. in "
                 "lower_loss, or leave them out", name, ", ".join(ignored),
             )  # fmt: skip
-    return Space(tuple(replace(p, smooth=p.smooth and p.name in smooth) for p in space.parameters))
+    if dead:
+        logger.warning(
+            "%s: the gradient of %s.lower_loss in it is exactly zero at several points, so that it is searched by "
+            "values of F; if it is no part of the loss, read it where it has an effect, e.g. in "
+            "optimizer(self, model, hyperparameters)", ", ".join(dead), name,
+        )  # fmt: skip
+    return Space(tuple(replace(p, smooth=p.smooth and p.name in {*smooth} - {*dead}) for p in space.parameters))
 
 
-def check_loss(
-    problem: BilevelProblem,
-    model: nn.Module,
-    level: Level,
-    raw: Batch,
-    given: Given,
-    flat: Mapping[tuple[str, ...], Any],
-    space: Space,
-) -> frozenset[str]:
-    """A level's loss and its gradients, twice, on a batch. The names of the searched hyperparameters in which it is
-    differentiable.
+class Points:
+    """Hyperparameters at a few points of a space, as a problem gets them: the centre first. Others differ in what has a
+    gradient only, so that they fit a model that was made at the centre.
 
-    flat: what `given` holds, by path; floats as tensors that require gradients.
+    constants: by path.
     """
-    name = type(problem).__name__
-    # Whole numbers and choices are plain values, in which there is no gradient to ask for.
-    searched = {p.name: flat[p.path] for p in space.parameters if isinstance(flat[p.path], Tensor)}
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    batch = move(raw, problem.device, problem.dtype)
 
-    def measure() -> Measured:
-        with calling(problem, f"{level}_loss"):
-            if level == "lower":
-                loss = problem.lower_loss(model, given, batch)
-            else:
-                loss = upper_loss(problem, model, given, batch)
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ProblemError(f"{name}.{level}_loss must return a tensor of shape (), got {shape}")
-        if not math.isfinite(loss.item()):
-            raise NotFiniteError(f"{name}.{level}_loss is {loss.item()} at the start weights; check data and model")
-        if not loss.requires_grad:
-            raise ProblemError(f"{name}.{level}_loss does not depend on the model's parameters")
-        with calling(problem, f"{level}_loss, differentiated,"):
-            found = torch.autograd.grad(loss, [*searched.values(), *weights], allow_unused=True)
-        in_x, in_y = found[: len(searched)], found[len(searched) :]
-        # Embeddings may have sparse gradients.
-        dense = [torch.zeros_like(w) if g is None else g.to_dense() for w, g in zip(weights, in_y, strict=True)]
-        return Measured(loss.detach(), in_x, parameters_to_vector(dense))
+    def __init__(self, problem: BilevelProblem, space: Space, constants: Mapping[tuple[str, ...], Any]) -> None:
+        self.problem, self.space = problem, space
+        centre = flatten(space.to_config(torch.full((space.dimension,), 0.5, dtype=torch.double)))
+        self.configs = [{**constants, **centre}]
+        for unit in sobol_points(space.dimension, 2, seed=0):
+            moved = {path: x for path, x in flatten(space.to_config(unit)).items() if isinstance(x, float)}
+            self.configs.append({**self.configs[0], **moved})
+        self.centre = Given(nest(self.configs[0]))
 
-    once = measure()
-    check_same_loss(problem, level, once, measure())
-    return frozenset(name for name, entry in zip(searched, once.in_x, strict=True) if entry is not None)
+    def entries(self, point: int) -> dict[tuple[str, ...], Any]:
+        """What the losses get, by path: floats as tensors that can be differentiated."""
+        dtype, device = self.problem.dtype, self.problem.device
+        return {
+            path: torch.tensor(value, dtype=dtype, device=device, requires_grad=True)
+            if isinstance(value, float)
+            else value
+            for path, value in self.configs[point].items()
+        }
+
+    def given(self, entries: Mapping[tuple[str, ...], Any]) -> Given:
+        """The same, nested; what is read of it is noted as for the centre."""
+        return Given(nest(entries), read=self.centre.read)
+
+    def probe(self, level: str, point: int = 0) -> Probe:
+        entries = self.entries(point)
+        searched = {p.name: entries[p.path] for p in self.space.parameters if isinstance(entries[p.path], Tensor)}
+        return Probe(self.problem, level, self.given(entries), searched)
+
+    def without_slope(self, model: nn.Module, names: Sequence[str]) -> list[str]:
+        """Of these hyperparameters, those in which the gradient of f is exactly zero on all data at all points, as of
+        `loss + 0 * x`. The weights are moved, as a penalty on weights that start at zero has no slope there.
+
+        model: its weights are changed.
+        """
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.add_(0.01 * torch.randn_like(weight))
+        left = list(names)
+        for point in range(len(self.configs)):
+            probe = self.probe("lower", point)
+            batches = make_batches(self.problem, "lower", None, self.centre) if left else ()
+            for raw in batches:
+                try:
+                    found = probe.draw(model, raw, 0).in_x
+                except (NotFiniteError, ProblemError):  # at this point; who can tell
+                    return []
+                left = [name for name in left if (slope := found[name]) is None or slope == 0]
+                if not left:
+                    return []
+        return left
 
 
 def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from raybilevel.errors import ProblemError
 from raybilevel.problem import BilevelProblem, make_model, make_optimizer
 from raybilevel.search._calls import calling
+
+logger = logging.getLogger(__name__)
 
 NAMES_SHOWN = 3
 
@@ -88,6 +91,15 @@ def optimizer_of_a_training(
     return optimizer
 
 
+def warn_of_scheduler(problem: BilevelProblem, optimizer: torch.optim.Optimizer) -> None:
+    """A scheduler that `optimizer` makes, stepped by a hook of its own, is no part of a checkpoint."""
+    if any("initial_lr" in group for group in optimizer.param_groups):  # which every scheduler of torch sets
+        logger.warning(
+            "%s.optimizer makes a learning-rate scheduler, which starts again where a training is resumed from a "
+            "checkpoint; return it from schedule(optimizer) instead, so that its state is kept", type(problem).__name__,
+        )  # fmt: skip
+
+
 def check_unchanged(problem: BilevelProblem, shared: dict[str, Tensor], before: dict[str, Tensor]) -> None:
     """Whether what models share is as it was before a step of the training.
 
@@ -100,6 +112,20 @@ def check_unchanged(problem: BilevelProblem, shared: dict[str, Tensor], before: 
             f"{type(problem).__name__}.model() shares {listed(changed)} with an earlier model, and a step of training "
             "changes that: each training would start from what the last one left; make a new model at each call, e.g. "
             "by copy.deepcopy"
+        )
+
+
+def check_same_start(problem: BilevelProblem, earlier: nn.Module, later: nn.Module) -> None:
+    """Whether a model that is made after a step of training starts as one made before.
+
+    Raises:
+        ProblemError: it does not.
+    """
+    before = tensors(earlier)
+    if different := [key for key, tensor in tensors(later).items() if not same(before.get(key), tensor)]:
+        raise ProblemError(
+            f"{type(problem).__name__}.model() is another one after a step of training ({listed(different)}): each "
+            "training would start from what the last one left; keep no weights of a training in the problem"
         )
 
 

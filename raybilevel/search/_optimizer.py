@@ -99,9 +99,11 @@ class BilevelOptimizer:
         # Asking again for a known trial must not use up a proposal.
         if trial in self.trials:
             return self.config(trial)
-        nothing = not (self.queue or self.running or self.design_under_way or self.state.done)
+        enough = self.method.enough_stopped
+        begun = self.state.done or (enough is not None and len(self.state.measured) >= enough)
+        nothing = not (self.queue or self.running or self.design_under_way or begun)
         if nothing and not self.full and not self.exhausted:
-            # The whole start design failed or was stopped: no method can plan from nothing.
+            # The whole start design failed or was stopped: the method has nothing to plan from.
             self.fill()
         if not self.queue:
             return None

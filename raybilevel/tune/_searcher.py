@@ -13,26 +13,30 @@ import pyarrow.fs
 import ray
 from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
+from ray.tune.search.variant_generator import parse_spec_vars
 
+from raybilevel._cluster.identity import identity_of
+from raybilevel._cluster.pickling import check_can_be_sent
 from raybilevel._cluster.resources import bundles_of, step_options
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps
 from raybilevel._lower.checkpoint import without_numpy
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
-from raybilevel._tune_changes.run import tune_run
+from raybilevel._tune_changes.run import TuneRun, tune_run
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.methods import Method, make_method
 from raybilevel.problem import BilevelProblem
 from raybilevel.search import BilevelOptimizer, Observation
 from raybilevel.search import _state_file as state_file
-from raybilevel.space import check_points
+from raybilevel.search._calls import HyperparameterNotGivenError
+from raybilevel.space import check_points, flatten, nest
 from raybilevel.tune._checkpoints import Checkpoints
 from raybilevel.tune._earlier import Evaluated, Study, evaluated, of_experiment, of_study, take
 from raybilevel.tune._points import reported_config, trained_in_the_space, unflatten
 from raybilevel.tune._results import MetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
 from raybilevel.tune._session import Session, job_of_ray
-from raybilevel.tune._setup import other_objective, set_up, warn_of_stops
+from raybilevel.tune._setup import other_objective, set_up, warn_of_another_problem, warn_of_stops
 from raybilevel.tune._slots import Slots
 from raybilevel.tune._snapshot import TrialRecord
 from raybilevel.tune._steps import StepRunner
@@ -77,6 +81,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
 
     Raises:
         ConfigError: an argument is wrong.
+        ProblemError: the problem cannot be pickled.
         SpaceError, ProblemError: before anything is trained, when the space becomes known.
     """
 
@@ -101,6 +106,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
         self._metric: str | None = metric
         self._mode: str | None = mode
         self.problem = problem
+        self._identity = identity_of(problem)
         self.method: Method = make_method(method) if isinstance(method, str) else method
         self.seed = seed
         self._space, self._objective_given = space, metric is not None or mode is not None
@@ -112,6 +118,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
         self._checkpoints = Checkpoints(storage_filesystem)
         self._optimizer: BilevelOptimizer | None = None
         self.constants: Mapping[str, Any] = {}
+        self._not_given: HyperparameterNotGivenError | None = None
         self._early: list[tuple[Mapping[str, Any], float, bool]] = []
         self._earlier: Sequence[Evaluated] = ()
         if evaluated_rewards is not None:
@@ -121,7 +128,10 @@ class BilevelSearch(SearchView, ResumableSearcher):
         self._completed: set[str] = set()
         self._begin_session()
         if space is not None:
-            self._set_up(space)
+            try:
+                self._set_up(space)
+            except HyperparameterNotGivenError as error:  # Tune's `param_space` may have it, as a constant
+                self._not_given = error
 
     @classmethod
     def from_experiment(
@@ -176,12 +186,14 @@ class BilevelSearch(SearchView, ResumableSearcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         self._samples = spec.get("num_samples")
         self._slots.begin_run(self._samples)
-        if self._optimizer is not None:  # from `space`, of an earlier run or restored by hand
-            self._take_objective(metric, mode)
+        if self._optimizer is not None or self._not_given is not None:  # from `space`, an earlier run, or by hand
+            self._take(metric, mode, config or {})
             self._begin_run()
             return False
-        self._metric = metric or self._metric
-        self._mode = mode or self._mode
+        asked = Objective(metric or self._metric or UPPER_LOSS, mode or self._mode or "min")
+        if self._objective_given and asked != self._objective:
+            raise ConfigError(other_objective(asked, self._objective))
+        self._metric, self._mode = metric or self._metric, mode or self._mode
         if config:
             self._set_up(config)
         return True
@@ -197,18 +209,19 @@ class BilevelSearch(SearchView, ResumableSearcher):
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        run = tune_run()  # which changes Tune until the run's end
+        run = self._follow_run()
         self._session.lost.asked(run.idle if run is not None else None)
         # A search in which a training has succeeded is not ended for failures.
         if run is not None and not self.state.measured and (error := self._session.failures.always(run.error_file)):
             self._session.fatal = error
         answer = self._suggest(trial_id)
         self._session.lost.answered(answer is not None)
+        if isinstance(answer, dict) and self._space is not None:  # whose constants Tune does not know
+            return nest({**flatten(self.constants), **flatten(answer)})
         return answer
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         optimizer = self._ready()
-        self._follow_session()
         session, steps = self._session, self._session.steps
         if self._slots.limit is None and session.should_check_cluster:
             optimizer.slots = self._slots.now
@@ -242,14 +255,17 @@ class BilevelSearch(SearchView, ResumableSearcher):
         # Kept, since Tune ends a paused trial without its result.
         self._session.reported[trial_id] = result
         self._checkpoints.follow(result)
+        self._compare_problems(result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._follow_run()
         self._session.heard_of(trial_id)
         reported = self._session.reported.pop(trial_id, None)
         if error and reported is not None and ran_to_its_end(reported):
             error, result = False, reported  # what failed came after the training
         elif result is None:
             result = reported  # a scheduler ended it while it was paused
+        self._compare_problems(result or {})
         if (optimizer := self._optimizer) is None:
             return
         if not optimizer.adopt(trial_id, reported_config(result)):
@@ -259,7 +275,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
         self._completed.add(trial_id)
         # Without a wait: Tune has other events to handle.
         self._session.steps.collect(optimizer)
-        if self._samples is not None and len(self._completed) >= self._samples:
+        if self._is_complete:
             self.cancel_steps()
         elif self._session.fatal is None and ray.is_initialized():  # a step would start a Ray of its own
             self._session.steps.launch(optimizer, self._checkpoints)
@@ -327,8 +343,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
         """Cancel upper-level steps under way; they are planned again if the search goes on.
 
         For the end of a run, so that no step reads a storage that may be gone, or holds a GPU. The search does it by
-        itself after the last of Tune's `num_samples` trials, a number that it does not know after a restore. Their
-        workers end with them.
+        itself at the end of a run of Tune. Their workers end with them.
 
         timeout: seconds to wait for their ends.
         """
@@ -342,26 +357,31 @@ class BilevelSearch(SearchView, ResumableSearcher):
     def _objective(self) -> Objective:
         return Objective(self._metric or UPPER_LOSS, self._mode or "min")
 
-    def _take_objective(self, metric: str | None, mode: str | None) -> None:
-        """Tune's metric and mode, where the space was known before them.
+    def _take(self, metric: str | None, mode: str | None, param_space: Mapping[str, Any]) -> None:
+        """Tune's metric, mode and constants, where the space was known before them.
 
         Raises:
-            ConfigError: the search has others, given to it or from an earlier run.
+            ConfigError: the search has another metric or mode, given to it or from an earlier run.
         """
+        if self._optimizer is None and self._not_given is None:
+            return
         here = self._objective
         asked = Objective(metric or here.metric, mode or here.mode)
-        if asked == here:
-            return
-        if self._space is None or self._objective_given or self.state.trainings:
+        _, domains, grids = parse_spec_vars(param_space)
+        constants = {} if domains or grids else param_space  # Tune refuses a second space by itself
+        if asked != here and (self._space is None or self._objective_given or self.state.trainings):
             raise ConfigError(other_objective(asked, here))
-        self._metric, self._mode = asked.metric, asked.mode
-        # Anew, as the method depends on the metric.
-        self._set_up(self._space)
+        if self._space is None or self.state.trainings:
+            return
+        if asked != here or constants or self._not_given is not None:
+            self._metric, self._mode = asked.metric, asked.mode
+            self._set_up(self._space, constants)
 
-    def _set_up(self, param_space: Mapping[str, Any]) -> None:
+    def _set_up(self, param_space: Mapping[str, Any], constants: Mapping[str, Any] | None = None) -> None:
+        """constants: beside those in `param_space`."""
         objective = self._objective
-        found = set_up(self.problem, param_space, objective, self.method, self._points)
-        self._metric, self._mode = objective.metric, objective.mode
+        found = set_up(self.problem, param_space, constants or {}, objective, self.method, self._points)
+        self._metric, self._mode, self._not_given = objective.metric, objective.mode, None
         self.constants, self.method = found.constants, found.method
         self._optimizer = BilevelOptimizer(found.space, found.method, self.seed, self._slots.now, self._points)
         for parameters, value, error in self._early:
@@ -374,12 +394,37 @@ class BilevelSearch(SearchView, ResumableSearcher):
         assert method is not None  # it has planned a step
         return SharedBySteps(Shared(self.problem), self.space, dict(self.constants), method, self._filesystem)
 
-    def _follow_session(self) -> None:
-        """Tune says nothing of another run, on another Ray, where it has no space to tell."""
-        job = job_of_ray()
-        if self._session.job not in (None, job):
+    def _follow_run(self) -> TuneRun | None:
+        """The run of Tune that is asking. Tune says nothing of another one where it has no space to tell."""
+        run, job = tune_run(), job_of_ray()  # the run changes Tune until its end
+        session = self._session
+        another = session.job not in (None, job) or (run is not None and session.run not in (None, run))
+        if another and self._optimizer is not None:
             self._begin_run()
         self._session.job = job
+        if run is not None and self._session.run is None:
+            self._session.run = run
+            self._take(run.metric, run.mode, {})
+            self._samples = run.samples
+            self._slots.begin_run(run.samples)
+            run.at_end(lambda: self._end_run(run))
+        return run
+
+    def _end_run(self, run: TuneRun) -> None:
+        if self._session.run is run and ray.is_initialized():
+            self.cancel_steps()
+
+    def _compare_problems(self, result: Mapping[str, Any]) -> None:
+        if not self._session.warned_of_another_problem:
+            self._session.warned_of_another_problem = warn_of_another_problem(self.problem, self._identity, result)
+
+    @property
+    def _is_complete(self) -> bool:
+        """Whether all trials of the run have ended."""
+        run = self._session.run
+        if run is not None:
+            return run.asks_no_more and not self.state.pending
+        return self._samples is not None and len(self._completed) >= self._samples
 
     def _begin_run(self) -> None:
         """Go on with what is known from an earlier run; nothing of that is under way any more."""
@@ -417,7 +462,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
             logger.warning("trial %s failed or has no finite result; the search goes on without it", trial_id)
             self._session.failures.failed(trial_id)
         if not self._session.warned_of_stops and self.method.upper_steps is not None:
-            self._session.warned_of_stops = warn_of_stops(self.state, self.problem)
+            self._session.warned_of_stops = warn_of_stops(self.state, self.problem, self.method)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: without what belongs to one Ray session. Steps under way are planned again."""
@@ -436,6 +481,7 @@ def check_arguments(
     if not isinstance(problem, BilevelProblem):
         hint = "; pass an instance: BilevelSearch(MyProblem())" if isinstance(problem, type) else ""
         raise ConfigError(f"problem: expected a BilevelProblem, got {problem!r}{hint}")
+    check_can_be_sent(problem)
     if mode not in (None, "min", "max"):
         raise ConfigError(f"mode must be 'min' or 'max', got {mode!r}")
     if max_concurrent is not None and max_concurrent < 1:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raybilevel._metrics import UPPER_LOSS
+from raybilevel._cluster.identity import is_other
+from raybilevel._metrics import PROBLEM, UPPER_LOSS
 from raybilevel.errors import ConfigError
 from raybilevel.methods import Method
 from raybilevel.problem import BilevelProblem
 from raybilevel.search._checks import check_search
 from raybilevel.search_state import SearchState
-from raybilevel.space import Space, check_points
+from raybilevel.space import Space, check_points, flatten, nest
 from raybilevel.tune._domains import split_param_space
 from raybilevel.tune._failures import ALIKE_AT_MOST
 from raybilevel.tune._results import Objective
@@ -33,11 +34,14 @@ class SetUp:
 def set_up(
     problem: BilevelProblem,
     param_space: Mapping[str, Any],
+    more_constants: Mapping[str, Any],
     objective: Objective,
     method: Method,
     points: Sequence[Mapping[str, Any]],
 ) -> SetUp:
     """Check everything that can be wrong with a search once its space is known.
+
+    more_constants: that are not in `param_space`.
 
     Raises:
         ConfigError: the method cannot search this metric, problem or space.
@@ -45,6 +49,7 @@ def set_up(
         ProblemError, NotFiniteError: see `check_search`.
     """
     space, constants = split_param_space(param_space)
+    constants = nest({**flatten(constants), **flatten(more_constants)})
     if objective == Objective(UPPER_LOSS, "max"):
         raise ConfigError("mode='max' with metric='upper_loss': the upper-level loss is minimised; use mode='min'")
     # The space that comes back says in which hyperparameters f is differentiable.
@@ -83,15 +88,28 @@ def other_objective(asked: Objective, here: Objective) -> str:
     )
 
 
-def warn_of_stops(state: SearchState, problem: BilevelProblem) -> bool:
+def warn_of_stops(state: SearchState, problem: BilevelProblem, method: Method) -> bool:
     """Whether trainings end before their last epoch, and none runs to it; that is said then."""
+    instead = "goes by the values of F where they stopped" if method.enough_stopped else "only fills the space"
     stopped = len(state.measured) - len(state.done)
     if state.done or stopped < ALIKE_AT_MOST:
         return False
     logger.warning(
         "%d trainings were stopped before their last epoch (%s.epochs = %d), and none ran to it: without trained "
-        "weights there is no hypergradient, and the search only fills the space. Let trainings end (a scheduler's "
-        "max_t and stop's training_iteration of at least %d), or lower epochs",
-        stopped, type(problem).__name__, problem.epochs, problem.epochs,
+        "weights there is no hypergradient, and the search %s. Let trainings end (a scheduler's max_t and stop's "
+        "training_iteration of at least %d), or lower epochs",
+        stopped, type(problem).__name__, problem.epochs, instead, problem.epochs,
+    )  # fmt: skip
+    return True
+
+
+def warn_of_another_problem(problem: BilevelProblem, identity: str, result: Mapping[str, Any]) -> bool:
+    """Whether a result is of another problem than the search's; that is said then."""
+    trained = result.get(PROBLEM)
+    if trained is None or not is_other(identity, trained):
+        return False
+    logger.warning(
+        "the %s of the trainable and that of the search differ in their class or attributes, so that hypergradients "
+        "are not those of what is trained; make one problem, and give it to both", type(problem).__name__,
     )  # fmt: skip
     return True
