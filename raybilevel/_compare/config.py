@@ -244,7 +244,7 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
             mistake, with file and key.
     """
     raw = read_mapping(path)
-    if "problems" not in raw and {"problem", "search"} <= raw.keys():
+    if "problems" not in raw and {"problem", "search"} & raw.keys():
         raise ConfigError(f"{path}: a config of one run; use `raybilevel run {path}`")
     if scale is not None:
         scales = raw.get("scales") or {}

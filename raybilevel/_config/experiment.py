@@ -95,7 +95,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
             mistake, with file and key.
     """
     raw = read_mapping(path)
-    if "problem" not in raw and {"problems", "methods"} <= raw.keys():
+    if "problem" not in raw and {"problems", "methods", "budget"} & raw.keys():
         raise ConfigError(f"{path}: a config of a comparison; use `raybilevel compare {path}`")
     # Before the check, so that overrides are checked like the file.
     for override in overrides:

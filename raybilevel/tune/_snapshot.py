@@ -161,11 +161,15 @@ class ResumableGenerator(SearchGenerator):  # type: ignore[misc]
 
     Files of different moments would make Tune end with more or fewer than `num_samples` trials. And its state, which
     Tune pickles without a checksum, is kept twice. Give it to Tune in the place of the searcher that it wraps.
+
+    samples: trials in all, also of a resumed experiment. Tune otherwise goes by the `num_samples` with which the
+        experiment began, whatever it is given when it resumes.
     """
 
-    def __init__(self, searcher: Searcher) -> None:
+    def __init__(self, searcher: Searcher, samples: int | None = None) -> None:
         super().__init__(searcher)
         self._made = time.time()
+        self._samples_asked = samples
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -180,6 +184,8 @@ class ResumableGenerator(SearchGenerator):  # type: ignore[misc]
         trials = read_trials(dirpath, self._made)
         if trials is not None:
             self._counter = len(trials)
+        if self._samples_asked is not None:
+            self._total_samples = self._samples_asked
 
 
 def keep_previous(path: Path) -> None:
