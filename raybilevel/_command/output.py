@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raybilevel._records.conclusion import in_words
-from raybilevel.space import flatten
+from raybilevel._tree import leaves, named
 
 WITH_A_LINE = ("test_loss",)
 """Metrics that are in the conclusion."""
@@ -57,8 +57,8 @@ def details(summary: Mapping[str, Any]) -> Table:
     table.add_column(style="dim")
     table.add_column()
     if summary["best"] is not None:
-        for path, value in flatten(summary["best"]["hyperparameters"]).items():
-            table.add_row("/".join(path), in_words(value))
+        for path, value in leaves(summary["best"]["hyperparameters"]).items():
+            table.add_row(named(path), in_words(value))
     for name, measure in summary["diagnostics"].items():
         if measure is not None:
             table.add_row(name.replace("_", " "), f"{measure:.3g}")

@@ -6,18 +6,20 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from raybilevel._dependent import Dependent
 from raybilevel._lower.hooks import schedule_of_a_training
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.random_numbers import forked_random
 from raybilevel._lower.settings import check_settings
 from raybilevel._lower.variables import ModuleVariables
+from raybilevel._tree import MISSING, Path, leaves, look_up, replaced
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
 from raybilevel.problem import (
@@ -65,12 +67,13 @@ def check_search(problem: BilevelProblem, space: Space, constants: Mapping[str, 
 
 def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str, Any] | None = None) -> Space:
     """Call everything that a training will call, on a batch or two at the centre of the space, before anything is
-    trained. It is done on the problem's device, or on the CPU where this machine lacks that.
+    trained; of a conditional space at a point of each of its parts. It is done on the problem's device, or on the CPU
+    where this machine lacks that.
 
     Constants that nothing reads are warned of, and so is a hyperparameter in which the gradient of f is exactly zero.
 
     Returns the space, with the hyperparameters marked in which f is differentiable (`Parameter.smooth`). The others are
-    searched by values of F.
+    searched by values of F, and so are those that `sample_from` functions read.
 
     Raises:
         ProblemError: a part of the problem fails, is not the same at each call, or keeps something of a training; a
@@ -81,10 +84,75 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
     name = type(problem).__name__
     check_settings(problem)
     problem = where_it_can_run(problem)
+    smooth, dead, read, of_functions = set[str](), set[str](), set[Path](), read_by_functions(space, constants or {})
+    for point in space.representatives():
+        found = check_at(problem, space, constants or {}, point)
+        smooth, dead, read = smooth | found.smooth, dead | found.dead, read | found.read
+    dead -= smooth
+    if not (problem.own_loop or trains_itself(problem)):  # which may read them
+        unread = [p.name for p in space.parameters if not p.switch and in_dicts(p.path) not in read | of_functions]
+        if unread:
+            raise ProblemError(
+                f"{', '.join(unread)}: nothing in {name} reads it, so that no search can tell what it does; use it in "
+                "lower_loss or another method that is given the hyperparameters, leave it out of the space, or set "
+                "own_loop if a Tune function of your own reads it"
+            )
+        if ignored := Given({}, read={*read, *of_functions}).unread(constants or {}):
+            logger.warning(
+                "%s reads no %s: constants that nothing reads have no effect on a training; use them, e.g. in "
+                "lower_loss, or leave them out", name, ", ".join(ignored),
+            )  # fmt: skip
+    if dead:
+        logger.warning(
+            "%s: the gradient of %s.lower_loss in it is exactly zero at several points, so that it is searched by "
+            "values of F; if it is no part of the loss, read it where it has an effect, e.g. in "
+            "optimizer(self, model, hyperparameters)", ", ".join(p.name for p in space.parameters if p.name in dead),
+            name,
+        )  # fmt: skip
+    marked = (
+        replace(p, smooth=p.smooth and p.name in smooth and in_dicts(p.path) not in of_functions)
+        for p in space.parameters
+    )
+    return replace(space, parameters=tuple(marked))
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a check at one point saw.
+
+    smooth: the names of hyperparameters in which f is differentiable, with a gradient that is not always zero.
+    dead:   the names of those in which it always is.
+    read:   what of the config was read.
+    """
+
+    smooth: frozenset[str]
+    dead: frozenset[str]
+    read: set[Path]
+
+
+def in_dicts(path: Path) -> Path:
+    """The part of a path that leads through dicts: who reads a list has read what is in it."""
+    return tuple(itertools.takewhile(lambda key: isinstance(key, str), path))
+
+
+def read_by_functions(space: Space, constants: Mapping[str, Any]) -> set[Path]:
+    """What the functions of a space read of its configs."""
+    read = set[Path]()
+    functions = {f.path: f.value for f in space.fixed if isinstance(f.value, Dependent)}
+    for point in space.representatives() if functions else ():
+        config = Given(nest({**flatten(constants), **flatten(space.to_config(point))}), read=read)
+        for path, dependent in functions.items():
+            if look_up(space.to_config(point), path) is not MISSING:
+                dependent.function(config)
+    return read
+
+
+def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], point: Tensor) -> Looked:
+    """The checks of `check_problem` at a point of the unit cube, shape (d,)."""
     another_loop = problem.own_loop or trains_itself(problem)
-    at = Points(problem, space, flatten(constants or {}))
+    at = Points(problem, space, constants, point)
     with forked_random(problem.device):
-        plain = at.centre
+        plain = at.first
         # Two models, as two trainings begin with.
         earlier, model = model_of_a_training(problem, plain), model_of_a_training(problem, plain)
         shared = check_fresh_model(problem, earlier, model)
@@ -113,63 +181,47 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
             for level, was in at_start.items():
                 raw = next(iter(make_batches(problem, level, None, plain)))  # type: ignore[arg-type]
                 probes[level].check_nothing_kept(was, probes[level].draw(later, raw, 0))
-        smooth = [p.name for p in space.parameters if at_start[WatchedLevel("lower")].in_x.get(p.name) is not None]
-        dead = at.without_slope(earlier, smooth)
-    if not another_loop:  # which may read them
-        unread = [p.name for p in space.parameters if p.path not in plain.read]
-        if unread:
-            raise ProblemError(
-                f"{', '.join(unread)}: nothing in {name} reads it, so that no search can tell what it does; use it in "
-                "lower_loss or another method that is given the hyperparameters, leave it out of the space, or set "
-                "own_loop if a Tune function of your own reads it"
-            )
-        if ignored := plain.unread(constants or {}):
-            logger.warning(
-                "%s reads no %s: constants that nothing reads have no effect on a training; use them, e.g. in "
-                "lower_loss, or leave them out", name, ", ".join(ignored),
-            )  # fmt: skip
-    if dead:
-        logger.warning(
-            "%s: the gradient of %s.lower_loss in it is exactly zero at several points, so that it is searched by "
-            "values of F; if it is no part of the loss, read it where it has an effect, e.g. in "
-            "optimizer(self, model, hyperparameters)", ", ".join(dead), name,
-        )  # fmt: skip
-    return Space(tuple(replace(p, smooth=p.smooth and p.name in {*smooth} - {*dead}) for p in space.parameters))
+        in_x = at_start[WatchedLevel("lower")].in_x
+        smooth = [name for name, slope in in_x.items() if slope is not None]
+        dead = frozenset(at.without_slope(earlier, smooth))
+    return Looked(frozenset(smooth) - dead, dead, plain.read)
 
 
 class Points:
-    """Hyperparameters at a few points of a space, as a problem gets them: the centre first. Others differ in what has a
-    gradient only, so that they fit a model that was made at the centre.
+    """Hyperparameters at a few points of a space, as a problem gets them. All differ from the first in what has a
+    gradient only, so that they fit a model that was made at the first.
 
-    constants: by path.
+    constants: around the space, nested.
+    first:     a point of the unit cube, shape (d,).
     """
 
-    def __init__(self, problem: BilevelProblem, space: Space, constants: Mapping[tuple[str, ...], Any]) -> None:
+    def __init__(self, problem: BilevelProblem, space: Space, constants: Mapping[str, Any], first: Tensor) -> None:
         self.problem, self.space = problem, space
-        centre = flatten(space.to_config(torch.full((space.dimension,), 0.5, dtype=torch.double)))
-        self.configs = [{**constants, **centre}]
+        config = nest({**flatten(constants), **flatten(space.to_config(first))})
+        self.configs = [config]
         for unit in sobol_points(space.dimension, 2, seed=0):
-            moved = {path: x for path, x in flatten(space.to_config(unit)).items() if isinstance(x, float)}
-            self.configs.append({**self.configs[0], **moved})
-        self.centre = Given(nest(self.configs[0]))
+            for coordinate in space.discrete:
+                unit[coordinate] = first[coordinate]
+            moved = {path: x for path, x in leaves(space.to_config(unit)).items() if isinstance(x, float)}
+            self.configs.append(replaced(config, moved))
+        self.first = Given(config)
 
-    def entries(self, point: int) -> dict[tuple[str, ...], Any]:
-        """What the losses get, by path: floats as tensors that can be differentiated."""
+    def entries(self, point: int) -> dict[Path, Tensor]:
+        """The floats of a config by path, as tensors that can be differentiated."""
         dtype, device = self.problem.dtype, self.problem.device
         return {
             path: torch.tensor(value, dtype=dtype, device=device, requires_grad=True)
+            for path, value in leaves(self.configs[point]).items()
             if isinstance(value, float)
-            else value
-            for path, value in self.configs[point].items()
         }
 
-    def given(self, entries: Mapping[tuple[str, ...], Any]) -> Given:
-        """The same, nested; what is read of it is noted as for the centre."""
-        return Given(nest(entries), read=self.centre.read)
+    def given(self, entries: Mapping[Path, Tensor]) -> Given:
+        """The config with them; what is read of it is noted as for the first."""
+        return Given(replaced(self.configs[0], entries), read=self.first.read)
 
     def probe(self, level: str, point: int = 0) -> Probe:
         entries = self.entries(point)
-        searched = {p.name: entries[p.path] for p in self.space.parameters if isinstance(entries[p.path], Tensor)}
+        searched = {p.name: entries[p.path] for p in self.space.parameters if p.path in entries}
         return Probe(self.problem, level, self.given(entries), searched)
 
     def without_slope(self, model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -185,7 +237,7 @@ class Points:
         left = list(names)
         for point in range(len(self.configs)):
             probe = self.probe("lower", point)
-            batches = make_batches(self.problem, "lower", None, self.centre) if left else ()
+            batches = make_batches(self.problem, "lower", None, self.first) if left else ()
             for raw in batches:
                 try:
                     found = probe.draw(model, raw, 0).in_x

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raybilevel._cluster.identity import is_other
+from raybilevel._define_by_run import SpaceFunction
 from raybilevel._metrics import PROBLEM, UPPER_LOSS
+from raybilevel._tree import flatten, nest
 from raybilevel.errors import ConfigError
 from raybilevel.methods import Method
 from raybilevel.problem import BilevelProblem
 from raybilevel.search._checks import check_search
 from raybilevel.search_state import SearchState
-from raybilevel.space import Space, check_points, flatten, nest
+from raybilevel.space import Space, check_points
 from raybilevel.tune._domains import split_param_space
 from raybilevel.tune._failures import ALIKE_AT_MOST
 from raybilevel.tune._results import Objective
@@ -33,15 +36,17 @@ class SetUp:
 
 def set_up(
     problem: BilevelProblem,
-    param_space: Mapping[str, Any],
+    param_space: Mapping[str, Any] | SpaceFunction,
     more_constants: Mapping[str, Any],
     objective: Objective,
     method: Method,
     points: Sequence[Mapping[str, Any]],
+    samples: int | None = None,
 ) -> SetUp:
     """Check everything that can be wrong with a search once its space is known.
 
     more_constants: that are not in `param_space`.
+    samples:        trials that there will be, if that is known.
 
     Raises:
         ConfigError: the method cannot search this metric, problem or space.
@@ -55,6 +60,11 @@ def set_up(
     # The space that comes back says in which hyperparameters f is differentiable.
     space = check_search(problem, space, constants, method)
     check_points(points, space)
+    if samples is not None and samples % space.cells and samples < sys.maxsize:
+        logger.warning(
+            "num_samples=%d is shared out among the %d cells of the grid, and some get one trial more. With a searcher "
+            "it counts all trials: for n in each cell, give n * %d", samples, space.cells, space.cells,
+        )  # fmt: skip
     if not all(space.smooth) and not space.of_starts:
         logger.warning("%s", in_words(space))
     if objective.metric != UPPER_LOSS:
@@ -76,7 +86,8 @@ def in_words(space: Space) -> str:
     """Which hyperparameters are searched with gradients, and which by values."""
     names: dict[bool, list[str]] = {True: [], False: []}
     for parameter, smooth in zip(space.parameters, space.smooth, strict=True):
-        names[smooth].append(parameter.name)
+        if parameter.name not in names[smooth]:
+            names[smooth].append(parameter.name)
     return f"with gradients: {', '.join(names[True]) or 'none'}; by values: {', '.join(names[False])}"
 
 
