@@ -15,7 +15,7 @@ from raybilevel._config.resources import ResourcesConfig
 from raybilevel._config.space import read_space
 from raybilevel.errors import ConfigError
 from raybilevel.problems._own import file_of, located
-from raybilevel.space import Parameter, flatten
+from raybilevel.space import Parameter, Space, flatten
 
 
 class SearchConfig(Checked):
@@ -51,8 +51,9 @@ class ExperimentConfig(Checked):
     problem: one of `raybilevel problems`, or one of your own: `package.module:Class`, or `folder/file.py:Class` with a
         path relative to the config.
     options: arguments of its constructor, and `device`.
-    space:   nested. A domain is {loguniform: [low, high]}, {quniform: [low, high, step]} and so on. All other entries
-        are constants. Without a domain the upper level is the problem's `upper_variables`.
+    space:   nested. A domain is {loguniform: [low, high]}, {quniform: [low, high, step]} and so on. Lists may have
+        domains in them, and the options of a choice may be dicts with domains. All other entries are constants. Without
+        a domain the upper level is the problem's `upper_variables`.
     """
 
     problem: str
@@ -70,6 +71,11 @@ class ExperimentConfig(Checked):
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """The hyperparameters to search."""
+        return () if self.box is None else self.box.parameters
+
+    @property
+    def box(self) -> Space | None:
+        """The space to search, None where there is no domain in it."""
         return self._split_space[0]
 
     @property
@@ -78,7 +84,7 @@ class ExperimentConfig(Checked):
         return self._split_space[1]
 
     @cached_property
-    def _split_space(self) -> tuple[tuple[Parameter, ...], dict[str, Any]]:
+    def _split_space(self) -> tuple[Space | None, dict[str, Any]]:
         return read_space(self.space)
 
     @property

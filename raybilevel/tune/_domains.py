@@ -22,21 +22,40 @@ from ray.tune.search.variant_generator import generate_variants
 
 from raybilevel._define_by_run import read_define_by_run
 from raybilevel._dependent import Dependent
-from raybilevel._parameter import CHOICE, DOMAINS
+from raybilevel._parameter import CHOICE, DOMAINS, Parameter
 from raybilevel._space_tree import Choice, Leaf, read_tree
+from raybilevel._tree import Path, nest_lists
 from raybilevel.errors import SpaceError
-from raybilevel.space import Space, flatten, nest
+from raybilevel.space import Fixed, Space, flatten, is_met, nest
 
 SUPPORTED = " or ".join(f"tune.{name}" for name in [*DOMAINS, CHOICE])
 
 
 def to_param_space(space: Space, constants: Mapping[str, Any]) -> dict[str, Any]:
-    """The Tune `param_space` of a box and the nested constants around it."""
-    domains = {
+    """The Tune `param_space` of a box without functions and the nested constants around it."""
+    return nest({**flatten(part_of(space, (), {})), **flatten(constants)})
+
+
+def part_of(space: Space, path: Path, chosen: Mapping[int, int]) -> Any:
+    """The part of a Tune `param_space` at a path, where these numbers of switches are chosen."""
+    entries: dict[Path, Any] = {}
+
+    def is_here(entry: Parameter | Fixed) -> bool:
+        inside = entry.path[: len(path)] == path and is_met(entry.when, chosen)
+        return inside and not any(entry.path[: len(other)] == other for other in entries)
+
+    for number, p in enumerate(space.parameters):
+        if p.switch and number not in chosen and is_here(p):
+            options = [part_of(space, p.path, {**chosen, number: option}) for option in range(len(p.choices))]
+            entries[p.path] = tune.choice(options)
+    found = {
         p.path: tune.choice(list(p.choices)) if p.choices else getattr(tune, p.domain)(*p.arguments)
         for p in space.parameters
+        if not p.switch and is_here(p)
     }
-    return nest({**domains, **flatten(constants)})
+    found |= {f.path: f.value for f in space.fixed if is_here(f)}
+    flat = {entry_path[len(path) :]: value for entry_path, value in {**entries, **found}.items()}
+    return flat[()] if () in flat else nest_lists(flat)
 
 
 def split_param_space(param_space: Mapping[str, Any] | Callable[..., Any]) -> tuple[Space, dict[str, Any]]:

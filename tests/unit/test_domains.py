@@ -39,6 +39,26 @@ def test_a_box_becomes_tune_s_domains_and_back() -> None:
     assert split_param_space(to_param_space(box, constants)) == (box, constants)
 
 
+def test_lists_and_conditions_become_tune_s_and_back() -> None:
+    momentum, steps = tune.uniform(0, 0.9), tune.randint(1, 4)
+    space, constants = split_param_space(
+        {
+            "optimizer": tune.choice(
+                [
+                    {"name": "sgd", "rate": momentum, "warm": tune.choice([None, {"steps": steps}])},
+                    {"rate": momentum},
+                    3,
+                ]
+            ),
+            "deep": {"weights": ({"a": momentum}, 5)},
+            "kept": [1, 2],
+        }
+    )
+    again, kept = split_param_space(to_param_space(space, constants))
+    assert (again.parameters, kept) == (space.parameters, constants)
+    assert set(again.fixed) == set(space.fixed)
+
+
 @pytest.mark.parametrize(
     ("space", "words"),
     [
