@@ -13,7 +13,7 @@ from typing import Any
 from raybilevel._dependent import Dependent
 from raybilevel._parameter import CHOICE, Condition, Parameter
 from raybilevel._space_tree import SpaceReader
-from raybilevel._tree import Path, flatten, look_up, nest
+from raybilevel._tree import Path, flatten, look_up
 from raybilevel.errors import SpaceError
 from raybilevel.space import Fixed, Space
 
@@ -147,7 +147,7 @@ class Learner:
         return None
 
 
-def read_define_by_run(function: SpaceFunction) -> tuple[Space, dict[str, Any]]:
+def read_define_by_run(function: SpaceFunction) -> Space:
     """The space of a define-by-run function, found by calling it with all choices that matter to what it asks for.
 
     What it returns is part of the config, as in Ray's `OptunaSearch`.
@@ -172,11 +172,8 @@ def read_define_by_run(function: SpaceFunction) -> tuple[Space, dict[str, Any]]:
             returns.setdefault((path, repr(value)), (value, []))[1].append(condition)
     for (path, _), (value, conditions) in returns.items():
         when = () if () in conditions else reader.shortest(tuple(conditions))
-        if when or isinstance(value, Dependent):
-            reader.fixed.append(Fixed(path, value, when))
-        else:
-            reader.constants[path] = value
-    return reader.space, nest(reader.constants)
+        reader.fixed.append(Fixed(path, value, when))
+    return reader.space
 
 
 def returned_by(function: SpaceFunction, trial: AskingTrial) -> dict[Path, Any]:

@@ -121,6 +121,7 @@ class SpaceReader:
     def shortest(self, when: tuple[Condition, ...]) -> tuple[Condition, ...]:
         """Fewer conditions that hold where one of these does: where all values of a choice are allowed, it is left out.
         None, if one of them always holds."""
+        when = tuple(c for c in dict.fromkeys(when) if not any(set(other) < set(c) for other in when))
         for condition in when:
             for place, (coordinate, _) in enumerate(condition):
                 others = condition[:place], condition[place + 1 :]

@@ -308,6 +308,8 @@ class Space:
             constants = [f for f in self.fixed if asks_for(f.when, switch) and is_met(f.when, then)]
             searched = [(q, look_up(config, q.path)) for q in met]
             fixed = [(f, entry) for f in constants if (entry := look_up(config, f.path)) is not MISSING]
+            if constants and not (searched or fixed):
+                continue
             if all(entry is not MISSING and (q.switch or q.contains(entry)) for q, entry in searched) and all(
                 isinstance(f.value, Dependent) or same(f.value, entry) for f, entry in fixed
             ):
@@ -359,11 +361,16 @@ def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = 
     Raises:
         SpaceError: one does not; it is named by its number.
     """
-    searched = (p.path for p in space.parameters if not p.switch)
-    paths = {keys(path) for path in (*searched, *(f.path for f in space.fixed))}
+    searched = [p for p in space.parameters if not p.switch]
+    paths = {keys(path) for path in [p.path for p in searched] + [f.path for f in space.fixed]}
+    wholes = {keys(p.path) for p in searched if p.choices}  # whose values may have parts, too
+    wholes |= {keys(f.path) for f in space.fixed if isinstance(f.value, Mapping | list | tuple | Dependent)}
     for number, point in enumerate(points):
         given = [keys(path) for path in leaves(point)]
-        unknown = ["/".join(path) for path in given if not any(path[:n] in paths for n in range(1, len(path) + 1))]
+        unknown = [
+            "/".join(path) for path in given
+            if path not in paths and not any(path[:length] in wholes for length in range(1, len(path)))
+        ]  # fmt: skip
         if unknown:
             raise SpaceError(
                 f"{name}[{number}]: {', '.join(sorted(unknown))} not in the space, which has {', '.join(space.names)}"

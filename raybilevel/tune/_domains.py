@@ -68,7 +68,7 @@ def split_param_space(param_space: Mapping[str, Any] | Callable[..., Any]) -> tu
     if isinstance(param_space, Mapping):
         return read_tree(as_tree(param_space))
     if callable(param_space):
-        return read_define_by_run(param_space)
+        return read_define_by_run(param_space), {}
     raise SpaceError(
         f"expected a dict of domains and constants, or a define-by-run function, got {type(param_space).__name__}"
     )

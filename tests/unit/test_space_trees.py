@@ -181,19 +181,12 @@ def network(trial: Any) -> dict[str, Any]:
 
 def test_a_define_by_run_function_becomes_a_tree() -> None:
     space, constants = split_param_space(network)
-    assert constants == {"fixed": 7}
+    assert constants == {}
     assert {p.name for p in space.parameters if not p.when} == {"kind", "activation", "depth", "units0", "rate"}
     met = set()
     for config in values(space, 200):
-        wanted = {
-            "kind",
-            "activation",
-            "depth",
-            "rate",
-            "half",
-            "named",
-            *(f"units{n}" for n in range(config["depth"])),
-        }
+        wanted = {"kind", "activation", "depth", "rate", "half", "named", "fixed"}
+        wanted |= {f"units{layer}" for layer in range(config["depth"])}
         wanted |= {"options"} if config["kind"] == "sgd" else set()
         wanted |= {"epsilon"} if config["kind"] == "adam" and config["depth"] == 3 else set()
         assert set(config) == wanted
