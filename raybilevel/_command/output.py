@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raybilevel._records.names import CONFIG_FILE
-from raybilevel.space import flatten
+from raybilevel._tree import leaves, named, shown
 
 WITH_A_ROW = ("test_loss",)
 """Metrics that have a row of their own in the output."""
@@ -40,8 +40,8 @@ def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None
     table.add_column(style="dim")
     table.add_column()
     if best is not None:
-        for path, value in flatten(best["hyperparameters"]).items():
-            table.add_row("/".join(path), f"{value:.6g}")
+        for path, value in leaves(best["hyperparameters"]).items():
+            table.add_row(named(path), shown(value))
         for key, label in (
             ("upper_loss", "F (validation loss)"),
             ("test_loss", "test loss"),

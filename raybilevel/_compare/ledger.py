@@ -13,7 +13,7 @@ from raybilevel._compare.config import Budget
 from raybilevel._metrics import EPOCH, FINISHED, GPUS, LOWER_LOSS, PASSES, UPPER_LOSS, problem_metrics
 from raybilevel._records.incumbents import lowest
 from raybilevel._records.record import Observation, Spent, TrainingStatus, TrialLog
-from raybilevel.space import Space, nest
+from raybilevel.space import Space
 
 
 class Ledger(Callback):  # type: ignore[misc]
@@ -209,7 +209,7 @@ class BudgetStopper(Stopper):  # type: ignore[misc]
 
 def searched(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
     """The searched hyperparameters of a trial's config, nested."""
-    return nest({p.path: space.value(config, p) for p in space.parameters})
+    return space.part(config)
 
 
 def finite(value: float) -> float | None:

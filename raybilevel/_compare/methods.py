@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raybilevel._records.names import OWN_METHODS
+from raybilevel._tree import Path
 from raybilevel.errors import ConfigError
 from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
@@ -199,7 +200,7 @@ def bounds(space: Space) -> dict[str, Any]:
     return nest({p.path: [p.low, p.high] for p in space.parameters})
 
 
-def grid(space: Space, trainings: float | None) -> dict[tuple[str, ...], list[float]]:
+def grid(space: Space, trainings: float | None) -> dict[Path, list[float]]:
     """Values of each hyperparameter by path, bounds included. The full grid is about as large as the budget.
 
     Raises:

@@ -14,7 +14,7 @@ from botorch.exceptions.warnings import BotorchWarning
 from botorch.optim import optimize_acqf
 from torch import Tensor
 
-from raybilevel._models.discrete import NONE, Levels, promising, snapped, widened, with_setting
+from raybilevel._models.discrete import NONE, AtRest, Levels, all_active, promising, snapped, widened, with_setting
 from raybilevel._models.gaussian_process import FittedGP, exact, fit, value_rows
 from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.value_function import nearest, thinned
@@ -105,12 +105,13 @@ def minimise_in_box(
     seed: int,
     penalty: GroupPenalty | None = None,
     discrete: Levels = NONE,
+    at_rest: AtRest = all_active,
 ) -> Tensor:
     """The point of a box with the lowest mean - sqrt(beta) * deviation, with a penalty if there is one, shape (d,)."""
     acquisition: AcquisitionFunction = UpperConfidenceBound(model.process.model, beta=beta, maximize=False)
     if penalty is not None:
         acquisition = PenalisedConfidenceBound(model, penalty, beta)
-    return maximise(acquisition, low, high, starts, seed, discrete=discrete)
+    return maximise(acquisition, low, high, starts, seed, discrete=discrete, at_rest=at_rest)
 
 
 class PenalisedConfidenceBound(AcquisitionFunction):  # type: ignore[misc]
@@ -131,12 +132,17 @@ class PenalisedConfidenceBound(AcquisitionFunction):  # type: ignore[misc]
 
 
 def expected_improvement(
-    model: UpperModel, dimension: int, starts: Sequence[Tensor], seed: int, discrete: Levels = NONE
+    model: UpperModel,
+    dimension: int,
+    starts: Sequence[Tensor],
+    seed: int,
+    discrete: Levels = NONE,
+    at_rest: AtRest = all_active,
 ) -> Tensor:
     """The point of the unit cube with the largest (log) expected improvement over the incumbent, shape (d,)."""
     acquisition = LogExpectedImprovement(model.process.model, best_f=model.best, maximize=False)
     low, high = torch.zeros(dimension).double(), torch.ones(dimension).double()
-    return maximise(acquisition, low, high, starts, seed, discrete=discrete)
+    return maximise(acquisition, low, high, starts, seed, discrete=discrete, at_rest=at_rest)
 
 
 def maximise(
@@ -147,25 +153,28 @@ def maximise(
     seed: int,
     restarts: int = 4,
     discrete: Levels = NONE,
+    at_rest: AtRest = all_active,
 ) -> Tensor:
     """Multi-start L-BFGS-B in a box, from `starts` and the best of 64 scrambled Sobol points.
 
     discrete: coordinates that have a few values. They are free of the box. The continuous ones are optimised at the
         most promising settings of the others, then at the neighbours of the best.
+    at_rest:  of a conditional space: at a setting of the discrete coordinates, those that are not active stay at rest.
     """
     low, high = widened(low, high, discrete)
-    raw = snapped(low + sobol_points(len(low), 64, seed) * (high - low), discrete)
+    raw, _ = at_rest(snapped(low + sobol_points(len(low), 64, seed) * (high - low), discrete))
     with torch.no_grad():
         order = acquisition(raw.unsqueeze(1)).argsort(descending=True, stable=True)
-    chosen = [*(snapped(start, discrete).clamp(low, high) for start in starts), *raw[order[:restarts]]]
+    chosen = [*(at_rest(snapped(start, discrete))[0].clamp(low, high) for start in starts), *raw[order[:restarts]]]
     if not discrete:
         return ascended(acquisition, low, high, chosen)
-    tried: dict[tuple[float, ...], tuple[float, Tensor]] = {}
+    tried: dict[tuple[tuple[int, float], ...], tuple[float, Tensor]] = {}
     points = torch.stack(chosen)
     for _ in range(ROUNDS):
-        for candidate in promising(acquisition, points, discrete):
-            fixed = {j: candidate[j].item() for j in discrete}
-            setting = tuple(fixed.values())
+        for candidate in promising(acquisition, points, discrete, at_rest):
+            _, resting = at_rest(candidate)
+            fixed = {j: candidate[j].item() for j in sorted({*discrete, *resting.nonzero().flatten().tolist()})}
+            setting = tuple(fixed.items())
             if setting in tried:
                 continue
             point = candidate

@@ -316,7 +316,7 @@ class Default(Method):
         except (NotFiniteError, RejectedDescentError) as error:
             logger.warning("no hypergradient at training %d: %s", index, error)
             return Looked(passes=levels.passes)
-        return Looked(space.known(descent.gradient.tolist()), levels.passes, point, descent)
+        return Looked(space.known(descent.gradient.tolist(), unit), levels.passes, point, descent)
 
     def _shrinkage(
         self,
@@ -361,11 +361,14 @@ class Default(Method):
         if step.origin == "fill":
             known = [t.unit for t in step.state.trainings] + list(step.pending)
             return farthest(torch.tensor(known, dtype=torch.double), step.seed)
+        cell = space.next_cell([t.unit for t in step.state.trainings])
+        discrete = {**space.discrete, **{coordinate: (value,) for coordinate, value in cell.items()}}
         if step.origin == "global":
-            return expected_improvement(model, len(centre), starts, step.seed, space.discrete)
+            return expected_improvement(model, len(centre), starts, step.seed, discrete, space.at_rest)
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
+        low[~space.active(centre)], high[~space.active(centre)] = 0.0, 1.0
         beta = self.beta + 0.25 * step.rank
-        return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, space.discrete)
+        return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, discrete, space.at_rest)
 
 
 @dataclass(frozen=True)
@@ -403,7 +406,7 @@ def farthest(known: Tensor, seed: int) -> Tensor:
 
 def snap(unit: Tensor, space: Space) -> Tensor:
     """The point that is trained: steps of quantised hyperparameters applied."""
-    return space.encode(space.to_config(unit))
+    return space.rounded(unit)
 
 
 def is_new(unit: Tensor, step: UpperStep) -> bool:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from raybilevel._records.record import Observation, Record
 from raybilevel._records.run_folder import search_of
+from raybilevel._tree import leaves, named, shown
 from raybilevel.report import _search as search
 from raybilevel.report._charts import Chart, Series
 from raybilevel.report._tables import Table
-from raybilevel.space import flatten
 
 if TYPE_CHECKING:
     from raybilevel.search._state_file import SavedSearch
@@ -74,7 +74,7 @@ def origins_of(record: Record) -> dict[str, str]:
 
 
 def describe(hyperparameters: dict[str, Any]) -> str:
-    flat = [f"{'/'.join(path)} = {value:.3g}" for path, value in flatten(hyperparameters).items()]
+    flat = [f"{named(path)} = {shown(value, 3)}" for path, value in leaves(hyperparameters).items()]
     return "<br>".join([*flat[:8], *([f"and {len(flat) - 8} more"] if len(flat) > 8 else [])])
 
 
@@ -204,7 +204,7 @@ def result(record: Record, best: int) -> Table:
     rows += [(name.replace("_", " "), f"{value:.6g}") for name, value in incumbent.metrics.items()]
     refit = record.refits.get(best, {})
     rows += [(f"{name.replace('_', ' ')} after refit", f"{value:.6g}") for name, value in refit.items()]
-    rows += [("/".join(path), f"{value:.6g}") for path, value in flatten(incumbent.hyperparameters).items()]
+    rows += [(named(path), shown(value)) for path, value in leaves(incumbent.hyperparameters).items()]
     rows.append(("cost, in trainings", f"{record.observations[-1].cost:.1f}"))
     if record.verdict:
         rows.append(("verdict", record.verdict))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from raybilevel._tree import Path
 from raybilevel.errors import ProblemError, RaybilevelError
 from raybilevel.problem import BilevelProblem
 from raybilevel.space import flatten
@@ -31,11 +32,9 @@ class Given(dict[str, Any]):
     read: the paths, shared by all of a tree. Whoever goes through all entries has read all.
     """
 
-    def __init__(
-        self, tree: Mapping[str, Any], path: tuple[str, ...] = (), read: set[tuple[str, ...]] | None = None
-    ) -> None:
+    def __init__(self, tree: Mapping[str, Any], path: tuple[str, ...] = (), read: set[Path] | None = None) -> None:
         self.path = path
-        self.read: set[tuple[str, ...]] = set() if read is None else read
+        self.read: set[Path] = set() if read is None else read
         super().__init__(
             {
                 key: Given(entry, (*path, key), self.read) if isinstance(entry, Mapping) else entry

@@ -6,17 +6,19 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from raybilevel._dependent import Dependent
 from raybilevel._lower.hooks import check_hooks
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.random_numbers import forked_random
 from raybilevel._lower.variables import ModuleVariables
+from raybilevel._tree import MISSING, Path, leaves, look_up, replaced
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
 from raybilevel.problem import (
@@ -59,12 +61,13 @@ def check_search(problem: BilevelProblem, space: Space, constants: Mapping[str, 
 
 def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str, Any] | None = None) -> Space:
     """Call everything that a training will call, on a batch or two at the centre of the space, before anything is
-    trained. It is done on the problem's device, or on the CPU where this machine lacks that.
+    trained; of a conditional space at a point of each of its parts. It is done on the problem's device, or on the CPU
+    where this machine lacks that.
 
     Constants that nothing reads are warned of.
 
     Returns the space, with the hyperparameters marked in which f is differentiable (`Parameter.smooth`). The others are
-    searched by values of F.
+    searched by values of F, and so are those that `sample_from` functions read.
 
     Raises:
         ProblemError: a part of the problem fails, is not the same at each call, or keeps something of a training; a
@@ -78,20 +81,71 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
         if not isinstance(number, int) or number < 1:
             raise ProblemError(f"{name}.{setting} must be a whole number of at least 1, got {number!r}")
     problem = where_it_can_run(problem)
+    smooth, read, of_functions = set[int](), set[Path](), read_by_functions(space, constants or {})
+    for point in space.representatives():
+        found = check_at(problem, space, constants or {}, point)
+        active = set(space.active(point).nonzero().flatten().tolist())
+        smooth |= {i for i in active if space.parameters[i].name in found.smooth}
+        read |= found.read
+    if not (problem.own_loop or trains_itself(problem)):  # which may read them
+        unread = [p.name for p in space.parameters if not p.switch and in_dicts(p.path) not in read | of_functions]
+        if unread:
+            raise ProblemError(
+                f"{', '.join(unread)}: nothing in {name} reads it, so that no search can tell what it does; use it in "
+                "lower_loss or another method that is given the hyperparameters, leave it out of the space, or set "
+                "own_loop if a Tune function of your own reads it"
+            )
+        if ignored := Given({}, read={*read, *of_functions}).unread(constants or {}):
+            logger.warning(
+                "%s reads no %s: constants that nothing reads have no effect on a training; use them, e.g. in "
+                "lower_loss, or leave them out", name, ", ".join(ignored),
+            )  # fmt: skip
+    marked = (
+        replace(p, smooth=p.smooth and i in smooth and in_dicts(p.path) not in of_functions)
+        for i, p in enumerate(space.parameters)
+    )
+    return replace(space, parameters=tuple(marked))
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a check at one point saw: the names of hyperparameters in which f is differentiable, and what was read."""
+
+    smooth: frozenset[str]
+    read: set[Path]
+
+
+def in_dicts(path: Path) -> Path:
+    """The part of a path that leads through dicts: who reads a list has read what is in it."""
+    return tuple(itertools.takewhile(lambda key: isinstance(key, str), path))
+
+
+def read_by_functions(space: Space, constants: Mapping[str, Any]) -> set[Path]:
+    """What the functions of a space read of its configs."""
+    read = set[Path]()
+    functions = {f.path: f.value for f in space.fixed if isinstance(f.value, Dependent)}
+    for point in space.representatives() if functions else ():
+        config = Given(nest({**flatten(constants), **flatten(space.to_config(point))}), read=read)
+        for path, dependent in functions.items():
+            if look_up(space.to_config(point), path) is not MISSING:
+                dependent.function(config)
+    return read
+
+
+def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], point: Tensor) -> Looked:
+    """The checks of `check_problem` at a point of the unit cube, shape (d,)."""
     another_loop = problem.own_loop or trains_itself(problem)
-    centre = torch.full((space.dimension,), 0.5, dtype=torch.double)
-    config = {**flatten(constants or {}), **flatten(space.to_config(centre))}
-    plain = Given(nest(config))
+    config = nest({**flatten(constants), **flatten(space.to_config(point))})
+    plain = Given(config)
     with forked_random(problem.device):
         earlier, model = model_of_a_training(problem, plain), model_of_a_training(problem, plain)
         shared = check_fresh_model(problem, earlier, model)
         flat = {
             path: torch.tensor(value, dtype=problem.dtype, device=problem.device, requires_grad=True)
+            for path, value in leaves(config).items()
             if isinstance(value, float)
-            else value
-            for path, value in config.items()
         }
-        given = Given(nest(flat), read=plain.read)
+        given = Given(replaced(config, flat), read=plain.read)
         model.eval()
         first = {
             level: check_same_data(problem, level, plain) for level in (WatchedLevel("lower"), WatchedLevel("upper"))
@@ -109,20 +163,7 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
             with calling(problem, "schedule(optimizer)"):
                 make_schedule(problem, optimizers[1], plain)
             check_unchanged(problem, shared, before)
-    if not another_loop:  # which may read them
-        unread = [p.name for p in space.parameters if p.path not in given.read]
-        if unread:
-            raise ProblemError(
-                f"{', '.join(unread)}: nothing in {name} reads it, so that no search can tell what it does; use it in "
-                "lower_loss or another method that is given the hyperparameters, leave it out of the space, or set "
-                "own_loop if a Tune function of your own reads it"
-            )
-        if ignored := given.unread(constants or {}):
-            logger.warning(
-                "%s reads no %s: constants that nothing reads have no effect on a training; use them, e.g. in "
-                "lower_loss, or leave them out", name, ", ".join(ignored),
-            )  # fmt: skip
-    return Space(tuple(replace(p, smooth=p.smooth and p.name in smooth) for p in space.parameters))
+    return Looked(smooth, given.read)
 
 
 def check_loss(
@@ -131,16 +172,16 @@ def check_loss(
     level: Level,
     raw: Batch,
     given: Given,
-    flat: Mapping[tuple[str, ...], Any],
+    flat: Mapping[Path, Tensor],
     space: Space,
 ) -> frozenset[str]:
     """A level's loss and its gradients, twice, on a batch. The names of the searched hyperparameters in which it is
     differentiable.
 
-    flat: what `given` holds, by path; floats as tensors that require gradients.
+    flat: the floats that `given` holds, by path, as tensors that require gradients.
     """
     name = type(problem).__name__
-    searched = {p.name: flat[p.path] for p in space.parameters if isinstance(flat[p.path], Tensor)}
+    searched = {p.name: flat[p.path] for p in space.parameters if p.path in flat}
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batch = move(raw, problem.device, problem.dtype)
 

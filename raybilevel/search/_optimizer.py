@@ -60,10 +60,13 @@ class BilevelOptimizer:
         self.queue = deque([*given, *(Proposal(tuple(unit.tolist()), "start") for unit in design)])
 
     @classmethod
-    def from_saved(cls, saved: state_file.SavedOptimizer, method: Method, slots: int | None = None) -> BilevelOptimizer:
+    def from_saved(
+        cls, saved: state_file.SavedOptimizer, method: Method, slots: int | None = None, space: Space | None = None
+    ) -> BilevelOptimizer:
         """The search as it was saved, with the upper-level steps that were under way to be planned again.
 
         slots: where they are not to be those of the state.
+        space: where its configs have more than its hyperparameters (`Space.fixed`), which is not in the state.
 
         Raises:
             StateError: the state is of another method, or of other settings.
@@ -71,7 +74,7 @@ class BilevelOptimizer:
         if saved.method != name_of(method):
             raise StateError(f"the state is of method {saved.method!r}, this search is of {name_of(method)!r}")
         state_file.check_settings(saved.settings, state_file.as_json(asdict(method)))
-        optimizer = cls(Space(saved.parameters), method, saved.seed, slots or saved.slots)
+        optimizer = cls(space or Space(saved.parameters), method, saved.seed, slots or saved.slots)
         optimizer.state = saved.state
         optimizer.trials = dict(saved.trials)
         optimizer.queue = deque(saved.queue)
@@ -104,14 +107,15 @@ class BilevelOptimizer:
             return None
         proposal = self.queue.popleft()
         unit = torch.tensor(proposal.unit, dtype=torch.double)
-        config = self.space.to_config(unit)
-        trained = self.space.encode(config)
-        if (trained - unit).abs().max() > 1e-9:  # the step of a quantised hyperparameter moved it
+        if self.space.grid and proposal.origin != "given":
+            unit = self.space.in_cell(unit, [t.unit for t in self.state.trainings if t.status != "lost"])
+        trained = self.space.rounded(unit)
+        asked = torch.tensor(proposal.unit, dtype=torch.double)
+        if (trained - asked).abs().max() > 1e-9:  # a step of a quantised hyperparameter moved it, or the grid
             proposal = replace(proposal, unit=tuple(trained.tolist()))
-            config = self.space.to_config(trained)
         self.trials[trial] = len(self.state.trainings)
         self.state = self.state.add(proposal)
-        return config
+        return self.config(trial)
 
     def ask_if_free(self, trial: str) -> dict[str, Any] | None:
         """The same, for a driver that does not count slots: None as well where there is none for one more trial."""
@@ -132,7 +136,7 @@ class BilevelOptimizer:
             trained = self.space.encode(config)
         except SpaceError:
             return True  # other entries only
-        asked = torch.tensor(self.state.trainings[self.trials[trial]].unit, dtype=torch.double)
+        asked = self.space.encode(self.config(trial))
         return self.space.contains(config) and bool((trained - asked).abs().max() < 1e-6)
 
     def move(self, trial: str, config: Mapping[str, Any]) -> bool:
@@ -266,8 +270,8 @@ class BilevelOptimizer:
         unit = self.space.encode(config)
         proposal = Proposal(tuple(unit.tolist()), "unknown")
         for waiting in self.queue:
-            point = torch.tensor(waiting.unit, dtype=torch.double)
-            if (self.space.encode(self.space.to_config(point)) - unit).abs().max() < 1e-9:
+            point = self.space.rounded(torch.tensor(waiting.unit, dtype=torch.double))
+            if (point - unit).abs().max() < 1e-9:
                 proposal = waiting
                 self.queue.remove(waiting)
                 break

@@ -48,12 +48,14 @@ class SavedSearch(SavedOptimizer):
 
     constants:   around the space, as JSON.
     checkpoints: index of a training -> where its weights lie.
+    space:       the whole space and the constants, pickled, where functions or objects belong to them.
     """
 
     metric: str
     mode: str
     constants: str
     checkpoints: dict[int, str]
+    space: str | None = None
 
 
 ADAPTER: TypeAdapter[SavedSearch] = TypeAdapter(SavedSearch)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray.tune.search import Searcher
 
+from raybilevel._parameter import readable
 from raybilevel.errors import RaybilevelError, StateError
 from raybilevel.search import BilevelOptimizer
 from raybilevel.search._state_file import SavedSearch
 from raybilevel.search_state import SearchState
-from raybilevel.space import Space
+from raybilevel.space import Parameter, Space
 from raybilevel.tune import _snapshot as snapshot
 
 logger = logging.getLogger(__name__)
@@ -111,10 +113,9 @@ def check_saved(saved: SavedSearch, space: Space | None, metric: str | None, mod
     Raises:
         StateError: naming what differs.
     """
-    theirs = Space(saved.parameters)
-    if space is not None and space != theirs:
+    if space is not None and as_saved(space.parameters) != as_saved(saved.parameters):
         raise StateError(
-            f"the state is of the space {', '.join(map(str, theirs.parameters))}; this search is of "
+            f"the state is of the space {', '.join(map(str, saved.parameters))}; this search is of "
             f"{', '.join(map(str, space.parameters))}"
         )
     if metric not in (None, saved.metric) or mode not in (None, saved.mode):
@@ -122,6 +123,11 @@ def check_saved(saved: SavedSearch, space: Space | None, metric: str | None, mod
             f"the state is of metric {saved.metric!r}, mode {saved.mode!r}; this search is of metric {metric!r}, mode "
             f"{mode!r}"
         )
+
+
+def as_saved(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
+    """Hyperparameters as a state file has them, without the objects among their choices."""
+    return tuple(replace(p, choices=readable(p.choices)) for p in parameters)
 
 
 def adopt_records(

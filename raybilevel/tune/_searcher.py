@@ -17,19 +17,22 @@ from ray.tune.search import Searcher
 from raybilevel._cluster.resources import bundles_of, step_options
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps
+from raybilevel._define_by_run import SpaceFunction
 from raybilevel._lower.checkpoint import without_numpy
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
+from raybilevel._tune_changes.placeholders import filled, table_of_tune_run, take_over
 from raybilevel._tune_changes.run import tune_run
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.methods import Method, make_method
 from raybilevel.problem import BilevelProblem
 from raybilevel.search import BilevelOptimizer, Observation
 from raybilevel.search import _state_file as state_file
-from raybilevel.space import check_points
+from raybilevel.space import check_points, flatten, nest
 from raybilevel.tune._checkpoints import Checkpoints
 from raybilevel.tune._points import reported_config, trained_in_the_space, unflatten
 from raybilevel.tune._results import MetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
+from raybilevel.tune._saved_space import pack, unpack
 from raybilevel.tune._session import Session, job_of_ray
 from raybilevel.tune._setup import other_objective, set_up, warn_of_stops
 from raybilevel.tune._slots import Slots
@@ -52,7 +55,8 @@ class BilevelSearch(SearchView, ResumableSearcher):
         ).fit()
 
     problem: what is searched, the same as the trainable's.
-    space: the search space, for those who do not give it to Tune as `param_space`.
+    space: the search space, for those who do not give it to Tune as `param_space`; or a define-by-run function, which
+        asks a trial for its hyperparameters, as `OptunaSearch` takes it.
     metric, mode: likewise; "upper_loss" and "min" unless given. Another metric is searched by its values alone, as
         hypergradients are those of the upper-level loss.
     method: "default", "paper" (arXiv:2208.12118), "hypergradient" (with `hypergradient_trainable`: a trial is a whole
@@ -81,7 +85,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
     def __init__(
         self,
         problem: BilevelProblem,
-        space: Mapping[str, Any] | None = None,
+        space: Mapping[str, Any] | SpaceFunction | None = None,
         metric: str | None = None,
         mode: str | None = None,
         method: str | Method = "default",
@@ -152,6 +156,8 @@ class BilevelSearch(SearchView, ResumableSearcher):
             self._session.fatal = error
         answer = self._suggest(trial_id)
         self._session.lost.answered(answer is not None)
+        if self._space is not None and isinstance(answer, dict):  # Tune does not know the constants then
+            return nest({**flatten(self.constants), **flatten(answer)})
         return answer
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -233,6 +239,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
             **asdict(self._objective),
             constants=json.dumps(self.constants, default=str),
             checkpoints=dict(self._checkpoints.paths),
+            space=pack(self.space, self.constants),
         )
         state_file.write(checkpoint_path, saved)
 
@@ -244,9 +251,13 @@ class BilevelSearch(SearchView, ResumableSearcher):
         saved = state_file.read(path)
         check_saved(saved, None if self._optimizer is None else self.space, self._metric, self._mode)
         method = self.method if saved.metric == UPPER_LOSS else self.method.for_metric(saved.metric)
-        optimizer = BilevelOptimizer.from_saved(saved, method, self._slots.limit)
-        if self._optimizer is None:  # else the constants are what they are: JSON would make lists of tuples
-            self.constants = json.loads(saved.constants)
+        space, constants = None if self._optimizer is None else self.space, self.constants
+        if space is None:  # else they are what they are
+            constants = json.loads(saved.constants)
+            if saved.space is not None:
+                space, constants = unpack(saved.space)
+        optimizer = BilevelOptimizer.from_saved(saved, method, self._slots.limit, space)
+        self.constants = constants
         self._optimizer, self.method = optimizer, method
         self._metric, self._mode, self.seed = saved.metric, saved.mode, saved.seed
         self._slots.restore(saved.slots)
@@ -300,9 +311,14 @@ class BilevelSearch(SearchView, ResumableSearcher):
         self._metric, self._mode = asked.metric, asked.mode
         self._set_up(self._space)
 
-    def _set_up(self, param_space: Mapping[str, Any]) -> None:
+    def _set_up(self, param_space: Mapping[str, Any] | SpaceFunction) -> None:
         objective = self._objective
-        found = set_up(self.problem, param_space, objective, self.method, self._points)
+        table = table_of_tune_run()
+        if table is not None and isinstance(param_space, Mapping):
+            param_space = filled(param_space, table)
+        found = set_up(self.problem, param_space, objective, self.method, self._points, self._samples)
+        if table is not None and self._space is None:
+            take_over(table, flatten(found.constants))
         self._metric, self._mode = objective.metric, objective.mode
         self.constants, self.method = found.constants, found.method
         self._optimizer = BilevelOptimizer(found.space, found.method, self.seed, self._slots.now, self._points)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raybilevel._define_by_run import SpaceFunction
 from raybilevel._metrics import UPPER_LOSS
 from raybilevel.errors import ConfigError
 from raybilevel.methods import Method
@@ -32,12 +34,15 @@ class SetUp:
 
 def set_up(
     problem: BilevelProblem,
-    param_space: Mapping[str, Any],
+    param_space: Mapping[str, Any] | SpaceFunction,
     objective: Objective,
     method: Method,
     points: Sequence[Mapping[str, Any]],
+    samples: int | None = None,
 ) -> SetUp:
     """Check everything that can be wrong with a search once its space is known.
+
+    samples: trials that there will be, if that is known.
 
     Raises:
         ConfigError: the method cannot search this metric, problem or space.
@@ -49,6 +54,11 @@ def set_up(
         raise ConfigError("mode='max' with metric='upper_loss': the upper-level loss is minimised; use mode='min'")
     space = check_search(problem, space, constants, method)
     check_points(points, space)
+    if samples is not None and samples % space.cells and samples < sys.maxsize:
+        logger.warning(
+            "num_samples=%d is shared out among the %d cells of the grid, and some get one trial more. With a searcher "
+            "it counts all trials: for n in each cell, give n * %d", samples, space.cells, space.cells,
+        )  # fmt: skip
     if not all(space.smooth) and not space.of_starts:
         logger.warning("%s", in_words(space))
     if objective.metric != UPPER_LOSS:
@@ -70,7 +80,8 @@ def in_words(space: Space) -> str:
     """Which hyperparameters are searched with gradients, and which by values."""
     names: dict[bool, list[str]] = {True: [], False: []}
     for parameter, smooth in zip(space.parameters, space.smooth, strict=True):
-        names[smooth].append(parameter.name)
+        if parameter.name not in names[smooth]:
+            names[smooth].append(parameter.name)
     return f"with gradients: {', '.join(names[True]) or 'none'}; by values: {', '.join(names[False])}"
 
 

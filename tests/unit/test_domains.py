@@ -39,17 +39,40 @@ def test_a_box_becomes_tune_s_domains_and_back() -> None:
     assert split_param_space(to_param_space(box, constants)) == (box, constants)
 
 
+def test_lists_and_conditions_become_tune_s_and_back() -> None:
+    momentum, steps = tune.uniform(0, 0.9), tune.randint(1, 4)
+    space, constants = split_param_space(
+        {
+            "optimizer": tune.choice(
+                [
+                    {"name": "sgd", "rate": momentum, "warm": tune.choice([None, {"steps": steps}])},
+                    {"rate": momentum},
+                    3,
+                ]
+            ),
+            "deep": {"weights": ({"a": momentum}, 5)},
+            "kept": [1, 2],
+        }
+    )
+    again, kept = split_param_space(to_param_space(space, constants))
+    assert (again.parameters, kept) == (space.parameters, constants)
+    assert set(again.fixed) == set(space.fixed)
+
+
 @pytest.mark.parametrize(
     ("space", "words"),
     [
         ({}, "no hyperparameter"),
-        ({"a": [tune.uniform(0, 1)]}, "a: domains inside a list"),
-        ({"a": tune.uniform(0, 1), "b": ("__ref_ph", "hash")}, "b: an object"),
-        ({"a": {"b": {"grid_search": [1, 2]}}}, "a/b: grid_search"),
+        ({"a": [tune.uniform(1, 0)]}, "a/0: the lower bound must be below"),
+        ({"a": tune.uniform(0, 1), "b": ("__ref_ph", "hash")}, "b: Tune has put a placeholder"),
+        ({"a": {"b": tune.grid_search([{"c": 1}, {"c": 2}])}}, "a/b: grid_search needs values that are no dicts"),
+        ({"a": tune.choice([{"b": tune.grid_search([1, 2])}, None])}, "a/b: grid_search inside a choice"),
+        ({"a": tune.choice([{"b": tune.uniform(0, 1)}])}, "a: a choice needs at least two values"),
+        ([tune.uniform(0, 1)], "expected a dict of domains and constants, or a define-by-run function, got list"),
         ({"a": tune.choice(["relu"])}, "a: a choice needs at least two values"),
         ({"a": tune.choice([1, 2, 1])}, "a: 1 is given twice"),
         ({"a": tune.randint(3, 4)}, "a: the lower bound must be below"),
-        ({"a": tune.sample_from(lambda spec: 1)}, "a: sample_from"),
+        ({"a": tune.sample_from(lambda config: 1)}, "no hyperparameter"),
         ({"a": {1: tune.uniform(0, 1)}}, "a/1: the key 1 is no text; write '1'"),
     ],
 )
