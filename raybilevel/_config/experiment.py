@@ -14,7 +14,7 @@ from raybilevel._config.files import Checked, apply_override, read_mapping, vali
 from raybilevel._config.resources import ResourcesConfig
 from raybilevel._config.space import read_space
 from raybilevel.errors import ConfigError
-from raybilevel.space import Parameter
+from raybilevel.space import Parameter, Space
 
 
 class SearchConfig(Checked):
@@ -49,8 +49,9 @@ class ExperimentConfig(Checked):
 
     problem: one of `raybilevel problems`.
     options: arguments of its constructor, and `device`.
-    space:   nested. A domain is {loguniform: [low, high]}, {quniform: [low, high, step]} and so on. All other entries
-        are constants. Without a domain the upper level is the problem's `upper_variables`.
+    space:   nested. A domain is {loguniform: [low, high]}, {quniform: [low, high, step]} and so on. Lists may have
+        domains in them, and the options of a choice may be dicts with domains. All other entries are constants. Without
+        a domain the upper level is the problem's `upper_variables`.
     """
 
     problem: str
@@ -68,6 +69,11 @@ class ExperimentConfig(Checked):
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """The hyperparameters to search."""
+        return () if self.box is None else self.box.parameters
+
+    @property
+    def box(self) -> Space | None:
+        """The space to search, None where there is no domain in it."""
         return self._split_space[0]
 
     @property
@@ -76,7 +82,7 @@ class ExperimentConfig(Checked):
         return self._split_space[1]
 
     @cached_property
-    def _split_space(self) -> tuple[tuple[Parameter, ...], dict[str, Any]]:
+    def _split_space(self) -> tuple[Space | None, dict[str, Any]]:
         return read_space(self.space)
 
     @property

@@ -153,8 +153,8 @@ def space_of(config: ExperimentConfig, method: Method) -> Space:
     Raises:
         SpaceError: the method needs a box and there is none, or a hyperparameter is given twice.
     """
-    if config.parameters:
-        return Space(config.parameters)
+    if config.box is not None:
+        return config.box
     if method.descent is not None:
         return STARTS
     raise SpaceError(

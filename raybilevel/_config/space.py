@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from raybilevel._parameter import CHOICE, DOMAINS
+from raybilevel._space_tree import Choice, Leaf, is_searched, read_tree
+from raybilevel._tree import Path, named
 from raybilevel.errors import SpaceError
 from raybilevel.space import Parameter, Space, nest
-
-Path = tuple[str, ...]
 
 EXAMPLE = "{loguniform: [1e-6, 1.0]}"
 KNOWN = (*DOMAINS, CHOICE)
@@ -17,38 +17,51 @@ LIKE_DOMAINS = ("(", "[", "tune.", *(f"{name}(" for name in KNOWN))
 """Beginnings of texts that were meant as domains."""
 
 
-def read_space(tree: Mapping[Any, Any]) -> tuple[tuple[Parameter, ...], dict[str, Any]]:
-    """The hyperparameters of a space in their order, and the nested constants around them.
+def read_space(tree: Mapping[Any, Any]) -> tuple[Space | None, dict[str, Any]]:
+    """The space, None if nothing is searched, and the nested constants around it.
 
     Raises:
         SpaceError: entries are wrong. There is one line for each, with its name.
     """
-    parameters: list[Parameter] = []
-    constants: dict[Path, Any] = {}
     mistakes: list[str] = []
 
-    def visit(path: Path, key: Any, entry: Any) -> None:
-        path = (*path, str(key))
+    def visit(path: Path, entry: Any) -> Any:
+        """An entry without what is written differently in YAML; its mistakes are noted."""
         try:
-            if not isinstance(key, str):
-                raise SpaceError(f"{'/'.join(path)}: the key {key!r} is no text; write it in quotes, '{key}'")
-            if is_domain("/".join(path), entry):
+            if is_domain(named(path), entry):
                 ((domain, arguments),) = entry.items()
-                parameters.append(Parameter.of(path, domain, arguments))
-            elif isinstance(entry, Mapping) and entry:
-                for inner_key, inner in entry.items():
-                    visit(path, inner_key, inner)
-            else:
-                check_constant("/".join(path), entry)
-                constants[path] = entry
+                if domain == CHOICE and any(map(has_domains, arguments)):
+                    return Choice(tuple(visit(path, option) if has_domains(option) else option for option in arguments))
+                Parameter.of(path, domain, arguments)
+                return Choice(tuple(arguments)) if domain == CHOICE else Leaf(domain, tuple(arguments))
+            if isinstance(entry, list) and has_domains(entry):
+                return [visit((*path, place), item) if has_domains(item) else item for place, item in enumerate(entry)]
+            if not isinstance(entry, Mapping) or not entry:
+                check_constant(named(path), entry)
         except SpaceError as error:
             mistakes.append(str(error))
+            return entry
+        if not isinstance(entry, Mapping):
+            return entry
+        for key in entry:
+            if not isinstance(key, str):
+                mistakes.append(f"{named((*path, key))}: the key {key!r} is no text; write it in quotes, '{key}'")
+        return {key: visit((*path, key), inner) for key, inner in entry.items()}
 
-    for key, entry in tree.items():
-        visit((), key, entry)
+    found = {key: visit((key,), entry) for key, entry in tree.items() if isinstance(key, str)}
+    mistakes += [f"{key}: the key {key!r} is no text; write it in quotes, '{key}'" for key in tree if key not in found]
     if mistakes:
         raise SpaceError("\n".join(mistakes))
-    return tuple(parameters), nest(constants)
+    return read_tree(found) if is_searched(found) else (None, found)
+
+
+def has_domains(entry: Any) -> bool:
+    """Whether a part of a space has a domain in it."""
+    if isinstance(entry, Mapping):
+        return any(key in KNOWN and isinstance(value, list) for key, value in entry.items()) or any(
+            map(has_domains, entry.values())
+        )
+    return isinstance(entry, list) and any(map(has_domains, entry))
 
 
 def write_space(space: Space) -> dict[str, Any]:
@@ -66,7 +79,7 @@ def is_domain(name: str, entry: Any) -> bool:
         return False
     known = [key for key in entry if key in KNOWN]
     only = next(iter(entry)) if len(entry) == 1 else None
-    if isinstance(only, str) and isinstance(entry[only], list):
+    if isinstance(only, str) and isinstance(entry[only], list) and (known or not has_domains(entry[only])):
         if not known:
             raise SpaceError(
                 f"{name}: unknown domain {only!r}; choose one of {', '.join(KNOWN)}, or, where {only!r} is a "

@@ -8,7 +8,7 @@ from raybilevel._config.experiment import ExperimentConfig, read_config, resolve
 from raybilevel._config.files import parse_yaml
 from raybilevel._config.resources import ResourcesConfig
 from raybilevel._config.space import read_space, write_space
-from raybilevel.errors import ConfigError
+from raybilevel.errors import ConfigError, SpaceError
 from raybilevel.space import Parameter, Space
 
 MINIMAL = """
@@ -33,7 +33,22 @@ def test_domains_become_the_box_and_the_rest_constants(tmp_path: Path) -> None:
         Parameter(("nested", "a"), 0.0, 1.0, step=0.25),
     )
     assert config.constants == {"nested": {"constant": 1e-3}}
-    assert read_space(write_space(Space(config.parameters))) == (config.parameters, {})
+    assert read_space(write_space(Space(config.parameters))) == (Space(config.parameters), {})
+
+
+def test_lists_and_parts_of_a_choice_may_have_domains_in_them(tmp_path: Path) -> None:
+    tree = """
+weights: [{uniform: [0, 1]}, {uniform: [0, 1]}, 3]
+group: {weights: [{uniform: [0, 1]}]}
+optimizer:
+  choice: [{name: sgd, momentum: {uniform: [0, 0.9]}}, {name: adam}, none]
+"""
+    space, constants = read_space(parse_yaml(tree))
+    assert space is not None and constants == {}
+    assert space.names == ("weights/0", "weights/1", "group/weights/0", "optimizer", "optimizer/momentum")
+    assert space.parameters[4].when == (((3, 0),),)
+    with pytest.raises(SpaceError, match="weights/1: the lower bound must be below"):
+        read_space({"weights": [1.0, {"uniform": [1, 0]}]})
 
 
 def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
