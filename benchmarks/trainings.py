@@ -118,6 +118,12 @@ def network(*between: nn.Module, hidden: int = 32) -> nn.Module:
     return nn.Sequential(nn.Linear(PIXELS, hidden), *between, nn.Tanh(), nn.Linear(hidden, CLASSES))
 
 
+def rectifiers(hidden: int = 32) -> nn.Module:
+    """Two hidden layers."""
+    layers = nn.Linear(PIXELS, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+    return nn.Sequential(*layers, nn.Linear(hidden, CLASSES))
+
+
 def perceptron() -> nn.Module:
     """The network of `problems.digits`."""
     return nn.Sequential(nn.Linear(PIXELS, 48), nn.Tanh(), nn.Linear(48, 24), nn.Tanh(), nn.Linear(24, CLASSES))
@@ -129,6 +135,10 @@ def sgd(rate: float, momentum: float = 0.0) -> MakeOptimizer:
 
 def adam(rate: float) -> MakeOptimizer:
     return lambda model: torch.optim.Adam(model.parameters(), lr=rate)
+
+
+def adamw(rate: float) -> MakeOptimizer:
+    return lambda model: torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
 
 
 def lbfgs(model: nn.Module) -> torch.optim.Optimizer:
@@ -143,6 +153,7 @@ KINDS = (
     Kind("cosine schedule, momentum, 50", network, sgd(0.05, 0.9), 50, annealed=True),
     Kind("dropout, 50", lambda: network(nn.Dropout(0.3)), sgd(0.05, 0.9), 50),
     Kind("Adam, 50", network, adam(3e-3), 50),
+    Kind("rectifiers, AdamW, 50", rectifiers, adamw(3e-3), 50),
     Kind("BatchNorm, 50", lambda: network(nn.BatchNorm1d(32)), sgd(0.05, 0.9), 50),
     Kind("perceptron, 60", perceptron, sgd(0.1, 0.9), 60),
     Kind("perceptron, 300", perceptron, sgd(0.1, 0.9), 300),

@@ -19,7 +19,7 @@ statuses = st.sampled_from(["pending", "done", "stopped", "failed", "lost"])
 trainings = st.builds(
     Training, counts, proposals, statuses, counts, numbers, numbers, units, numbers, st.none() | units
 )
-steps = st.builds(StepRecord, counts, counts, numbers, maybe, maybe, maybe, maybe, maybe, maybe, maybe, counts)
+steps = st.builds(StepRecord, counts, counts, numbers, maybe, maybe, maybe, maybe, maybe, maybe, counts)
 searches = st.builds(
     SavedSearch,
     method=st.text(),
