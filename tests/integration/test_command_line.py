@@ -31,10 +31,18 @@ def raybilevel(*arguments: str, timeout: float = 240) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-def test_a_problem_of_ones_own_from_its_template_to_its_report(tmp_path: Path) -> None:
+def test_a_problem_of_ones_own_from_its_template_to_more_trainings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    made = raybilevel("new", str(tmp_path / "mine.py"))
-    assert str(tmp_path / "mine.yaml") in made.stdout
+
+    def here(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["raybilevel", *arguments])
+        main()
+
+    with pytest.raises(SystemExit):
+        here("new", str(tmp_path / "mine.py"))
+    assert f"raybilevel run {tmp_path / 'mine.yaml'}" in capsys.readouterr().out
     config = [str(tmp_path / "mine.yaml"), "--set", "options.train=60"]
     done = raybilevel("run", *config, "--out", str(out), "--set", "search.trainings=5", "--json")
     assert done.returncode == 0, done.stderr
@@ -66,9 +74,9 @@ def test_a_problem_of_ones_own_from_its_template_to_its_report(tmp_path: Path) -
     assert (checkpoint / "lower_level.pt").is_file()
     assert checkpoint.parent.name.split("_")[3] == str(summary["best"]["training"])
     assert "trainings: 5" in (out / "config.yaml").read_text()
-    again = raybilevel("run", *config, "--out", str(out))
-    assert again.returncode == 2
-    assert "already holds a run" in again.stderr
+    with pytest.raises(SystemExit):
+        here("run", *config, "--out", str(out))
+    assert "already holds a run" in capsys.readouterr().err
     # More of the same, after its end.
     more = raybilevel("resume", str(out), "--trainings", "6")
     assert more.returncode == 0, more.stderr
