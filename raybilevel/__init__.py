@@ -6,6 +6,7 @@ from raybilevel._lazy import lazy_names
 from raybilevel._version import __version__
 
 if TYPE_CHECKING:
+    from raybilevel.folds import CrossValidated
     from raybilevel.problem import BilevelProblem, LargeUpperLevel
     from raybilevel.tune import (
         BilevelSearch,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BilevelProblem",
     "BilevelSearch",
+    "CrossValidated",
     "LargeUpperLevel",
     "__version__",
     "conclude",
@@ -31,6 +33,7 @@ __getattr__ = lazy_names(
     {
         "BilevelProblem": ".problem",
         "BilevelSearch": ".tune",
+        "CrossValidated": ".folds",
         "LargeUpperLevel": ".problem",
         "conclude": ".tune",
         "data_parallel_trainable": ".tune",

@@ -26,6 +26,7 @@ from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.problem import (
     Batch,
     BilevelProblem,
+    SupportsAllExamples,
     make_batches,
     make_model,
     make_optimizer,
@@ -235,6 +236,10 @@ def observed(training: Observed) -> TrainedLowerLevel:
 def refit(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> dict[str, float] | None:
     """The problem's metrics after a training on training plus validation data; None where it has no such data,
     or trains itself."""
+    if isinstance(problem, SupportsAllExamples):
+        training = LowerLevelTraining(problem.on_all_examples(), config, seed)
+        training.run()
+        return training.metrics()
     if trains_itself(problem) or make_refit_batches(problem, None, config) is None:
         return None
     training = LowerLevelTraining(problem, config, seed, refit=True)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = (
     "raybilevel",
     "raybilevel.errors",
+    "raybilevel.folds",
     "raybilevel.functional",
     "raybilevel.hypergradient",
     "raybilevel.methods",
@@ -37,6 +38,7 @@ def test_the_top_level_names_are_what_can_be_imported() -> None:
     names = {
         "BilevelProblem",
         "BilevelSearch",
+        "CrossValidated",
         "LargeUpperLevel",
         "__version__",
         "conclude",
