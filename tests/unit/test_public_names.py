@@ -28,6 +28,7 @@ PUBLIC = (
     "raybilevel.report",
     "raybilevel.search",
     "raybilevel.search_state",
+    "raybilevel.sklearn",
     "raybilevel.space",
     "raybilevel.storage",
     "raybilevel.tune",
@@ -113,7 +114,7 @@ def names_of(module: ModuleType) -> list[str]:
     ("modules", "absent"),
     [
         ("raybilevel, raybilevel.cli", "torch, ray"),  # a usage error is said at once
-        ("raybilevel.search, raybilevel.methods, raybilevel.problems", "ray"),  # the core
+        ("raybilevel.search, raybilevel.methods, raybilevel.problems, raybilevel.sklearn", "ray"),  # the core
         ("raybilevel.tune._trainable", "gpytorch, botorch"),  # a worker that only trains
     ],
 )
