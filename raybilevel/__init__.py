@@ -6,6 +6,7 @@ from raybilevel._lazy import lazy_names
 from raybilevel._version import __version__
 
 if TYPE_CHECKING:
+    from raybilevel.folds import CrossValidated
     from raybilevel._lower.training import refit
     from raybilevel._records.experiment import summarise
     from raybilevel.problem import BilevelProblem, LargeUpperLevel
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BilevelProblem",
     "BilevelSearch",
+    "CrossValidated",
     "LargeUpperLevel",
     "__version__",
     "conclude",
@@ -35,6 +37,7 @@ __getattr__ = lazy_names(
     {
         "BilevelProblem": ".problem",
         "BilevelSearch": ".tune",
+        "CrossValidated": ".folds",
         "LargeUpperLevel": ".problem",
         "conclude": ".tune",
         "data_parallel_trainable": ".tune",

@@ -24,6 +24,7 @@ __all__ = [
     "LargeUpperLevel",
     "Level",
     "Report",
+    "SupportsAllExamples",
     "SupportsLowerMap",
     "SupportsShards",
     "SupportsTraining",
@@ -193,7 +194,8 @@ class Report(Protocol):
         model: nn.Module | None = None,
         checkpoint: Mapping[str, Any] | None = None,
     ) -> None:
-        """Report metrics by name; a scheduler of Tune may end the training here.
+        """Report metrics by name; a scheduler of Tune may end the training here. "lower_passes" are the gradient
+        evaluations of f so far, over all data, where the problem takes its batches elsewhere than of `batches`.
 
         model:      F, f and the problem's `evaluate` at its weights are added. A search for the lowest `upper_loss`
             needs either the model or a metric of this name.
@@ -220,6 +222,14 @@ class SupportsShards(Protocol):
     def shard(self, index: int, count: int) -> BilevelProblem:
         """This problem on part `index` of `count` parts of its data. The upper-level variables are the same; the lower
         level's may be others, e.g. fewer images."""
+
+
+@runtime_checkable
+class SupportsAllExamples(Protocol):
+    """A problem whose examples are split in several ways, of which a refit uses all."""
+
+    def on_all_examples(self) -> BilevelProblem:
+        """The problem whose lower level has all examples."""
 
 
 def trains_itself(problem: object) -> bool:

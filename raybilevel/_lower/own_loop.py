@@ -17,7 +17,7 @@ from raybilevel._metrics import EPOCH, FINISHED, PASSES
 from raybilevel.errors import ProblemError
 from raybilevel.problem import Batch, BilevelProblem, Level, make_model
 
-OWN_FORMAT = 1
+OWN_FORMAT = 2
 OWN_FILE = "own_loop.pt"
 
 
@@ -85,7 +85,8 @@ def train_itself(
 ) -> OwnTraining:
     """Let a problem train itself, under the seed.
 
-    Its cost is what it took of `batches("lower", generator)`, or its `epochs` where it took its batches elsewhere.
+    Its cost is the last `lower_passes` that it reported; without them what it took of `batches("lower", generator)`, or
+    its `epochs` where it took its batches elsewhere.
 
     tell:  gets what the problem reports, with our own metrics added, and its checkpoint.
     begun: the last checkpoint that `tell` got, if the training was interrupted.
@@ -109,6 +110,7 @@ class Reported:
         takes them.
     examples: so many.
     reports:  so far.
+    passes:   that it says it took; None while it says nothing.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Reported:
     ) -> None:
         self.problem, self.config, self.tell = problem, dict(config), tell
         self.examples = self.reports = 0
+        self.passes: float | None = None
         # Shallow, so that the data is shared. The original's `batches` stay uncounted, for evaluations.
         self.counted: Any = copy.copy(problem)
         self.counted.batches = self.batches  # type: ignore[method-assign]
@@ -130,6 +133,7 @@ class Reported:
         checkpoint: Mapping[str, Any] | None = None,
     ) -> None:
         self.reports += 1
+        self.passes = metrics.get(PASSES, self.passes)
         found: dict[str, Any] = {EPOCH: self.reports, **metrics}
         if model is not None:
             training = self.at(model)
@@ -140,7 +144,9 @@ class Reported:
         """The training as it would be if it ended with this model."""
         with forked_random(self.problem.device):
             training = OwnTraining(self.problem, self.config, model, float(self.problem.epochs))
-            if self.examples:
+            if self.passes is not None:
+                training.trained = float(self.passes)
+            elif self.examples:
                 # Only a pass over the data tells how many examples it has. Without gradients it is free.
                 training.levels.value("lower", training.variables.x, training.levels.y)
                 training.trained = self.examples / training.levels.examples["lower"]
@@ -154,12 +160,19 @@ class Reported:
 
     def dump(self, state: Mapping[str, Any]) -> bytes:
         """Tensors and plain values that a problem wants to find again, and the counts."""
-        saved = {"format": OWN_FORMAT, "state": dict(state), "examples": self.examples, "reports": self.reports}
+        saved = {
+            "format": OWN_FORMAT,
+            "state": dict(state),
+            "examples": self.examples,
+            "reports": self.reports,
+            "passes": self.passes,
+        }
         return checkpoint.dump(saved)
 
     def restore(self, saved: bytes) -> dict[str, Any]:
         """The problem's own part of it."""
         found = checkpoint.load(saved, "training loop's", OWN_FORMAT)
         self.examples, self.reports = found["examples"], found["reports"]
+        self.passes = found["passes"]
         state: dict[str, Any] = found["state"]
         return state

@@ -27,6 +27,7 @@ from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.problem import (
     Batch,
     BilevelProblem,
+    SupportsAllExamples,
     make_batches,
     make_model,
     make_optimizer,
@@ -262,8 +263,12 @@ def refit(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> 
     config: hyperparameters and constants, nested, e.g. `results.get_best_result().config`.
 
     Returns:
-        None if the problem has no `refit_batches`, or trains itself.
+        None if the problem has no `refit_batches` and no folds, or trains itself.
     """
+    if isinstance(problem, SupportsAllExamples):
+        training = LowerLevelTraining(problem.on_all_examples(), config, seed)
+        training.run()
+        return training.metrics()
     if trains_itself(problem) or make_refit_batches(problem, None, config) is None:
         return None
     training = LowerLevelTraining(problem, config, seed, refit=True)

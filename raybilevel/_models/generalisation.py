@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,17 @@ NAT = 1.0
 STEADY = 3
 """Steps of whose strengths the median is in use."""
 REACH = 0.2
-"""How far beyond the incumbent and its shrunk image x_tau is sought."""
+"""How far beyond the incumbent and its shrunk image x_tau is sought on a model of F."""
+
+
+class LogLikelihood(Protocol):
+    """G on the unit cube, at points of shape (d,)."""
+
+    def value(self, x: Tensor) -> float: ...
+
+    def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]: ...
+
+    def hessian(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -180,23 +190,25 @@ def learn(
 
 
 def modes(
-    surface: Surface,
+    surface: LogLikelihood,
     groups: Groups,
     examples: int,
     around: Tensor,
     seen: Tensor,
     strengths: Sequence[float] = STRENGTHS,
+    reach: float = REACH,
 ) -> Iterator[Mode]:
     """For each strength, strong to weak, each begun where the one before has ended.
 
-    seen: directions along which hypergradients are known, shape (k, d).
+    seen:  directions along which hypergradients are known, shape (k, d).
+    reach: how far beyond `around` and its shrunk image x_tau is sought.
     """
     # Of P: each group loses its mean.
     rank = sum(len(group) - 1 for group in groups)
     # The first strength is the strongest, under which groups all but collapse.
     x = around - off_mean(around, groups)
-    low = (torch.minimum(x, around) - REACH).clamp(0, 1)
-    high = (torch.maximum(x, around) + REACH).clamp(0, 1)
+    low = (torch.minimum(x, around) - reach).clamp(0, 1)
+    high = (torch.maximum(x, around) + reach).clamp(0, 1)
     basis = orthonormal(seen)
     for strength in strengths:
         x = penalised_minimum(surface, groups, strength, low, high, x)
@@ -217,7 +229,7 @@ def strongest(found: Sequence[Mode]) -> Mode:
 
 
 def penalised_minimum(
-    surface: Surface, groups: Groups, strength: float, low: Tensor, high: Tensor, start: Tensor
+    surface: LogLikelihood, groups: Groups, strength: float, low: Tensor, high: Tensor, start: Tensor
 ) -> Tensor:
     """A local minimum of G + (tau / 2) |P x|^2 in a box, shape (d,), by L-BFGS-B."""
 

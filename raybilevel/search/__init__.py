@@ -2,6 +2,7 @@
 
 from raybilevel.search._checks import check_problem
 from raybilevel.search._local import observe, search
+from raybilevel.search._new_data import NewData, new_data
 from raybilevel.search._optimizer import BilevelOptimizer, Observation
 
-__all__ = ["BilevelOptimizer", "Observation", "check_problem", "observe", "search"]
+__all__ = ["BilevelOptimizer", "NewData", "Observation", "check_problem", "new_data", "observe", "search"]

@@ -307,6 +307,11 @@ class BilevelOptimizer:
             del self.trials[trial]
 
     @property
+    def best(self) -> Training | None:
+        """The training that the method would return now: the one expected to be best on new data."""
+        return self.method.incumbent(self.state)
+
+    @property
     def full(self) -> bool:
         """Trainings and upper-level steps under way fill the slots."""
         return len(self.state.pending) + len(self.running) >= self.slots

@@ -7,7 +7,7 @@ from typing import Any
 
 from raybilevel._cluster.pace import StepTime
 from raybilevel.errors import ProblemError, SpaceError
-from raybilevel.search import BilevelOptimizer
+from raybilevel.search import BilevelOptimizer, NewData, new_data
 from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space
 from raybilevel.tune._checkpoints import Checkpoints
@@ -30,6 +30,18 @@ class SearchView:
     def state(self) -> SearchState:
         """Every training and upper-level step so far."""
         return self._optimizer.state if self._optimizer is not None else SearchState()
+
+    @property
+    def best(self) -> Training | None:
+        """The training expected to be best on new data, which need not be the one with the lowest F, `state.best`; None
+        before one has ended."""
+        return self._ready().best
+
+    @property
+    def new_data(self) -> NewData | None:
+        """What to expect of it on new data, in numbers and in words; None where F is no likelihood, or too little is
+        known."""
+        return new_data(self.state, self.best)
 
     @property
     def space(self) -> Space:

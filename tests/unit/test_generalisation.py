@@ -22,11 +22,13 @@ from raybilevel._models.generalisation import (
     strongest,
 )
 from raybilevel._models.shrinkage import GroupPenalty, negative_log_likelihood, off_mean
+from raybilevel.errors import SpaceError
 from raybilevel.methods import Default
 from raybilevel.methods._default import PLAIN_STEPS, say_once
-from raybilevel.search import BilevelOptimizer, search
+from raybilevel.search import BilevelOptimizer, new_data, search
 from raybilevel.search_state import Likelihood, Proposal, SearchState, Shrinkage, StepRecord, Training
 from raybilevel.space import sobol_points
+from raybilevel.tune._view import SearchView
 from tests.tiny_problems import Means
 
 D = 5
@@ -253,3 +255,19 @@ def test_seen_from_takes_points_with_hypergradients() -> None:
     rows = seen_from(state, TARGET, GROUP)
     units = torch.tensor([t.unit for t in state.trainings], dtype=torch.double)
     assert torch.allclose(rows, off_mean(units[[0, 2]] - TARGET, GROUP))
+
+
+@pytest.mark.slow
+def test_a_searcher_gives_the_training_expected_to_be_best() -> None:
+    class View(SearchView):
+        def __init__(self, optimizer: BilevelOptimizer | None) -> None:
+            self._optimizer = optimizer
+
+    optimizer = run(Means((0.4,) * 8, seed=1))
+    view = View(optimizer)
+    assert view.best is not None and view.new_data is not None
+    assert view.best == optimizer.method.incumbent(optimizer.state) != optimizer.state.best
+    assert view.new_data == new_data(optimizer.state, view.best)
+    assert view.new_data.in_words.startswith(f"F {view.best.upper_loss:.3g}, expected on new data about")
+    with pytest.raises(SpaceError, match="no search space yet"):
+        View(None).best  # noqa: B018

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = (
     "raybilevel",
     "raybilevel.errors",
+    "raybilevel.folds",
     "raybilevel.functional",
     "raybilevel.hypergradient",
     "raybilevel.methods",
@@ -27,6 +28,7 @@ PUBLIC = (
     "raybilevel.report",
     "raybilevel.search",
     "raybilevel.search_state",
+    "raybilevel.sklearn",
     "raybilevel.space",
     "raybilevel.storage",
     "raybilevel.tune",
@@ -37,6 +39,7 @@ def test_the_top_level_names_are_what_can_be_imported() -> None:
     names = {
         "BilevelProblem",
         "BilevelSearch",
+        "CrossValidated",
         "LargeUpperLevel",
         "__version__",
         "conclude",
@@ -113,7 +116,7 @@ def names_of(module: ModuleType) -> list[str]:
     ("modules", "absent"),
     [
         ("raybilevel, raybilevel.cli", "torch, ray"),  # a usage error is said at once
-        ("raybilevel.search, raybilevel.methods, raybilevel.problems", "ray"),  # the core
+        ("raybilevel.search, raybilevel.methods, raybilevel.problems, raybilevel.sklearn", "ray"),  # the core
         ("raybilevel.tune._trainable", "gpytorch, botorch"),  # a worker that only trains
     ],
 )
