@@ -44,6 +44,7 @@ def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None
             table.add_row("/".join(path), f"{value:.6g}")
         for key, label in (
             ("upper_loss", "F (validation loss)"),
+            ("expected_upper_loss", "F there by the model, without luck"),
             ("test_loss", "test loss"),
             ("test_loss_refit", "test loss after a refit on all data"),
         ):

@@ -37,7 +37,7 @@ def summarise(
     about:         problem, method and seed.
     """
     best, lowest = method.incumbent(state), state.best
-    expected = new_data(state, best)
+    expected, by_model = new_data(state, best), state.expected
     test_losses = {index: r["test_loss"] for index, r in trial_results.items() if "test_loss" in r}
     return {
         **about,
@@ -48,6 +48,7 @@ def summarise(
             "hyperparameters": found(trial_results, best) or config_of(space, best),
             "lower_loss": best.lower_loss,
             "upper_loss": best.upper_loss,
+            "expected_upper_loss": by_model.get(best.index),
             "test_loss": test_losses.get(best.index),
             "test_loss_refit": test_loss_refit,
             "checkpoint": checkpoints.get(best.index),
@@ -57,6 +58,7 @@ def summarise(
         else {
             "hyperparameters": found(trial_results, lowest) or config_of(space, lowest),
             "upper_loss": lowest.upper_loss,
+            "expected_upper_loss": by_model.get(lowest.index),
             "test_loss": test_losses.get(lowest.index),
             "checkpoint": checkpoints.get(lowest.index),
         },
@@ -68,7 +70,7 @@ def summarise(
         "failed_upper_steps": sum(step.failed for step in state.steps),
         "cost": state.cost,
         "wall_seconds": wall_seconds,
-        "verdict": verdict(judged(state), method.converged(state), test_losses),
+        "verdict": verdict(judged(state), method.converged(state), test_losses, test_loss_refit),
         "diagnostics": asdict(diagnose(state)),
         "history": history(state, space, test_losses, trial_results),
     }
