@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -9,6 +10,8 @@ from typing import Self
 
 from raybilevel.search_state import SearchState, Training
 
+TOO_SHORT = 10.0
+"""Trained over promised changes from which on hypergradients say nothing."""
 AT_FIRST = 2
 """Steps that are taken to have kept their promises before any is known to have."""
 
@@ -26,20 +29,19 @@ class Promise:
 
     @classmethod
     def of(cls, start: Training, end: Training) -> Self | None:
-        """None where a derivative along the step is not known."""
+        """None where a derivative along the step is not known, or nothing was promised and nothing came."""
         if not start.hypergradient or not end.hypergradient:
             return None
         promised = 0.0
         for a, b, g, h in zip(start.unit, end.unit, start.hypergradient, end.hypergradient, strict=True):
             promised += (g + h) / 2 * (b - a) if b != a else 0.0
-        if promised == 0 or promised != promised:
-            return None
-        return cls(promised, end.upper_loss - start.upper_loss)
+        seen = end.upper_loss - start.upper_loss
+        return None if math.isnan(promised) or promised == seen == 0 else cls(promised, seen)
 
     @property
     def kept(self) -> float:
-        """The share that came true; negative where F went the other way."""
-        return self.seen / self.promised
+        """The share that came true; negative where F went the other way, infinite where nothing was promised."""
+        return self.seen / self.promised if self.promised else math.inf
 
 
 def steps_taken(state: SearchState) -> Iterator[tuple[Training, Training]]:
@@ -65,6 +67,7 @@ def trust(known: tuple[Promise, ...]) -> float:
     """The factor by which hypergradients are multiplied, from 0 to 1: the median of the shares that came true.
 
     It is the regression of seen on promised changes in the L1 norm of relative errors, which one overshoot does not
-    decide.
+    decide. Hypergradients that are far too short say that F is flat where it is not, and are not trusted at all.
     """
-    return min(1.0, max(0.0, median([1.0] * AT_FIRST + [promise.kept for promise in known])))
+    kept = median([1.0] * AT_FIRST + [promise.kept for promise in known])
+    return 0.0 if kept > TOO_SHORT else min(1.0, max(0.0, kept))

@@ -82,7 +82,8 @@ def diagnose(state: SearchState) -> Diagnostics:
 
 def direction(known: tuple[Promise, ...]) -> float:
     """1 where F always went the promised way, -1 where it never did."""
-    return sum((promise.kept > 0) - (promise.kept < 0) for promise in known) / len(known)
+    signs = (promise.promised * promise.seen for promise in known)
+    return sum((sign > 0) - (sign < 0) for sign in signs) / len(known)
 
 
 def length(known: tuple[Promise, ...]) -> float:

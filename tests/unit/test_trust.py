@@ -47,4 +47,11 @@ def test_a_step_along_an_unknown_derivative_promises_nothing():
     assert promise is not None and promise.kept == pytest.approx(5.0)
     assert Promise.of(start, replace(end, proposal=Proposal((0.3, 0.4), "start"))) is None
     assert Promise.of(start, replace(end, hypergradient=())) is None
-    assert Promise.of(start, replace(end, proposal=start.proposal)) is None
+    assert Promise.of(start, replace(end, proposal=start.proposal, upper_loss=start.upper_loss)) is None
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.01])
+def test_hypergradients_that_say_flat_where_f_is_not_are_not_trusted(factor: float):
+    known = promises(descent(factor))
+    assert len(known) == 4 and all(promise.kept > 90 for promise in known)
+    assert trust(known) == 0.0
