@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from raybilevel._lower.functions import BothLevels, Part
 from raybilevel._lower.passes import Passes
-from raybilevel._lower.random_numbers import CommonRandomNumbers
 from raybilevel._lower.variables import UpperVariables, split, weights_of
 from raybilevel.errors import ProblemError
 from raybilevel.problem import Batch, BilevelProblem, Level, SupportsLowerMap, make_batches, move, upper_loss
@@ -21,8 +20,6 @@ class Levels(BothLevels):
 
     All is taken in eval mode. The model's own weights and those of an upper-level module are neither read nor changed.
     A level that comes as one batch stays on the device; of several each is fetched when it is its turn.
-
-    A loss that draws random numbers of torch is given the same ones at each evaluation, those of `draw`.
 
     config: the hyperparameters with which the model was made and trained, as plain values. Batches are those of this
         config at every x.
@@ -35,11 +32,9 @@ class Levels(BothLevels):
         variables: UpperVariables,
         config: Mapping[str, Any] | None = None,
         ledger: Passes | None = None,
-        draw: int = 0,
     ) -> None:
         self.problem, self.model, self.variables, self.config = problem, model, variables, config or {}
         self.ledger = ledger or Passes()
-        self.random = CommonRandomNumbers(problem.device, draw)
         self.examples: dict[Level, int] = {}
         self._held: dict[Level, tuple[Batch, int]] = {}
         self._placed = _Placed(model, variables.module)
@@ -83,8 +78,7 @@ class Levels(BothLevels):
             return count
 
         self._placed.eval()
-        with self.random():
-            count: int = self._at(x, y, all_batches)
+        count: int = self._at(x, y, all_batches)
         if count == 0:
             raise ProblemError(f"{type(self.problem).__name__}.batches({level!r}, None) yields no examples")
         self.examples[level] = count

@@ -1,4 +1,4 @@
-"""Torch's global random numbers: lent to a training and given back, or the same at each evaluation of a level."""
+"""Torch's global random numbers, lent to a training and given back."""
 
 from __future__ import annotations
 
@@ -20,24 +20,3 @@ def forked_random(device: str | torch.device) -> Iterator[Any]:
         device_type="cuda" if accelerator is None else device.type,
     ):
         yield accelerator
-
-
-class CommonRandomNumbers:
-    """The same random numbers at each evaluation of a loss, so that differences of it hold none of its noise.
-
-    draw: which ones.
-    used: whether anything has drawn so far.
-    """
-
-    def __init__(self, device: str | torch.device, draw: int = 0) -> None:
-        self.device, self.draw, self.used = device, draw, False
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with forked_random(self.device) as accelerator:
-            torch.manual_seed(self.draw)
-            sources = (torch,) if accelerator is None else (torch, accelerator)
-            before = [source.get_rng_state() for source in sources]
-            yield
-            after = (source.get_rng_state() for source in sources)
-            self.used |= not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

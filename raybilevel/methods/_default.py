@@ -15,13 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raybilevel._descents.draws import averaged
 from raybilevel._descents.fixed_x import LagrangianPoint, RejectedDescentError, descend, lagrangian_point
 from raybilevel._descents.joint import joint_descent
 from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.likelihood import upper_likelihood
-from raybilevel._lower.passes import Passes
 from raybilevel._lower.variables import BoxVariables
 from raybilevel._models.acquisition import (
     UpperModel,
@@ -338,23 +336,16 @@ class Default(Method):
         config = variables.config(unit)
         model = make_model(problem, config)
         model.load_state_dict(checkpoint["model"])
-        ledger = Passes()
+        levels = Levels(problem, model, variables, config)
         estimate_at = lagrangian_point if self.linear_solve else descend
         budget = self.upper_share * state.passes_per_training
-
-        def estimated(draw: int) -> tuple[TrainedPoint, LagrangianPoint]:
-            point = TrainedPoint(Levels(problem, model, variables, config, ledger, draw), unit)
-            return point, estimate_at(point, self.decrease, budget, self._first_multiplier(state))
-
         try:
-            point, descent = estimated(0)
-            if point.levels.random.used:
-                affordable = int(budget / ledger.count)
-                descent = averaged(descent, lambda draw: estimated(draw)[1], affordable)
+            point = TrainedPoint(levels, unit)
+            descent = estimate_at(point, self.decrease, budget, self._first_multiplier(state))
         except (NotFiniteError, RejectedDescentError) as error:
             logger.warning("no hypergradient at training %d: %s", index, error)
-            return Looked(passes=ledger.count)
-        return Looked(space.known(descent.gradient.tolist()), ledger.count, point, descent)
+            return Looked(passes=levels.passes)
+        return Looked(space.known(descent.gradient.tolist()), levels.passes, point, descent)
 
     @staticmethod
     def _due(state: SearchState) -> bool:

@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector
 
 from raybilevel._lower.hooks import check_hooks
 from raybilevel._lower.levels import Levels
-from raybilevel._lower.random_numbers import CommonRandomNumbers, forked_random
+from raybilevel._lower.random_numbers import forked_random
 from raybilevel._lower.variables import ModuleVariables
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
@@ -144,8 +144,6 @@ def check_loss(
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batch = move(raw, problem.device, problem.dtype)
 
-    random = CommonRandomNumbers(problem.device)
-
     def measure() -> Measured:
         with calling(problem, f"{level}_loss"):
             if level == "lower":
@@ -165,20 +163,8 @@ def check_loss(
         dense = [torch.zeros_like(w) if g is None else g.to_dense() for w, g in zip(weights, in_y, strict=True)]
         return Measured(loss.detach(), in_x, parameters_to_vector(dense))
 
-    if level == "lower":
-        with random():
-            once = measure()
-        with random():
-            again = measure()
-    else:
-        once, again = measure(), measure()
-    check_same_loss(problem, level, once, again)
-    if random.used:
-        logger.warning(
-            "%s.lower_loss draws random numbers in eval mode: it is given the same ones at each evaluation, and "
-            "hypergradients are averaged over draws; if it is not meant to, draw only if model.training (F.dropout "
-            "needs training=model.training)", name,
-        )  # fmt: skip
+    once = measure()
+    check_same_loss(problem, level, once, measure())
     return frozenset(name for name, entry in zip(searched, once.in_x, strict=True) if entry is not None)
 
 

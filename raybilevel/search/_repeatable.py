@@ -140,7 +140,7 @@ class Measured:
 
 
 def check_same_loss(problem: BilevelProblem, level: Level, one: Measured, two: Measured) -> None:
-    """Whether two evaluations of a loss at one point agree; of the lower level's, with equal random numbers of torch.
+    """Whether two evaluations of a loss at one point agree.
 
     Sums in another order, as some kernels of accelerators take them, differ by rounding: by sqrt(n) eps for n terms, so
     that 100 eps allow for n = 10,000. A descent differentiates by differences over a length of sqrt(eps), so that more

@@ -109,27 +109,6 @@ def test_levels_are_taken_in_eval_mode():
     assert not model.training
 
 
-class Augmented(Ridge):
-    """Inputs have noise, drawn anew at each call."""
-
-    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
-        return super().lower_loss(model, hyperparameters, (batch[0] + 0.5 * torch.randn_like(batch[0]), batch[1]))
-
-
-def test_each_evaluation_has_the_same_random_numbers():
-    levels, x, y = levels_of(Augmented())
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    one, other = levels.lower(x, y), levels.lower(x, y)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert one.value == other.value and torch.equal(one.in_y, other.in_y) and levels.random.used
-    another = Levels(levels.problem, levels.model, levels.variables, levels.config, draw=1).lower(x, y)
-    assert another.value != one.value
-    plain, x, y = levels_of(Ridge())
-    plain.lower(x, y)
-    assert not plain.random.used
-
-
 class Checkpointed(Network):
     """Activations are not kept, but made again when the loss is differentiated."""
 

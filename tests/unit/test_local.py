@@ -165,24 +165,3 @@ def test_what_a_search_trained_is_what_training_alone_gives(searched: Searched):
         trained, checkpoint = train(problem, search.config_of(training), SEED)
         assert (trained.lower_loss, trained.upper_loss) == (training.lower_loss, training.upper_loss)
         assert checkpoint == checkpoints[training.index]
-
-
-class Augmented(Ridge):
-    """Inputs have noise of deviation 0.2, drawn anew at each call: a decay of 0.04 beside the others, on average."""
-
-    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
-        return super().lower_loss(model, hyperparameters, (batch[0] + 0.2 * torch.randn_like(batch[0]), batch[1]))
-
-
-def test_hypergradients_of_a_loss_that_draws_are_those_of_its_mean():
-    problem = Augmented(dimension=2, rows=400, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1), epochs=60)
-    search = optimizer(problem)
-    local.search(problem, search, cost=4)
-    known = [t for t in search.state.done if t.hypergradient]
-    assert known
-    for training in known:
-        exact = torch.autograd.functional.jacobian(
-            lambda unit: problem.F(problem.solution(problem.values(unit) + 0.04)), vector(*training.unit)
-        )
-        assert training.hypergradient == pytest.approx(exact.tolist(), rel=0.2, abs=0.01)
-        assert all(step.passes <= 2 * 0.35 * 61 + 1 for step in search.state.steps)
