@@ -13,6 +13,8 @@ COMPARE ?= configs/compare/quick.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes of `make test`. One of them runs all tests that start Ray.
+WORKERS ?= 2
 # Of Ray, for `make test-ray`.
 VERSIONS ?= 2.50.1 2.55.1 2.60.0
 # Servers of object stores. The dependencies of moto and of Ray exclude each other.
@@ -25,7 +27,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup run test test-all test-cluster test-ray compare check format docs clean bench-algorithm bench-scale bench-recycling bench-scripts \
-	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-generalisation
+	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-generalisation bench-hypergradient
 
 setup: $(STAMP)
 
@@ -42,7 +44,7 @@ run: $(STAMP)
 	$(BIN)/raybilevel run "$(CONFIG)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
@@ -109,6 +111,11 @@ bench-equilibrium: $(STAMP)
 # A learned initialisation against a random one and joint training: table, few_shot.json and figure in OUT.
 bench-few-shot: $(STAMP)
 	$(BIN)/python -m benchmarks.few_shot --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# Hypergradients of the default method against differences of trained F: table and hypergradient.json in OUT (ten
+# minutes on one core). A part: ARGS="--kinds LSTM Adam --dtypes float32 --points 1".
+bench-hypergradient: $(STAMP)
+	$(BIN)/python -m benchmarks.hypergradient --out "$(OUT)" $(ARGS)
 
 # One hypergradient by torchopt, betty, boat-torch, higher and raybilevel: table and hypergradient_peers.json in OUT. The
 # peers have their own virtual environment, which sees the project's. boat-torch asks for an older numpy, and betty-ml

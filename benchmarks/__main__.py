@@ -139,6 +139,7 @@ def summarise(runs: Sequence[Run], suite: Suite, out: Path) -> int:
         return 1
     everything, _ = records.read_all(out)
     for position, record in enumerate(found):
+        # F* is over all records of the folder, those of methods that were left out of this call included.
         alike = rivals(record, everything, suite.problems[record.problem_name].by_seed)
         found[position] = record.model_copy(update={"optimum": report.best_seen(alike)})
     for name, members in grouped(found, "problem_name").items():

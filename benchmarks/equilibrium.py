@@ -154,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = read_config(given.config, given.set)
     method, console = descent_method(config), wide_console()
     console.print("accuracy from several starts ...", style="dim")
+    # With contraction 0 the map does not read its states.
     networks = {"equilibrium": config.options, "plain": {**config.options, "contraction": 0.0}}
     accuracy: dict[str, list[float]] = {
         name: [
@@ -171,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problem = make_problem(config.problem, config.options, given.data)
     if not isinstance(problem, LargeUpperLevel):
         raise ConfigError(f"{given.config}: {config.problem} has no upper_variables(); give an equilibrium network")
+    # In single precision rounding would hide errors of 1e-7.
     problem.dtype = torch.float64
     descent = BilevelDescent(problem, {"start": 0.0}, method)
     for _ in range(min(20, method.steps)):

@@ -98,6 +98,7 @@ def wide_console() -> Console:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Intervals become their fields."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Only intervals and other dataclasses are unknown to json here.
     text = json.dumps(content, indent=2, default=lambda value: asdict(value))
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -110,6 +111,7 @@ def kept(file: Path, settings: str, measure: Callable[[], dict[str, Any]]) -> di
         saved = {"settings": settings, "found": measure()}
         part = file.with_suffix(".part")
         write_json(part, saved)
+        # In one step, so that a file that is there is whole.
         part.replace(file)
     found: dict[str, Any] = saved["found"]
     return found

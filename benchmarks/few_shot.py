@@ -47,6 +47,7 @@ def joint(start: Initialisation, tasks: Tasks, seed: int) -> Initialisation:
     """The start's convolutions trained by Adam to tell all classes of the tasks apart, and a last layer of zeros."""
     images = torch.cat([tasks.x, tasks.query_x], 1).flatten(0, 1)
     labels = torch.cat([tasks.classes.gather(1, y) for y in (tasks.y, tasks.query_y)], 1).flatten()
+    # The classes of all tasks, numbered from 0.
     kinds, labels = labels.unique(return_inverse=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -58,6 +59,7 @@ def joint(start: Initialisation, tasks: Tasks, seed: int) -> Initialisation:
     for _ in range(JOINT_EPOCHS):
         for rows in torch.randperm(len(images), generator=generator).split(50):
             adam.zero_grad()
+            # As one task, (1, n, 14, 14).
             found: Tensor = wide.head(wide.features(images[rows][None]))[0]
             cross_entropy(found, labels[rows]).backward()
             adam.step()
@@ -86,6 +88,7 @@ def measured(config: ExperimentConfig, data: str | None, seed: int) -> dict[str,
     assert isinstance(problem, FewShot)
     descent = BilevelDescent(problem, {"start": float(seed)}, descent_method(config))
     start: Initialisation = descent.levels.hyperparameters(descent.x.detach().clone())["upper"]
+    # Before the descent, which changes `start`: it is the module that is learned.
     row = {
         "nearest example": nearest(problem.splits["test"]),
         "random": at_best_nearness(problem, start),

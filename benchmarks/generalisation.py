@@ -87,6 +87,7 @@ def outcome(record: Record) -> Outcome:
     assert upper is not None and upper_of_first is not None
     learned = [step.shrinkage for step in record.steps if step.shrinkage is not None]
     predicted = expected_loss(learned[-1], result.unit, upper) - upper if learned else None
+    # Less the same for the first training: validation and test examples differ by chance as well.
     measured = result.metrics["test_loss"] - upper - (first.metrics["test_loss"] - upper_of_first)
     refitted = record.refits.get(index, {}).get("test_loss")
     return Outcome(upper, result.metrics["test_loss"], refitted, predicted, measured)

@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows: list[dict[str, float]] = []
             for seed in range(given.seeds):
                 problem = problem_of(config, given.data, graph, missing, seed)
+                # Nearest neighbours do not depend on the missing edges, so they are measured once a seed.
                 runs, near = given.out / "runs", problem_of(config, given.data, graph, 1.0, seed)
                 measure_near = partial(neighbour_accuracy, near, seed)
                 measure = partial(accuracies, problem, config, seed)
@@ -123,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 said = ", ".join(f"{name} {one[name]:.3f}" for name in COLUMNS)
                 console.print(f"{graph}, {missing:.0%} missing, seed {seed}: {said}", style="dim", highlight=False)
             by_share[missing] = intervals(rows)
+            # Seed by seed: the better of the two may be another one each time.
             gains = bootstrap([row["learned"] - max(row[name] for name in BASELINES) for row in rows])
             result.append({"graph": graph, "missing": missing, "means": by_share[missing], "gain": gains, "rows": rows})
             means = [f"{by_share[missing][name].mean:.3f}" for name in COLUMNS]

@@ -60,6 +60,7 @@ class Measured:
     accuracy: float
 
 
+# A dispatch mode lies below autograd, so that it sees the operations of backward passes as well.
 class PeakBytes(TorchDispatchMode):
     """The most bytes, alive at once, of tensors that operations inside the block made."""
 
@@ -72,6 +73,7 @@ class PeakBytes(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor):
+                # Weak, so that counting keeps nothing alive.
                 reference = StorageWeakRef(tensor.untyped_storage())
                 self.alive[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
@@ -259,7 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     y = torch.zeros(sum(part.numel() for part in descent.model.parameters()), dtype=x.dtype)
     y = solve_lower(functions, x, y, 1e-3).y
     truth = Implicit(MinimalResidual(1e-10, limit=5000))(functions, x, y).gradient
+    # Half of the 2 / |H| below which a Neumann series converges.
     rate = 1 / curvature(functions, x, y)
+    # Times are in this unit, which depends less on the machine.
     unit = seconds(lambda: functions.lower(x, y))
     measured = []
     with TemporaryDirectory() as folder:

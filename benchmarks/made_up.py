@@ -25,6 +25,7 @@ class Quadratic(BilevelProblem):
 
     def __init__(self, dimension: int = DIMENSION, megabytes: float = 0.0) -> None:
         self.dimension = dimension
+        # Tensors of 8 kB, 125 of which are a megabyte.
         self.data = [torch.zeros(1000, dtype=torch.double) for _ in range(int(megabytes * 125))]
 
     def model(self) -> nn.Module:
@@ -41,6 +42,7 @@ class Quadratic(BilevelProblem):
         yield torch.zeros(1, dtype=torch.double)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        # f has curvature 1.
         return torch.optim.SGD(model.parameters(), lr=1.0)
 
 
@@ -72,18 +74,19 @@ class Answers:
         """A search that has run: regions of ten trainings each, a step before every training."""
         trainings = []
         for index in range(count):
+            # Each tenth training begins a region, named by its index.
             region = index - index % 10 if index % 10 else None
             proposal = Proposal(self.point(), "region", region, 0.5, 0.5, 0.1)
             value, upper = self.random.random(), self.random.random()
             found = Training(index, proposal, "done", index, value, upper, self.point(), 3.0, self.point())
             trainings.append(found)
         steps = [
-            StepRecord(index, index, 1.0, multiplier=1.0, violation=0.0, decrease=0.05, first=10.0, finished=index)
+            StepRecord(index, index, 1.0, multiplier=1.0, violation=0.0, decrease=0.05, finished=index)
             for index in range(count)
         ]
         return SearchState(tuple(trainings), tuple(steps))
 
     def step(self, step: UpperStep) -> UpperResult:
         proposal = Proposal(self.point(), step.origin, step.region, 0.5, 0.5, 0.1)
-        record = StepRecord(step.number, step.centre, 1.0, multiplier=1.0, decrease=0.05, first=10.0)
+        record = StepRecord(step.number, step.centre, 1.0, multiplier=1.0, decrease=0.05)
         return UpperResult(record, proposal, {index: self.point() for index in step.targets})

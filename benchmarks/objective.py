@@ -79,11 +79,13 @@ class Objective:
         Raises:
             BudgetSpent: before the training, if there is nothing left for it.
         """
+        # 1e-9: the cost is a sum of shares, with rounding errors.
         if self.cost >= self.budget - 1e-9:
             raise BudgetSpent
         unit = unit.detach().double().clamp(0, 1)
         config = self.space.to_config(unit)
         trained, checkpoint = None, b""
+        # A training that diverges is noted like any other, and so is its cost.
         with contextlib.suppress(NotFiniteError):
             trained, checkpoint = train(self.problem, config, self.seed)
         self.observed.append(self._observation(unit, config, trained, trace or {}))

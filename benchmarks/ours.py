@@ -78,6 +78,7 @@ class Drive:
                     self._take(step)
                 while optimizer.queue and len(optimizer.state.pending) + len(optimizer.running) < self.slots:
                     self._train(str(len(optimizer.state.trainings)))
+                # The objective's budget is that of all slots together (`suite.execute`).
                 if not self._under_way or self.clock >= self.objective.budget / self.slots:
                     break
                 self.clock, _, end = heapq.heappop(self._under_way)
@@ -89,6 +90,7 @@ class Drive:
     def _begin(self, passes: float, end: Callable[[], None]) -> None:
         """Something that lasts as long as its gradient evaluations take; `end` is called then."""
         until = self.clock + passes / self.objective.passes_per_training
+        # The count breaks ties: functions have no order.
         heapq.heappush(self._under_way, (until, next(self._count), end))
 
     def _take(self, step: UpperStep) -> None:
@@ -109,6 +111,7 @@ class Drive:
         training = self.optimizer.state.trainings[index]
         unit = torch.tensor(training.unit, dtype=torch.double)
         position = len(self.objective.observed)
+        # Trained at once. The search is told when the clock has come to its end.
         trained, self.checkpoints[index] = self.objective.train(unit, self._trace(training))
 
         def end() -> None:
@@ -146,6 +149,7 @@ class Drive:
         place = {ended.position: number for number, ended in enumerate(self.ended)}
         self.objective.clock = [ended.clock for ended in self.ended]
         self.objective.observed = [
+            # Positions are in the order of begin, and records in the order of ends.
             observed[e.position].model_copy(update={"incumbent": place.get(observed[e.position].incumbent, number)})
             for number, e in enumerate(self.ended)
         ]

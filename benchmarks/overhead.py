@@ -66,8 +66,11 @@ def sleeping(seconds: float, count: int, processes: Path) -> Callable[[dict[str,
         (processes / str(os.getpid())).touch()
         while len(os.listdir(processes)) < count:
             time.sleep(1.0)
+        # Wall time, since these are compared between processes.
         began = time.time()
+        # The same config sleeps as long in every search.
         chance = random.Random(repr(sorted(config.items())))
+        # The mean of this lognormal is exp(-0.045 + 0.3^2 / 2) = 1.
         time.sleep(seconds * math.exp(chance.gauss(-0.045, 0.3)))
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "lower_level.pt").touch()
@@ -89,6 +92,7 @@ def simulated_nodes(slots: int) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(environment("RAY_worker_register_timeout_seconds", str(PATIENCE_FOR_PROCESSES)))
+        # Full nodes, and one with the rest.
         sizes = [min(SLOTS_OF_A_NODE, slots - first) for first in range(0, slots, SLOTS_OF_A_NODE)]
         store = {"object_store_memory": BYTES_OF_A_STORE}
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **store})
@@ -172,6 +176,7 @@ def driven(name: str, trials: int, count: int, seconds: float) -> Driven:
         used = time.process_time()
         trainable = tune.with_resources(sleeping(seconds, count, Path(processes)), {"cpu": 1})
         analysis = tune.run(
+            # `aim` has metric and mode, which our search knows already.
             trainable, config=space(), search_alg=search, num_samples=trials, reuse_actors=True, storage_path=folder,
             verbose=0, **({"scheduler": PatientFIFO(idle_timeout_s=WORKER_START_S)} if ours else aim),
         )  # fmt: skip
@@ -197,6 +202,7 @@ def busy_share(times: Sequence[tuple[float, float]], count: int) -> float:
     """
     if len(times) < count:
         return math.nan
+    # When as many have ended as there are slots, and when the last one begins.
     first, last = sorted(ended for _, ended in times)[count - 1], max(began for began, _ in times)
     if first >= last:
         return math.nan

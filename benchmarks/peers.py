@@ -31,6 +31,7 @@ def diagonal(objective: Objective, seed: int) -> None:
 def grid(objective: Objective, seed: int) -> None:
     """A regular grid of about as many points as the budget, bounds included, in random order."""
     dimension = objective.space.dimension
+    # 1e-9, since 1000 ** (1 / 3) is 9.999999999999998.
     side = max(2, int(objective.budget ** (1 / dimension) + 1e-9))
     points = torch.cartesian_prod(*[torch.linspace(0, 1, side, dtype=torch.double)] * dimension)
     points = points.reshape(-1, dimension)
@@ -67,11 +68,11 @@ def cma_es(objective: Objective, seed: int) -> None:
     from cmaes import CMA  # type: ignore[import-untyped,unused-ignore]
 
     dimension = objective.space.dimension
-    bounds = np.tile([0.0, 1.0], (dimension, 1))
     # cmaes has no one-dimensional form: there, the second coordinate means nothing.
     padded = max(2, dimension)
     bounds = np.tile([0.0, 1.0], (padded, 1))
     for restart in itertools.count():
+        # Restarts until the objective stops it, each with another seed.
         search = CMA(mean=np.full(padded, 0.5), sigma=0.25, bounds=bounds, seed=seed + 1000 * restart)
         while not search.should_stop():
             asked = [search.ask() for _ in range(search.population_size)]
@@ -91,10 +92,12 @@ def qlogei(objective: Objective, seed: int) -> None:
 
     dimension = objective.space.dimension
     x = sobol_points(dimension, min(START_DESIGN, 2 * dimension + 2), seed)
+    # BoTorch maximises.
     values = [-objective.value(unit) for unit in x]
     bounds = torch.stack([torch.zeros(dimension), torch.ones(dimension)]).double()
     for number in itertools.count():
         y = torch.tensor(values, dtype=torch.double).unsqueeze(-1)
+        # BoTorch draws its starts from torch's global numbers, which are put back.
         with warnings.catch_warnings(), manual_seed(seed + 1000 * number):
             warnings.simplefilter("ignore")
             model = SingleTaskGP(x, y)

@@ -152,6 +152,7 @@ def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run
     y, adam = weights_of(model), torch.optim.Adam([x], lr=experiment.rate)
     memory: KrylovMemory | None = None
     reference: KrylovMemory | None = None
+    # Solves with a memory of its own, `reference`, so that it does not help the solver that is measured.
     exact = MinimalResidual(1e-9, limit=5000)
     norm = 0.0
     errors: list[float] = []
@@ -172,6 +173,7 @@ def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run
 
         accept = (lambda q, error=error: error(q) <= experiment.accuracy) if criterion == "true error" else None
         started = time.perf_counter()
+        # `norm` is of the step before, as a descent has it. It is 0 in the first, which then ends by the residual.
         system = LinearSystem(linear.hessian, upper.in_y, linear.mixed, experiment.accuracy * norm, accept)
         found, memory = solver.solve(system, memory)
         seconds += time.perf_counter() - started
@@ -180,6 +182,7 @@ def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run
         jacobians += found.jacobians
         errors.append(error(found.solution))
         if found.error is not None:
+            # The estimate is absolute, the error relative.
             ratios.append(found.error / (errors[-1] * scale))
         norm = scale
         x.grad = upper.in_x - linear.mixed(found.solution)
@@ -240,6 +243,7 @@ def table(runs: Sequence[Run]) -> Table:
     ):
         shown.add_column(column, justify="right")
     for one in runs:
+        # The baseline has no estimate, so there it ends by the residual.
         peer = "residual" if one.criterion == "estimated error" else one.criterion
         base = next(r for r in runs if (r.experiment, r.strategy, r.criterion) == (one.experiment, BASELINE, peer))
         saved = 1 - one.iterations / base.iterations

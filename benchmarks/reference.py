@@ -33,6 +33,7 @@ def implicit_gradient(
     model = make_model(problem, {})
     model.load_state_dict(load_checkpoint(checkpoint)["model"])
     levels = Levels(problem, model, BoxVariables(space, {}))
+    # The point that was trained: steps of hyperparameters are applied.
     x, y = space.encode(space.to_config(unit)), levels.y
     upper, products = levels.upper(x, y), levels.linearise(x, y)
     solver = ConjugateGradients(tolerance, limit=max(3, int(max_solve * objective.passes_per_training)))
@@ -64,7 +65,9 @@ def _lbfgsb(objective: Objective, seed: int, centre: bool, tolerance: float, max
             unit = torch.from_numpy(point).clamp(0, 1)
             trained, checkpoint = objective.train(unit, {"start": number})
             if trained is None:
+                # No slope is known where a training failed.
                 return objective.worst(), 0 * point
+            # Before a solve that no training would follow.
             if objective.cost >= objective.budget:
                 raise BudgetSpent
             found = implicit_gradient(objective, unit, checkpoint, tolerance, max_solve)

@@ -29,6 +29,7 @@ class Interval:
     def of(cls, values: Sequence[float]) -> Interval:
         if len(values) < 2:
             return cls(values[0], None, 1)
+        # Two-sided, with the degrees of freedom of the sample deviation.
         quantile = float(student.ppf(0.975, len(values) - 1))
         return cls(fmean(values), quantile * stdev(values) / len(values) ** 0.5, len(values))
 
@@ -172,6 +173,7 @@ def figures(records: Sequence[Record], folder: Path) -> list[Path]:
     """Regret over cost, one SVG per problem: the mean over seeds, and the range of the seeds."""
     import matplotlib
 
+    # Without a display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -203,6 +205,7 @@ def figures(records: Sequence[Record], folder: Path) -> list[Path]:
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
         axes.legend(fontsize="small", ncols=2)
         path = folder / f"{problem}.svg"
+        # Without a date equal data make equal files.
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
         written.append(path)
@@ -211,8 +214,10 @@ def figures(records: Sequence[Record], folder: Path) -> list[Path]:
 
 def curve(runs: Sequence[Record]) -> tuple[list[float], list[float], list[float], list[float]]:
     """Costs, and least, mean and largest regret over the seeds there; from where every seed has an incumbent."""
+    # As far as all runs go.
     end = min(r.settings.budget for r in runs)
     ends = {o.cost for r in runs for o in r.observations if o.cost <= end}
+    # The axis is logarithmic, and the best run has a regret of 0.
     floor = 1e-6
     rows: list[tuple[float, float, float, float]] = []
     for cost in sorted({*ends, end}):

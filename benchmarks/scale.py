@@ -62,6 +62,7 @@ def drive(observations: int, watch: Callable[[str, float], None] | None = None, 
         index: f"/storage/experiment/trial_{index}/checkpoint_000000" for index in range(number)
     }
     busy: list[str] = []
+    # Blocks are pickled, as `ray.put` would.
     sent = SentState(cloudpickle.dumps)
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
@@ -129,6 +130,7 @@ def memory(observations: int = 10_000) -> bool:
 def peak() -> float:
     """The process's largest resident memory so far, in MB."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # ru_maxrss is in bytes on macOS, and in kilobytes on Linux.
     return used / (1e6 if sys.platform == "darwin" else 1024)
 
 
@@ -151,12 +153,14 @@ def simulate(count: int, share: float, trainings: int) -> tuple[float, float]:
     now, asked, idle, busy, begun, order = 0.0, 0, 0.0, 0.0, math.inf, 0
     running = {"training": 0, "step": 0}
     while asked < trainings or events:
+        # Something for each free slot.
         while asked < trainings and running["training"] + running["step"] < count:
             trial = str(asked)
             kind: str
             what: Any
             if optimizer.ask(trial) is not None:
                 asked += 1
+                # A mean of exp(-0.045 + 0.3^2 / 2) = 1.
                 kind, what, seconds = "training", trial, math.exp(chance.gauss(-0.045, 0.3))
             elif (step := optimizer.plan()) is not None:
                 kind, what, seconds = "step", step, share
@@ -167,7 +171,9 @@ def simulate(count: int, share: float, trainings: int) -> tuple[float, float]:
             heapq.heappush(events, (now + seconds, order, kind, what))
         if begun == math.inf and asked >= max(count, 5):
             begun = now
+        # The next that ends.
         then, _, kind, what = heapq.heappop(events)
+        # Not while the last trainings end: then slots are free for want of more.
         if begun < math.inf and asked < trainings:
             idle += (then - now) * (count - running["training"] - running["step"])
             busy += (then - now) * running["training"]

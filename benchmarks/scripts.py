@@ -86,6 +86,7 @@ def read(file: Path) -> list[Run]:
 
 def append(file: Path, run: Run) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
+    # Whether the last line is a part of one, which is then ended before the next.
     part = file.exists() and not file.read_bytes().endswith(b"\n")
     with file.open("a", encoding="utf-8") as records:
         records.write("\n" * part + json.dumps(asdict(run)) + "\n")
@@ -164,6 +165,7 @@ def arguments() -> argparse.ArgumentParser:
 def start_ray(cpus: int | None) -> None:
     """A local Ray, whose workers find the scripts."""
     sys.path.insert(0, str(FOLDER))
+    # Ray's workers take the path from here, not from sys.path.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
 

@@ -95,6 +95,7 @@ def run(problem: SeveralOptima, count: int, slots: int, trainings: int, share: b
         what: Any
         if driver.timed(lambda: driver.search.ask(trial)) is not None:
             driver.asked += 1
+            # A mean of exp(-0.045 + 0.3^2 / 2) = 1.
             what, seconds = trial, math.exp(chance.gauss(-0.045, 0.3))
         elif (step := driver.timed(driver.search.plan)) is not None:
             what, seconds = step, STEP
@@ -110,13 +111,16 @@ def run(problem: SeveralOptima, count: int, slots: int, trainings: int, share: b
             if share and store:
                 leader = min(store)[1]
                 for number, driver in enumerate(drivers):
+                    # Half of the slots for all alike, the other half for the part with the lowest F.
                     driver.search.slots = max(1, slots // 2 // count) + (slots // 2 if number == leader else 0)
             for number, driver in enumerate(drivers):
+                # All drivers share the slots, whatever each may have at most.
                 free = slots - sum(other.busy for other in drivers)
                 while free > 0 and driver.busy < driver.search.slots and begin(number):
                     free -= 1
         if not events:
             return Outcome(best, max(driver.seconds for driver in drivers))
+        # The next that ends.
         now, _, number, what = heapq.heappop(events)
         driver = drivers[number]
         driver.busy -= 1
@@ -142,6 +146,7 @@ def finish_training(problem: BilevelProblem, driver: Driver, trial: str, seed: i
 def take(driver: Driver, source: Driver, trial: str, config: dict[str, Any], upper: float) -> None:
     """What another search observed, from the store, where it lies in this one's part."""
     if driver is not source and driver.search.space.contains(config):
+        # complete=False: of F alone. Its weights, and so its gradients, stay with the search that trained it.
         driver.timed(lambda: driver.search.add(trial, config, Observation(upper, complete=False)))
 
 

@@ -259,24 +259,28 @@ def dimension_of(entry: ProblemEntry) -> int:
 
 def execute(run: Run) -> Record:
     """The record of a run; of a failed one, with what it saw before and the error."""
+    # Several runs share the machine, one a process.
     torch.set_num_threads(1)
     began = time.perf_counter()
     problem = _cached_problem(
         ProblemEntry(problem=run.problem.problem, options=run.problem.options).model_dump_json(), run.data
     )
     space = box_of(problem)
+    # The objective counts trainings, of which `slots` fit into a unit of simulated time.
     objective = Objective(problem, space, run.seed, run.budget * run.method.slots)
     steps: tuple[Step, ...] = ()
     error, exhausted = None, False
     try:
         if run.method.method in METHODS:
             steps = bilevel(objective, run.seed, run.method.method, run.method.settings, run.method.slots)
+            # On a simulated clock the cost is the time, and says nothing of the budget.
             exhausted = run.method.slots == 1 and objective.cost < run.budget
         else:
             PEERS[run.method.method].search(objective, run.seed, **run.method.settings)
             exhausted = True
     except BudgetSpent:
         pass
+    # Not all exceptions: a TypeError, e.g., is a mistake of the program, and ends the benchmark.
     except (RaybilevelError, ArithmeticError, ValueError, RuntimeError) as raised:
         error = f"{type(raised).__name__}: {raised}"
     observations = objective.observations()
@@ -310,6 +314,7 @@ def _refits(problem: BilevelProblem, observations: Sequence[Observation], run: R
             continue
         try:
             metrics = refit(problem, observations[index].hyperparameters, run.seed)
+        # A refit that diverges has no metrics.
         except ArithmeticError:
             continue
         if metrics is None:

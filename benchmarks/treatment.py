@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"seed {seed}: error of the mean effect {found[-1]['ate_error']:.2f}", style="dim")
     rows = {measure: [by_name(one, measure) for one in found] for measure in ("ate_error", "pehe")}
     ate, pehe = intervals(rows["ate_error"]), intervals(rows["pehe"])
+    # Paired, since each draw of the data is as hard for all estimators.
     tests = {
         name: paired_test([row[name] for row in rows["ate_error"]], [row[BASE] for row in rows["ate_error"]])
         for name in ate

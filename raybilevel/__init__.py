@@ -6,6 +6,8 @@ from raybilevel._lazy import lazy_names
 from raybilevel._version import __version__
 
 if TYPE_CHECKING:
+    from raybilevel._lower.training import refit
+    from raybilevel._records.experiment import summarise
     from raybilevel.problem import BilevelProblem, LargeUpperLevel
     from raybilevel.tune import (
         BilevelSearch,
@@ -24,6 +26,8 @@ __all__ = [
     "data_parallel_trainable",
     "hypergradient_trainable",
     "lower_level_trainable",
+    "refit",
+    "summarise",
 ]
 
 __getattr__ = lazy_names(
@@ -36,6 +40,8 @@ __getattr__ = lazy_names(
         "data_parallel_trainable": ".tune",
         "hypergradient_trainable": ".tune",
         "lower_level_trainable": ".tune",
+        "refit": "._lower.training",
+        "summarise": "._records.experiment",
     },
 )
 

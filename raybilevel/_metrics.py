@@ -22,6 +22,7 @@ GRADIENT = "lower_gradient"
 HYPERPARAMETERS = "hyperparameters"
 TRIAL_PATH = "trial_path"
 GPUS = "gpus"
+PROBLEM = "problem_identity"
 CHECKPOINT_DIR_NAME = "checkpoint_dir_name"
 
 OF_DESCENTS = frozenset({
@@ -31,7 +32,7 @@ OF_DESCENTS = frozenset({
 """What a descent along hypergradients reports beside F and f."""
 
 OF_RAYBILEVEL = OF_DESCENTS | {
-    UPPER_LOSS, LOWER_LOSS, EPOCH, STEP, PASSES, FINISHED, GRADIENT, HYPERPARAMETERS, TRIAL_PATH, GPUS,
+    UPPER_LOSS, LOWER_LOSS, EPOCH, STEP, PASSES, FINISHED, GRADIENT, HYPERPARAMETERS, TRIAL_PATH, GPUS, PROBLEM,
 }  # fmt: skip
 
 # Of Ray 2.50 to 2.60: AUTO_RESULT_KEYS, DEBUG_METRICS and the auto-filled keys in ray/tune/result.py, Tune's private
@@ -84,6 +85,7 @@ def problem_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in result.items()
+        # A truth value is an int, too.
         if isinstance(value, float | int) and not isinstance(value, bool)
         if not is_reserved(name) and math.isfinite(value)
     }

@@ -14,7 +14,11 @@ import torch
 from pydantic import BeforeValidator, PlainSerializer
 from torch import Tensor
 
+from raybilevel._tree import Path, named
 from raybilevel.errors import SpaceError
+
+Condition = tuple[tuple[int, int], ...]
+"""Coordinates of choices and, of each, the number of the value that it must have."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +65,23 @@ MOST_LEVELS = 32
 """Whole numbers of more values than this are searched like a continuous hyperparameter and rounded."""
 
 NORMAL = NormalDist()
+# What is cut off at either end, a probability of 3e-5.
 BELOW = NORMAL.cdf(-TAIL)
 
 Values = Annotated[
     tuple[Any, ...],
-    PlainSerializer(repr, return_type=str),
+    PlainSerializer(lambda values: repr(readable(values)), return_type=str),
     BeforeValidator(lambda given: ast.literal_eval(given) if isinstance(given, str) else given),
 ]
-"""Numbers, texts, None and tuples of these, written as Python does: JSON would make lists of tuples."""
+"""Numbers, texts, None and tuples of these, written as Python does: JSON would make lists of tuples. For others stands
+what is readable of them."""
 
 
 @dataclass(frozen=True)
 class Parameter:
     """One hyperparameter: a number between `low` and `high`, or one of `choices`.
 
-    path:    where it stands in the (nested) config, e.g. ("weight_decay", "fc1").
+    path:    where it stands in the (nested) config, e.g. ("weight_decay", "fc1"), or ("weights", 2) in a list.
     low, high: its bounds, both included, in its own unit.
     log:     searched on a logarithmic scale.
     step:    values are multiples of it (Tune's `q`). None allows any value.
@@ -85,13 +91,17 @@ class Parameter:
     choices: its values, if it is no range. `low` and `high` are then 0 and their number less one. Choices that are all
         numbers are in ascending order, and neighbours are alike. Others are equally unlike.
     smooth:  the lower level's loss is differentiable in it, so that it has hypergradients.
+    when:    conditions of which one must hold for it to be active, i.e. to be in the config at all. Always, if there
+        are none.
+    switch:  its choices are the numbers of alternative parts of the config. It has no entry of its own there.
+    grid:    its choices are not searched: each gets an equal share of the trials.
 
     Raises:
         SpaceError: the bounds are not finite or not in order, a logarithmic scale reaches 0, no multiple of the step
             lies within the bounds, or whole numbers are not whole.
     """
 
-    path: tuple[str, ...]
+    path: Path
     low: float
     high: float
     log: bool = False
@@ -100,8 +110,13 @@ class Parameter:
     normal: bool = False
     choices: Values = ()
     smooth: bool = True
+    when: tuple[Condition, ...] = ()
+    switch: bool = False
+    grid: bool = False
 
     def __post_init__(self) -> None:
+        for bound in ("low", "high"):  # so that values at a bound are floats, too
+            object.__setattr__(self, bound, float(getattr(self, bound)))
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise SpaceError(f"{self.name}: bounds must be finite, got [{self.low}, {self.high}]")
         if not self.low < self.high:
@@ -113,6 +128,7 @@ class Parameter:
             raise SpaceError(f"{self.name}: a logarithmic scale needs a positive lower bound, got {self.low}")
         if self.step is not None and not self.step > 0:
             raise SpaceError(f"{self.name}: the step must be positive, got {self.step}")
+        # 1e-9 of a step, since 0.3 / 0.1 is 2.9999999999999996.
         if self.step is not None and math.ceil(self.low / self.step - 1e-9) * self.step > self.high + 1e-9 * self.step:
             raise SpaceError(f"{self.name}: no multiple of the step {self.step} lies in [{self.low}, {self.high}]")
         if self.integer and not all(float(n).is_integer() for n in (self.low, self.high, self.step or 1)):
@@ -121,13 +137,13 @@ class Parameter:
             raise SpaceError(f"{self.name}: {len(self.choices)} choices need the bounds 0 and {len(self.choices) - 1}")
 
     @classmethod
-    def of(cls, path: tuple[str, ...], domain: str, arguments: Sequence[Any]) -> Parameter:
+    def of(cls, path: Path, domain: str, arguments: Sequence[Any]) -> Parameter:
         """From the name of a domain and its arguments.
 
         Raises:
             SpaceError: there is no such domain, or its arguments are wrong.
         """
-        name = "/".join(path)
+        name = named(path)
         if domain == CHOICE:
             return cls.of_choices(path, arguments)
         if domain not in DOMAINS:
@@ -140,19 +156,20 @@ class Parameter:
         if kind.normal:
             if not high > 0:
                 raise SpaceError(f"{name}: {domain} needs a positive standard deviation, got {high}")
+            # Of a normal distribution `low` and `high` are its mean and deviation up to here.
             low, high = low - TAIL * high, low + TAIL * high
         if kind.integer and step in ([], [1.0]):  # Tune's `high` is exclusive then
             high, step = high - 1, []
         return cls(path, low, high, kind.log, step[0] if step else None, kind.integer, kind.normal)
 
     @classmethod
-    def of_choices(cls, path: tuple[str, ...], choices: Sequence[Any]) -> Parameter:
+    def of_choices(cls, path: Path, choices: Sequence[Any]) -> Parameter:
         """From the values that it may have, at least two.
 
         Raises:
             SpaceError: there are fewer, or two of them are the same.
         """
-        name = "/".join(path)
+        name = named(path)
         values = list(choices)
         if len(values) < 2:
             raise SpaceError(f"{name}: a choice needs at least two values, got {values}; make it a constant")
@@ -178,6 +195,7 @@ class Parameter:
             return self.choices
         if self.integer:
             low, high = int(self.low), int(self.high)
+            # Without a step Tune's `high` is exclusive, as in `of`.
             return (low, high + 1) if self.step is None else (low, high, int(self.step))
         numbers = (self._mean, self._deviation) if self.normal else (self.low, self.high)
         return numbers if self.step is None else (*numbers, self.step)
@@ -185,12 +203,12 @@ class Parameter:
     @cached_property
     def name(self) -> str:
         """The path as Tune flattens it: "weight_decay/fc1"."""
-        return "/".join(self.path)
+        return named(self.path)
 
     @cached_property
     def unordered(self) -> bool:
         """Whether its values have no order, so that two of them are alike or not, and nothing between."""
-        return bool(self.choices) and not all(is_finite_number(value) for value in self.choices)
+        return self.switch or (bool(self.choices) and not all(is_finite_number(value) for value in self.choices))
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
@@ -205,12 +223,18 @@ class Parameter:
             return ()
         return tuple(self._to_unit(number * step) for number in range(first, last + 1))
 
+    @cached_property
+    def rest(self) -> float:
+        """The unit-cube coordinate that stands for it where it is not active."""
+        return self.levels[len(self.levels) // 2] if self.levels else 0.5
+
     def decode(self, unit: Tensor) -> Any:
         """The value at a unit-cube coordinate, any shape, differentiable; steps are not applied. Whole numbers and
         choices are plain values, of one coordinate."""
         if self.choices or self.integer:
             return self.to_value(unit.item())
         if self.normal:
+            # Quantiles from BELOW to 1 - BELOW: the tails are cut off.
             return self._mean + self._deviation * torch.special.ndtri(BELOW + unit * (1 - 2 * BELOW))
         if self.log:
             return torch.exp(math.log(self._low) + unit * self.width)
@@ -234,6 +258,7 @@ class Parameter:
         if self.normal:
             unit = (NORMAL.cdf((number - self._mean) / self._deviation) - BELOW) / (1 - 2 * BELOW)
         elif self.log:
+            # A value that was given from outside may be below the box, and have no logarithm.
             if not number > 0:
                 return 0.0
             unit = math.log(number / self._low) / self.width
@@ -271,6 +296,7 @@ class Parameter:
     def slope(self, value: float) -> float:
         """d value / d unit at a value: turns a gradient in the value into one in the unit cube."""
         if self.normal:
+            # The derivative of a quantile function is one over the density.
             density = NORMAL.pdf((value - self._mean) / self._deviation)
             return self._deviation * (1 - 2 * BELOW) / density
         return value * self.width if self.log else self.width
@@ -294,7 +320,28 @@ def same(one: Any, other: Any) -> bool:
     """Whether two values are the same choice: 1, 1.0 and True are three."""
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):  # a list, where it has been through JSON
         return len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and bool(one == other)
+    if one is other or type(one) is not type(other):
+        return one is other
+    try:
+        return bool(one == other)
+    except (ValueError, RuntimeError):  # of arrays and tensors
+        return bool((one == other).all())
+
+
+def is_literal(value: Any) -> bool:
+    """Whether Python reads from its text the same value."""
+    try:
+        return bool(ast.literal_eval(repr(value)) == value)
+    except (ValueError, SyntaxError, TypeError):
+        return False
+
+
+def readable(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Values, with names in the place of those that are no literals."""
+    return tuple(
+        value if is_literal(value) else f"<{getattr(value, '__qualname__', type(value).__qualname__)}>"
+        for value in values
+    )
 
 
 def is_finite_number(value: Any) -> bool:

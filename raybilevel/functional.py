@@ -73,6 +73,7 @@ def cross_entropy(
         losses = -(((1 - label_smoothing) * target + spread) * w * log_p).sum(dim)
         return reduced(losses, reduction, count=losses.numel())
     chosen, kept = class_indices(input, target, dim, ignore_index)
+    # Examples that do not count weigh nothing, in the mean as well.
     w_target = torch.where(kept, gathered(w.expand_as(log_p), chosen, dim), 0)
     nll = -w_target * gathered(log_p, chosen, dim)
     losses = nll
@@ -142,6 +143,7 @@ def binary_cross_entropy_with_logits(
     check_same_shape(input, target)
     log_sigmoid = functional.logsigmoid(input)
     positives = log_sigmoid if pos_weight is None else (1 + (pos_weight - 1) * target) * log_sigmoid
+    # log(1 - sigmoid(z)) = log sigmoid(z) - z, which is finite also where sigmoid(z) is 1 in single precision.
     losses = (1 - target) * input - positives
     if weight is not None:
         losses = weight * losses
@@ -217,13 +219,16 @@ def dropout(
     if not training or (rate == 0 and not isinstance(p, Tensor)):
         return input
     kept = torch.empty_like(input).bernoulli_(1 - rate, generator=generator)
+    # Nothing is kept, and 1 / (1 - p) is infinite.
     if rate == 1:
         return input * kept
     noise = kept / (1 - rate)
     if isinstance(p, Tensor):
         # max(): with p = 0 nothing is dropped.
         slope = torch.where(kept > 0, 0.5 / (1 - rate) ** 2, -0.5 / max(rate * (1 - rate), 1e-30))
+        # Adds 0 to the value, and `slope` to the gradient.
         noise = noise + slope * (p - p.detach())
+    # p may be of another precision.
     return input * noise.to(input.dtype)
 
 
@@ -278,6 +283,7 @@ def class_indices(input: Tensor, target: Tensor, dim: int, ignore_index: int) ->
             f"got {tuple(target.shape)}"
         )
     kept = target != ignore_index
+    # `gather` takes no -100.
     return torch.where(kept, target, 0), kept
 
 

@@ -224,6 +224,7 @@ class SupportsShards(Protocol):
 
 def trains_itself(problem: object) -> bool:
     """Whether a problem has a `train` of its own."""
+    # On the class: of a problem, `train` may be the number of its training examples.
     return callable(getattr(type(problem), "train", None))
 
 
@@ -306,6 +307,7 @@ def make_refit_batches(
 def takes_hyperparameters(method: Callable[..., Any], others: int) -> bool:
     """Whether a problem's method asks for the hyperparameters beside its `others` arguments: it has a parameter of that
     name, or more than so many without a default."""
+    # The function is what the cache below keeps. A bound method would keep its problem alive.
     function = getattr(method, "__func__", None)
     return _takes_hyperparameters(method, others) if function is None else _takes_hyperparameters(function, others + 1)
 
@@ -314,6 +316,7 @@ def takes_hyperparameters(method: Callable[..., Any], others: int) -> bool:
 def _takes_hyperparameters(function: Callable[..., Any], others: int) -> bool:
     parameters = inspect.signature(function).parameters
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    # A parameter with a default is the problem's own business, unless it has the name.
     needed = [p for p in parameters.values() if p.kind in positional and p.default is p.empty]
     return "hyperparameters" in parameters or len(needed) > others
 
@@ -336,6 +339,7 @@ def move(batch: Batch, device: str | torch.device, dtype: torch.dtype) -> Batch:
         return batch.to(device, dtype) if batch.is_floating_point() else batch.to(device)
     if isinstance(batch, Mapping):
         return {key: move(value, device, dtype) for key, value in batch.items()}
+    # A named tuple takes its fields one by one.
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(move(value, device, dtype) for value in batch))
     if isinstance(batch, tuple | list):
@@ -349,6 +353,7 @@ def minibatches(
     """Batches of `size` rows (None: all rows at once) of tensors of equal length, shuffled by the generator."""
     rows = len(tensors[0])
     if size is None or size >= rows:
+        # One batch has no order to shuffle.
         yield tensors
         return
     order = torch.arange(rows) if generator is None else torch.randperm(rows, generator=generator)

@@ -28,7 +28,8 @@ __all__ = [
 Status = Literal["pending", "done", "stopped", "failed", "lost"]
 Origin = str
 """Where a proposal comes from. Of the search itself: "start" (the method's design), "given" (by the user), "fill" (a
-space-filling point), "unknown" (a trial that it did not ask for). Of a method's steps: what the method calls it."""
+space-filling point), "unknown" (a trial that it did not ask for), "evaluated" (a point whose F is known from
+elsewhere). Of a method's steps: what the method calls it."""
 Unit = tuple[float, ...]
 Likelihood = Literal["log_likelihood", "squared_error"]
 
@@ -128,9 +129,8 @@ class StepRecord(PickledOnce):
     """One finished upper-level step.
 
     centre:      index of the training whose weights it started from.
-    multiplier, violation: where its augmented Lagrangian descent ended; None where it had nothing to descend.
-    decrease:    F at the trained weights less F at the descent's, relative to |F|.
-    first:       the multiplier relative to its Cauchy estimate, where the next descent begins.
+    multiplier, violation: of its augmented Lagrangian; None where it had no hypergradient to take.
+    decrease:    F at the trained weights less F where that Lagrangian is least, relative to |F|.
     penalty, rate, momentum: of the published scheme, for its next descent.
     finished:    how many trainings had finished when its result came.
     settled:     a trust region in which it found nothing better to propose.
@@ -148,7 +148,6 @@ class StepRecord(PickledOnce):
     multiplier: float | None = None
     violation: float | None = None
     decrease: float | None = None
-    first: float | None = None
     penalty: float | None = None
     rate: float | None = None
     momentum: float | None = None
@@ -161,6 +160,7 @@ class StepRecord(PickledOnce):
     expected: tuple[tuple[int, float], ...] = ()
 
 
+# Compared by identity, as it is a key of a cache (`_trust_region.replayed`).
 @dataclass(frozen=True, eq=False)
 class RegionHistory:
     """A trust region's trainings that have ended, in order; the first is the one at which it began."""
@@ -235,6 +235,13 @@ class SearchState:
     def region(self, began: int) -> RegionHistory:
         return self.regions.get(began) or RegionHistory((self.trainings[began],))
 
+    def number(self, training: Training) -> int:
+        """A training's number for people: from 1, in the order in which trainings were asked, as Tune numbers its
+        trials. Points whose F is known from elsewhere have none, and do not count; 0 stands for it."""
+        if training.proposal.origin == "evaluated":
+            return 0
+        return training.index + 1 - sum(t.proposal.origin == "evaluated" for t in self.trainings[: training.index])
+
     @cached_property
     def best(self) -> Training | None:
         """The incumbent: the lowest F at trained weights."""
@@ -244,6 +251,7 @@ class SearchState:
     def passes_per_training(self) -> float:
         """Gradient evaluations of f that a training takes on average; 1 before the first."""
         done = self.done
+        # It divides. A trainable of the user's own may report no passes.
         return max(1e-12, sum(t.passes for t in done) / len(done)) if done else 1.0
 
     @cached_property
@@ -286,6 +294,7 @@ class SearchState:
         trainings = [1.0 if t.status != "stopped" else t.passes / unit for t in told]
         for step in self.steps:
             if told:
+                # A step that ended after the last training is charged to that.
                 trainings[min(step.finished, len(told) - 1)] += step.passes / unit
         return list(itertools.accumulate(trainings))
 
@@ -304,9 +313,12 @@ class SearchState:
     def change(self, index: int, **changes: Any) -> SearchState:
         before, after = self.trainings[index], replace(self.trainings[index], **changes)
         new = replace(self, trainings=put(self.trainings, index, after))
+        # Only steps settle regions.
         new._knowing({"settled": self.settled})
+        # It has ended, as the last so far: what is derived grows by it.
         if before.finished < 0 and after.finished == len(self.told):
             return new._knowing(self._with_end(before, after))
+        # Only more is known of it, e.g. its hypergradient. After a second try all is worked out again.
         same = (
             before.status == after.status
             and before.upper_loss == after.upper_loss
@@ -325,17 +337,21 @@ class SearchState:
         known: dict[str, Any] = {"told": (*self.told, after), "pending": pending, "regions": regions}
         if after.status != "done":
             return known | {name: getattr(self, name) for name in ("done", "sorted_upper", "best")}
+        # The state before keeps its own.
         sorted_upper = self.sorted_upper.copy()
         bisect.insort(sorted_upper, after.upper_loss)
+        # Of equals the earlier one, as `min` takes.
         best = self.best if self.best is not None and self.best.upper_loss <= after.upper_loss else after
         return known | {"done": (*self.done, after), "sorted_upper": sorted_upper, "best": best}
 
     def _with_more(self, before: Training, after: Training) -> dict[str, Any]:
         """What is known once something was found out, e.g. a hypergradient, of a training that had ended."""
+        # The region that began at it, and the one that it is a member of.
         own = {region for region in (after.index, after.proposal.region) if region in self.regions}
         regions = self.regions | {region: self.regions[region].change(before, after) for region in own}
         done = self.done
         if after.status == "done":
+            # `done` is in the order of ends.
             done = put(done, bisect.bisect_left(done, after.finished, key=lambda t: t.finished), after)
         best = after if self.best is before else self.best
         known = {"told": put(self.told, after.finished, after), "done": done, "best": best, "regions": regions}
@@ -344,6 +360,7 @@ class SearchState:
     def _knowing(self, worked_out: Mapping[str, Any]) -> SearchState:
         """With what need not be worked out again."""
         for name, value in worked_out.items():
+            # Where `cached_property` keeps values. Setting an attribute is refused, as the class is frozen.
             self.__dict__.setdefault(name, value)
         return self
 
@@ -355,6 +372,7 @@ class SearchState:
     def __setstate__(self, state: bytes) -> None:
         file = io.BytesIO(state)
         records = []
+        # In the order in which they were written, so that places in the tuples are indices again.
         while file.tell() < len(state):
             records.append(pickle.load(file))
         self.__dict__.update(

@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raybilevel._parameter import Parameter, is_finite_number
+from raybilevel._dependent import Dependent, resolved
+from raybilevel._parameter import Condition, Parameter, is_finite_number, same
+from raybilevel._tree import MISSING, Path, flatten, leaves, look_up, nest, nest_lists, replaced
 from raybilevel.errors import SpaceError
 
-__all__ = ["Parameter", "Space", "flatten", "nest"]
+__all__ = ["Fixed", "Parameter", "Space", "flatten", "nest"]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """An entry of the config that is not searched: it is a `Dependent`, or it stands in a list with others that are
+    searched, or in a part of the config that is not always there.
+
+    when: as of a `Parameter`.
+    """
+
+    path: Path
+    value: Any = field(compare=False)
+    when: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True)
 class Space:
     """The box X of the upper level: d coordinates, one `Parameter` each.
 
+    Some may be active under conditions only (`Parameter.when`). Where one is not, its coordinate is `Parameter.rest`,
+    so that points which differ in nothing that is active are equal.
+
+    fixed:  other entries of the configs of its points.
+    tuples: paths at which these have a tuple, and not a list.
+    around: constants around it that functions of `fixed` are given.
+
     Raises:
-        SpaceError: there is no parameter, or two have the same name.
+        SpaceError: there is no parameter, or two have the same name and are always active.
     """
 
     parameters: tuple[Parameter, ...]
+    fixed: tuple[Fixed, ...] = ()
+    tuples: frozenset[Path] = frozenset()
+    around: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.parameters:
             raise SpaceError(
                 "the space has no hyperparameter to search; give at least one, e.g. tune.loguniform(1e-6, 1.0)"
             )
-        names = [parameter.name for parameter in self.parameters]
+        names = [parameter.name for parameter in self.parameters if not parameter.when]
         for name in names:
             if names.count(name) > 1:
                 raise SpaceError(f"{name}: given twice")
@@ -66,15 +93,96 @@ class Space:
         return tuple(i for i, p in enumerate(self.parameters) if p.unordered)
 
     @cached_property
+    def grid(self) -> tuple[int, ...]:
+        """Coordinates of which each value gets an equal share of the trials, as each combination of theirs does."""
+        return tuple(i for i, p in enumerate(self.parameters) if p.grid)
+
+    @property
+    def cells(self) -> int:
+        """How many combinations of the values of the grid there are; 1 without a grid."""
+        return math.prod(len(self.discrete[coordinate]) for coordinate in self.grid)
+
+    def next_cell(self, before: Sequence[Sequence[float]]) -> dict[int, float]:
+        """Of the cells of the grid that have had the fewest of these points the first: coordinates and their values."""
+        cells = list(itertools.product(*(range(len(self.discrete[c])) for c in self.grid)))
+        counts = Counter(self._cell(unit) for unit in before)
+        least = min(cells, key=lambda cell: counts[cell])
+        return {c: self.discrete[c][number] for c, number in zip(self.grid, least, strict=True)}
+
+    def in_cell(self, unit: Tensor, before: Sequence[Sequence[float]]) -> Tensor:
+        """The point, shape (d,), if its cell of the grid has had no more of those before than another; else it is moved
+        to one that has had the fewest."""
+        cell = self.next_cell(before)
+        counts = Counter(self._cell(other) for other in before)
+        if counts[self._cell(unit.tolist())] == counts[self._cell([cell.get(i, 0.0) for i in range(self.dimension)])]:
+            return unit
+        moved = unit.clone()
+        for coordinate, value in cell.items():
+            moved[coordinate] = value
+        return moved
+
+    def _cell(self, unit: Sequence[float]) -> tuple[int, ...]:
+        return tuple(nearest(self.discrete[c], unit[c]) for c in self.grid)
+
+    @cached_property
     def smooth(self) -> tuple[bool, ...]:
         """Of each coordinate, whether the lower level's loss is differentiable in it."""
         return tuple(p.smooth and not p.levels and not p.integer for p in self.parameters)
 
-    def known(self, gradient: Sequence[float]) -> tuple[float, ...]:
+    @cached_property
+    def conditional(self) -> bool:
+        """Whether some hyperparameters are not always active."""
+        return any(p.when for p in self.parameters)
+
+    def active(self, unit: Tensor) -> Tensor:
+        """Of each coordinate of points of the unit cube, shape (..., d), whether it is active there: booleans."""
+        found = torch.ones_like(unit, dtype=torch.bool)
+        for coordinate, p in enumerate(self.parameters):
+            if p.when:
+                found[..., coordinate] = torch.stack([self._holds(c, unit) for c in p.when]).any(0)
+        return found
+
+    def _holds(self, condition: Condition, unit: Tensor) -> Tensor:
+        found = torch.ones_like(unit[..., 0], dtype=torch.bool)
+        for coordinate, number in condition:
+            levels = torch.tensor(self.discrete[coordinate], dtype=unit.dtype, device=unit.device)
+            found &= (unit[..., coordinate, None] - levels).abs().argmin(-1) == number
+        return found
+
+    def at_rest(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Points of the unit cube, shape (..., d), with every coordinate that is not active at its rest; and which
+        these are, booleans of that shape."""
+        active = self.active(unit)
+        rest = torch.tensor([p.rest for p in self.parameters], dtype=unit.dtype, device=unit.device)
+        return torch.where(active, unit, rest), ~active
+
+    def rounded(self, unit: Tensor) -> Tensor:
+        """The point that a training at this one has, shape (d,): with steps applied, and at rest."""
+        unit, _ = self.at_rest(unit)
+        entries = [p.encode(p.to_value(u)) for p, u in zip(self.parameters, unit.tolist(), strict=True)]
+        return self.at_rest(torch.tensor(entries, dtype=torch.double))[0]
+
+    def representatives(self) -> list[Tensor]:
+        """The centre of the unit cube, and points at which conditions hold that do not hold there: at one of these
+        points each hyperparameter is active, and each part of the config is there."""
+        centre = self.rounded(torch.full((self.dimension,), 0.5, dtype=torch.double))
+        found = [centre]
+        for condition in dict.fromkeys(itertools.chain.from_iterable(self._conditions)):
+            if any(self._holds(condition, point) for point in found):
+                continue
+            point = centre.clone()
+            for coordinate, number in condition:
+                point[coordinate] = self.discrete[coordinate][number]
+            found.append(self.rounded(point))
+        return found
+
+    def known(self, gradient: Sequence[float], unit: Tensor | None = None) -> tuple[float, ...]:
         """A gradient, shape (d,), in which entries that mean nothing are NaN: those of coordinates that are not smooth,
-        and those that are not finite."""
+        or not active at this point, and those that are not finite."""
+        active = [True] * self.dimension if unit is None else self.active(unit).tolist()
         return tuple(
-            g if smooth and math.isfinite(g) else math.nan for g, smooth in zip(gradient, self.smooth, strict=True)
+            g if smooth and there and math.isfinite(g) else math.nan
+            for g, smooth, there in zip(gradient, self.smooth, active, strict=True)
         )
 
     def groups(self, smallest: int = 4) -> tuple[tuple[int, ...], ...]:
@@ -83,52 +191,139 @@ class Space:
         hyperparameters at the top level make none."""
         found: dict[Any, list[int]] = {}
         for coordinate, p in enumerate(self.parameters):
-            if len(p.path) > 1 and self.smooth[coordinate]:
+            if len(p.path) > 1 and self.smooth[coordinate] and not p.when:
                 found.setdefault((p.path[:-1], p.low, p.high, p.log, p.step), []).append(coordinate)
         return tuple(tuple(group) for group in found.values() if len(group) >= smallest)
 
     def decode(self, unit: Tensor) -> dict[str, Any]:
-        """The nested dict at a point of the unit cube, shape (d,): 0-dimensional tensors, differentiable, and plain
-        values where there is no gradient to follow, of whole numbers and choices."""
-        return nest({p.path: p.decode(u) for p, u in zip(self.parameters, unit, strict=True)})
+        """The config at a point of the unit cube, shape (d,): 0-dimensional tensors, differentiable, and plain values
+        where there is no gradient to follow, of whole numbers and choices."""
+        decoded = {p.path: p.decode(unit[coordinate]) for coordinate, p in self._active_parameters(unit)}
+        if not self.fixed:
+            return self._nested(decoded)
+        found: dict[str, Any] = replaced(self.to_config(unit.detach().cpu().double()), decoded)
+        return found
 
     def to_config(self, unit: Tensor) -> dict[str, Any]:
-        """The nested dict of plain values at a point of the unit cube, with steps applied."""
-        return nest({p.path: p.to_value(u) for p, u in zip(self.parameters, unit.tolist(), strict=True)})
+        """The config of plain values at a point of the unit cube, with steps applied."""
+        entries = unit.tolist()
+        searched = {p.path: p.to_value(entries[coordinate]) for coordinate, p in self._active_parameters(unit)}
+        fixed = {f.path: f.value for f in self.fixed if not f.when or any(self._holds(c, unit) for c in f.when)}
+        found = self._nested({**fixed, **searched})
+        return resolved(found, self.around) if fixed else found
+
+    def _nested(self, entries: Mapping[Path, Any]) -> dict[str, Any]:
+        return nest_lists(entries, self.tuples) if self._has_lists else nest(entries)
+
+    def _active_parameters(self, unit: Tensor) -> list[tuple[int, Parameter]]:
+        """Those with an entry in the config at a point, shape (d,), and their coordinates."""
+        active = self.active(unit).tolist() if self.conditional else [True] * self.dimension
+        return [(i, p) for i, p in enumerate(self.parameters) if active[i] and not p.switch]
+
+    @cached_property
+    def _has_lists(self) -> bool:
+        paths = [p.path for p in self.parameters] + [f.path for f in self.fixed]
+        return any(isinstance(key, int) for path in paths for key in path)
 
     def encode(self, config: Mapping[str, Any]) -> Tensor:
-        """The point of the unit cube, shape (d,), of a nested config; other entries are ignored.
+        """The point of the unit cube, shape (d,), of a config; other entries are ignored.
 
         Raises:
             SpaceError: a hyperparameter is missing, no finite number, or none of its choices.
         """
-        return torch.tensor([p.encode(self.value(config, p)) for p in self.parameters], dtype=torch.double)
+        values = self.values(config)
+        entries = [values.get(i, p.rest) if p.switch else p.encode(values[i]) if i in values else p.rest
+                   for i, p in enumerate(self.parameters)]  # fmt: skip
+        return torch.tensor(entries, dtype=torch.double)
 
     def contains(self, config: Mapping[str, Any]) -> bool:
-        """Whether a nested config lies within the bounds.
+        """Whether a config lies within the bounds.
 
         Raises:
             SpaceError: as `encode`.
         """
-        return all(p.contains(self.value(config, p)) for p in self.parameters)
+        values = self.values(config)
+        return all(p.switch or p.contains(values[i]) for i, p in enumerate(self.parameters) if i in values)
+
+    def part(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a config has of the active hyperparameters, as they are.
+
+        Raises:
+            SpaceError: as `encode`.
+        """
+        found = {self.parameters[i].path: v for i, v in self.values(config).items() if not self.parameters[i].switch}
+        return self._nested(found)
 
     def to_unit_gradient(self, config: Mapping[str, Any], gradient: Mapping[str, float]) -> Tensor:
         """A gradient by flat name in the hyperparameters' own units -> shape (d,) in the unit cube; NaN where `known`
         says so."""
+        values = self.values(config)
         entries = [
-            gradient[p.name] * p.slope(self.value(config, p)) if smooth else math.nan
-            for p, smooth in zip(self.parameters, self.smooth, strict=True)
+            # df/du = df/dx dx/du
+            gradient[p.name] * p.slope(values[i]) if smooth and i in values else math.nan
+            for i, (p, smooth) in enumerate(zip(self.parameters, self.smooth, strict=True))
         ]
         return torch.tensor(self.known(entries), dtype=torch.double)
 
+    def values(self, config: Mapping[str, Any]) -> dict[int, Any]:
+        """The value of every active hyperparameter in a config, by coordinate; of a switch, its coordinate's.
+
+        Raises:
+            SpaceError: as `encode`.
+        """
+        chosen: dict[int, int] = {}
+        found: dict[int, Any] = {}
+        for coordinate, p in enumerate(self.parameters):
+            if not is_met(p.when, chosen):
+                continue
+            if p.switch:
+                chosen[coordinate] = self._alternative(config, coordinate, chosen)
+                found[coordinate] = p.levels[chosen[coordinate]]
+                continue
+            found[coordinate] = self.value(config, p)
+            if coordinate in self._deciding:
+                chosen[coordinate] = nearest(p.levels, p.encode(found[coordinate]))
+        return found
+
+    @cached_property
+    def _deciding(self) -> frozenset[int]:
+        """Coordinates on which others depend."""
+        return frozenset(c for when in self._conditions for condition in when for c, _ in condition)
+
+    @property
+    def _conditions(self) -> list[tuple[Condition, ...]]:
+        return [p.when for p in self.parameters] + [f.when for f in self.fixed]
+
+    def _alternative(self, config: Mapping[str, Any], switch: int, chosen: Mapping[int, int]) -> int:
+        """Which of its alternatives a switch has in a config: of those that agree with it, the one of the most entries.
+
+        Raises:
+            SpaceError: none agrees.
+        """
+        p = self.parameters[switch]
+        agreeing: dict[int, int] = {}
+        for number in range(len(p.choices)):
+            then = {**chosen, switch: number}
+            met = [q for q in self.parameters if asks_for(q.when, switch) and is_met(q.when, then)]
+            constants = [f for f in self.fixed if asks_for(f.when, switch) and is_met(f.when, then)]
+            searched = [(q, look_up(config, q.path)) for q in met]
+            fixed = [(f, entry) for f in constants if (entry := look_up(config, f.path)) is not MISSING]
+            if all(entry is not MISSING and (q.switch or q.contains(entry)) for q, entry in searched) and all(
+                isinstance(f.value, Dependent) or same(f.value, entry) for f, entry in fixed
+            ):
+                agreeing[number] = len(searched) + len(fixed)
+        if not agreeing:
+            found = look_up(config, p.path)
+            shown = "nothing" if found is MISSING else repr(found)
+            raise SpaceError(f"{p.name}: expected one of its {len(p.choices)} alternatives, got {shown}")
+        return max(agreeing, key=lambda number: agreeing[number])
+
     @staticmethod
     def value(config: Mapping[str, Any], parameter: Parameter) -> Any:
-        """One hyperparameter's value in a nested config."""
-        entry: Any = config
-        for key in parameter.path:
-            if not isinstance(entry, Mapping) or key not in entry:
-                raise SpaceError(f"{parameter.name}: missing from the configuration {dict(config)}")
-            entry = entry[key]
+        """One hyperparameter's value in a config."""
+        entry = look_up(config, parameter.path)
+        if entry is MISSING:
+            raise SpaceError(f"{parameter.name}: missing from the configuration {dict(config)}")
         if parameter.choices:
             if not parameter.contains(entry):
                 allowed = ", ".join(map(repr, parameter.choices))
@@ -137,6 +332,20 @@ class Space:
         if not is_finite_number(entry):
             raise SpaceError(f"{parameter.name}: expected a finite number, got {entry!r}")
         return float(entry)
+
+
+def is_met(when: Sequence[Condition], chosen: Mapping[int, int]) -> bool:
+    """Whether one of these conditions holds, or there is none. chosen: the number of each choice's value."""
+    return not when or any(all(chosen.get(c) == number for c, number in condition) for condition in when)
+
+
+def asks_for(when: Sequence[Condition], coordinate: int) -> bool:
+    """Whether a choice is part of a condition."""
+    return any(c == coordinate for condition in when for c, _ in condition)
+
+
+def nearest(levels: Sequence[float], unit: float) -> int:
+    return min(range(len(levels)), key=lambda number: abs(levels[number] - unit))
 
 
 STARTS = Space((Parameter(("start",), 0.0, 65535.0, step=1.0),))
@@ -150,46 +359,35 @@ def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = 
     Raises:
         SpaceError: one does not; it is named by its number.
     """
+    searched = (p.path for p in space.parameters if not p.switch)
+    paths = {keys(path) for path in (*searched, *(f.path for f in space.fixed))}
     for number, point in enumerate(points):
-        unknown = {"/".join(path) for path in flatten(point)} - set(space.names)
+        given = [keys(path) for path in leaves(point)]
+        unknown = ["/".join(path) for path in given if not any(path[:n] in paths for n in range(1, len(path) + 1))]
         if unknown:
             raise SpaceError(
                 f"{name}[{number}]: {', '.join(sorted(unknown))} not in the space, which has {', '.join(space.names)}"
             )
-        for parameter in space.parameters:
-            try:
-                value = space.value(point, parameter)
-            except SpaceError as error:
-                raise SpaceError(f"{name}[{number}]: {error}") from error
-            if not parameter.contains(value):
+        try:
+            values = space.values(point)
+        except SpaceError as error:
+            raise SpaceError(f"{name}[{number}]: {error}") from error
+        for coordinate, value in values.items():
+            parameter = space.parameters[coordinate]
+            if not parameter.switch and not parameter.contains(value):
                 raise SpaceError(
                     f"{name}[{number}]: {parameter.name} = {value} is outside [{parameter.low}, {parameter.high}]"
                 )
 
 
+def keys(path: Path) -> tuple[str, ...]:
+    return tuple(map(str, path))
+
+
 def sobol_points(dimension: int, count: int, seed: int) -> Tensor:
     """Scrambled Sobol points of the unit cube, shape (count, d), in double precision."""
+    # torch's engine raises if it is to draw none.
     if count == 0:
         return torch.empty(0, dimension, dtype=torch.double)
     points: Tensor = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed).draw(count, dtype=torch.double)
     return points
-
-
-def nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """{("a", "b"): 1} -> {"a": {"b": 1}}."""
-    root: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = root
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return root
-
-
-def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """{"a": {"b": 1}} -> {("a", "b"): 1}."""
-    flat: dict[tuple[str, ...], Any] = {}
-    for key, value in tree.items():
-        path = (*prefix, str(key))
-        flat.update(flatten(value, path) if isinstance(value, Mapping) and value else {path: value})
-    return flat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -15,3 +16,12 @@ torch.sparse.check_sparse_tensor_invariants.disable()
 # No deadline: the machine is shared, so times say nothing. Derandomised: a run is repeatable.
 settings.register_profile("raybilevel", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("raybilevel")
+
+WITHOUT_RAY = ("unit", "property", "contract", "convergence")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray run one after the other, beside the others, which are distributed by module."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(item.path.stem if folder in WITHOUT_RAY else "ray"))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.trained_time import per_weight
 from raybilevel._lower.training import load_checkpoint, train
 from raybilevel._lower.variables import BoxVariables, ConfigVariables
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level, minibatches
@@ -234,10 +235,13 @@ class Formula(BilevelProblem):
 
 def trained_point(problem: Any, unit: Tensor, seed: int = 0) -> TrainedPoint:
     """Train at a point of the unit cube and stand there."""
-    _, checkpoint = train(problem, problem.space.to_config(unit), seed)
+    _, saved = train(problem, problem.space.to_config(unit), seed)
+    checkpoint = load_checkpoint(saved)
     model = problem.model().to(problem.dtype)
-    model.load_state_dict(load_checkpoint(checkpoint)["model"])
-    return point_at(problem, model, unit)
+    model.load_state_dict(checkpoint["model"])
+    point = point_at(problem, model, unit)
+    point.time = per_weight(checkpoint["time"], model)
+    return point
 
 
 def point_at(problem: Any, model: nn.Module, unit: Tensor) -> TrainedPoint:

@@ -78,6 +78,7 @@ class Pace:
         held_up = step * min(1.0, step / (2 * max(between, 1e-9)))
         if step > WORKER_START_S / 2 or (slots - 1) * held_up > WORKER_START_S:
             return 0.0
+        # In the time of a training, a step and a new worker each slot needs one step.
         if slots * step > training + step + WORKER_START_S:
             return 0.0
         age = self._clock() - min(self._begun.values())

@@ -37,6 +37,7 @@ class Shared(Generic[T]):
             data = cloudpickle.dumps(self.value)
             self._pickled = hashlib.sha256(data).hexdigest(), data
         key, data = self._pickled
+        # Buffers out of band begin with protocol 5.
         return _unpickle, (key, pickle.PickleBuffer(data) if protocol >= 5 else data)
 
 

@@ -64,6 +64,7 @@ def check_access(storage: Storage) -> None:
     Raises:
         StorageError: the storage cannot be written, or some nodes, which are named, cannot read or write it.
     """
+    # Random content: another storage, mounted at the same path, cannot have it.
     marker, content = f"{storage.path}/.raybilevel-{uuid.uuid4().hex}", uuid.uuid4().bytes
     try:
         storage.filesystem.create_dir(storage.path, recursive=True)
@@ -85,6 +86,7 @@ def check_access(storage: Storage) -> None:
 
 def nodes_without_access(storage: Storage, marker: str, content: bytes) -> dict[str, str]:
     """The reasons why other nodes cannot use the storage, by their addresses. This node is left out."""
+    # It has just written the marker.
     here = ray.get_runtime_context().get_node_id()
     asked = {
         probe_access.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(

@@ -6,26 +6,31 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 
+from raybilevel._cluster.resources import nodes_alive
 from raybilevel.errors import ConfigError
 
 
 @contextmanager
-def cluster(address: str | None, cpus: int | None = None) -> Iterator[bool]:
+def cluster(
+    address: str | None, cpus: int | None = None, say: Callable[[str], None] = lambda line: None
+) -> Iterator[bool]:
     """Connect to a cluster: the one that this process has already joined, the one at `address`, or a new local one.
 
     Yields whether it is local, so that no other machine will join it.
 
     cpus: of a local cluster; by default all.
+    say:  hears which cluster was joined.
 
     Raises:
         ConfigError: there is no cluster at `address`, or `address` is one of Ray Client.
     """
+    # A cluster that the caller has joined is not to be left here.
     if ray.is_initialized():
         yield False
         return
@@ -34,22 +39,35 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[bool]:
             f"--address {address}: over Ray Client the search runs in a process that this command does not see; "
             "submit the command to the cluster by `ray job submit`"
         )
+    # Tune's own output would be printed over the view of the progress.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray").setLevel(logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # its advice after Ctrl-C is for scripts
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
+        # "local", so that no cluster is joined that happens to run here.
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     else:
         try:
             ray.init(address=address, **options)
         except ConnectionError as error:
             raise ConfigError(f"--address {address}: {str(error).splitlines()[0]}") from error
+        say(joined())
     try:
         with sigterm_as_ctrl_c():
             yield address is None
     finally:
         ray.shutdown()
+
+
+def joined() -> str:
+    """The cluster that this process has joined, in words."""
+    has, nodes = ray.cluster_resources(), len(nodes_alive())
+    gpus = f", {has['GPU']:g} GPUs" if has.get("GPU") else ""
+    where = ray.get_runtime_context().gcs_address
+    return (
+        f"joined the Ray cluster at {where}: {nodes} node{'s' if nodes != 1 else ''}, {has.get('CPU', 0):g} CPUs{gpus}"
+    )
 
 
 @contextmanager

@@ -2,61 +2,70 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from raybilevel._records.names import CONFIG_FILE
-from raybilevel.space import flatten
+from raybilevel._records.conclusion import in_words
+from raybilevel._tree import leaves, named
 
-WITH_A_ROW = ("test_loss",)
-"""Metrics that have a row of their own in the output."""
-
-
-def show_how_to_go_on(
-    console: Console, command: str, folder: Path, data: Path | None, address: str | None, storage: str | None
-) -> None:
-    """Print the command that resumes the run, quoted for a shell."""
-    options = {"--out": folder, "--data": data, "--address": address, "--storage": storage}
-    given = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
-    again = [
-        sys.argv[0],
-        command,
-        str(folder / CONFIG_FILE),
-        *given,
-        "--resume",
-    ]  # the saved config includes every --set
-    console.print(f"  {shlex.join(again)}", markup=False, highlight=False, soft_wrap=True)
+WITH_A_LINE = ("test_loss",)
+"""Metrics that are in the conclusion."""
 
 
-def show_result(console: Console, summary: dict[str, Any], folder: Path) -> None:
-    """Print the best hyperparameters of a run, their losses, and the cost."""
-    best = summary["best"]
+def again(*arguments: object) -> str:
+    """A call of this command, as it was called, quoted for a shell."""
+    script = Path(sys.argv[0])
+    called = [sys.executable, "-m", "raybilevel"] if script.name == "__main__.py" else [str(script)]
+    return shlex.join([*called, *map(str, arguments)])
+
+
+def show_how_to_go_on(console: Console, folder: Path) -> None:
+    """Print the command that resumes a run or a comparison."""
+    show(console, f"  {again('resume', folder)}")
+
+
+def show(console: Console, line: str) -> None:
+    """Print a line as it is. It is not broken, so that it can be copied."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_result(console: Console, summary: Mapping[str, Any], folder: Path, verbose: bool = False) -> None:
+    """Print what was found, whether it helped and how sure that is, then the cost, and where everything is."""
+    if verbose:
+        console.print(details(summary), highlight=False)
+    for line in summary["in_words"]:
+        console.print(line, highlight=False, markup=False)
+    if metrics := ", ".join(f"{k} {v:.4g}" for k, v in summary["metrics"].items() if k not in WITH_A_LINE):
+        console.print(f"Metrics: {metrics}", highlight=False, markup=False)
+    failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""
+    show(console, f"Cost: {summary['cost']:.1f} trainings, in {summary['trainings']} of them{failed}, and steps")
+    show(console, f"Results: {folder}")
+    show(console, f"Report: {again('report', folder)}")
+    show(console, f"More trainings: {again('resume', folder, '--trainings', 2 * summary['trainings'])}")
+
+
+def details(summary: Mapping[str, Any]) -> Table:
+    """Every hyperparameter of the best training, and the measures of the method."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
-    if best is not None:
-        for path, value in flatten(best["hyperparameters"]).items():
-            table.add_row("/".join(path), f"{value:.6g}")
-        for key, label in (
-            ("upper_loss", "F (validation loss)"),
-            ("expected_upper_loss", "F there by the model, without luck"),
-            ("test_loss", "test loss"),
-            ("test_loss_refit", "test loss after a refit on all data"),
-        ):
-            if best[key] is not None:
-                table.add_row(label, f"{best[key]:.5g}")
-    others = [f"{name} {value:.4g}" for name, value in summary["metrics"].items() if name not in WITH_A_ROW]
-    if others:
-        table.add_row("metrics", ", ".join(others))
-    failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""
-    table.add_row("trainings", f"{summary['trainings']}{failed}; cost {summary['cost']:.1f} trainings in all")
-    if summary["new_data"] is not None:
-        table.add_row("new data", summary["new_data"]["in_words"])
+    if summary["best"] is not None:
+        for path, value in leaves(summary["best"]["hyperparameters"]).items():
+            table.add_row(named(path), in_words(value))
+    for name, measure in summary["diagnostics"].items():
+        if measure is not None:
+            table.add_row(name.replace("_", " "), f"{measure:.3g}")
     table.add_row("verdict", summary["verdict"])
-    table.add_row("results", str(folder))
-    console.print(table, highlight=False)
+    return table
+
+
+def print_json(content: Any) -> None:
+    """For programs, on standard output."""
+    sys.stdout.write(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")

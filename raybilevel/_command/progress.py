@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray.tune import Callback
@@ -15,8 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raybilevel._records.conclusion import hyperparameters
 from raybilevel.search._diagnostics import Newest, newest
-from raybilevel.search_state import SearchState
+from raybilevel.search_state import SearchState, Training
 
 REFRESH_S = 0.25
 
@@ -40,38 +41,104 @@ class ProgressCallback(Callback):  # type: ignore[misc]
         return {}  # Tune pickles callbacks into its snapshots, and a view belongs to one terminal
 
 
-def make_view(title: str, trainings: int, console: Console | None = None) -> View:
+ConfigOf = Callable[[Training], Mapping[str, Any]]
+"""The hyperparameters of a training, nested."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What views show of a search.
+
+    title:     of the run.
+    trainings: how many there will be.
+    resumed:   whether some have ended before.
+    config_of: None where a training's point is not its result, as of descents.
+    verbose:   also the inside of the method: upper-level steps, multiplier, violation and error of v.
+    """
+
+    title: str
+    trainings: int
+    resumed: bool = False
+    config_of: ConfigOf | None = None
+    verbose: bool = False
+
+    def best(self, state: SearchState) -> str:
+        """The lowest F, and how far it is below that of the first training."""
+        best, start = state.best, start_of(state)
+        if best is None or start is None:
+            return "none yet"
+        text = f"F {best.upper_loss:.4g} at training {state.number(best)}"
+        if best.index != start.index:
+            text += f", {gain(start.upper_loss, best.upper_loss)} below training {state.number(start)}"
+        return text
+
+    def hyperparameters(self, state: SearchState) -> str:
+        """Those of the best training, in their own units."""
+        best, start = state.best, start_of(state)
+        if best is None or start is None or self.config_of is None:
+            return ""
+        return hyperparameters(self.config_of(best), self.config_of(start))
+
+
+def start_of(state: SearchState) -> Training | None:
+    """The first training that ran to its end, which is what the others are compared with."""
+    return min(state.done, key=lambda training: training.index, default=None)
+
+
+def gain(before: float, after: float) -> str:
+    share = f" ({(before - after) / abs(before):.0%})" if before else ""
+    return f"{before - after:.3g}{share}"
+
+
+def make_view(shown: Shown, console: Console | None = None) -> View:
     console = console or Console(stderr=False)
-    return LiveView(title, trainings, console) if console.is_terminal else PlainView(title, trainings, console)
+    return LiveView(shown, console) if console.is_terminal else PlainView(shown, console)
 
 
 class PlainView:
     """One line per ended training, for logs and pipes."""
 
-    def __init__(self, title: str, trainings: int, console: Console) -> None:
-        self.trainings, self.console = trainings, console
-        self.shown = self.done = 0
-        self.best = math.inf
-        self.clock = Clock(trainings)
-        self._print(title)
+    def __init__(self, shown: Shown, console: Console) -> None:
+        self.shown, self.console = shown, console
+        self.begun = False
+        self.counted = self.done = 0
+        self.best: Training | None = None
+        self.clock = Clock(shown.trainings)
+        self._print(shown.title)
 
     def update(self, state: SearchState, steps_under_way: int) -> None:
         told = state.told
-        for training in told[self.shown :]:
-            self.shown += 1
+        if told and not self.begun:
+            self._begin(state)
+        for training in told[self.counted :]:
+            self._count(training)
             outcome = f"F {training.upper_loss:.4f}" if training.status == "done" else training.status
-            if training.status == "done":
-                self.done, self.best = self.done + 1, min(self.best, training.upper_loss)
-            best = f"{self.best:.4f}" if self.done else "nan"
-            line = f"[{self.shown}/{self.trainings}] {training.proposal.origin:<6} {outcome}  best {best}"
-            if self.shown == len(told):
-                line += details(newest(state))
-            if self.done < self.shown:
-                line += f"  failed or stopped {self.shown - self.done}"
-            self._print(f"{line}  {self.clock.text(self.shown)}")
+            best = f"{self.best.upper_loss:.4f} (training {state.number(self.best)})" if self.best else "none"
+            line = f"[{self.counted}/{self.shown.trainings}] training {state.number(training)}  {outcome}  best {best}"
+            if self.shown.verbose:
+                line += f"  {training.proposal.origin}"
+                line += details(newest(state)) if self.counted == len(told) else ""
+            if self.done < self.counted:
+                line += f"  failed or stopped {self.counted - self.done}"
+            self._print(f"{line}  {self.clock.text(self.counted)}")
 
     def close(self) -> None:
         sys.stdout.flush()
+
+    def _begin(self, state: SearchState) -> None:
+        """What a resumed run knows already, in one line."""
+        self.begun = True
+        if self.shown.resumed:
+            for training in state.told:
+                self._count(training)
+            self._print(f"going on after {self.counted} trainings; best: {self.shown.best(state)}")
+
+    def _count(self, training: Training) -> None:
+        self.counted += 1
+        if training.status == "done":
+            self.done += 1
+            if self.best is None or training.upper_loss < self.best.upper_loss:
+                self.best = training
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -80,10 +147,11 @@ class PlainView:
 class LiveView:
     """A table that is redrawn in place."""
 
-    def __init__(self, title: str, trainings: int, console: Console) -> None:
-        self.title, self.trainings = title, trainings
-        self.clock = Clock(trainings)
+    def __init__(self, shown: Shown, console: Console) -> None:
+        self.shown = shown
+        self.clock = Clock(shown.trainings)
         self.drawn = 0.0
+        # Redirected, so that what others print appears above the table and not in it.
         self.live = Live(console=console, auto_refresh=False, redirect_stdout=True, redirect_stderr=True)
         self.live.start()
         self.newest = (SearchState(), 0)
@@ -100,22 +168,27 @@ class LiveView:
         self.live.stop()
 
     def render(self, state: SearchState, steps_under_way: int) -> RenderableType:
-        told, found = state.told, newest(state)
-        failed = sum(t.status == "failed" for t in told)
-        counts = f"{len(told) - failed} done, {len(state.pending)} running, {failed} failed"
-        best = state.best
+        told = state.told
+        done, failed = len(state.done), sum(t.status == "failed" for t in told)
+        others = len(told) - done - failed
+        counts = f"{done} done, {len(state.pending)} running, {failed} failed"
+        counts += f", {others} stopped" if others else ""
         table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim")
-        table.add_column()
-        table.add_row("trainings", f"{counts}, of {self.trainings}")
-        table.add_row("upper-level steps", f"{len(state.steps)} done, {steps_under_way} running")
-        table.add_row("best F so far", f"{best.upper_loss:.5g}  (training {best.index})" if best else "none yet")
-        table.add_row("multiplier", number(found.multiplier))
-        table.add_row("violation", number(found.violation))
-        table.add_row("error of v at the newest point", number(found.value_error))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_row("best", self.shown.best(state))
+        if found := self.shown.hyperparameters(state):
+            table.add_row("", found)
+        table.add_row("trainings", f"{counts}, of {self.shown.trainings}")
+        if self.shown.verbose:
+            inside = newest(state)
+            table.add_row("upper-level steps", f"{len(state.steps)} done, {steps_under_way} running")
+            table.add_row("multiplier", number(inside.multiplier))
+            table.add_row("violation", number(inside.violation))
+            table.add_row("error of v", number(inside.value_error))
         table.add_row("time", self.clock.text(len(told)))
-        table.add_row("", ProgressBar(total=self.trainings, completed=len(told), width=40))
-        return Group(Text(self.title, style="bold"), table)
+        table.add_row("", ProgressBar(total=self.shown.trainings, completed=len(told), width=40))
+        return Group(Text(self.shown.title, style="bold", overflow="fold"), table)
 
 
 class Clock:

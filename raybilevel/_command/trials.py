@@ -65,11 +65,13 @@ def tune_run(plan: Plan, searcher: BilevelSearch, place: Storage, resume: bool, 
         storage_path=place.path,
         storage_filesystem=place.filesystem,
         config=to_param_space(plan.space, plan.constants),
-        search_alg=ResumableGenerator(searcher),
+        # Without effect where workers are not reused: then none is ever idle.
+        search_alg=ResumableGenerator(searcher, plan.trainings),
         scheduler=PatientFIFO(idle_timeout_s=WORKER_START_S),
         metric=UPPER_LOSS,
         mode="min",
         num_samples=plan.trainings,
+        # "AUTO" begins anew where Tune had not saved anything yet.
         resume="AUTO" if resume else None,
         reuse_actors=reuses_processes(plan.training, plan.step, plan.max_failures),
         callbacks=[

@@ -8,9 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import rich.table
 import yaml
+from rich import box
 from rich.console import Console
 from rich.text import Text
 
@@ -20,6 +22,13 @@ from raybilevel._records import store as records
 from raybilevel._records.names import CONFIG_FILE, RECORDS_FOLDER
 from raybilevel._records.record import Record
 from raybilevel.errors import ConfigError, DataError
+from raybilevel.problems._own import is_own
+
+if TYPE_CHECKING:
+    from raybilevel.report._tables import Table
+
+MAY_CHANGE = {"seeds", "marks", "cpus", "only"}
+"""Keys of a comparison that change none of its records."""
 
 
 def prepare(config: CompareConfig, out: Path, resume: bool) -> None:
@@ -32,16 +41,25 @@ def prepare(config: CompareConfig, out: Path, resume: bool) -> None:
     if resume:
         if not saved.is_file():
             raise ConfigError(f"--resume: there is no comparison in {out}; leave --resume out to begin one")
-        if read_comparison(saved) != config:
-            raise ConfigError(f"--resume: the config differs from the one in {saved}, with which the comparison began")
+        begun = read_comparison(saved)
+        if begun.model_dump(exclude=MAY_CHANGE) != config.model_dump(exclude=MAY_CHANGE):
+            raise ConfigError(
+                f"--resume: the config differs from the one in {saved}, with which the comparison began; only "
+                f"{', '.join(sorted(MAY_CHANGE))} may change"
+            )
+        write_config(config, saved)
         return
     if (out / RECORDS_FOLDER).exists():
         raise ConfigError(f"{out} already holds a comparison; choose another --out, or go on with it by --resume")
+    write_config(config, saved)
+
+
+def write_config(config: CompareConfig, saved: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        saved.parent.mkdir(parents=True, exist_ok=True)
         saved.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot write to {saved.parent}: {error.strerror or error}") from error
 
 
 def settled(path: Path, say: Callable[[str], None]) -> bool:
@@ -83,6 +101,7 @@ def run_all(
         StorageError: the storage cannot be written, or nodes of the cluster do not see it.
     """
     # Imported here, as they import Ray, which takes seconds, and `--help` and mistakes in a config do without.
+    from raybilevel._cluster.own_code import send_along
     from raybilevel._cluster.resources import nodes_alive
     from raybilevel._cluster.storage import check_access, locate
     from raybilevel._command.cluster import cluster
@@ -100,9 +119,12 @@ def run_all(
     for run in missing:
         if run.problem_name not in plans:
             plans[run.problem_name] = run.plan()
+    for plan in plans.values():
+        if is_own(plan.config.problem):
+            send_along(type(plan.problem))
     bad, began = 0, time.monotonic()
     place = None if storage is None else locate(storage)
-    with cluster(address, cpus) as alone:
+    with cluster(address, cpus, say) as alone:
         for plan in plans.values():
             check_room(plan.training, plan.step, alone)
         if place is not None:
@@ -173,19 +195,33 @@ def reason_of(record: Record) -> str:
     return f" ({record.error})" if record.error else ""
 
 
-def show_tables(out: Path, console: Console) -> None:
-    """Print the tables, and write the report if its packages are installed."""
+def show_tables(out: Path, console: Console) -> list[Table]:
+    """Print the tables, and write the report if its packages are installed. Returns the tables."""
     from raybilevel import report
     from raybilevel.report._page import sections_of
     from raybilevel.report._sources import read_folder
-    from raybilevel.report._tables import markdown
 
     source = read_folder(out)
     for line in source.wrong:
         console.print(f"skipped: {line}", highlight=False, soft_wrap=True, markup=False)
     tables = [table for section in sections_of(source) for table in section.tables]
-    console.print(markdown(tables), highlight=False, soft_wrap=True, markup=False)
+    for table in tables:
+        print_table(table, console)
     try:
         console.print(str(report.write(out)), highlight=False, soft_wrap=True, markup=False)
     except ConfigError as error:
         console.print(f"no report: {error}", highlight=False, soft_wrap=True, markup=False)
+    return tables
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a table with aligned columns, the best cells in bold."""
+    shown = rich.table.Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for number, header in enumerate(table.headers):
+        shown.add_column(header, justify="right" if number else "left", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*(Text(cell.replace("**", ""), style="bold" if "**" in cell else "") for cell in row))
+    console.print(shown, highlight=False)
+    if table.note:
+        console.print(table.note, highlight=False, markup=False)
+    console.print()

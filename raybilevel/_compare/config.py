@@ -19,6 +19,7 @@ from raybilevel._records.record import Settings, Unit
 from raybilevel._records.store import path_of
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.problems import make_problem
+from raybilevel.problems._own import located
 
 
 class Budget(Checked):
@@ -53,7 +54,7 @@ class Budget(Checked):
 class ProblemEntry(Checked):
     """A problem as in a config of `raybilevel run`. The file may also give `config`, the path of such a config.
 
-    problem: one of `raybilevel problems`.
+    problem: one of `raybilevel problems`, or one of your own, as there.
     options: arguments of its constructor, and `device`.
     space:   by default the problem's own box.
     budget, seeds, methods: for this problem, instead of the comparison's.
@@ -196,6 +197,7 @@ class Run:
     @property
     def path(self) -> Path:
         """The path of the record in the output folder."""
+        # A slash would make a folder.
         return path_of(self.problem_name, self.method_name.replace("/", "-"), self.settings)
 
 
@@ -219,6 +221,7 @@ def experiment_of(name: str, entry: ProblemEntry, resources: ResourcesConfig) ->
         "problem": entry.problem,
         "options": entry.options,
         "space": space,
+        # Only to make it a whole config: budget and methods are the comparison's.
         "search": SearchConfig(trainings=1, method="default"),
         "resources": resources,
     }
@@ -241,17 +244,22 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
             mistake, with file and key.
     """
     raw = read_mapping(path)
-    if "problems" not in raw and {"problem", "search"} <= raw.keys():
+    if "problems" not in raw and {"problem", "search"} & raw.keys():
         raise ConfigError(f"{path}: a config of one run; use `raybilevel run {path}`")
     if scale is not None:
         scales = raw.get("scales") or {}
         if scale not in scales:
             raise ConfigError(f"{path}: no scale {scale!r}; it has {', '.join(scales) or 'none'}")
+        # Before the problems' own files are read, as a scale may have other problems.
         raw |= scales[scale]
     raw.pop("scales", None)
     inline_configs(raw, Path(path).parent)
+    # Last, so that an override also reaches what came from another file.
     for override in overrides:
         apply_override(raw, override)
+    for entry in (raw.get("problems") or {}).values():
+        if isinstance(entry, dict) and isinstance(entry.get("problem"), str):
+            entry["problem"] = located(entry["problem"], Path(path).parent)
     return validated(CompareConfig, raw, path)
 
 

@@ -100,6 +100,7 @@ def execute(
         searcher = searcher_of(parts, setting, ledger, place)
         with stop_on_interrupt(ledger):
             tune_run(run, plan, parts, setting, searcher, ledger, place)
+        # Tune has ended the run, and not the stopper: there was nothing more to try.
         found["exhausted"] = not ledger.over
         if not ledger.interrupted:
             found["refits"] = refits_of(run, plan, ledger)
@@ -108,6 +109,7 @@ def execute(
         logging.getLogger(__name__).debug("run failed", exc_info=True)
         found |= {"error": f"{type(raised).__name__}: {first_line(raised)}", "traceback": traceback.format_exc()}
     finally:
+        # Before the storage is removed: a step under way would hold its resources, and fail for want of a checkpoint.
         if searcher is not None and isinstance(searcher.inner, BilevelSearch):
             searcher.inner.cancel_steps(CANCEL_TIMEOUT_S)
         with contextlib.suppress(OSError):
@@ -209,6 +211,7 @@ def tune_run(
         searcher = BasicVariantGenerator(random_state=run.seed)
     every = 1 if parts.scheduler in PAUSERS else None
     trainable = lower_level_trainable(setting.problem, run.seed, every)
+    # The clock starts with the trials: probing the method is not charged.
     ledger.began = ledger.seen = time.monotonic()
     with quiet():
         tune.run(
@@ -256,6 +259,7 @@ def refits_of(run: Run, plan: Plan, ledger: Ledger) -> dict[int, dict[str, float
     resources, shared = refit_options(plan), Shared(plan.problem)
     found: dict[int, dict[str, float]] = {}
     tasks: dict[int, Any] = {}
+    # Infinity for the last incumbent, where the trial that spent the budget went beyond it.
     for mark in (*run.marks, run.budget.amount, float("inf")):
         index = incumbent_at(observations, mark, "spent")
         if index is not None and index not in tasks:

@@ -13,7 +13,7 @@ from raybilevel._compare.config import Budget
 from raybilevel._metrics import EPOCH, FINISHED, GPUS, LOWER_LOSS, PASSES, UPPER_LOSS, problem_metrics
 from raybilevel._records.incumbents import lowest
 from raybilevel._records.record import Observation, Spent, TrainingStatus, TrialLog
-from raybilevel.space import Space, nest
+from raybilevel.space import Space
 
 
 class Ledger(Callback):  # type: ignore[misc]
@@ -90,6 +90,7 @@ class Ledger(Callback):  # type: ignore[misc]
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         now = time.monotonic()
         running = sum(trial.status == "RUNNING" for trial in trials)
+        # What runs now is taken to have run since the last step of Tune's loop.
         self.gpu_seconds += (now - self.seen) * (running * self.gpus[0] + self.steps()[1] * self.gpus[1])
         self.seen = now
         self.on_news(self)
@@ -102,8 +103,9 @@ class Ledger(Callback):  # type: ignore[misc]
     ) -> None:
         if self.over:  # a result after the budget was spent must not count, for any method
             return
-        self.epochs += 1
         log, upper_loss, lower_loss = self._log(trial), finite(result[UPPER_LOSS]), finite(result[LOWER_LOSS])
+        # A problem may report less often than each epoch. After a retry epochs are reported again, one at a time.
+        self.epochs += max(1, int(result[EPOCH]) - (log.epochs[-1] if log.epochs else 0))
         self._log(
             trial,
             node=str(result.get("node_ip", "")),
@@ -125,6 +127,7 @@ class Ledger(Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         log = self.trials.get(trial.trial_id)
+        # Its end was noted with its last result already.
         if log is None or log.status != "running":
             return
         if self.over:
@@ -209,7 +212,7 @@ class BudgetStopper(Stopper):  # type: ignore[misc]
 
 def searched(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
     """The searched hyperparameters of a trial's config, nested."""
-    return nest({p.path: space.value(config, p) for p in space.parameters})
+    return space.part(config)
 
 
 def finite(value: float) -> float | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raybilevel._records.names import OWN_METHODS
+from raybilevel._tree import Path
 from raybilevel.errors import ConfigError
 from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
@@ -163,6 +164,7 @@ def make_scheduler(name: str | None, setting: Setting) -> Any:
 
     if name is None:
         return None
+    # By default ASHA ends every training at 100 of its units.
     halving = {"max_t": setting.epochs, "time_attr": TIME}
     # The rungs may end before a complete training. Trials that survive all of them are to be completed.
     bands = {**halving, "stop_last_trials": False}
@@ -175,6 +177,7 @@ def make_scheduler(name: str | None, setting: Setting) -> Any:
         ),
         "bohb": lambda: (schedulers.HyperBandForBOHB, bands),
         "pbt": lambda: (
+            # log_config would write a file of the changes of each member on the driver's machine.
             schedulers.PopulationBasedTraining,
             {**interval, "hyperparam_mutations": dict(setting.param_space), "log_config": False},
         ),
@@ -199,7 +202,7 @@ def bounds(space: Space) -> dict[str, Any]:
     return nest({p.path: [p.low, p.high] for p in space.parameters})
 
 
-def grid(space: Space, trainings: float | None) -> dict[tuple[str, ...], list[float]]:
+def grid(space: Space, trainings: float | None) -> dict[Path, list[float]]:
     """Values of each hyperparameter by path, bounds included. The full grid is about as large as the budget.
 
     Raises:
@@ -208,6 +211,7 @@ def grid(space: Space, trainings: float | None) -> dict[tuple[str, ...], list[fl
     if 2**space.dimension > LARGEST_GRID:
         raise UnavailableError(f"two values for each of {space.dimension} hyperparameters make {2**space.dimension:,}")
     wanted = 100 if trainings is None else trainings
+    # The largest grid within the budget. 1e-9, since 1000 ** (1 / 3) is 9.999999999999998.
     side = max(2, math.floor(wanted ** (1 / space.dimension) + 1e-9))
     return {
         p.path: [p.round(p.low * (p.high / p.low) ** u if p.log else p.low + u * (p.high - p.low)) for u in units]

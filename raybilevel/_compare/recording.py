@@ -79,6 +79,7 @@ def saved_search(search: BilevelSearch) -> dict[str, Any] | None:
         search.save(str(path))
         if not path.exists():
             return None
+        # A state file holds the search as text, over which its checksum is.
         saved: dict[str, Any] = json.loads(json.loads(path.read_text(encoding="utf-8"))["search"])
     # The storage of a comparison's run is temporary, so its checkpoints are gone when the record is read.
     return {**saved, "memory": None, "checkpoints": {}}

@@ -14,7 +14,8 @@ from raybilevel._config.files import Checked, apply_override, read_mapping, vali
 from raybilevel._config.resources import ResourcesConfig
 from raybilevel._config.space import read_space
 from raybilevel.errors import ConfigError
-from raybilevel.space import Parameter
+from raybilevel.problems._own import file_of, located
+from raybilevel.space import Parameter, flatten
 
 
 class SearchConfig(Checked):
@@ -47,7 +48,8 @@ class SearchConfig(Checked):
 class ExperimentConfig(Checked):
     """A config file.
 
-    problem: one of `raybilevel problems`.
+    problem: one of `raybilevel problems`, or one of your own: `package.module:Class`, or `folder/file.py:Class` with a
+        path relative to the config.
     options: arguments of its constructor, and `device`.
     space:   nested. A domain is {loguniform: [low, high]}, {quniform: [low, high, step]} and so on. All other entries
         are constants. Without a domain the upper level is the problem's `upper_variables`.
@@ -93,10 +95,13 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
             mistake, with file and key.
     """
     raw = read_mapping(path)
-    if "problem" not in raw and {"problems", "methods"} <= raw.keys():
+    if "problem" not in raw and {"problems", "methods", "budget"} & raw.keys():
         raise ConfigError(f"{path}: a config of a comparison; use `raybilevel compare {path}`")
+    # Before the check, so that overrides are checked like the file.
     for override in overrides:
         apply_override(raw, override)
+    if isinstance(raw.get("problem"), str):
+        raw["problem"] = located(raw["problem"], Path(path).parent)
     return validated(ExperimentConfig, raw, path)
 
 
@@ -106,11 +111,24 @@ def resolved(config: ExperimentConfig) -> str:
     return text
 
 
-def resume_key(config: ExperimentConfig) -> dict[str, Any]:
-    """The part of a config that must not change when a run is resumed, with every default filled in."""
-    # Resources are compared as resolved, so that a default may be written out.
-    return {
-        **config.model_dump(exclude={"search": {"max_concurrent"}, "resources": True}),
-        "lower": config.resources.of_training(config.on_gpu),
-        "upper": config.resources.of_step(config.on_gpu),
-    }
+MAY_CHANGE = {"trainings", "max_concurrent", "epoch_time_limit", "step_time_limit", "max_failures"}
+"""Keys of `search` that decide how far a run goes and how it is run, and not what is known. So do `resources`."""
+ABSENT = "not there"
+
+
+def resume_differences(begun: ExperimentConfig, now: ExperimentConfig) -> list[str]:
+    """What keeps a config from going on with a run that began with another one, each key with both values."""
+    theirs, ours = (
+        flatten(
+            {
+                **config.model_dump(exclude={"search": MAY_CHANGE, "resources": True}),
+                "problem": file_of(config.problem),  # the file may lie elsewhere on another machine
+            }
+        )
+        for config in (begun, now)
+    )
+    return [
+        f"{'.'.join(path)} was {theirs.get(path, ABSENT)!r} and is {ours.get(path, ABSENT)!r}"
+        for path in dict.fromkeys([*theirs, *ours])
+        if path not in theirs or path not in ours or theirs[path] != ours[path]
+    ]

@@ -28,6 +28,7 @@ class Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-6 is a number, as in YAML 1.2. For PyYAML, which is 1.1, it is a string."""
 
 
+# PyYAML finds a resolver by the first character of a value, so all that a number may begin with are listed.
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -43,6 +44,12 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not YAML, or has no keys and values.
     """
+    if Path(path).suffix == ".py":
+        raise ConfigError(
+            f"{path}: Python, and no config; give the YAML file that names its class (problem: "
+            f"{Path(path).name}:MyProblem). "
+            "`raybilevel new` writes both"
+        )
     try:
         raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -94,6 +101,8 @@ def mistakes(error: ValidationError) -> list[str]:
     found = []
     for mistake in error.errors():
         key = ".".join(part for part in map(str, mistake["loc"]) if not part.startswith(UNION_TAG))
+        # Pydantic puts "Value error, " before the text of a ValueError.
         text = "no such key" if mistake["type"] == "extra_forbidden" else mistake["msg"].removeprefix("Value error, ")
+        # A validator may report several mistakes, one a line.
         found += [f"{key}: {line}" if key else line for line in text.splitlines()]
     return found

@@ -84,6 +84,7 @@ def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine 
     Raises:
         RaybilevelError: there is a mistake. Several mistakes are one ConfigError with a line for each.
     """
+    # First, since which method "auto" is decides what is checked below.
     config = with_method(config)
     search, mistakes = config.search, Mistakes()
     problem = mistakes.made_by(lambda: make_problem(config.problem, config.options, data))
@@ -174,6 +175,7 @@ def check_levels(problem: BilevelProblem, space: Space, constants: Mapping[str, 
         return check_search(problem, space, constants, method)
     except RaybilevelError:
         raise
+    # Of a large upper level, whose losses are called as they are: `check_problem` puts this into words itself.
     except KeyError as error:
         raise ProblemError(
             f"space: {type(problem).__name__} reads the hyperparameter {error}, which is not there; give it a "
@@ -196,11 +198,13 @@ def check_machine(config: ExperimentConfig, machine: Machine) -> None:
             f"options.device: {config.options['device']!r}, and this machine has no GPU; join a cluster that has by "
             "--address"
         )
+    # Ray itself says nothing: what no node has is waited for without end.
     has = {"CPU": machine.cpus, "GPU": machine.gpus}
     training, step = config.resources.of_training(config.on_gpu).bundles, config.resources.of_step(config.on_gpu)
     mistakes = []
     for key, what, bundles in (("lower", "a training", training), ("upper", "an upper-level step", (step,))):
         for name, there in has.items():
+            # Ray reserves all processes of a training at once.
             asked = sum(bundle.get(name, 0.0) for bundle in bundles)
             if asked > there:
                 mistakes.append(

@@ -21,6 +21,7 @@ def possible(amounts: dict[str, float]) -> dict[str, float]:
         ValueError: Ray cannot grant an amount.
     """
     for name, amount in amounts.items():
+        # Ray would take them for custom resources, and a training would wait for them for ever.
         if name.lower() in ("cpus", "gpus"):
             raise ValueError(f"{name}: no such resource; write {name.lower()[:-1]}")
         if not (math.isfinite(amount) and amount >= 0):
@@ -46,6 +47,7 @@ class BundlesConfig(Checked):
 
 def form_of(lower: Any) -> str:
     """The tag of the union: pydantic then reports the mistakes of one form and not of both."""
+    # A mapping in a file, an object in a config that is made from another one.
     bundles = isinstance(lower, BundlesConfig) or (isinstance(lower, Mapping) and "bundles" in lower)
     return f"{UNION_TAG}bundles" if bundles else f"{UNION_TAG}amounts"
 

@@ -66,6 +66,7 @@ def is_domain(name: str, entry: Any) -> bool:
         return False
     known = [key for key in entry if key in KNOWN]
     only = next(iter(entry)) if len(entry) == 1 else None
+    # One key with a list can only be meant as a domain: a list is no constant, and a group has no list of its own.
     if isinstance(only, str) and isinstance(entry[only], list):
         if not known:
             raise SpaceError(

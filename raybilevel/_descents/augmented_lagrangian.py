@@ -54,6 +54,7 @@ class OneSided:
 
     def update(self, state: MultiplierState, constraint: float) -> MultiplierState:
         violation = max(0.0, constraint)
+        # The violation is infinite before the first update, so the penalty never grows at once.
         stalled = violation > self.sufficient_decrease * state.violation
         return MultiplierState(
             self.force(state, constraint), state.penalty * (self.growth if stalled else 1.0), violation

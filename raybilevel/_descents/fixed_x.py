@@ -1,4 +1,4 @@
-"""Hypergradients at fixed x from gradients alone: a linear system, or a descent on F + m f."""
+"""Hypergradients at fixed x from gradients alone: how trained weights answer to x."""
 
 from __future__ import annotations
 
@@ -9,32 +9,63 @@ import torch
 from torch import Tensor
 
 from raybilevel._descents.trained_point import TrainedPoint
-from raybilevel._linear.krylov import LinearSystem, MinimalResidual
-from raybilevel._lower.hypergradient import Hypergradient, checked, implicit
-from raybilevel._lower.lbfgs import curvature, minimise
+from raybilevel._linear.lanczos import Filtered, filtered
+from raybilevel._lower.hypergradient import Hypergradient, checked
+from raybilevel._lower.levels import Levels
 from raybilevel._lower.linearisation import inner
-from raybilevel.errors import RaybilevelError
 
+UNFINISHED_TOLERANCE, UNFINISHED_PRODUCTS = 0.1, 10
+"""Of a training of finite time: more products answer for directions that such a training has not followed."""
+FEW_PRODUCTS = 3
+"""Enough for the direction, and mostly for the length, of the answer of such a training."""
+FINISHED_TOLERANCE = 0.02
+MOST_SHARE = 0.35
+"""Of a training's gradient evaluations, for a hypergradient that needs more than usual."""
 FLAT = 1e-4
-ROUNDINGS = 100
-"""Of F and f, sums over many examples, in units of their precision."""
+"""Curvatures below this share of the largest are those of directions along which f is flat."""
+STAYED = 3.0
+"""Of an unknown time of training, in units of 1 / c, where -c is the lowest curvature at its end."""
 
 
-class RejectedDescentError(RaybilevelError, ArithmeticError):
-    """A descent did not end where the envelope theorem holds."""
+@dataclass(frozen=True)
+class Budget:
+    """Products with H that a hypergradient may take.
+
+    usual: of a training of finite time.
+    most:  to a minimum, and for the first few of any training; below 1 where hypergradients do not pay.
+    """
+
+    usual: int
+    most: int
+
+    @classmethod
+    def of(cls, levels: Levels, training: float, share: float, time: Tensor | None) -> Budget:
+        """Within a share of the passes of a training. The first few products after one to a minimum may take as much as
+        it did: they are exact enough to be worth several trainings.
+
+        The others are df/dy and dF/dy at the trained weights, the second length of the first difference, and the two
+        gradients of the product with d2f/dxdy.
+        """
+        others = 4 + levels.count("upper") / levels.count("lower")
+        usual, most, all_of_it = (math.floor(s * training - others) for s in (share, max(share, MOST_SHARE), 1.0))
+        if time is not None and bool(time.isinf().any()):
+            most = max(most, min(FEW_PRODUCTS, all_of_it))
+        return cls(usual, most)
+
+    @property
+    def unfinished(self) -> int:
+        return min(UNFINISHED_PRODUCTS, max(self.usual, min(FEW_PRODUCTS, self.most)))
 
 
 @dataclass(frozen=True)
 class LagrangianPoint:
-    """Where the Lagrangian F + m f is least in y at fixed x, and the hypergradient that it gives.
+    """How trained weights y_i answer to x, and where that leaves the Lagrangian F + m f at fixed x.
 
     hypergradient: in the unit cube.
-    multiplier:    m, at which F falls by `decrease`.
+    multiplier:    m, at which F, linearised, falls by `decrease`.
     decrease:      how far F at y_m lies below F at the trained weights, relative to |F| there.
     slack:         f(x, y_m) - v(x) >= 0: y_m minimises F where f <= v + slack.
     displacement:  y_m - y_i, shape (n,).
-    first:         of a descent, its multiplier relative to the Cauchy estimate, a good start for the next; None where
-                   f is convex at y_i, and the limit of large m was taken.
     """
 
     hypergradient: Hypergradient
@@ -42,7 +73,6 @@ class LagrangianPoint:
     decrease: float
     slack: float
     displacement: Tensor
-    first: float | None = None
 
     @property
     def gradient(self) -> Tensor:
@@ -50,102 +80,69 @@ class LagrangianPoint:
         return self.hypergradient.gradient
 
 
-def lagrangian_point(
-    point: TrainedPoint, decrease: float, max_passes: float, first: float = 10.0, tolerance: float = 0.02
-) -> LagrangianPoint:
-    """The hypergradient at a trained point, from gradients of f and F alone.
+def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> LagrangianPoint:
+    """The hypergradient at a trained point, from products with H = d2f/dy2, and one with d2f/dxdy.
 
-    At the minimiser y_m of F + m f the envelope theorem gives d/dx (F + m (f - v)) = dF/dx + m (df/dx(x, y_m) - dv/dx),
-    which tends to the hypergradient, with an error of order 1/m. Where f is convex about y_i the limit of large m is a
-    linear system, solved to the relative residual `tolerance` (`limit`); where it is not, F + m f is descended at
-    a finite m (`descend`). Either may take `max_passes`.
+    At the minimiser y_m of F + m f the envelope theorem gives d/dx (F + m (f - v)) = dF/dx + m (df/dx(x, y_m) - dv/dx).
+    As m grows that tends to dF/dx - d2f/dxdy q, with q = H^-1 dF/dy if the training ended at a minimum. If it did not,
+    q is the response of the training (`response`).
     """
-    return limit(point, decrease, max_passes, tolerance) or descend(point, decrease, max_passes, first, tolerance)
-
-
-def limit(point: TrainedPoint, decrease: float, max_passes: float, tolerance: float) -> LagrangianPoint | None:
-    """The limit of large m: m (y_m - y_i) -> -q with H q = dF/dy and H = d2f/dy2; None where f is not convex along the
-    way, or F does not depend on y.
-
-    By MINRES, whose residual falls monotonically, so that it may be cut short; each product with H is a difference of
-    two gradients of f. Along directions in which f is flat (many minimisers) a training does not answer to x: there the
-    iteration ends, and q is the least-squares solution. Multiplier, decrease and slack are those of the m at which F,
-    linearised, falls by `decrease`.
-    """
-    upper, products = point.here.upper, point.products
-    # two more passes are for the difference in x
-    solver = MinimalResidual(tolerance, limit=max(1, math.floor(max_passes) - 2), flat=FLAT)
-    solved, _ = solver.solve(LinearSystem(products.hessian, upper.in_y, products.mixed), None)
-    if solved.negative or not solved.solution.any():
-        return None
-    fall = inner(upper.in_y, solved.solution)  # of F, linearised, along y_m - y_i = -q / m, times m
+    upper = point.here.upper
+    if not upper.in_y.any():  # F does not depend on y
+        return LagrangianPoint(Hypergradient(upper.in_x, upper.value), 0.0, 0.0, 0.0, point.still)
+    found = response(point, budget)
+    gradient = upper.in_x - point.products.mixed(found.vector)
+    fall = inner(upper.in_y, found.vector)  # of F, linearised, along y_m - y_i = -q / m, times m
     multiplier = fall / (decrease * (abs(upper.value) or 1.0))
-    found = implicit(upper, products, solved)
-    return LagrangianPoint(found, multiplier, decrease, fall / (2 * multiplier**2), -solved.solution / multiplier)
-
-
-def descend(
-    point: TrainedPoint, decrease: float, max_passes: float, first: float = 10.0, tolerance: float = 0.02
-) -> LagrangianPoint:
-    """Minimise F + m f over y at fixed x by L-BFGS; raise m until F falls by about `decrease` |F| only.
-
-    `first` times the multiplier at which a Cauchy step would lower F by `decrease` |F| is tried first: nothing here
-    depends on the units of F, f, x or y.
-
-    Raises:
-        NotFiniteError: F, f or the hypergradient is NaN or infinite.
-        RejectedDescentError: F rose, or f fell below the training's, where f is tilted to be least at its weights.
-    """
-    begun = point.levels.passes
-    here = point.here
-    scale = abs(here.upper.value) or 1.0
-    squared = inner(here.upper.in_y, here.upper.in_y)
-    if squared == 0:  # F does not depend on y
-        found = Hypergradient(here.upper.in_x, here.upper.value)
-        return LagrangianPoint(found, 0.0, 0.0, 0.0, point.still)
-    bent = _curvature(point)
-    cauchy = squared / (bent * decrease * scale)
-    multiplier = first * cauchy
-    move = point.still
-    while True:
-        # In units of the Cauchy step and its decrease, value, gradient and variables of the descent are of order one.
-        step, gain = math.sqrt(squared) / (multiplier * bent), squared / (multiplier * bent)
-        evaluations = int((max_passes - (point.levels.passes - begun)) / point.evaluation_passes)
-
-        def merit(
-            scaled: Tensor, multiplier: float = multiplier, step: float = step, gain: float = gain
-        ) -> tuple[float, Tensor]:
-            at = point.evaluate(point.x, step * scaled)
-            value = at.upper.value - here.upper.value + multiplier * (at.lower.value - here.lower.value)
-            return value / gain, (at.upper.in_y + multiplier * at.lower.in_y) * (step / gain)
-
-        reference = here.upper.in_y.abs().max().item() * step / gain
-        move = step * minimise(merit, move / step, max(3, evaluations), tolerance * reference).at
-        at = point.evaluate(point.x, move)
-        fallen = (here.upper.value - at.upper.value) / scale
-        if fallen <= 1.5 * decrease or point.levels.passes - begun + 4 * point.evaluation_passes >= max_passes:
-            break
-        raised = multiplier * max(2.0, fallen / decrease)
-        move = move * (multiplier / raised)
-        multiplier = raised
-    gradient = at.upper.in_x + multiplier * (at.lower.in_x - here.lower.in_x)
-    slack = at.lower.value - here.lower.value
-    found = checked(Hypergradient(gradient, here.upper.value))
-    rounding = ROUNDINGS * torch.finfo(point.y.dtype).eps
-    if fallen < -rounding or slack < -rounding * (abs(here.lower.value) or 1.0):
-        raise RejectedDescentError(
-            f"a descent from trained weights raised F by {-fallen:.3g} of itself, or lowered f by {-slack:.3g} below "
-            "the training's; it is no answer to the hyperparameters, and its hypergradient is left out"
+    hypergradient = checked(
+        Hypergradient(
+            gradient,
+            upper.value,
+            iterations=found.products,
+            products=found.products + 1,
+            residual=found.residual,
         )
-    return LagrangianPoint(found, multiplier, fallen, slack, move, multiplier / cauchy)
+    )
+    return LagrangianPoint(hypergradient, multiplier, decrease, fall / (2 * multiplier**2), -found.vector / multiplier)
 
 
-def _curvature(point: TrainedPoint) -> float:
-    """<g, H g> / <g, g> of f along g = dF/dy at the trained weights, by one difference of gradients."""
+def response(point: TrainedPoint, budget: Budget) -> Filtered:
+    """q, shape (n,): F changes by -<q, d> where a force d pulls at df/dy all through the training.
 
-    def lower(move: Tensor) -> tuple[float, Tensor]:
-        found = point.lower(point.x, move)
-        return found.value, found.in_y
+    A gradient flow that has gone for a time s along an eigenvector of H of curvature h answers with (1 - exp(-s h)) / h
+    where a minimum answers with 1 / h. With S the times of all weights and A = S^(1/2) H S^(1/2),
 
-    along = point.here.upper.in_y
-    return max(1e-12, curvature(lower, point.still, torch.zeros_like(along), along, point.difference))
+        q = S^(1/2) phi(A) S^(1/2) dF/dy,    phi(h) = 1 / (|h| + 1),
+
+    which is s for h = 0 and 1 / |h| for large ones. Along a negative curvature a flow answers with exp(s |h|), but a
+    training does not stay where such a direction could grow, so it is answered as a positive one.
+
+    Where the training ended at a minimum, or if nobody knows, S is infinite (`at_a_minimum`). Curvatures below the
+    noise of products are not divided by.
+    """
+    force, products = point.here.upper.in_y, point.products
+    if point.time is None or bool(point.time.isinf().any()):
+        return filtered(
+            products.hessian, force, lambda h: at_a_minimum(h, products.noise), FINISHED_TOLERANCE, budget.most
+        )
+    root = point.time.sqrt()
+    found = filtered(
+        lambda v: root * products.hessian(root * v),
+        root * force,
+        lambda h: 1 / (h.abs() + max(1.0, products.noise * h.abs().max().item())),
+        UNFINISHED_TOLERANCE,
+        budget.unfinished,
+    )
+    return Filtered(root * found.vector, found.residual, found.products, found.values)
+
+
+def at_a_minimum(h: Tensor, noise: float = 0.0) -> Tensor:
+    """phi of curvatures, shape (k,), for infinite time: 1 / h, and 0 where f is flat (many minimisers), as a training
+    from given weights does not answer to x there. Flat is what noise, relative to the largest, cannot tell from it.
+
+    Where one is negative, say -c, this is no minimum: a training that went on for several 1 / c would have left.
+    """
+    largest, lowest = h.abs().max(), h.min()
+    if lowest < -FLAT * largest:
+        return 1 / (h.abs() - lowest / STAYED)
+    return h / (h.square() + (max(FLAT, noise) * largest).square()).clamp_min(torch.finfo(h.dtype).tiny)

@@ -42,12 +42,15 @@ def joint_descent(
     method = OneSided()
     low, high = (point.x - radius).clamp(0, 1), (point.x + radius).clamp(0, 1)
     middle, half = (low + high) / 2, (high - low) / 2
+    # v_hat - shift is f at (x_i, y_i), so that the constraint holds there with all of its slack.
     shift = value_function.mean(point.x).item() - point.here.lower.value
     slack = max(start.slack, 1e-12 * max(1.0, abs(point.here.lower.value)))
+    # At y_m c = 0, and the force on f is m. At y_i c = -slack, and it is 0.
     state = MultiplierState(start.multiplier, start.multiplier / slack)
     size = norm(start.displacement) or 1.0
     gain = max(start.decrease, 1e-6) * (abs(point.here.upper.value) or 1.0)
     # x = middle + half sin(angle) stays in the box; y = y_i + size * scaled keeps all variables of order one.
+    # At a bound the cosine is 0, and no gradient in the angle would leave it.
     inside = ((point.x - middle) / half).clamp(-0.95, 0.95)
     variables = torch.cat([torch.asin(inside).to(point.y), start.displacement / size])
 
@@ -62,6 +65,7 @@ def joint_descent(
         return x, half * torch.cos(angle), evaluation, constraint, slope
 
     budget = point.levels.passes + max_passes
+    # The method of multipliers: minimise L, then update the multiplier.
     for remaining in range(rounds, 0, -1):
         current = state
 
@@ -73,6 +77,7 @@ def joint_descent(
             in_y = (upper.in_y + force * lower.in_y) * size
             return method.merit(current, upper.value, constraint) / gain, torch.cat([in_x.to(in_y), in_y]) / gain
 
+        # What is left is divided equally among the rounds to come.
         evaluations = int((budget - point.levels.passes) / point.evaluation_passes / remaining)
         if evaluations < 2:
             break

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from raybilevel._lower.functions import LevelGradient, finite
 from raybilevel._lower.levels import Levels
-from raybilevel._lower.linearisation import Differences, difference, inner
+from raybilevel._lower.linearisation import Differences, inner
+from raybilevel._lower.precision import Narrowest
 from raybilevel.errors import NotFiniteError
 from raybilevel.problem import Level
 
@@ -33,17 +34,22 @@ class TrainedPoint:
     the unfinished training.
 
     x: x_i, shape (d,), in the unit cube; y: y_i, shape (n,), the weights in the model of `levels`.
+    time: for how long each weight was trained, shape (n,) (`TrainedTime`); infinite if the training ended at a minimum;
+        None if nobody knows.
 
     Raises:
         NotFiniteError: a level, or a gradient that a hypergradient needs, is NaN or infinite there.
     """
 
-    def __init__(self, levels: Levels, x: Tensor) -> None:
-        self.levels, self.x, self.y = levels, x, levels.y
-        lower = levels.lower(x, self.y)
+    def __init__(self, levels: Levels, x: Tensor, time: Tensor | None = None) -> None:
+        self.levels, self.x, self.y, self.time = levels, x, levels.y, time
+        with Narrowest(self.y.dtype) as computed:
+            lower = levels.lower(x, self.y)
+        self.precision = computed.dtype
         finite("lower", lower.value)
         check_gradient("lower", lower.value, "the weights", lower.in_y)
         self.tilt = lower.in_y
+        # The gradient of tilted f is 0 at y_i by construction.
         self.here = Evaluation(self._upper(x, self.y), lower._replace(in_y=torch.zeros_like(self.y)))
         upper = self.here.upper
         check_gradient("upper", upper.value, "the weights", upper.in_y)
@@ -74,19 +80,15 @@ class TrainedPoint:
         finite("upper", found.value)
         return found
 
-    @property
+    @cached_property
     def products(self) -> Differences:
         """Products with the second derivatives of f here; the tilt has none."""
-        return Differences(self.levels, self.x, self.y, self.tilt)
-
-    @cached_property
-    def difference(self) -> float:
-        """How far apart in y two points are whose gradients are subtracted."""
-        return difference(self.y)
+        return Differences(self.levels, self.x, self.y, self.tilt, self.precision)
 
     @cached_property
     def evaluation_passes(self) -> float:
         """What one evaluation costs, in gradient evaluations of f."""
+        # Counted when both levels were evaluated at y_i.
         sizes = self.levels.examples
         return 1 + sizes["upper"] / sizes["lower"]
 

@@ -44,7 +44,6 @@ class LinearSolution:
     products:   with H. Those of a warm start and of a recycled space count.
     jacobians:  products with J, to choose what to recycle.
     error:      estimate of |J (q - H^-1 b)|; None if the solver has no estimate.
-    negative:   whether the solve stopped at a negative curvature. H is then not positive semidefinite.
     """
 
     solution: Tensor
@@ -53,7 +52,6 @@ class LinearSolution:
     products: int
     jacobians: int = 0
     error: float | None = None
-    negative: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,13 +86,12 @@ class ConjugateGradients:
             return _zero(right, memory)
         solution, residual, products = _start(system, memory if self.warm_start else None)
         goal = self.tolerance * right.norm().item()
-        direction, squared, iterations, negative = residual.clone(), residual.dot(residual).item(), 0, False
+        direction, squared, iterations = residual.clone(), residual.dot(residual).item(), 0
         while iterations < self.limit and math.sqrt(squared) > goal:
             image = system.hessian(direction)
             iterations += 1
             curvature = direction.dot(image).item()
             if not curvature > 0:  # also if it is NaN, which says nothing about the sign of H
-                negative = curvature < 0
                 break
             length = squared / curvature
             solution = solution + length * direction
@@ -102,7 +99,7 @@ class ConjugateGradients:
             previous, squared = squared, residual.dot(residual).item()
             direction = residual + squared / previous * direction
         relative = math.sqrt(squared) / right.norm().item()
-        found = LinearSolution(solution, relative, iterations, products + iterations, negative=negative)
+        found = LinearSolution(solution, relative, iterations, products + iterations)
         return found, KrylovMemory(solution)
 
 
@@ -198,10 +195,6 @@ class MinimalResidual:
         a target or an estimate "error" falls back to the residual.
     limit:      stop after this many iterations.
     selection:  what to recycle in the next system; None for nothing.
-    flat:       stop when the curvature along the residual, <r, H r> / |r|^2, is at most this share of the largest seen;
-        None to go on. If H is flat there, the iterate is a least-squares solution. If H is not convex there, the
-        iterate is a descent direction of <q, H q> / 2 - <b, q>. The curvature is known from the recurrence (Liu &
-        Roosta 2022, SIAM J. Optim. 32(4)).
     """
 
     tolerance: float = 1e-6
@@ -209,7 +202,6 @@ class MinimalResidual:
     limit: int = 1000
     warm_start: bool = True
     selection: Selection | None = None
-    flat: float | None = None
 
     def __post_init__(self) -> None:
         if self.criterion not in ("residual", "error"):
@@ -229,6 +221,7 @@ class MinimalResidual:
         if space is not None:
             u, c = deflation(system.hessian, space.vectors)
             products += space.vectors.shape[1]
+            # q_0 + U C^T r_0, whose residual is r = (I - C C^T) r_0.
             inner = c.T @ residual  # (k,)
             solution, residual = solution + u @ inner, residual - c @ inner
 
@@ -248,7 +241,6 @@ class MinimalResidual:
         t1 = t2 = t_sum = right.new_zeros(c.shape[1])
         cosine, sine, delta, epsilon = -1.0, 0.0, 0.0, 0.0
         best, size, singular, lost = _Iterate(math.inf, solution, t_sum, residual, phi), 0.0, False, False
-        steepest, negative = 0.0, False
         basis: list[Tensor] = []
         images: list[Tensor] = []
         iterations = 0
@@ -260,32 +252,28 @@ class MinimalResidual:
             if self.selection is not None and len(basis) < self.selection.most_vectors:
                 basis.append(vector)
                 images.append(image)
+            # Lanczos on (I - C C^T) H: the tridiagonal matrix gets the column (beta, alpha, next beta).
             p = image - c @ inner
             p = p - c @ (c.T @ p)  # again: one projection leaves a part in C, of the size of rounding
             alpha = vector.dot(p).item()
             p = p - alpha * vector - (beta * before if iterations > 1 else 0)
             beta = p.norm().item()
+            # The rotation of the step before, applied to this column.
             delta2 = cosine * delta + sine * alpha
             gamma = sine * delta - cosine * alpha
             epsilon_next, delta = sine * beta, -cosine * beta
             gamma2 = math.hypot(gamma, beta)
             size, projected = max(size, math.hypot(alpha, beta)), phi * math.hypot(gamma, delta)
-            if self.flat is not None:
-                curvature = -cosine * gamma
-                steepest = max(steepest, abs(curvature))
-                if curvature <= self.flat * steepest:
-                    negative = curvature < -self.flat * steepest
-                    break
             if projected <= best.projected:
                 best = _Iterate(projected, solution, t_sum, residual, phi)  # of the iterate before this step
-            # `flat` stops the solve at a singular H already, so only an exact 0 counts then.
-            smallest = 0.0 if self.flat is not None else 3 * math.sqrt(torch.finfo(right.dtype).eps) * size
-            singular = best.projected <= smallest * best.norm
+            singular = best.projected <= 3 * math.sqrt(torch.finfo(right.dtype).eps) * size * best.norm
             lost = singular and projected > 100 * best.projected
             if lost or gamma2 == 0:
                 break
+            # The rotation of this step leaves an upper triangular matrix, R. phi is the norm of the residual after it.
             cosine, sine = gamma / gamma2, beta / gamma2
             tau, phi = cosine * phi, sine * phi
+            # Columns of V R^-1, the newest first: the iterate moves along d1. t1 and t2 are the same for C^T H V.
             d1, d2 = (vector - delta2 * d1 - epsilon * d2) / gamma2, d1
             t1, t2 = (inner - delta2 * t1 - epsilon * t2) / gamma2, t1
             epsilon = epsilon_next
@@ -295,6 +283,7 @@ class MinimalResidual:
                 residual = sine**2 * residual
                 break
             before, vector = vector, p / beta
+            # r_k = s_k^2 r_(k-1) - phi_k c_k v_(k+1)
             residual = sine**2 * residual - phi * cosine * vector
         if singular and not lost:
             # phi comes from the recurrence, which does not see the growth in the null space.
@@ -304,12 +293,13 @@ class MinimalResidual:
             _, solution, t_sum, residual, phi = best
         solution = solution - u @ t_sum
         estimate, kept, jacobians = error(residual), space, 0
+        # What the next system recycles.
         if self.selection is not None and basis:
             w, hw = torch.cat([u, torch.stack(basis, 1)], 1), torch.cat([c, torch.stack(images, 1)], 1)
             chosen, jacobians = self.selection.select(w, hw, system.jacobian, space.estimator if space else None)
             kept = chosen or space  # nothing can be chosen if H annihilates all of W
         return (
-            LinearSolution(solution, phi / scale, iterations, products + iterations, jacobians, estimate, negative),
+            LinearSolution(solution, phi / scale, iterations, products + iterations, jacobians, estimate),
             KrylovMemory(solution, kept),
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raybilevel.errors import CheckpointError
 
-LOWER_LEVEL_FORMAT = 3
+LOWER_LEVEL_FORMAT = 4
 """Of the checkpoints of a lower-level training."""
 PLAIN = (bool, int, float, str, bytes, type(None), Tensor)
 
@@ -57,6 +57,7 @@ def without_numpy(entry: Any) -> Any:
             isinstance(key, np.generic) for key in entry
         )
         return entry if unchanged else mapped
+    # Exactly these two: a named tuple cannot be built again from one list.
     if type(entry) in (list, tuple):
         listed = [without_numpy(value) for value in entry]
         return entry if all(a is b for a, b in zip(listed, entry, strict=True)) else type(entry)(listed)

@@ -100,6 +100,7 @@ class BothLevels(ABC):
     def gradient(self, level: Level, x: Tensor, y: Tensor) -> LevelGradient:
         """A level and its gradients, zero in what it does not depend on."""
         total, in_x, in_y = 0.0, torch.zeros_like(x), torch.zeros_like(y)
+        # Leaves of their own, so that the caller's tensors are not asked for gradients.
         x, y = x.detach().requires_grad_(True), y.detach().requires_grad_(True)
 
         def take(part: Part) -> None:
@@ -146,6 +147,7 @@ class BilevelFunctions(BothLevels):
     def visit(self, level: Level, x: Tensor, y: Tensor, take: Callable[[Part], None]) -> float:
         terms, cost = self.terms(level), self.upper_cost if level == "upper" else 1.0
         for term in terms:
+            # Terms are summed and not averaged, so the weights do not add up: their sum is given as 1.
             take(Part(term(x, y), 1.0, cost / len(terms)))
         return 1.0
 

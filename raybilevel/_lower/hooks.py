@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from raybilevel._lower.settings import check_settings
 from raybilevel.errors import ProblemError
 from raybilevel.problem import BilevelProblem, make_schedule
 
@@ -22,18 +23,19 @@ class Hooks:
     refit: early stopping is off, as F is then taken on data that the model is trained on.
 
     Raises:
-        ProblemError: a setting of the problem is out of range.
+        ProblemError: a setting of the problem is out of range, or the schedule is of another optimizer.
     """
 
     def __init__(
         self, problem: BilevelProblem, model: nn.Module, optimizer: Optimizer, config: Mapping[str, Any], refit: bool
     ) -> None:
-        check_hooks(problem)
+        check_settings(problem)
         self.problem, self.raw = problem, model
         self.patience = None if refit else problem.patience
-        self.schedule: LRScheduler | None = make_schedule(problem, optimizer, config)
+        self.schedule = schedule_of_a_training(problem, optimizer, config)
         self.averaged: AveragedModel | None = None
         if problem.ema is not None:
+            # Torch copies buffers, e.g. the statistics of batch norm, from the raw model and does not average them.
             self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(problem.ema))
         self.model: nn.Module = model if self.averaged is None else self.averaged.module
         self.lowest = math.inf
@@ -69,6 +71,7 @@ class Hooks:
         found = upper()
         if found < self.lowest:
             self.lowest, self.waited = found, 0
+            # A state_dict shares its memory with the model, which is trained on.
             self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         else:
             self.waited += 1
@@ -78,6 +81,7 @@ class Hooks:
     def state_dict(self) -> dict[str, Any]:
         return {
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            # With 0 the next update would replace the average, and not add to it.
             "averaged": None if self.averaged is None else self.averaged.n_averaged,
             "raw": None if self.averaged is None else self.raw.state_dict(),
             "lowest": self.lowest,
@@ -95,19 +99,18 @@ class Hooks:
         self.lowest, self.best, self.waited = state["lowest"], dict(state["best"]), state["waited"]
 
 
-def check_hooks(problem: BilevelProblem) -> None:
-    """Whether the settings of a problem's loop are in range.
+def schedule_of_a_training(
+    problem: BilevelProblem, optimizer: Optimizer, config: Mapping[str, Any]
+) -> LRScheduler | None:
+    """The learning-rate scheduler of a training, if the problem has one.
 
     Raises:
-        ProblemError: one is not; it is named.
+        ProblemError: it belongs to another optimizer.
     """
-    name = type(problem).__name__
-    for setting, count in (("accumulate", problem.accumulate), ("patience", problem.patience)):
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ProblemError(f"{name}.{setting} must be a whole number of at least 1, got {count!r}")
-    if problem.clip is not None and not problem.clip > 0:
-        raise ProblemError(f"{name}.clip must be a positive norm of the gradient or None, got {problem.clip!r}")
-    if problem.ema is not None and not 0 < problem.ema < 1:
-        raise ProblemError(f"{name}.ema must be a decay between 0 and 1 or None, got {problem.ema!r}")
-    if problem.schedule_interval not in ("epoch", "step"):
-        raise ProblemError(f"{name}.schedule_interval must be 'epoch' or 'step', got {problem.schedule_interval!r}")
+    schedule = make_schedule(problem, optimizer, config)
+    if schedule is not None and getattr(schedule, "optimizer", optimizer) is not optimizer:
+        raise ProblemError(
+            f"{type(problem).__name__}.schedule(optimizer) returned a scheduler of another optimizer, so that it would "
+            "change nothing in this training; make a new one for the given optimizer at each call"
+        )
+    return schedule

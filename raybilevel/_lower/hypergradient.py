@@ -45,6 +45,7 @@ def implicit(
     memory:   what the solver keeps for the next system.
     """
     gradient = upper.in_x - products.mixed(solved.solution)
+    # One more: the product with d2f/dxdy above.
     count = solved.products + solved.jacobians + 1
     return checked(
         Hypergradient(gradient, upper.value, solved.error, solved.iterations, count, memory, solved.residual)

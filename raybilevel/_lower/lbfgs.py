@@ -37,6 +37,7 @@ def minimise(
         max_eval=max_evaluations,
         history_size=history,
         tolerance_grad=tolerance,
+        # Torch's own 1e-9 is absolute: in the units of the merit and of its variables.
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
@@ -53,5 +54,6 @@ def minimise(
 def curvature(merit: Merit, at: Tensor, gradient: Tensor, along: Tensor, difference: float) -> float:
     """<p, H p> / <p, p> of a merit with this gradient there, along a direction p, by a difference of gradients."""
     length = difference / norm(along)
+    # moved - gradient is H p times `length`.
     _, moved = merit(at + length * along)
     return inner(moved - gradient, along) / length / inner(along, along)

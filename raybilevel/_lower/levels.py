@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from raybilevel._lower.functions import BothLevels, Part
 from raybilevel._lower.passes import Passes
+from raybilevel._lower.random_numbers import FEWEST_DRAWS, common_random, draws_needed, random_state
 from raybilevel._lower.variables import UpperVariables, split, weights_of
 from raybilevel.errors import ProblemError
 from raybilevel.problem import Batch, BilevelProblem, Level, SupportsLowerMap, make_batches, move, upper_loss
@@ -20,6 +22,10 @@ class Levels(BothLevels):
 
     All is taken in eval mode. The model's own weights and those of an upper-level module are neither read nor changed.
     A level that comes as one batch stays on the device; of several each is fetched when it is its turn.
+
+    Where a loss draws torch's random numbers, e.g. noise whose level is a hyperparameter, a level is its mean over a
+    few draws, the same at every x and y (common random numbers). Each draw is a pass. Their number follows from the
+    scatter of the first ones.
 
     config: the hyperparameters with which the model was made and trained, as plain values. Batches are those of this
         config at every x.
@@ -36,8 +42,11 @@ class Levels(BothLevels):
         self.problem, self.model, self.variables, self.config = problem, model, variables, config or {}
         self.ledger = ledger or Passes()
         self.examples: dict[Level, int] = {}
+        self._draws: dict[Level, int] = {}
         self._held: dict[Level, tuple[Batch, int]] = {}
         self._placed = _Placed(model, variables.module)
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in self._placed.modules())
+        check_dense(type(problem).__name__, self._placed)
         if variables.module is not None:  # during a training of the model, too
             variables.module.eval()
 
@@ -70,24 +79,47 @@ class Levels(BothLevels):
             ProblemError: the level has no examples.
         """
 
-        def all_batches() -> int:
-            count = 0
-            for batch, size in self.batches(level):
-                take(Part(self.loss(level, self._given(x), batch), size, size))
-                count += size
+        means: list[float] = []
+        drawn = False
+
+        def one_draw() -> int:
+            nonlocal drawn
+            count, total, device = 0, 0.0, self.problem.device
+            with common_random(device, seed=len(means)):
+                for batch, size in self.batches(level):
+                    before = random_state(device) if level not in self._draws else ()
+                    loss = self.loss(level, self._given(x), batch)
+                    if level not in self._draws:  # which takes the CPU's time, and a wait for an accelerator
+                        drawn = drawn or before != random_state(device)
+                        total += loss.item() * size
+                    take(Part(loss, size, size))
+                    count += size
+            if count == 0:
+                raise ProblemError(f"{type(self.problem).__name__}.batches({level!r}, None) yields no examples")
+            means.append(total / count)
             return count
 
+        def all_draws() -> int:
+            count = one_draw()
+            if level not in self._draws:
+                while drawn and len(means) < FEWEST_DRAWS:
+                    one_draw()
+                self._draws[level] = draws_needed(means) if drawn else 1
+            while len(means) < self._draws[level]:
+                one_draw()
+            return count
+
+        # Each time, since a training puts its model back into train mode.
         self._placed.eval()
-        count: int = self._at(x, y, all_batches)
-        if count == 0:
-            raise ProblemError(f"{type(self.problem).__name__}.batches({level!r}, None) yields no examples")
+        with differentiable_in_eval_mode() if self._recurrent else nullcontext():
+            count: int = self._at(x, y, all_draws)
         self.examples[level] = count
         if level == "lower":
             self.ledger.whole = count
-        return count
+        return count * len(means)
 
     def is_single(self, level: Level) -> bool:
-        return level in self._held
+        return level in self._held and self._draws.get(level, 1) == 1
 
     def mapped(self, x: Tensor, y: Tensor) -> Tensor:
         problem = self.problem
@@ -112,16 +144,49 @@ class Levels(BothLevels):
             found = move(raw, self.problem.device, self.problem.dtype), self.problem.batch_size(raw)
             only = found if number == 0 else None
             yield found
+        # At the end of a pass only: a second batch may still come after the first.
         if only is not None:
             self._held[level] = only
+
+    def count(self, level: Level) -> int:
+        """Examples of a level."""
+        if level not in self.examples:
+            self.examples[level] = sum(size for _, size in self.batches(level))
+        return self.examples[level]
 
     def _at(self, x: Tensor, y: Tensor, work: Callable[[], Any]) -> Any:
         """What is worked out while x and y are in place. Gradients belong in it: a checkpointed layer runs again when
         it is differentiated."""
+        # The same parameters in the same order as in `weights_of`, which made y.
         inner = {f"model.{name}": w for name, w in self.model.named_parameters() if w.requires_grad}
         module = self.variables.module
         outer = dict(module.named_parameters(prefix="upper")) if module is not None else {}
         return torch.func.functional_call(self._placed, {**split(y, inner), **split(x, outer)}, (work,))
+
+
+@contextmanager
+def differentiable_in_eval_mode() -> Iterator[None]:
+    """Inside the block recurrent layers are torch's own: those of cuDNN refuse a backward pass in eval mode."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+def check_dense(problem: str, modules: nn.Module) -> None:
+    """Whether gradients of all weights are tensors like any other.
+
+    Raises:
+        ProblemError: those of an embedding are sparse.
+    """
+    for name, part in modules.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            raise ProblemError(
+                f"{problem}: the embedding {name.partition('.')[2]} has sparse gradients, and "
+                "raybilevel needs gradients of all weights as one vector; leave out sparse=True"
+            )
 
 
 class _Placed(nn.Module):

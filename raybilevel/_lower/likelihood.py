@@ -27,7 +27,8 @@ class UpperLikelihood:
     examples: int
 
 
-_KNOWN: weakref.WeakKeyDictionary[BilevelProblem, UpperLikelihood] = weakref.WeakKeyDictionary()
+_KNOWN: dict[int, UpperLikelihood] = {}
+"""By the problem's id, as a data class has no hash."""
 
 
 def upper_likelihood(
@@ -40,10 +41,11 @@ def upper_likelihood(
     Raises:
         ProblemError: `upper_likelihood` has a value that is not known.
     """
-    if problem not in _KNOWN:
+    if id(problem) not in _KNOWN:
         sizes = [problem.batch_size(batch) for batch in make_batches(problem, "upper", None, config or {})]
-        _KNOWN[problem] = UpperLikelihood(_kind(problem, hyperparameters, config or {}), sum(sizes))
-    return _KNOWN[problem]
+        _KNOWN[id(problem)] = UpperLikelihood(_kind(problem, hyperparameters, config or {}), sum(sizes))
+        weakref.finalize(problem, _KNOWN.pop, id(problem), None)
+    return _KNOWN[id(problem)]
 
 
 def _kind(problem: BilevelProblem, hyperparameters: Hyperparameters, config: Mapping[str, Any]) -> Likelihood | None:
@@ -55,9 +57,11 @@ def _kind(problem: BilevelProblem, hyperparameters: Hyperparameters, config: Map
         return None
     if said != "auto":
         return said
+    # No device is forked: the model is made on the CPU, and draws its numbers there.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make_model(on_cpu(problem), config).eval()
+        # One batch will do: it is not the value that is looked at, but the function that returned it.
         batch = move(next(iter(make_batches(problem, "upper", None, config))), "cpu", problem.dtype)
         loss = upper_loss(problem, model, hyperparameters, batch)
     return kind_of(loss, problem.batch_size(batch))
@@ -65,10 +69,12 @@ def _kind(problem: BilevelProblem, hyperparameters: Hyperparameters, config: Map
 
 def kind_of(loss: Tensor, examples: int) -> Likelihood | None:
     """By the torch function that a loss is the direct result of, if it took the plain mean of one term an example."""
+    # Autograd keeps a function's arguments in its node as `_saved_*`. Nodes of other functions lack these.
     made_by: Any = loss.grad_fn
     saved = {name: getattr(made_by, f"_saved_{name}", None) for name in ("reduction", "target", "weight", "pos_weight")}
     if saved["reduction"] != MEAN or saved["weight"] is not None or saved["pos_weight"] is not None:
         return None
+    # Of several targets an example, e.g. one a pixel, the mean is not over n independent terms.
     if saved["target"] is None or saved["target"].numel() != examples:
         return None
     name = made_by.name()

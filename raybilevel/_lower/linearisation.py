@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from raybilevel.errors import ProblemError, RaybilevelError
+
+# `functions` imports this module.
 if TYPE_CHECKING:
     from raybilevel._lower.functions import BothLevels, Part
+
+
+class NoisyError(RaybilevelError, ArithmeticError):
+    """A difference of gradients is nothing but noise."""
 
 
 class Products(Protocol):
@@ -85,12 +95,14 @@ class Linearisation:
             if found is not None:
                 total.add_(found.detach(), alpha=graph.weight)
 
-        with torch.enable_grad():
+        # Fused attention has no second derivative. The plain one has.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), second_derivatives():
             if self._kept is not None:
                 graph, weights = self._kept
                 add(graph)
                 return total / weights
             last: list[_Graph] = []
+            # Levels know this after a first pass over the data. Until then each product builds its graph.
             keep = self.functions.is_single("lower")
 
             def take(part: Part) -> None:
@@ -114,25 +126,93 @@ class Linearisation:
         return _Graph(gradient, part.weight, part.examples)
 
 
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Says what to do about a function that torch cannot differentiate twice.
+
+    Raises:
+        ProblemError: the block differentiates one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not NOT_TWICE.search(str(error)):
+            raise
+        raise ProblemError(
+            f"the lower-level loss cannot be differentiated twice ({str(error).splitlines()[0]}); use estimator "
+            "'first_order' or 'dynamic_barrier', which take first derivatives only, or method 'default'"
+        ) from error
+
+
+NOT_TWICE = re.compile("derivative for .* is not implemented|double backward|differentiate twice")
+"""In what torch says of a function without a second derivative."""
+
+
 class Differences:
     """Products from differences of gradients of f: no loss needs to be differentiable twice.
 
     A product with d2f/dy2 takes one gradient, a forward difference; with d2f/dxdy two, a central one: where f holds a
     square of y, as in weight decay, a forward difference is off by that square.
 
-    gradient: df/dy at (x, y), where it is known already.
+    The length follows from the precision of the gradients, which may be far less than that of the weights (autocast).
+    The first product is taken with two lengths. If it changes from one to the other, there are kinks or noise, and
+    others follow: one gradient more where all is well, and up to six where it is not.
+
+    gradient:  df/dy at (x, y), where it is known already.
+    precision: in which gradients are computed; None for that of y.
+    apart:     how far apart two points are whose gradients are subtracted.
+    noise:     of the first product, relative, where that is not known to be small; 0 else, and infinite before it.
+
+    Products raise NoisyError if no length gives one that is more than noise.
     """
 
-    def __init__(self, functions: BothLevels, x: Tensor, y: Tensor, gradient: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        functions: BothLevels,
+        x: Tensor,
+        y: Tensor,
+        gradient: Tensor | None = None,
+        precision: torch.dtype | None = None,
+    ) -> None:
         self.functions, self.x, self.y = functions, x, y
         self.gradient = functions.lower(x, y).in_y if gradient is None else gradient
+        self.coarse = precision not in (None, y.dtype)
+        self.apart, self.noise = difference(y, precision), math.inf
 
     def hessian(self, direction: Tensor) -> Tensor:
-        step = difference(self.y) / norm(direction)
+        return self._along(direction, self.apart) if self.noise < math.inf else self._first(direction)
+
+    def _along(self, direction: Tensor, apart: float) -> Tensor:
+        step = apart / norm(direction)
         return (self.functions.lower(self.x, self.y + step * direction).in_y - self.gradient) / step
 
+    def _first(self, direction: Tensor) -> Tensor:
+        """The first product, with a length at which it changes little."""
+        scale, tried = self.apart, dict[int, Tensor]()
+
+        def product(power: int) -> Tensor:
+            if power not in tried:
+                tried[power] = self._along(direction, scale * LONGER**power)
+            return tried[power]
+
+        best, least = 0, math.inf
+        for power in POWERS_WHERE_COARSE if self.coarse else POWERS:
+            change = norm(product(power) - product(power - 1)) / (norm(product(power)) or 1.0)
+            if change < least:
+                best, least = power, change
+            if change <= NOISE:
+                break
+        if least > DROWNED:
+            raise NoisyError(
+                f"a difference of gradients changes by {100 * least:.0f} % from one length to another, so it is noise; "
+                "compute the lower-level loss in a higher precision, and without random numbers"
+            )
+        self.apart = scale * LONGER**best
+        self.noise = least / LONGER if best > 0 or self.coarse else 0.0  # it falls with the length
+        return product(best)
+
     def mixed(self, direction: Tensor) -> Tensor:
-        step = difference(self.y) / norm(direction)
+        step = self.apart / norm(direction)
         ahead, behind = (self.functions.lower(self.x, self.y + sign * step * direction).in_x for sign in (1, -1))
         return (ahead - behind) / (2 * step)
 
@@ -141,13 +221,25 @@ class Differences:
         return (self.functions.lower(self.x + step * direction, self.y).in_y - self.gradient) / step
 
 
-def difference(point: Tensor) -> float:
-    """How far apart two points are whose gradients are subtracted."""
-    return math.sqrt(torch.finfo(point.dtype).eps) * (norm(point) or 1.0)
+LONGER = 8.0
+"""Of two lengths that follow each other, the one in units of the other."""
+NOISE, DROWNED = 0.05, 0.3
+"""The relative change of a product from one length to the next that is taken for none, and that which is too much."""
+POWERS, POWERS_WHERE_COARSE = (0, -1, -2, 1, 2, 3), (0, 1)
+"""Of `LONGER`, by which lengths are tried: first shorter ones, as the usual length passes many kinks of a network with
+rectifiers in float32. Where weights are rounded before they are used, a shorter step does not move them."""
+
+
+def difference(point: Tensor, precision: torch.dtype | None = None) -> float:
+    """How far apart two points are whose gradients are subtracted. precision: of these, None for the point's."""
+    # The errors of a forward difference are of order h (truncation) and eps / h (rounding). They are equal at
+    # h = eps^(1/2), in units of the point (Nocedal & Wright 2006, Numerical Optimization, section 8.1).
+    return math.sqrt(torch.finfo(precision or point.dtype).eps) * (norm(point) or 1.0)
 
 
 def inner(a: Tensor, b: Tensor) -> float:
     """<a, b>, summed in double precision where the device has it."""
+    # MPS has no double precision.
     wide = torch.float32 if a.device.type == "mps" else torch.double
     return a.to(wide).dot(b.to(wide)).item()
 

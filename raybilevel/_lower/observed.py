@@ -13,6 +13,7 @@ from raybilevel._lower.functions import finite
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.variables import ConfigVariables
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
+from raybilevel._tree import named
 from raybilevel.problem import BilevelProblem, evaluate
 from raybilevel.space import nest
 
@@ -69,14 +70,20 @@ class Observed:
         """
         found = self.levels.lower(self.variables.x, self.levels.y)
         finite("lower", found.value)
+        # A NaN in one entry must not cost the others, so each is judged by itself.
         numbers = dict(zip(self.variables.paths, found.in_x.tolist(), strict=True))
         for path, number in numbers.items():
             if not math.isfinite(number):
                 logger.warning(
-                    "the lower level's gradient in %s is %s at %s; it is left out", "/".join(path), number, self.config
+                    "the lower level's gradient in %s is %s at %s; it is left out", named(path), number, self.config
                 )
                 numbers[path] = math.nan
-        return nest(numbers)
+        return nest({tuple(map(str, path)): number for path, number in numbers.items()})
+
+    @property
+    def unknown_gradient(self) -> dict[str, Any]:
+        """NaN in each place of `gradient`."""
+        return nest(dict.fromkeys(self.variables.paths, math.nan))
 
     def metrics(self) -> dict[str, float]:
         """What the problem's `evaluate` says of the present weights."""

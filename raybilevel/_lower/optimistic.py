@@ -38,6 +38,7 @@ def select_minimiser(levels: Levels, x: Tensor, max_passes: float, tolerance: fl
     """
     search = _Search(levels, x, max_passes)
     upper, slope = search.upper(search.start)
+    # F does not depend on y, so all minimisers are equally good.
     if norm(slope) == 0:
         return False
     size = abs(upper) or 1.0
@@ -45,17 +46,21 @@ def select_minimiser(levels: Levels, x: Tensor, max_passes: float, tolerance: fl
         bent = search.curvature(slope)
     except (NotFiniteError, _Spent):
         return search.gave_up()
+    # A Cauchy step on F + m f~ from y_i, where df~/dy is 0, is dF/dy / (m bent). It lowers F by |dF/dy|^2 / (m bent).
     multiplier = inner(slope, slope) / (max(bent, 1e-12) * DECREASE * size)
     aim = tolerance * slope.abs().max().item()
     move = search.start
+    # The exterior penalty, with four fifths of the passes. The last fifth is for f~ alone.
     while True:
         move, lower, ended = search.descend(multiplier, move, aim, 0.8)
         violation = multiplier * lower
         if not ended or violation <= tolerance * size:
             break
         multiplier *= 10
+    # Below the interval, f~ has values under the one that y_i was taken to minimise.
     if not -tolerance * size <= violation <= tolerance * size:
         return search.gave_up()
+    # The minimiser of F + m f~ lies beside the minimisers of f~ at every finite m. This goes back to one of them.
     polished, _, _ = search.descend(None, move, 0.0, 1.0)
     if finite("upper", levels.value("upper", x, search.trained + polished)) < upper:
         set_weights(levels.model, search.trained + polished)
@@ -93,6 +98,7 @@ class _Search:
     def curvature(self, slope: Tensor) -> float:
         """Of f~: along dF/dy it may have none, so the mean over all directions where that is larger."""
         chance = torch.Generator().manual_seed(0)
+        # Drawn on the CPU in double precision, so that every device and dtype has the same direction.
         noise = torch.randn(self.trained.shape, generator=chance, dtype=torch.double).to(self.trained)
         apart = difference(self.trained)
         return max(curvature(self.lower, self.start, self.start, along, apart) for along in (noise, slope))
@@ -102,6 +108,7 @@ class _Search:
         it sees is of order one. Where it was when it had to end, after a share of all passes or at a loss that is not
         finite, f~ there less f~ at the trained weights, and whether it ended by itself."""
         self.limit = share * self.max_passes
+        # The lowest point seen, as the passes may be spent in the middle of a line search.
         best = (math.inf, start, 0.0)
         scale: tuple[float, float] | None = None
         value = 0.0
@@ -132,10 +139,12 @@ class _Search:
             else:
                 apart = difference(self.trained)
                 bent = curvature(merit, start, gradient, gradient, apart)
+                # Not convex along the gradient. The first step is then as long as the difference that showed it.
                 if not bent > 0:
                     bent = math.sqrt(squared) / apart
                 scale = (math.sqrt(squared) / bent, squared / bent)
                 tolerance = aim * scale[0] / scale[1]
+                # The number of evaluations is no limit: each takes a pass or more, so `_Spent` comes first.
                 minimise(scaled, torch.zeros_like(start), int(self.max_passes) + 1, tolerance)
                 ended = True
         except (_Spent, NotFiniteError):

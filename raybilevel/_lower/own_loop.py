@@ -59,6 +59,7 @@ def rebuilt(problem: BilevelProblem, config: Mapping[str, Any], model: nn.Module
     name = type(problem).__name__
     if not isinstance(model, nn.Module):
         raise ProblemError(f"{name}: expected the trained torch.nn.Module, got {type(model).__name__}")
+    # Initial weights draw random numbers, and must not take those of the user's loop.
     with forked_random(problem.device):
         fresh = make_model(problem, config)
     try:
@@ -118,6 +119,7 @@ class Reported:
     ) -> None:
         self.problem, self.config, self.tell = problem, dict(config), tell
         self.examples = self.reports = 0
+        # Shallow, so that the data is shared. The original's `batches` stay uncounted, for evaluations.
         self.counted: Any = copy.copy(problem)
         self.counted.batches = self.batches  # type: ignore[method-assign]
 
@@ -139,6 +141,7 @@ class Reported:
         with forked_random(self.problem.device):
             training = OwnTraining(self.problem, self.config, model, float(self.problem.epochs))
             if self.examples:
+                # Only a pass over the data tells how many examples it has. Without gradients it is free.
                 training.levels.value("lower", training.variables.x, training.levels.y)
                 training.trained = self.examples / training.levels.examples["lower"]
         return training

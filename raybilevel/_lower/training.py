@@ -21,6 +21,7 @@ from raybilevel._lower.optimistic import select_minimiser
 from raybilevel._lower.own_loop import train_itself
 from raybilevel._lower.passes import Passes
 from raybilevel._lower.random_numbers import forked_random
+from raybilevel._lower.trained_time import TrainedTime
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.problem import (
@@ -63,7 +64,7 @@ def train_epoch(
     ledger: Passes,
     where: str,
     number: Callable[[Tensor], float] = Tensor.item,
-    after_step: Callable[[], None] = lambda: None,
+    after_step: Callable[[float], None] = lambda clipped: None,
 ) -> None:
     """One step of the optimizer for each batch, or for each few where the problem accumulates; every gradient that it
     asks for is charged.
@@ -71,34 +72,42 @@ def train_epoch(
     batches: as the problem yields them; `loss` gets them on the device.
     where:   in the search this is, for errors.
     number:  a loss as the number that a line search compares.
-    after_step: is called after each step.
+    after_step: is called after each step, with the factor by which gradients were clipped.
 
     Raises:
         NotFiniteError: a loss is NaN or infinite; training on would waste the rest.
     """
+    # `Levels` leaves the model in eval mode after each evaluation.
     model.train()
-    count = 0
+    count, clipped = 0, 1.0
     for group in groups(batches, problem.accumulate):
         parts = [(move(raw, problem.device, problem.dtype), problem.batch_size(raw)) for raw in group]
         total = sum(size for _, size in parts)
 
         def closure(parts: Sequence[tuple[Batch, int]] = parts, total: int = total) -> float:
+            # In here, as L-BFGS calls the closure several times a step.
+            nonlocal clipped
             optimizer.zero_grad()
             value = 0.0
             for batch, size in parts:
+                # Weighted by examples: a group of batches has the gradient that one large batch would have.
                 found = loss(batch) if len(parts) == 1 else loss(batch) * (size / total)
                 found.backward()
                 ledger.charge(size)
                 value += number(found)
+            # After all parts: the limit is one on the gradient of the step.
             if problem.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), problem.clip)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), problem.clip)
+                clipped = min(1.0, problem.clip / (norm.item() or 1.0))
             return value
 
+        # L-BFGS, which takes several losses a step, returns the first.
         value = float(optimizer.step(closure))
         if not math.isfinite(value):
             raise NotFiniteError(f"the lower-level loss is {value} {where}")
-        after_step()
+        after_step(clipped)
         count += total
+    # Where no evaluation has counted the examples yet.
     if not ledger.whole:
         ledger.whole = count
 
@@ -120,12 +129,15 @@ class LowerLevelTraining(Observed):
     def __init__(self, problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0, refit: bool = False):
         super().__init__(problem, config)
         self.refit, self.epoch = refit, 0
+        # Batches have their own numbers: a model with more weights or dropout sees them in the same order.
         self.generator = torch.Generator().manual_seed(seed)
         self._random_state: dict[str, Tensor] = {}
         with self._random(seed):
             self.model = make_model(problem, self.config)
             self.optimizer = make_optimizer(problem, self.model, self.config)
             self.hooks = Hooks(problem, self.model, self.optimizer, self.config, refit)
+        self.time = TrainedTime(self.model, self.optimizer)
+        # With averaged weights F, f and df/dx are those of the average.
         self.levels = Levels(problem, self.hooks.model, self.variables, self.config)
 
     @property
@@ -146,10 +158,15 @@ class LowerLevelTraining(Observed):
         with self._random():
             train_epoch(
                 self.problem, self.model, self.optimizer, self._batches(), self.batch_loss, self.levels.ledger,
-                f"in epoch {self.epoch + 1} at {self.config}", self.number, self.hooks.after_step,
+                f"in epoch {self.epoch + 1} at {self.config}", self.number, self._after_step,
             )  # fmt: skip
         self.epoch += 1
+        self.time.after_epoch()
         self.hooks.after_epoch(self.upper, self.reports, self.finished)
+
+    def _after_step(self, clipped: float) -> None:
+        self.time.after_step(clipped)  # before the schedule changes the rate
+        self.hooks.after_step()
 
     def run(self) -> None:
         """All epochs that are left."""
@@ -159,6 +176,7 @@ class LowerLevelTraining(Observed):
     def conclude(self) -> None:
         """After the last epoch: of an optimistic problem, choose among the minimisers of f."""
         if self.problem.optimistic:
+            # As many passes as the training took, so that it costs up to twice as much (`BilevelProblem.optimistic`).
             select_minimiser(self.levels, self.variables.x, self.passes)
 
     def batch_loss(self, batch: Batch) -> Tensor:
@@ -178,13 +196,16 @@ class LowerLevelTraining(Observed):
             "model": self.hooks.model.state_dict(),
             "hooks": self.hooks.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "time": self.time.state_dict(),
             "generator": self.generator.get_state(),
             "random": self._random_state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        # Without averaged weights this is the trained model itself. With them `hooks` has the raw one.
         self.hooks.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.time.load_state_dict(state["time"])
         self.hooks.load_state_dict(state["hooks"])
         self.generator.set_state(state["generator"])
         self._random_state = dict(state["random"])
@@ -204,12 +225,14 @@ class LowerLevelTraining(Observed):
         """Torch's global random numbers (initialisation, dropout) belong to this training inside the block."""
         with forked_random(self.problem.device) as accelerator:
             if seed is not None:
+                # This seeds accelerators as well.
                 torch.manual_seed(seed)
             else:
                 torch.set_rng_state(self._random_state["cpu"])
                 if accelerator is not None:
                     accelerator.set_rng_state(self._random_state["accelerator"])
             yield
+            # Inside `forked_random`, which puts the caller's numbers back.
             self._random_state = {"cpu": torch.get_rng_state()}
             if accelerator is not None:
                 self._random_state["accelerator"] = accelerator.get_rng_state()
@@ -228,13 +251,19 @@ def train(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> 
 
 def observed(training: Observed) -> TrainedLowerLevel:
     """What a training observes at its end."""
+    # `passes` is read after the gradient, which is charged.
     losses, gradient = training.losses(), training.gradient()
     return TrainedLowerLevel(losses.pop(LOWER_LOSS), losses.pop(UPPER_LOSS), gradient, training.passes, losses)
 
 
 def refit(problem: BilevelProblem, config: Mapping[str, Any], seed: int = 0) -> dict[str, float] | None:
-    """The problem's metrics after a training on training plus validation data; None where it has no such data,
-    or trains itself."""
+    """The problem's metrics after a training on training plus validation data (`refit_batches`), in this process.
+
+    config: hyperparameters and constants, nested, e.g. `results.get_best_result().config`.
+
+    Returns:
+        None if the problem has no `refit_batches`, or trains itself.
+    """
     if trains_itself(problem) or make_refit_batches(problem, None, config) is None:
         return None
     training = LowerLevelTraining(problem, config, seed, refit=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from raybilevel._tree import leaves, replaced
 from raybilevel.problem import BilevelProblem
 from raybilevel.space import Space, flatten, nest
 
@@ -54,7 +55,7 @@ class BoxVariables:
     def rounded(self, x: Tensor) -> Tensor:
         if all(parameter.step is None for parameter in self.space.parameters):
             return x
-        return self.space.encode(self.space.to_config(x.detach().cpu().double())).to(x)
+        return self.space.rounded(x.detach().cpu().double()).to(x)
 
 
 class ModuleVariables:
@@ -76,18 +77,20 @@ class ModuleVariables:
 
 
 class ConfigVariables:
-    """x is every float of a trial's config, in its own units: what a training is given."""
+    """x is every float of a trial's config, also in lists, in its own units: what a training is given."""
 
     module: nn.Module | None = None
 
     def __init__(self, config: Mapping[str, Any], problem: BilevelProblem) -> None:
-        self.config = flatten(config)
-        self.paths = [path for path, value in self.config.items() if isinstance(value, float)]
-        values = [self.config[path] for path in self.paths]
-        self.x = torch.tensor(values, dtype=problem.dtype, device=problem.device)
+        self.config = config
+        # Whole numbers, truth values and texts have no derivative. The losses get them as they are.
+        floats = {path: value for path, value in leaves(config).items() if isinstance(value, float)}
+        self.paths = list(floats)
+        self.x = torch.tensor(list(floats.values()), dtype=problem.dtype, device=problem.device)
 
     def given(self, x: Tensor) -> dict[str, Any]:
-        return nest({**self.config, **dict(zip(self.paths, x, strict=True))})
+        found: dict[str, Any] = replaced(self.config, dict(zip(self.paths, x, strict=True)))
+        return found
 
     def project(self, x: Tensor) -> Tensor:
         return x

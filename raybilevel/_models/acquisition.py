@@ -15,7 +15,7 @@ from botorch.optim import optimize_acqf
 from torch import Tensor
 
 from raybilevel._models import leave_one_out
-from raybilevel._models.discrete import NONE, Levels, promising, snapped, widened, with_setting
+from raybilevel._models.discrete import NONE, AtRest, Levels, all_active, promising, snapped, widened, with_setting
 from raybilevel._models.feasibility import Feasibility
 from raybilevel._models.gaussian_process import FittedGP, differs, exact, fit, value_rows
 from raybilevel._models.shrinkage import GroupPenalty
@@ -111,6 +111,7 @@ def fit_upper_model(
     unordered: coordinates of choices without an order.
     trust:     what hypergradients are multiplied by; with too little they are left out.
     """
+    # Of all trainings, before rows are thinned: `low` is the lowest F of all.
     steepest = max((abs(or_zero(g)) for t in trainings for g in t.hypergradient or ()), default=0.0)
     warp = Warp.of(torch.tensor([t.upper_loss for t in trainings], dtype=torch.double), steepest)
     trainings = thinned(trainings, near, max_rows // 2 if any(t.hypergradient for t in trainings) else max_rows)
@@ -118,7 +119,9 @@ def fit_upper_model(
     upper = torch.tensor([t.upper_loss for t in trainings], dtype=torch.double)
     slope = warp.slope(upper)
     known = [i for i, t in enumerate(trainings) if t.hypergradient and trust >= LEAST_TRUST]
+    # A gradient takes d rows.
     kept = [known[i] for i in nearest(x[known], near, (max_rows - len(x)) // x.shape[1])] if known else []
+    # The chain rule: dz/dx = z'(F) dF/dx.
     gradients = {i: trust * slope[i] * torch.tensor(trainings[i].hypergradient, dtype=torch.double) for i in kept}
     process = fit(x, warp(upper), gradients, categorical=unordered)
     if gradients and len(x) >= ENOUGH_TO_CONTRADICT and (error := typical_error(process)) > POOR:
@@ -131,7 +134,9 @@ def fit_upper_model(
         with exact(), torch.no_grad():
             believed = process.model.posterior(points).mean.squeeze(-1)
         rows = torch.cat([process.model.train_inputs[0], value_rows(points)])
+        # strict=False lets the number of rows change.
         process.model.set_train_data(rows, torch.cat([process.model.train_targets, believed]), strict=False)
+    # In the units of the process, whose posterior the acquisitions see.
     lowest = (warp(torch.tensor(warp.low, dtype=torch.double)) - process.shift) / process.scale
     return UpperModel(process, warp, lowest.item())
 
@@ -150,6 +155,7 @@ def minimise_in_box(
     seed: int,
     penalty: GroupPenalty | None = None,
     discrete: Levels = NONE,
+    at_rest: AtRest = all_active,
     feasibility: Feasibility | None = None,
 ) -> Tensor:
     """The point of a box with the lowest mean - sqrt(beta) * deviation, with a penalty if there is one, shape (d,).
@@ -162,7 +168,7 @@ def minimise_in_box(
         acquisition = PenalisedConfidenceBound(model, penalty, beta)
     if feasibility is not None:
         acquisition = FeasibleDecrease(acquisition, feasibility, starts[0])
-    return maximise(acquisition, low, high, starts, seed, discrete=discrete)
+    return maximise(acquisition, low, high, starts, seed, discrete=discrete, at_rest=at_rest)
 
 
 class PenalisedConfidenceBound(AcquisitionFunction):  # type: ignore[misc]
@@ -177,7 +183,9 @@ class PenalisedConfidenceBound(AcquisitionFunction):  # type: ignore[misc]
         posterior = process.model.posterior(X)
         bound = posterior.mean[..., 0, 0]
         if self.beta > 0:
+            # The root has no finite gradient at a variance of 0.
             bound = bound - math.sqrt(self.beta) * posterior.variance[..., 0, 0].clamp_min(1e-18).sqrt()
+        # The warp is monotone, so the bound of z is warped back to that of F.
         upper = torch.exp(process.shift + process.scale * bound) + warp.low - warp.spread
         return -self.penalty(upper, X.squeeze(-2))
 
@@ -217,13 +225,14 @@ def expected_improvement(
     starts: Sequence[Tensor],
     seed: int,
     discrete: Levels = NONE,
+    at_rest: AtRest = all_active,
     feasibility: Feasibility | None = None,
 ) -> Tensor:
     """The point of the unit cube with the largest (log) expected improvement over the incumbent, shape (d,)."""
     acquisition = FeasibleImprovement(model.process.model, best_f=model.best, maximize=False)
     acquisition.feasibility = feasibility
     low, high = torch.zeros(dimension).double(), torch.ones(dimension).double()
-    return maximise(acquisition, low, high, starts, seed, discrete=discrete)
+    return maximise(acquisition, low, high, starts, seed, discrete=discrete, at_rest=at_rest)
 
 
 def maximise(
@@ -234,33 +243,39 @@ def maximise(
     seed: int,
     restarts: int = 4,
     discrete: Levels = NONE,
+    at_rest: AtRest = all_active,
 ) -> Tensor:
     """Multi-start L-BFGS-B in a box, from `starts` and the best of 64 scrambled Sobol points.
 
     discrete: coordinates that have a few values. They are free of the box. The continuous ones are optimised at the
         most promising settings of the others, then at the neighbours of the best.
+    at_rest:  of a conditional space: at a setting of the discrete coordinates, those that are not active stay at rest.
     """
     low, high = widened(low, high, discrete)
-    raw = snapped(low + sobol_points(len(low), 64, seed) * (high - low), discrete)
+    raw, _ = at_rest(snapped(low + sobol_points(len(low), 64, seed) * (high - low), discrete))
     with torch.no_grad():
+        # Stable: points of equal acquisition, e.g. far from all data, keep their order on every machine.
         order = acquisition(raw.unsqueeze(1)).argsort(descending=True, stable=True)
-    chosen = [*(snapped(start, discrete).clamp(low, high) for start in starts), *raw[order[:restarts]]]
+    chosen = [*(at_rest(snapped(start, discrete))[0].clamp(low, high) for start in starts), *raw[order[:restarts]]]
     if not discrete:
         return ascended(acquisition, low, high, chosen)
-    tried: dict[tuple[float, ...], tuple[float, Tensor]] = {}
+    tried: dict[tuple[tuple[int, float], ...], tuple[float, Tensor]] = {}
     points = torch.stack(chosen)
     for _ in range(ROUNDS):
-        for candidate in promising(acquisition, points, discrete):
-            fixed = {j: candidate[j].item() for j in discrete}
-            setting = tuple(fixed.values())
+        for candidate in promising(acquisition, points, discrete, at_rest):
+            _, resting = at_rest(candidate)
+            fixed = {j: candidate[j].item() for j in sorted({*discrete, *resting.nonzero().flatten().tolist()})}
+            setting = tuple(fixed.items())
             if setting in tried:
                 continue
             point = candidate
+            # Else every coordinate is fixed, and nothing is left to optimise.
             if len(fixed) < len(low):
                 others = [with_setting(start, fixed) for start in chosen[:2]]
                 point = ascended(acquisition, low, high, [candidate, *others], fixed)
             with torch.no_grad():
                 tried[setting] = acquisition(point[None, None]).item(), point
+        # The next round starts from the best setting, and looks at its neighbours.
         points = max(tried.values(), key=lambda found: found[0])[1].unsqueeze(0)
     return points[0]
 
@@ -275,6 +290,7 @@ def ascended(
     """The best of L-BFGS-B from each start, shape (d,); `fixed` coordinates keep their values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BotorchWarning)
+        # BoTorch warns so where L-BFGS-B did not succeed.
         warnings.simplefilter("ignore", RuntimeWarning)
         found, _ = optimize_acqf(
             acquisition,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from botorch.acquisition import AcquisitionFunction
@@ -11,6 +11,15 @@ from torch import Tensor
 Levels = Mapping[int, Sequence[float]]
 """Coordinates that have a few values, with those."""
 NONE: Levels = {}
+AtRest = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Of points, shape (..., d): those with every coordinate that is not active at its rest, and which these are, booleans
+of that shape."""
+
+
+def all_active(points: Tensor) -> tuple[Tensor, Tensor]:
+    """`AtRest` of a space without conditions."""
+    return points, torch.zeros_like(points, dtype=torch.bool)
+
 
 TRIED = 4
 """Settings of the discrete coordinates whose continuous ones are optimised."""
@@ -58,10 +67,16 @@ def neighbours(point: Tensor, discrete: Levels) -> Tensor:
     return torch.stack(found[: MOST_NEIGHBOURS + 1])
 
 
-def promising(acquisition: AcquisitionFunction, points: Tensor, discrete: Levels, count: int = TRIED) -> list[Tensor]:
+def promising(
+    acquisition: AcquisitionFunction,
+    points: Tensor,
+    discrete: Levels,
+    at_rest: AtRest = all_active,
+    count: int = TRIED,
+) -> list[Tensor]:
     """Of points, shape (n, d), and of their neighbours those with the largest acquisition, one for each setting of the
     discrete coordinates."""
-    candidates = torch.cat([neighbours(point, discrete) for point in snapped(points, discrete)])
+    candidates, _ = at_rest(torch.cat([neighbours(point, discrete) for point in snapped(points, discrete)]))
     with torch.no_grad():
         order = acquisition(candidates.unsqueeze(1)).argsort(descending=True, stable=True)
     coordinates = list(discrete)
@@ -79,6 +94,7 @@ def covering(points: Tensor, discrete: Levels, seed: int) -> Tensor:
     found, generator = points.clone(), torch.Generator().manual_seed(seed)
     for coordinate, values in discrete.items():
         levels = torch.tensor(values, dtype=points.dtype)
+        # Rounded up: the last turn may be cut short.
         turns = -(-len(points) // len(levels))
         order = torch.cat([torch.randperm(len(levels), generator=generator) for _ in range(turns)])
         found[:, coordinate] = levels[order[: len(points)]]

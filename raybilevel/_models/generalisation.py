@@ -76,8 +76,10 @@ class Surface:
             kernel = gaussian.covar_module
             covariance = kernel(rows).to_dense() + gaussian.likelihood.noise_covar(rows).to_dense()
             residual = (gaussian.train_targets - gaussian.mean_constant * rows[:, d]).unsqueeze(1)
+            # k_i of `Surface` is without the outputscale, which goes into the weights.
             weights = torch.cholesky_solve(residual, torch.linalg.cholesky(covariance)).squeeze(1) * kernel.outputscale
             lengths = kernel.base_kernel.lengthscale.squeeze(0).expand(d)
+        # The value and the derivatives of a point are rows of their own. In q_i they are one.
         points, place = torch.unique(rows[:, :d], dim=0, return_inverse=True)
         return cls(
             points,
@@ -108,16 +110,19 @@ class Surface:
     def hessian(self, x: Tensor) -> Tensor:
         """Of G, shape (d, d)."""
         mean, gradient, k, difference, q = self._mean(x)
+        # Hess m = sum_i k_i (q_i D_i D_i' - D_i (L^-2 b_i)' - (L^-2 b_i) D_i' - q_i L^-2)
         cross = difference.T @ (k.unsqueeze(1) * self.derivative_weights * self.inverse_squares)
         weighted = k * q
         second = difference.T @ (weighted.unsqueeze(1) * difference) - cross - cross.T
         second = second - torch.diag(weighted.sum() * self.inverse_squares)
         outer = torch.outer(gradient, gradient)
         above = math.exp(self.shift + self.scale * mean)
+        # Hess F = e^(shift + scale m) (scale Hess m + scale^2 grad m grad m')
         hessian = above * (self.scale * second + self.scale**2 * outer)
         if self.likelihood == "log_likelihood":
             return hessian
         upper = max(above + self.offset, SMALLEST_ERROR)
+        # G = log(F) / 2:   Hess G = Hess F / (2 F) - grad F grad F' / (2 F^2)
         return hessian / (2 * upper) - (above * self.scale / upper) ** 2 * outer / 2
 
     def _mean(self, x: Tensor) -> tuple[float, Tensor, Tensor, Tensor, Tensor]:
@@ -129,6 +134,7 @@ class Surface:
         apart = (differs * self.inverse_squares[list(self.unordered)]).sum(1)
         k = torch.exp(-((away * difference).sum(1) + apart) / 2)
         q = self.value_weights + (self.derivative_weights * difference).sum(1)
+        # grad m = sum_i k_i (L^-2 b_i - q_i D_i)
         gradient = k @ (self.derivative_weights * self.inverse_squares - q.unsqueeze(1) * difference)
         return self.constant + (k @ q).item(), gradient, k, difference, q
 
@@ -158,6 +164,7 @@ def learn(
     found = list(modes(surface, groups, examples, around, seen_from(state, around, groups)))
     learned = strongest(found)
     before = [step.shrinkage.learned for step in state.steps if step.shrinkage is not None]
+    # This step and the last STEADY - 1. In logarithms, as tau spans six decades and two have their mean for a median.
     in_use = math.exp(median(math.log(strength) for strength in [*before[1 - STEADY :], learned.strength]))
     mode = min(found, key=lambda m: abs(math.log(m.strength / in_use)))
     return Shrinkage(
@@ -184,7 +191,9 @@ def modes(
 
     seen: directions along which hypergradients are known, shape (k, d).
     """
+    # Of P: each group loses its mean.
     rank = sum(len(group) - 1 for group in groups)
+    # The first strength is the strongest, under which groups all but collapse.
     x = around - off_mean(around, groups)
     low = (torch.minimum(x, around) - REACH).clamp(0, 1)
     high = (torch.maximum(x, around) + REACH).clamp(0, 1)
@@ -193,6 +202,7 @@ def modes(
         x = penalised_minimum(surface, groups, strength, low, high, x)
         bends = curvatures(surface.hessian(x), basis, rank)
         differing = off_mean(x, groups).square().sum().item()
+        # log p(tau) of the module's docstring.
         evidence = (
             -examples * (surface.value(x) + strength * differing / 2) - (bends / strength).log1p().sum().item() / 2
         )
@@ -215,6 +225,7 @@ def penalised_minimum(
         x = torch.from_numpy(point)
         value, gradient = surface.value_and_gradient(x)
         off = off_mean(x, groups)
+        # P is a projection, so that grad |P x|^2 / 2 = P x.
         return value + strength / 2 * off.square().sum().item(), (gradient + strength * off).numpy()
 
     bounds = torch.stack([low, high], 1).numpy()

@@ -73,6 +73,7 @@ def judged(state: SearchState) -> SearchState:
     penalty = GroupPenalty.of(shrinkage)
     x = torch.tensor([t.unit for t in state.trainings], dtype=torch.double)
     seen = torch.tensor([[t.upper_loss, _predicted(t)] for t in state.trainings], dtype=torch.double)
+    # One x for two values of F, seen and predicted: (n, d) -> (n, 2, d).
     penalised = penalty.in_units_of_upper(seen, x.unsqueeze(1).expand(-1, 2, -1)).tolist()
     trainings = tuple(
         replace(
@@ -101,6 +102,7 @@ def expected_loss(shrinkage: Shrinkage, unit: Unit, upper: float) -> float:
     """
     mode, x = (torch.tensor(point, dtype=torch.double) for point in (shrinkage.mode, unit))
     beyond = shrinkage.strength * (off_mean(mode, shrinkage.groups) @ (x - mode)).item()
+    # In the unit of G. With G = log(F) / 2 that is a factor exp(2 optimism) of F.
     optimism = shrinkage.supported / shrinkage.examples + beyond
     return upper + optimism if shrinkage.likelihood == "log_likelihood" else upper * math.exp(2 * optimism)
 

@@ -35,6 +35,7 @@ def fit_value_function(
         trainings = thinned(trainings, near, max_rows // 2)
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
     values = torch.tensor([t.lower_loss for t in trainings], dtype=torch.double)
+    # A gradient takes d rows.
     kept = nearest(x, near, (max_rows - len(x)) // x.shape[1]) if gradients else []
     observed = {i: torch.tensor(trainings[i].lower_gradient, dtype=torch.double) for i in kept}
     # With exact gradients few rows tell the length scales: twice as many predicted no better, at three times the cost.

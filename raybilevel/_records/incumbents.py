@@ -13,6 +13,7 @@ Axis = Literal["cost", "spent", "seconds"]
 def lowest(losses: Iterable[float | None]) -> int:
     """Position of the lowest F. None stands for a training without an F; 0 if there is no F yet."""
     known = [(loss, position) for position, loss in enumerate(losses) if loss is not None]
+    # Of equal losses the earlier one.
     return min(known)[1] if known else 0
 
 

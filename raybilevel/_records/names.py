@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TUNE_FOLDER = "tune"
 CONFIG_FILE = "config.yaml"
+COMMAND_FILE = "command.json"
 SUMMARY_FILE = "summary.json"
 RECORDS_FOLDER = "records"
 

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raybilevel._metrics import UPPER_LOSS
 from raybilevel.search_state import Shrinkage
 from raybilevel.space import Space
 
@@ -25,6 +26,7 @@ Unit = Literal["trainings", "epochs", "seconds", "gpu_seconds"]
 class Stored(BaseModel):
     """A value that is stored with the names of its fields. An unknown name in the file is an error."""
 
+    # JSON has neither NaN nor infinity.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
@@ -61,6 +63,7 @@ class Observation(Stored):
     """One training that has ended.
 
     trial:        the identifier of its trial; empty if no trial ran.
+    number:       of the training, as in the names of Tune's trials; None where none was counted.
     status:       "stopped" is by a scheduler.
     unit:         its point in the unit cube, shape (d,).
     upper_loss, lower_loss: F and f at the trained weights; None unless the training completed.
@@ -75,6 +78,7 @@ class Observation(Stored):
     """
 
     trial: str = ""
+    number: int | None = None
     status: TrainingStatus
     unit: tuple[float, ...]
     hyperparameters: dict[str, Any]
@@ -178,7 +182,8 @@ class Record(Stored):
     exhausted:  whether the method had nothing more to try before its budget was spent.
     refits:     metrics after a training on all data, by the position of the training with the same hyperparameters.
     search:     the content of the state file, for raybilevel's own methods; see `search_of`.
-    verdict, diagnostics: as in the summary of a run.
+    metric:     what was optimised.
+    verdict, diagnostics, in_words: as in the summary of a run.
     """
 
     format: Literal[2] = FORMAT
@@ -188,6 +193,7 @@ class Record(Stored):
     traceback: str | None = None
     problem_name: str
     method_name: str
+    metric: str = UPPER_LOSS
     settings: Settings
     epochs_per_training: int = Field(ge=1)
     space: tuple[Hyperparameter, ...]
@@ -206,6 +212,7 @@ class Record(Stored):
     search: dict[str, Any] | None = None
     verdict: str | None = None
     diagnostics: dict[str, float | None] = {}
+    in_words: tuple[str, ...] = ()
 
     @property
     def lowest(self) -> float | None:

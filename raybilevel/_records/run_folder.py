@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raybilevel._config.experiment import ExperimentConfig, read_config
-from raybilevel._metrics import EPOCH, FINISHED, GPUS, STEP, UPPER_LOSS, problem_metrics
+from raybilevel._metrics import EPOCH, FINISHED, GPUS, STEP, problem_metrics
 from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE, TUNE_FOLDER
 from raybilevel._records.record import Observation, Record, Settings, TrialLog, box
 from raybilevel.errors import DataError, StateError
+from raybilevel.problems._own import file_of
 from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space
 
@@ -41,9 +42,10 @@ def read_run(folder: Path) -> Record:
     states = sorted((folder / TUNE_FOLDER).glob("searcher-state-*.pkl"))
     if not states:
         raise DataError(f"{folder}: no search state in {TUNE_FOLDER}/ yet; Tune writes the first within seconds")
+    # Tune has the time in the names.
     saved = state_file.read(states[-1])
     return record_of(
-        read_config(folder / CONFIG_FILE),
+        settings_of(read_config(folder / CONFIG_FILE)),
         saved,
         state_file.ADAPTER.dump_python(saved, mode="json"),
         trial_results(folder / TUNE_FOLDER),
@@ -51,8 +53,21 @@ def read_run(folder: Path) -> Record:
     )
 
 
+def settings_of(config: ExperimentConfig) -> Settings:
+    return Settings(
+        problem=config.problem,
+        options=config.options,
+        method=config.search.method,
+        method_settings=config.search.settings,
+        space=config.space,
+        resources=config.resources.model_dump(),
+        seed=config.search.seed,
+        budget=float(config.search.trainings),
+    )
+
+
 def record_of(
-    config: ExperimentConfig,
+    settings: Settings,
     saved: SavedSearch,
     search: dict[str, Any],
     results: Mapping[str, Lines],
@@ -64,40 +79,36 @@ def record_of(
     results: by trial.
     summary: empty while the run is under way.
     """
+    ended = summary.get("trainings") == len(saved.state.told)  # else the run has gone on since
     # Tune writes no start time. A trial's first result has its time of arrival and the seconds that it took.
     firsts = [lines[0] for lines in results.values()]
     began = min((float(first["timestamp"]) - float(first["time_total_s"]) for first in firsts), default=0.0)
     names = {index: trial for trial, index in saved.trials.items()}
-    space, best = Space(saved.parameters), saved.state.best
+    space = Space(saved.parameters)
     observations = tuple(observations_of(saved.state, space, names, results, began))
-    refit = (summary.get("best") or {}).get("test_loss_refit")
-    position = {training.index: number for number, training in enumerate(saved.state.told)}
+    best = summary.get("best") or {}
+    refit = best.get("test_loss_refit")
+    position = {o.number: place for place, o in enumerate(observations)}
     return Record(
         kind="run",
-        status="done" if summary else "running",
-        problem_name=config.problem,
-        method_name=config.search.method,
-        settings=Settings(
-            problem=config.problem,
-            options=config.options,
-            method=config.search.method,
-            method_settings=config.search.settings,
-            space=config.space,
-            resources=config.resources.model_dump(),
-            seed=config.search.seed,
-            budget=float(config.search.trainings),
-        ),
+        status="done" if ended else "running",
+        problem_name=file_of(settings.problem),
+        method_name=settings.method,
+        metric=saved.metric if saved.mode == "min" else f"-{saved.metric}",
+        settings=settings,
+        # The problem is not made here: what the longest training has reached stands for its epochs.
         epochs_per_training=max((reached(lines[-1]) for lines in results.values()), default=1),
         space=box(space),
         versions=summary.get("versions", {}),
-        exhausted=bool(summary),
+        exhausted=ended,
         seconds=summary.get("wall_seconds", max((o.seconds for o in observations), default=0.0)),
         observations=observations,
         trials=tuple(trial_log(trial, lines, began, saved) for trial, lines in results.items()),
-        refits={} if refit is None or best is None else {position[best.index]: {"test_loss": refit}},
+        refits={} if refit is None or not ended else {position[best["training"]]: {"test_loss": refit}},
         search=search,
         verdict=summary.get("verdict"),
         diagnostics=summary.get("diagnostics", {}),
+        in_words=summary.get("in_words", ()) if ended else (),
     )
 
 
@@ -119,6 +130,7 @@ def observations_of(
         lines = results.get(trial, ())
         yield Observation(
             trial=trial,
+            number=state.number(training),
             status=training.status if training.status in ("done", "stopped") else "failed",
             unit=training.unit,
             hyperparameters=config_of(space, training),
@@ -127,6 +139,7 @@ def observations_of(
             stopped_upper_loss=finite(training.upper_loss) if training.status == "stopped" else None,
             metrics=problem_metrics(lines[-1]) if lines else {},
             passes=training.passes,
+            # Of the steps that were heard of before this training ended.
             extra_passes=sum(step.passes for step in state.steps if step.finished <= number),
             # A training whose trial left no file has no time. Its place in the order of ends stands in for it.
             seconds=float(lines[-1]["timestamp"]) - began if lines else float(training.finished),
@@ -141,6 +154,7 @@ def trial_log(trial: str, lines: Lines, began: float, saved: SavedSearch) -> Tri
     status = "unknown" if index is None else saved.state.trainings[index].status
     return TrialLog(
         trial=trial,
+        # A trial's own report is newer than the state, which Tune saves now and then.
         status="done" if last.get(FINISHED) else "running" if status == "pending" else status,
         node=str(last.get("node_ip", "")),
         pid=int(last.get("pid", 0)),
@@ -148,7 +162,7 @@ def trial_log(trial: str, lines: Lines, began: float, saved: SavedSearch) -> Tri
         seconds=tuple(float(line["timestamp"]) - began for line in lines),
         took=tuple(float(line["time_this_iter_s"]) for line in lines),
         epochs=tuple(reached(line) for line in lines),
-        upper_losses=tuple(finite(float(line[UPPER_LOSS])) for line in lines),
+        upper_losses=tuple(finite(float(line.get(saved.metric, math.nan))) for line in lines),
     )
 
 

@@ -22,6 +22,7 @@ def path_of(problem_name: str, method_name: str, settings: Settings) -> Path:
     Names are for people. The digest keeps runs with other settings from being taken for this one.
     """
     text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    # 32 bits, among the few runs of one method, problem and seed.
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return Path(RECORDS_FOLDER) / problem_name / f"{method_name}-seed{settings.seed}-{digest}.json"
 
@@ -56,6 +57,7 @@ def write(path: Path, record: Record) -> None:
     """Write a record. A failed or damaged record at this path is first renamed to a numbered name."""
     set_aside(path)
     dump(path, record)
+    # Last: before the record is whole, the one so far is all there is.
     path.with_suffix(PART).unlink(missing_ok=True)
 
 

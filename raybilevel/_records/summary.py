@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from raybilevel._metrics import HYPERPARAMETERS, problem_metrics
+from raybilevel._metrics import HYPERPARAMETERS, UPPER_LOSS, problem_metrics
 from raybilevel._models.shrinkage import judged
+from raybilevel._records.conclusion import conclude
 from raybilevel._records.run_folder import config_of, finite
 from raybilevel._records.versions import versions
 from raybilevel.methods._base import Method
@@ -19,7 +20,7 @@ from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space
 
 
-def summarise(
+def summary_of(
     state: SearchState,
     space: Space,
     method: Method,
@@ -31,37 +32,41 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of `summary.json`.
 
-    Its `best` is the training expected to be best on new data, `lowest` the one with the lowest F.
+    Its `best` is the training expected to be best on new data, `lowest` the one with the lowest F, and `start` the
+    first that ran to its end.
 
     trial_results: what each training last reported, by its index.
-    about:         problem, method and seed.
+    about:         problem, method and seed, and of a search of another metric than F, metric and mode.
     """
     best, lowest = method.incumbent(state), state.best
+    start = min(state.done, key=lambda training: training.index, default=None)
     expected, by_model = new_data(state, best), state.expected
+    about = {"metric": UPPER_LOSS, "mode": "min", **about}
+    sign = -1.0 if about["mode"] == "max" else 1.0
     test_losses = {index: r["test_loss"] for index, r in trial_results.items() if "test_loss" in r}
-    return {
+
+    def result(training: Training) -> dict[str, Any]:
+        return {
+            "training": state.number(training),
+            "hyperparameters": found(trial_results, training) or config_of(space, training),
+            "upper_loss": sign * training.upper_loss,
+            "expected_upper_loss": sign * by_model[training.index] if training.index in by_model else None,
+            "test_loss": test_losses.get(training.index),
+        }
+
+    summary = {
         **about,
         "versions": versions(),
         "best": None
         if best is None
         else {
-            "hyperparameters": found(trial_results, best) or config_of(space, best),
+            **result(best),
             "lower_loss": best.lower_loss,
-            "upper_loss": best.upper_loss,
-            "expected_upper_loss": by_model.get(best.index),
-            "test_loss": test_losses.get(best.index),
             "test_loss_refit": test_loss_refit,
             "checkpoint": checkpoints.get(best.index),
         },
-        "lowest": None
-        if lowest is None
-        else {
-            "hyperparameters": found(trial_results, lowest) or config_of(space, lowest),
-            "upper_loss": lowest.upper_loss,
-            "expected_upper_loss": by_model.get(lowest.index),
-            "test_loss": test_losses.get(lowest.index),
-            "checkpoint": checkpoints.get(lowest.index),
-        },
+        "lowest": None if lowest is None else {**result(lowest), "checkpoint": checkpoints.get(lowest.index)},
+        "start": None if start is None else result(start),
         "new_data": None if expected is None else asdict(expected),
         "metrics": {} if best is None else problem_metrics(trial_results.get(best.index, {})),
         "trainings": len(state.told),
@@ -70,10 +75,12 @@ def summarise(
         "failed_upper_steps": sum(step.failed for step in state.steps),
         "cost": state.cost,
         "wall_seconds": wall_seconds,
+        # The verdict is on F with the penalty. `converged` is given plain F, as it applies the penalty itself.
         "verdict": verdict(judged(state), method.converged(state), test_losses, test_loss_refit),
         "diagnostics": asdict(diagnose(state)),
-        "history": history(state, space, test_losses, trial_results),
+        "history": history(state, space, test_losses, trial_results, sign),
     }
+    return {**summary, "in_words": list(conclude(summary).lines)}
 
 
 def found(trial_results: Mapping[int, Mapping[str, Any]], training: Training) -> Mapping[str, Any] | None:
@@ -86,21 +93,25 @@ def history(
     space: Space,
     test_losses: Mapping[int, float],
     trial_results: Mapping[int, Mapping[str, Any]] | None = None,
+    sign: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """One entry per ended training, in the order of their ends. The losses of a failed training are None."""
+    """One entry per ended training, in the order of their ends. The losses of a failed training are None.
+
+    sign: of the metric that is searched, -1 if it is maximised.
+    """
     entries, best = [], math.inf
     for training, cost in zip(state.told, state.costs(), strict=True):
         if training.status == "done":
             best = min(best, training.upper_loss)
         entries.append(
             {
-                "training": training.index,
+                "training": state.number(training),
                 "status": training.status,
                 "cost": cost,
                 "hyperparameters": found(trial_results or {}, training) or config_of(space, training),
                 "lower_loss": finite(training.lower_loss),
-                "upper_loss": finite(training.upper_loss),
-                "best_upper_loss": finite(best),
+                "upper_loss": finite(sign * training.upper_loss),
+                "best_upper_loss": finite(sign * best),
                 "test_loss": test_losses.get(training.index),
             }
         )

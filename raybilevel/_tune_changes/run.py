@@ -12,11 +12,16 @@ ends, and wraps it in `tune_changes`.
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, finalize, ref
+
+import ray.tune
 
 from raybilevel._tune_changes import resource_warning
 from raybilevel._tune_changes.applied import tune_changes
@@ -24,11 +29,15 @@ from raybilevel._tune_changes.run_end import RUN_END, at_end
 
 
 class TuneRun:
-    """A run that has called `suggest`. Made by `tune_run`."""
+    """A run that has called `suggest`. Made by `tune_run`.
 
-    def __init__(self, controller: Any) -> None:
+    metric, mode: what `tune.run` was given, which a searcher is not told if it was given its space; None if unknown.
+    """
+
+    def __init__(self, controller: Any, metric: str | None = None, mode: str | None = None) -> None:
         self._controller = ref(controller)
-        changed = ExitStack()
+        self.metric, self.mode = metric, mode
+        self._changed = changed = ExitStack()
         changed.enter_context(tune_changes())
         only_with_pending = resource_warning.OnlyWithPendingTrials(controller)
         resource_warning.logger.addFilter(only_with_pending)
@@ -43,6 +52,26 @@ class TuneRun:
         controller = self._controller()
         return controller is None or all(trial.is_finished() for trial in controller.get_live_trials())
 
+    @property
+    def samples(self) -> int | None:
+        """Trials of the whole run; None if unknown. After a restore `set_search_properties` is told of one."""
+        found: int | None = getattr(self._search_algorithm, "total_samples", None)
+        return found
+
+    @property
+    def asks_no_more(self) -> bool:
+        """Whether Tune has asked for all of its trials."""
+        algorithm = self._search_algorithm
+        return algorithm is not None and bool(algorithm.is_finished())
+
+    @property
+    def _search_algorithm(self) -> Any:
+        return getattr(self._controller(), "_search_alg", None)
+
+    def at_end(self, work: Callable[[], Any]) -> None:
+        """Have something done when the run ends: complete, stopped or failed."""
+        self._changed.callback(work)
+
     def error_file(self, trial_id: str) -> str | None:
         """Where Tune has written, on this machine, what a trial raised."""
         controller = self._controller()
@@ -56,22 +85,30 @@ _runs: WeakKeyDictionary[Any, TuneRun] = WeakKeyDictionary()
 
 def tune_run() -> TuneRun | None:
     """The run that is calling this searcher, with Tune changed until its end; None if no Tune run is."""
-    controller = _calling_controller()
+    controller, frame = _calling_controller()
     if controller is None:
         return None
     if controller not in _runs:
-        _runs[controller] = TuneRun(controller)
+        _runs[controller] = TuneRun(controller, *_objective(frame))
     return _runs[controller]
 
 
-def _calling_controller() -> Any:
+def _calling_controller() -> tuple[Any, FrameType]:
     kind, frame = _controller_class(), sys._getframe(1)
     while kind is not None and frame.f_back is not None:
         frame = frame.f_back
         owner = frame.f_locals.get("self")
         if isinstance(owner, kind):
-            return owner
-    return None
+            return owner, frame
+    return None, frame
+
+
+def _objective(frame: FrameType | None) -> tuple[str | None, str | None]:
+    """The metric and the mode of the call of `tune.run` around a frame."""
+    code = inspect.unwrap(ray.tune.run).__code__
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return (None, None) if frame is None else (frame.f_locals.get("metric"), frame.f_locals.get("mode"))
 
 
 @cache

@@ -18,6 +18,7 @@ from raybilevel._linear.recycling import ErrorEstimator, RecycleSpace
 from raybilevel._lower import checkpoint
 from raybilevel._lower.hypergradient import Hypergradient
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.linearisation import Differences, NoisyError
 from raybilevel._lower.random_numbers import forked_random
 from raybilevel._lower.training import train_epoch
 from raybilevel._lower.variables import BoxVariables, ModuleVariables, UpperVariables, set_weights, weights_of
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "bilevel.pt"
 CHECKPOINT_FORMAT = 2
+WRONG_PRODUCT = 0.1
+"""A product farther from that of a difference, relatively, is wrong. Less may be the kinks of rectifiers."""
 FAILED_SOLVE_RESIDUAL = 0.5
 """A linear solve with a larger relative residual has failed."""
 
@@ -70,12 +73,14 @@ class BilevelDescent:
             assert isinstance(problem, SupportsShards)  # checked before anything runs
             problem = problem.shard(number % settings.shards, settings.shards)
         self.problem = problem
+        # The parts of one start share its seed, and with it the first x.
         self.seed = seed + number // settings.shards
         self.estimator = settings.make_estimator()
         self.generator = torch.Generator().manual_seed(self.seed)
         with self._random(self.seed):
             self.model = make_model(problem, self.config)
             self.variables, x = self._start()
+        # One leaf for the whole descent: Adam keeps its moments by this object.
         self.x = nn.Parameter(x)
         self.adam = torch.optim.Adam([self.x], lr=settings.rate)
         self.levels = Levels(problem, self.model, self.variables, self.config)
@@ -88,6 +93,7 @@ class BilevelDescent:
         self.iterations = self.products = 0
         self.best: tuple[float, Tensor] = (math.inf, x.clone())
         self.last: dict[str, float] = {}
+        # Passes in the ledger of the shard, once the descent has gone on to all data.
         self.earlier = 0.0
         self.warned = False
         self.lower_residual: float | None = None
@@ -112,6 +118,7 @@ class BilevelDescent:
     def passes(self) -> float:
         """The cost so far, in gradients of f over all lower-level data."""
         passes = self.levels.passes
+        # A pass over a shard is that share of one over all data.
         return self.earlier + (passes if self.problem is self.whole else passes / self.settings.shards)
 
     def run_step(self) -> dict[str, float]:
@@ -120,9 +127,13 @@ class BilevelDescent:
         Raises:
             NotFiniteError: a loss or the hypergradient is NaN or infinite.
         """
+        # A copy, as Adam changes self.x in place and `best` may keep this one.
         settings, x = self.settings, self.x.detach().clone()
         # The first step begins at initial weights and needs a whole training. The later ones begin at trained weights.
         y = self._train(self.model, self.optimizer, x, settings.lower_epochs if self.step else self.problem.epochs)
+        if self.step == 0 and self.estimator.second_derivatives:
+            self._compare_second_derivatives(x, y)
+        # 0 in the first step, where no norm is known: the solver then goes by its own tolerance.
         target = settings.accuracy * self.last.get("hypergradient_norm", 0.0)
         found = self.estimator(self.levels, x, y, self.memory, target)
         upper = self.levels.value("upper", x, y)  # a penalty estimator's own weights have seen validation data
@@ -158,6 +169,25 @@ class BilevelDescent:
             **{name: residual for name, residual in residuals.items() if residual is not None},
         }
 
+    def _compare_second_derivatives(self, x: Tensor, y: Tensor) -> None:
+        """Warn unless a product with d2f/dy2 is that of a difference: autograd takes a function whose backward pass is
+        detached for a constant, without a word."""
+        chance = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+        direction = chance.to(y)  # the same on each device
+        product = self.levels.linearise(x, y).hessian(direction)
+        self.products += 1
+        try:
+            compared = Differences(self.levels, x, y).hessian(direction)
+        except NoisyError:  # nothing to compare with
+            return
+        apart = (product - compared).norm().item() / (compared.norm().item() or 1.0)
+        if apart > WRONG_PRODUCT:
+            logger.warning(
+                "a product with second derivatives of the lower-level loss is %.0f %% off that of a difference of "
+                "gradients. Does the model have a function whose backward pass is detached or once_differentiable? Use "
+                "estimator 'first_order', which takes first derivatives only.", 100 * apart,
+            )  # fmt: skip
+
     def _warn_of_failed_solve(self, found: Hypergradient, target: float) -> None:
         """Warn once per descent, unless the solve ended because the hypergradient is accurate enough."""
         if self.warned or found.residual is None or found.residual <= FAILED_SOLVE_RESIDUAL:
@@ -177,13 +207,16 @@ class BilevelDescent:
         The best x has the lowest F of all steps, or the lowest selection loss if the problem has one. If it is a point
         of a box, it is rounded to the steps of the box, and "hyperparameters" has it.
         """
+        # First of all, so that F is that of the hyperparameters that are reported.
         x = self.variables.rounded(self.best[1])
         self._take_all_data()
         with self._random(self.seed):
             model = make_model(self.problem, self.config)
             optimizer = make_optimizer(self.problem, model, self.config)
+        # The order of the batches must not depend on how much the descent has drawn.
         self.generator.manual_seed(self.seed)
         y = self._train(model, optimizer, x, self.problem.epochs)
+        # Buffers as well, which y does not hold, e.g. the statistics of batch norm.
         self.model.load_state_dict(model.state_dict())
         self.x.data = x.clone()
         upper, lower = self.levels.value("upper", x, y), self.levels.lower(x, y)
@@ -245,6 +278,7 @@ class BilevelDescent:
         return weights_of(model)
 
     def _fixed_point(self, x: Tensor, y: Tensor) -> Tensor:
+        # Only g itself tells how y divides into rows.
         rows = len(self.levels.mapped(x, y))
         found = AndersonAcceleration(self.settings.lower_tolerance).solve(
             lambda z: self.levels.mapped(x, z.flatten()), y.view(rows, -1)
@@ -256,6 +290,7 @@ class BilevelDescent:
     def _random(self, seed: int | None = None) -> Iterator[None]:
         """Inside the block torch's global random numbers are this descent's own."""
         with forked_random(self.problem.device):
+            # A seed drawn from the generator: its state, which checkpoints hold, then determines these numbers as well.
             torch.manual_seed(seed if seed is not None else int(torch.randint(2**31, (), generator=self.generator)))
             yield
 
@@ -268,6 +303,7 @@ class BilevelDescent:
             memory = {
                 "solution": memory.solution,
                 "vectors": space.vectors if space else None,
+                # Else the first solve after a restart would end by the residual, and the descent at another x.
                 "estimator": {"weighted": seen.weighted, "basis": seen.basis, "rest": seen.rest} if seen else None,
             }
         return {
@@ -291,6 +327,7 @@ class BilevelDescent:
         """The parameters of the upper-level module at x, by name; None for a box."""
         if self.variables.module is None:
             return None
+        # This sets the module to x. A step may have left it at an earlier one.
         self.levels.hyperparameters(self.x.detach())
         return dict(self.variables.module.state_dict())
 
@@ -299,6 +336,7 @@ class BilevelDescent:
         if state["finished"]:
             self._take_all_data()  # first, as the tensors below have the shapes of all data
         self.step, self.last = state["step"], dict(state["last"])
+        # In place of the tensor, not of the parameter: Adam holds that.
         self.x.data = state["x"].to(**place)
         self.model.load_state_dict(state["model"])
         self.adam.load_state_dict(state["adam"])
@@ -307,6 +345,7 @@ class BilevelDescent:
         self.best = (state["best"][0], state["best"][1].to(**place))
         self.iterations, self.products, self.earlier = state["counts"]
         self.levels.ledger.examples, self.levels.ledger.whole = state["charged"]
+        # What estimators keep may be on the GPU, and a checkpoint is read onto the CPU.
         memory = move(state["memory"], self.problem.device, self.problem.dtype)
         if isinstance(memory, dict):
             known = memory["estimator"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,13 @@ from raybilevel.hypergradient._fixed_point import AndersonAcceleration
 
 
 class Estimator(Protocol):
-    """A frozen dataclass of settings."""
+    """A frozen dataclass of settings.
+
+    second_derivatives: whether it takes products with the second derivatives of f.
+    """
+
+    @property
+    def second_derivatives(self) -> bool: ...
 
     def __call__(
         self, functions: BothLevels, x: Tensor, y: Tensor, memory: Any = None, target: float = 0.0
@@ -31,6 +37,8 @@ class Estimator(Protocol):
 @dataclass(frozen=True)
 class Implicit:
     """The implicit function theorem: dF/dx - (d2f/dxdy) q with (d2f/dy2) q = dF/dy."""
+
+    second_derivatives: ClassVar[bool] = True
 
     solver: LinearSolver = field(default_factory=MinimalResidual)
 
@@ -51,6 +59,8 @@ class Equilibrium:
 
     where u is found by the same acceleration as y. Only one evaluation of g is differentiated, however many y needed.
     """
+
+    second_derivatives: ClassVar[bool] = False
 
     tolerance: float = 1e-4
     limit: int = 100
@@ -74,10 +84,12 @@ class Equilibrium:
         def step(u: Tensor) -> Tensor:
             # A backward pass without a forward one is half of a gradient. An evaluation of g is the other half.
             functions.ledger.charge(0.5 * functions.ledger.whole)
+            # (dg/dy)^T u, through the one graph of g that all iterations share.
             (part,) = torch.autograd.grad(image, y, u, retain_graph=True, allow_unused=True, materialize_grads=True)
             return part.view_as(image) + right
 
         found = self._acceleration().solve(step, right if memory is None else memory.view_as(image))
+        # (dg/dx)^T u
         (in_x,) = torch.autograd.grad(image, x, found.y, allow_unused=True, materialize_grads=True)
         gradient, products, kept = upper.in_x + in_x, found.iterations + 1, found.y.flatten()
         return checked(Hypergradient(gradient, upper.value, None, found.iterations, products, kept, found.residual))
@@ -94,6 +106,8 @@ class Unrolled:
         (n, p), and is for small p only.
     truncate: number of last steps that reverse mode goes back over (Shaban et al. 2019); None for all.
     """
+
+    second_derivatives: ClassVar[bool] = True
 
     steps: int = 100
     rate: float = 0.1
@@ -121,6 +135,7 @@ class Unrolled:
         kept = self.steps if self.truncate is None else min(self.truncate, self.steps)
         iterates, velocity = [], torch.zeros_like(y)
         for step in range(self.steps):
+            # Truncation saves memory as well: earlier iterates are not stored.
             if step >= self.steps - kept:
                 iterates.append(y)
             velocity = self.momentum * velocity + functions.lower(x, y).in_y
@@ -138,10 +153,12 @@ class Unrolled:
 
     def _forward(self, functions: BothLevels, x: Tensor, y: Tensor) -> Hypergradient:
         velocity = torch.zeros_like(y)
+        # dy_k/dx and dm_k/dx, shape (n, p).
         dy, dv = y.new_zeros(len(y), len(x)), y.new_zeros(len(y), len(x))
         unit = torch.eye(len(x), dtype=x.dtype, device=x.device)
         for _ in range(self.steps):
             linear = functions.linearise(x, y)
+            # The derivative of df/dy(x, y_k(x)) along each x_j: H dy/dx_j + d2f/dydx_j.
             columns = [linear.hessian(dy[:, j]) + linear.mixed_transposed(unit[j]) for j in range(len(x))]
             dv = self.momentum * dv + torch.stack(columns, 1)
             velocity = self.momentum * velocity + functions.lower(x, y).in_y
@@ -162,6 +179,8 @@ class FirstOrder:
 
     growth: factor of m after each estimate, up to `most`.
     """
+
+    second_derivatives: ClassVar[bool] = False
 
     multiplier: float = 10.0
     growth: float = 1.0
@@ -191,6 +210,7 @@ class FirstOrder:
             step = functions.lower(x, penalised).in_y + functions.upper(x, penalised).in_y / m
             penalised = penalised - self.rate * step
         upper, lower = functions.upper(x, penalised), functions.lower(x, penalised)
+        # Equation (4): f at z stands for the value function.
         gradient = upper.in_x + m * (lower.in_x - functions.lower(x, plain).in_x)
         memory = (penalised, plain, min(self.most, m * self.growth))
         return checked(Hypergradient(gradient, upper.value, iterations=2 * self.steps, memory=memory))
@@ -208,6 +228,8 @@ class DynamicBarrier:
 
     Each estimate starts at the last y of the previous one.
     """
+
+    second_derivatives: ClassVar[bool] = False
 
     barrier: float = 0.5
     steps: int = 1
@@ -231,6 +253,7 @@ class DynamicBarrier:
             q_x, q_y = lower.in_x - least.in_x, lower.in_y
             squared = (q_x.dot(q_x) + q_y.dot(q_y)).item()
             product = (upper.in_x.dot(q_x) + upper.in_y.dot(q_y)).item()
+            # Where grad q = 0, y is stationary and there is nothing to hold back.
             multiplier = max(0.0, self.barrier - product / squared) if squared > 0 else 0.0
             gradient = upper.in_x + multiplier * q_x
             # A large multiplier makes the direction steeper by that factor, so the step is divided by it.

@@ -73,6 +73,7 @@ class AndersonAcceleration:
                 return FixedPoint(image, relative, iteration)
             images, residuals = [*images, image][-self.memory :], [*residuals, residual][-self.memory :]
             y = self._mixed(images, residuals)
+        # The residual is that of the iterate before: another one would take one more evaluation of g.
         return FixedPoint(y, relative, self.limit)
 
     def _mixed(self, images: list[Tensor], residuals: list[Tensor]) -> Tensor:

@@ -39,6 +39,7 @@ def solve_lower(
 
     # torch compares the largest entry of the gradient, which is at least the norm divided by sqrt(n).
     found = minimise(lower, y, 2 * limit, tolerance / math.sqrt(len(y)), limit, history)
+    # L-BFGS does not say what it reached, nor whether it gave up.
     here = functions.lower(x, found.at)
     if not math.isfinite(here.value):
         raise NotFiniteError(f"the lower-level loss is {here.value} after {found.iterations} L-BFGS iterations")

@@ -77,6 +77,7 @@ class DescentSettings:
             raise ConfigError(f"lower must be 'tolerance', 'optimizer' or 'fixed_point', got {self.lower!r}")
         if self.estimator == "equilibrium" and self.lower != "fixed_point":
             raise ConfigError("estimator 'equilibrium' needs lower 'fixed_point'")
+        # For its errors: settings are refused before anything runs.
         self.make_estimator()
 
     def make_estimator(self) -> Estimator:
@@ -124,6 +125,7 @@ class DescentSettings:
             raise ProblemError(f"shards={self.shards} is for upper_variables(); a search space's descents see all data")
         if not isinstance(problem, SupportsShards):
             raise ProblemError(f"{type(problem).__name__} has no shard(index, count), which shards={self.shards} needs")
+        # The last part: a problem with fewer refuses it.
         problem.shard(self.shards - 1, self.shards)
 
 

@@ -85,12 +85,16 @@ class Method(Protocol):
     most_hyperparameters: that it is meant for; None for any number.
     searches_by_values: whether it takes hyperparameters in which the lower level's loss is not differentiable.
     fills_slots: whether a slot that is free until the first step can be planned may train a space-filling point.
+    enough_stopped: after so many trainings that were stopped before their end, and none that was not, it plans steps
+        by their values; None if it never does.
     """
 
+    # Methods are dataclasses: the names of their settings are read off their fields (`make_method`).
     __dataclass_fields__: ClassVar[dict[str, Any]]
     most_hyperparameters: ClassVar[int | None] = 100
     searches_by_values: ClassVar[bool] = False
     fills_slots: ClassVar[bool] = False
+    enough_stopped: ClassVar[int | None] = None
 
     def start_design(self, space: Space, slots: int, seed: int) -> Tensor:
         """The first trials, shape (n, d), in the unit cube."""
@@ -128,8 +132,9 @@ class Method(Protocol):
         raise ConfigError(f"{type(self).__name__} searches 'upper_loss' only, not metric={metric!r}")
 
     def incumbent(self, state: SearchState) -> Training | None:
-        """The training whose hyperparameters the method recommends so far: by default the one with the lowest F."""
-        return state.best
+        """The training whose hyperparameters the method recommends so far: by default the one with the lowest F, of
+        those that ran to their end if any did."""
+        return state.best or min(state.measured, key=lambda t: t.upper_loss, default=None)
 
     def converged(self, state: SearchState) -> bool:
         """Whether it expects no better training than the incumbent."""

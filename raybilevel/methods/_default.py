@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raybilevel._descents.fixed_x import LagrangianPoint, RejectedDescentError, descend, lagrangian_point
+from raybilevel._descents.fixed_x import Budget, LagrangianPoint, lagrangian_point
 from raybilevel._descents.joint import joint_descent
 from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.likelihood import upper_likelihood
+from raybilevel._lower.linearisation import NoisyError
+from raybilevel._lower.precision import full_precision
+from raybilevel._lower.trained_time import per_weight
 from raybilevel._lower.variables import BoxVariables
 from raybilevel._models.acquisition import (
     UpperModel,
@@ -60,10 +63,10 @@ class Default(Method):
     """Trust regions on a model of F with hypergradients; docs/explanation/method.md has the equations.
 
     start_points:  size of the start design, if there are not more slots.
-    decrease:      how far below the trained F a descent may end, relative to |F|; decides the multiplier.
+    decrease:      how far below the trained F the Lagrangian point lies, relative to |F|; decides the multiplier.
     hypergradients: False for values of F only, where the metric that is searched is not the upper-level loss.
-    linear_solve:  hypergradients in the limit of a large multiplier where f is convex; False for descents always.
-    upper_share:   gradient evaluations of one hypergradient, as a share of a training's.
+    upper_share:   gradient evaluations of one hypergradient, as a share of a training's. Trainings to a minimum and
+        short ones get more (`Budget`). Where that is too few, there are no hypergradients.
     joint_share:   the same, of a descent in (x, y) jointly; 0 for none.
     explore_every: one proposal in so many looks at the whole box, half of those far from all that is known.
     max_regions:   trust regions open at once, where there are slots for them.
@@ -76,18 +79,21 @@ class Default(Method):
 
     searches_by_values: ClassVar[bool] = True
     fills_slots: ClassVar[bool] = True
+    enough_stopped: ClassVar[int | None] = ENOUGH_TO_BEGIN
 
+    # Five start points were later on smooth problems, the centre alone stuck in local optima (method.md).
     start_points: int = 3
     hypergradients: bool = True
-    linear_solve: bool = True
     decrease: float = 0.05
-    upper_share: float = 0.35
+    upper_share: float = 0.2
+    # Off, since it made no visible difference on digits (method.md).
     joint_share: float = 0.0
     explore_every: int = 6
     max_regions: int = 4
     max_rows: int = 500
     settled: float = 0.001
     generalise: bool = True
+    # Mean - 0.5 deviation was mostly worse (method.md).
     beta: float = 0.0
     region: TrustRegionRule = field(default_factory=TrustRegionRule)
 
@@ -113,6 +119,7 @@ class Default(Method):
 
         Whole numbers and choices go through their values instead, and there are points enough to meet each of a few.
         """
+        # On many regularisation problems most of the gain of a random search is on the diagonal, one shared value.
         diagonal = torch.tensor([[0.5], [0.25], [0.75]], dtype=torch.double).expand(3, space.dimension)
         most = max((len(values) for values in space.discrete.values()), default=0)
         count = max(slots, self.start_points, min(most, VALUES_TO_MEET))
@@ -120,9 +127,13 @@ class Default(Method):
         return covering(points, space.discrete, seed)
 
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
+        # Plans follow F with the penalty. The step gets plain F, as it learns the penalty's strength anew.
         plain, state = state, judged(state)
+        if not state.done and len(state.measured) >= ENOUGH_TO_BEGIN:
+            state = stopped_as_done(state)
         done = state.done
         starting = [t for t in state.pending if t.proposal.origin in ("start", "given")]
+        # Until more trainings have ended than are under way of the start design, or than ENOUGH_TO_BEGIN.
         if len(done) <= min(len(starting), ENOUGH_TO_BEGIN):
             return None
         number = len(state.steps) + len(running)
@@ -133,13 +144,16 @@ class Default(Method):
         regions = self.open_regions(state, running)
         under_way = self._under_way(state, running)
         busy = {region.began: under_way[region.began] for region in regions}
+        # A new region only where every open one has something under way, and slots are left.
         if not regions or (min(busy.values()) > 0 and len(regions) < min(slots, self.max_regions)):
             start = self._next_start(state, running)
             if start is not None:
                 regions, busy = (*regions, TrustRegion(start, start, self.region.initial)), {**busy, start: 0}
         if not regions:
             return self._look(step, running)
+        # The one with the least under way; among equals, with the lowest F.
         region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper_loss))
+        # Steps under way are finding these hypergradients.
         claimed = {index for step in running for index in step.targets}
         newest = state.region(region.began).done[-1].index
         lacking = [i for i in dict.fromkeys((region.centre, newest)) if state.trainings[i].hypergradient is None]
@@ -173,7 +187,7 @@ class Default(Method):
         """
         seen, expected = judged(state), state.expected
         if seen.best is None:
-            return None
+            return super().incumbent(state)
         best = seen.best.index
         if best in expected:
             modelled = (replace(t, upper_loss=expected[t.index]) for t in state.trainings if t.index in expected)
@@ -200,6 +214,7 @@ class Default(Method):
         gain = self.settled * state.spread
         promised, before = last.proposal.predicted_upper_loss, region.best_before
         beaten = len(region.done) > 3 and region.best > upper[0] and (promised is None or promised > upper[0])
+        # A promise below 0, a rise, says that the model is wrong, and not that the region is done.
         settled = promised is not None and 0 <= before - promised < gain and before - last.upper_loss < gain
         return beaten or settled
 
@@ -218,9 +233,11 @@ class Default(Method):
         if left and done[-1].proposal.region is not None:
             return None
         ranked = sorted(done, key=lambda t: t.upper_loss)
+        # NumPy in the driver: torch takes five times as long, 9 ms at 1,000 trainings.
         units = np.fromiter(itertools.chain.from_iterable(t.unit for t in ranked), float).reshape(len(ranked), -1)
         for training, unit in zip(ranked, units, strict=True):
             if training.proposal.region is None and training.index not in begun:
+                # Rows are in the order of F, so that those before this place have a lower one.
                 better = units[: bisect.bisect_left(state.sorted_upper, training.upper_loss)]
                 if not (np.abs(better - unit).max(1) <= self.region.initial).any():
                     return training.index
@@ -246,6 +263,7 @@ class Default(Method):
         unreadable: dict[int, str] = {}
         record: dict[str, Any] = {}
         point = descent = None
+        # Hypergradients, each at the weights of its training.
         for index in step.targets:
             looked = self._look_at(problem, space, constants, step.state, index, load)
             found[index], passes = looked.gradient, passes + looked.passes
@@ -255,12 +273,13 @@ class Default(Method):
                 continue
             if index == step.centre:
                 point, descent = looked.point, looked.descent
+            # So that the models below learn from it.
             state = state.change(index, hypergradient=found[index])
             record = {
                 "multiplier": looked.descent.multiplier,
+                # With eps = f(x_i, y_m) - v(x_i), y_m fulfils the constraint with equality.
                 "violation": 0.0,
                 "decrease": looked.descent.decrease,
-                "first": looked.descent.first,
             }
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
@@ -268,9 +287,12 @@ class Default(Method):
         model_of_upper = fit_upper_model(state.measured, pending, centre, self.max_rows, space.unordered, trusted)
         feasibility = fit_feasibility(state.told, centre)
         shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
-        value_function = fit_value_function(state.done, centre, True, self.max_rows, space.unordered)
+        value_function = None
+        if state.done:
+            # `done` alone: a training that was stopped early says nothing of v.
+            value_function = fit_value_function(state.done, centre, True, self.max_rows, space.unordered)
         starts = [centre]
-        if point is not None and descent is not None and self.joint_share > 0:
+        if point is not None and descent is not None and value_function is not None and self.joint_share > 0:
             radius = trusted_radius(value_function, centre, descent, step.radius)
             if radius > 0.1 * step.radius:
                 before = point.levels.passes
@@ -279,6 +301,7 @@ class Default(Method):
                 passes += point.levels.passes - before
                 starts.append(joint.x)
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
+        # The next training.
         penalty = GroupPenalty.of(shrinkage) if shrinkage is not None and shrinkage.applied else None
         unit = snap(self._propose(step, space, model_of_upper, feasibility, centre, starts, penalty), space)
         if not is_new(unit, step):
@@ -295,8 +318,8 @@ class Default(Method):
             step.origin,
             step.region,
             model_of_upper.mean(unit),
-            value_function.mean(unit).item(),
-            value_function.deviation(unit).item(),
+            None if value_function is None else value_function.mean(unit).item(),
+            None if value_function is None else value_function.deviation(unit).item(),
             gain=model_of_upper.gain(unit),
         )
         return UpperResult(
@@ -307,7 +330,7 @@ class Default(Method):
                 shrinkage=shrinkage,
                 trust=trusted,
                 seen=len(state.told),
-                expected=model_of_upper.lowest(state.done, penalty),
+                expected=model_of_upper.lowest(state.done, penalty) if state.done else (),
                 **record,
             ),
             proposal,
@@ -337,15 +360,19 @@ class Default(Method):
         model = make_model(problem, config)
         model.load_state_dict(checkpoint["model"])
         levels = Levels(problem, model, variables, config)
-        estimate_at = lagrangian_point if self.linear_solve else descend
-        budget = self.upper_share * state.passes_per_training
+        time = per_weight(checkpoint.get("time"), model)
+        budget = Budget.of(levels, state.passes_per_training, self.upper_share, time)
+        if budget.most < 1:
+            say_too_short(type(problem).__name__)
+            return Looked()
         try:
-            point = TrainedPoint(levels, unit)
-            descent = estimate_at(point, self.decrease, budget, self._first_multiplier(state))
-        except (NotFiniteError, RejectedDescentError) as error:
+            with full_precision():
+                point = TrainedPoint(levels, unit, time)
+                descent = lagrangian_point(point, self.decrease, budget)
+        except (NotFiniteError, NoisyError) as error:
             logger.warning("no hypergradient at training %d: %s", index, error)
             return Looked(passes=levels.passes)
-        return Looked(space.known(descent.gradient.tolist()), levels.passes, point, descent)
+        return Looked(space.known(descent.gradient.tolist(), unit), levels.passes, point, descent)
 
     @staticmethod
     def _due(state: SearchState) -> bool:
@@ -363,7 +390,7 @@ class Default(Method):
         model: UpperModel,
     ) -> Shrinkage | None:
         """How far hyperparameters of a kind may differ; None while too little is known, or if F is no likelihood."""
-        if len(state.steps) < PLAIN_STEPS or not self.hypergradients:
+        if len(state.steps) < PLAIN_STEPS or not self.hypergradients or not state.done:
             return None
         groups = space.groups()
         incumbent = self.incumbent(state)
@@ -376,14 +403,6 @@ class Default(Method):
                 say_once(type(problem).__name__)
             return None
         return learn(Surface.of(model, known.kind), state, groups, known.examples, around, self.generalise)
-
-    def _first_multiplier(self, state: SearchState) -> float:
-        """Where the last descent ended relative to its Cauchy estimate; 10 before there is one."""
-        last = next((s for s in reversed(state.steps) if s.first is not None and s.decrease is not None), None)
-        if last is None or last.first is None or last.decrease is None:
-            return 10.0
-        factor = min(4.0, max(0.25, last.decrease / self.decrease))
-        return min(1000.0, max(3.0, last.first * factor))
 
     def _propose(
         self,
@@ -398,11 +417,15 @@ class Default(Method):
         if step.origin == "fill":
             known = [t.unit for t in step.state.trainings] + list(step.pending)
             return farthest(torch.tensor(known, dtype=torch.double), step.seed, feasibility)
+        cell = space.next_cell([t.unit for t in step.state.trainings])
+        discrete = {**space.discrete, **{coordinate: (value,) for coordinate, value in cell.items()}}
         if step.origin == "global":
-            return expected_improvement(model, len(centre), starts, step.seed, space.discrete, feasibility)
+            return expected_improvement(model, len(centre), starts, step.seed, discrete, space.at_rest, feasibility)
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
+        low[~space.active(centre)], high[~space.active(centre)] = 0.0, 1.0
+        # The deviation is small beside pending points, so that weight on it leads away from them.
         beta = self.beta + 0.25 * step.rank
-        return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, space.discrete, feasibility)
+        return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, discrete, space.at_rest, feasibility)
 
 
 @dataclass(frozen=True)
@@ -422,6 +445,14 @@ class Looked:
     unreadable: str | None = None
 
 
+def stopped_as_done(state: SearchState) -> SearchState:
+    """The search with trainings that were stopped as if they had run to their end, without gradients: to plan by their
+    values where there are no others."""
+    trainings = tuple(replace(t, status="done", hypergradient=()) if t.status == "stopped" else t
+                      for t in state.trainings)  # fmt: skip
+    return replace(state, trainings=trainings)
+
+
 @lru_cache
 def say_once(problem: str) -> None:
     """That groups of hyperparameters are not held together, once in a process."""
@@ -432,10 +463,21 @@ def say_once(problem: str) -> None:
     )
 
 
+@lru_cache
+def say_too_short(problem: str) -> None:
+    """That there are no hypergradients, once in a process."""
+    logger.warning(
+        "%s: hypergradients: off, trainings are too short for them to pay; the search goes by values of F; train for "
+        "more epochs, or raise the setting upper_share",
+        problem,
+    )
+
+
 def farthest(known: Tensor, seed: int, feasibility: Feasibility | None = None) -> Tensor:
     """Of 64 scrambled Sobol points the one farthest from all that are known, shape (d,); where trainings have failed,
     distances count times the probability of success."""
     points = sobol_points(known.shape[1], 64, seed)
+    # Such points become dense in the box, which is what global convergence rests on (method.md, guarantees).
     distances = torch.cdist(points, known).amin(1)
     if feasibility is not None:
         distances = distances * feasibility.log_probability(points).exp()
@@ -444,7 +486,7 @@ def farthest(known: Tensor, seed: int, feasibility: Feasibility | None = None) -
 
 def snap(unit: Tensor, space: Space) -> Tensor:
     """The point that is trained: steps of quantised hyperparameters applied."""
-    return space.encode(space.to_config(unit))
+    return space.rounded(unit)
 
 
 def is_new(unit: Tensor, step: UpperStep) -> bool:

@@ -18,6 +18,7 @@ BOX_STARTS, MODULE_STARTS = 256, 512
 
 
 @dataclass(frozen=True)
+# In this order: `check` is that of the settings.
 class HypergradientDescent(DescentSettings, Method):
     """Several starts, each the start of a descent with these settings, which is a trial; no upper-level steps."""
 
@@ -35,4 +36,5 @@ class HypergradientDescent(DescentSettings, Method):
         return torch.cat([centre, sobol_points(space.dimension, BOX_STARTS - 1, seed)])
 
     def exhausted(self, state: SearchState) -> bool:
+        # The start design is all that it has.
         return True

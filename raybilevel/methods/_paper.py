@@ -73,7 +73,9 @@ class Paper(Method):
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
         if not state.done or state.pending or running or len(state.steps) >= self.iterations:
             return None
+        # Of the design: its own iterates are of origin "region".
         start = min((t for t in state.done if t.proposal.origin != "region"), key=lambda t: t.upper_loss)
+        # A step that failed left no iterate to begin from.
         first = not any(step.multiplier is not None for step in state.steps)
         return UpperStep(
             number=len(state.steps),
@@ -116,6 +118,7 @@ class Paper(Method):
         model.load_state_dict(weights)
         descent = PaperDescent(self, Levels(problem, model, variables, config), space, step.seed)
         descent.place(unit)
+        # As published: values only, and all of them.
         value_function = fit_value_function(step.state.done, descent.unit, False, 10**6)
         schedule = [s for s in step.state.steps if s.multiplier is not None and s.penalty is not None]
         state = MultiplierState(self.multiplier, self.penalty)
@@ -208,6 +211,7 @@ class PaperDescent:
             given = self.levels.hyperparameters(unit)
             upper = loss("upper", given, move(above, problem.device, problem.dtype))
             lower = loss("lower", given, move(below, problem.device, problem.dtype))
+            # v_hat is on the CPU in double precision, wherever the model is.
             constraint = lower.to("cpu", torch.double) - value_function.mean(unit)
             merit = upper.to("cpu", torch.double) + (
                 state.penalty / 2 * constraint.square() + state.multiplier * constraint
@@ -216,6 +220,7 @@ class PaperDescent:
                 raise NotFiniteError(f"the augmented Lagrangian is {merit.item()} at learning rate {rate}")
             merit.backward()
             self.levels.ledger.charge(problem.batch_size(above) + problem.batch_size(below))
+            # As published, each tensor by itself and not the gradient as a whole.
             for tensor in (self.x, *self.weights):
                 torch.nn.utils.clip_grad_norm_(tensor, self.method.clip)
             optimizer.step()

@@ -43,6 +43,7 @@ class TrustRegionRule:
     def update(self, region: TrustRegion, centre: Training, training: Training) -> TrustRegion:
         members = region.members + 1
         predicted = training.proposal.predicted_upper_loss
+        # No F to compare: the radius halves as after a poor step.
         if training.status != "done":
             return replace(region, radius=region.radius / 2, members=members)
         decrease = centre.upper_loss - training.upper_loss
@@ -50,7 +51,9 @@ class TrustRegionRule:
         if predicted is not None:
             promised = max(0.0, centre.upper_loss - predicted)
             if decrease <= 0 or decrease < self.poor * promised:
+                # Half of the step that failed, if it was shorter than the radius, but at least an eighth of the radius.
                 radius = min(radius, max(distance(training.unit, centre.unit), radius / 4)) / 2
+            # A step that ended well inside was not held back by the radius.
             elif decrease > self.good * promised and distance(training.unit, centre.unit) > 0.8 * radius:
                 radius = min(self.largest, 2 * radius)
         return replace(region, centre=training.index if decrease > 0 else region.centre, radius=radius, members=members)

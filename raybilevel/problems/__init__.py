@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from raybilevel.errors import ConfigError
+from raybilevel.errors import ConfigError, ProblemError, RaybilevelError
 from raybilevel.problem import BilevelProblem
+from raybilevel.problems._own import is_own, problem_class
 from raybilevel.problems.architecture import Architecture
 from raybilevel.problems.banded_ridge import BandedRidge
 from raybilevel.problems.cifar import CifarLenet
@@ -80,39 +81,64 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
 def make_problem(name: str, options: Mapping[str, Any] | None = None, data: str | None = None) -> BilevelProblem:
     """Make a problem by its name.
 
+    name:    one of `PROBLEMS`, or where a class of your own is: `package.module:Class` or `folder/file.py:Class`.
     options: of its constructor, and `device`, where trainings run, e.g. "cuda".
     data:    the folder of data files, for problems that read any.
 
     Raises:
         ConfigError: there is no such problem, or it has no such option.
+        ProblemError: the code of a problem of your own fails.
     """
-    if name not in PROBLEMS:
-        raise ConfigError(f"unknown problem {name!r}; choose one of {', '.join(sorted(PROBLEMS))}")
-    known = option_names(PROBLEMS[name])
+    kind = problem_class(name) if is_own(name) else shipped(name)
+    known = option_names(kind)
     given = dict(options or {})
+    # An attribute of every problem, so that no constructor has to take it.
     device = given.pop("device", None)
     if data is not None and "data" in known:
         given.setdefault("data", data)
     for option in given:
         if option not in known:
-            raise ConfigError(f"problem {name!r} has no option {option!r}; it has {', '.join(known)}")
+            raise ConfigError(f"problem {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}")
     try:
-        problem = PROBLEMS[name](**given)
+        problem = kind(**given)
+    except RaybilevelError:
+        raise
     except TypeError as error:
         raise ConfigError(f"problem {name!r}: {error}") from error
+    except Exception as error:
+        if not is_own(name):
+            raise
+        raise ProblemError(f"problem {name!r}: its constructor fails: {type(error).__name__}: {error}") from error
     if device is not None:
         problem.device = device
     return problem
 
 
+def shipped(name: str) -> type[BilevelProblem]:
+    """Raises ConfigError: there is no such problem."""
+    if name not in PROBLEMS:
+        raise ConfigError(
+            f"unknown problem {name!r}; choose one of {', '.join(sorted(PROBLEMS))}, or name one of your own by "
+            "package.module:Class or folder/file.py:Class"
+        )
+    return PROBLEMS[name]
+
+
 def option_names(problem: type[BilevelProblem]) -> list[str]:
     """The options of a problem's constructor, and those of its base classes if it passes further options on."""
-    names: dict[str, None] = {}
+    return list(options_of(problem))
+
+
+def options_of(problem: type[BilevelProblem]) -> dict[str, Any]:
+    """The same with their defaults; `inspect.Parameter.empty` for an option that must be given."""
+    found: dict[str, Any] = {}
     for cls in problem.__mro__:
         if "__init__" not in vars(cls):
             continue
         parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        names |= {p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        named = (p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self")
+        found |= {p.name: p.default for p in named if p.name not in found}
+        # Without **options nothing reaches the classes above.
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return [name for name in names if name != "self"]
+    return found

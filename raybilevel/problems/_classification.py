@@ -75,6 +75,7 @@ class SplitData(BilevelProblem):
         loss, correct, count = 0.0, 0, len(test[0])
         for x, y in minibatches(test, TEST_CHUNK, None):  # chunks, so that activations take little memory
             logits, y = model(x.to(self.device, self.dtype)), y.to(self.device)
+            # A sum, as the last chunk may be smaller.
             loss += cross_entropy(logits, y, reduction="sum").item()
             correct += int((logits.argmax(1) == y).sum())
         return {"test_loss": loss / count, "test_accuracy": correct / count}

@@ -68,6 +68,7 @@ class Published:
             found = f"{len(content):,}" if len(content) < self.size else "more"
             raise DataError(f"{path}: expected {self.size:,} bytes, found {found}; {self.origin}")
         algorithm = self.digest.partition(":")[0]
+        # usedforsecurity=False: Pythons with FIPS refuse MD5 otherwise.
         found = f"{algorithm}:{hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()}"
         if found != self.digest:
             raise DataError(f"{path}: expected {self.digest}, found {found}: damaged or another version; {self.origin}")
@@ -293,6 +294,7 @@ def planetoid(folder: str | Path, name: str) -> Graph:
     arrays = _npz(PLANETOID[name].path(_folder(folder, "planetoid")), PLANETOID[name])
     rows, columns = arrays["x_shape"].tolist()
     features = np.zeros((rows, columns), np.float32)
+    # Compressed sparse rows: row i has x_indptr[i + 1] - x_indptr[i] entries.
     row = np.repeat(np.arange(rows), np.diff(arrays["x_indptr"]))
     features[row, arrays["x_indices"]] = arrays["x_data"]
     names = ("edges", "labels", "train_idx", "val_idx", "test_idx")
@@ -312,11 +314,13 @@ def _idx(file: Published, folder: Path, dims: int) -> Tensor:
     """An IDX file of unsigned bytes: 0, 0, 8, dims; the shape as big-endian 32-bit numbers; the entries."""
     path = file.path(folder, ".gz", "")
     content, magic = file.read(path), bytes((0, 0, 8, dims))
+    # Before the hash, as this says what kind of file it is instead.
     if content[:4] != magic:
         kind, found = "images" if dims == 3 else "labels", content[:4].hex() or "nothing"
         raise DataError(f"{path}: expected IDX {kind}, which begin with {magic.hex()}, found {found}; {file.origin}")
     file.check(path, content)
     shape = np.frombuffer(content, ">u4", count=dims, offset=4).tolist()
+    # A copy: an array over bytes is read-only, which tensors cannot be.
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())
 
 
@@ -359,6 +363,7 @@ def _cifar_batches(files: tuple[Published, ...], paths: list[Path], limit: int |
         images.append(data.reshape(-1, 3, 32, 32))
         labels.append(classes)
         count += len(classes)
+    # Copies, as a slice would keep the memory of whole batches.
     return Images(
         torch.from_numpy(np.concatenate(images)[:limit].copy()), torch.from_numpy(np.concatenate(labels)[:limit])
     )

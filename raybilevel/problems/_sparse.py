@@ -51,6 +51,7 @@ def pattern(row: Tensor, column: Tensor, rows: int, columns: int) -> Pattern:
 
 def _sorted(number: Tensor, count: int) -> tuple[Tensor, Tensor]:
     sizes = torch.bincount(number, minlength=count)
+    # A row starts after all entries of the rows before it.
     return torch.argsort(number, stable=True), sizes.cumsum(0) - sizes
 
 
@@ -80,6 +81,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         entry, dense = ctx.saved_tensors
+        # By `sampled` and `product` again, which have a backward of their own: so there are second derivatives.
         needed = ctx.needs_input_grad
         return (
             sampled(gradient, dense, ctx.where) if needed[0] else None,

@@ -25,16 +25,20 @@ CELLS, CLASSES = 2, 10
 def convolution(channels: int, size: int) -> nn.Module:
     """A convolution with group normalisation. Batch normalisation would make the function depend on the batch, and its
     running means would differ between a training and a hypergradient."""
+    # affine=False below, as in DARTS: learned scales would undo the comparison of operations by their mixing weights.
     layer = nn.Conv2d(channels, channels, size, padding=size // 2, bias=False)
     return nn.Sequential(nn.ReLU(), layer, nn.GroupNorm(1, channels, affine=False))
 
 
+# Without normalisation every edge became max pooling within five steps: its output is larger while the convolutions
+# are untrained.
 def pooling(channels: int, pool: nn.Module) -> nn.Module:
     """A pooling, normalised to the size of a convolution's output, so that the weights of both are comparable."""
     return nn.Sequential(pool, nn.GroupNorm(1, channels, affine=False))
 
 
 OPERATIONS: dict[str, Callable[[int], nn.Module]] = {
+    # Not normalised: that lowered the accuracy (docs/explanation/families.md, "What did not help").
     "skip": lambda channels: nn.Identity(),
     "average_pool": lambda channels: pooling(channels, nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
     "max_pool": lambda channels: pooling(channels, nn.MaxPool2d(3, 1, 1)),
@@ -61,6 +65,7 @@ class Cell(nn.Module):
         nodes = {0: x}
         for (i, j), few, weight in zip(self.edges, self.operations, weights, strict=True):
             assert isinstance(few, nn.ModuleList)
+            # The mixture of edge (i, j). Every operation keeps the shape (n, channels, h, w).
             term = torch.stack([w * operation(nodes[i]) for w, operation in zip(weight, few, strict=True)]).sum(0)
             nodes[j] = nodes[j] + term if j in nodes else term
         return torch.stack([nodes[j] for j in nodes if j > 0]).mean(0)
@@ -81,6 +86,7 @@ class CellNetwork(nn.Module):
         self.cells = nn.ModuleList(Cell(channels, nodes, choices) for _ in range(CELLS))
         self.pool = nn.MaxPool2d(2)
         self.last = nn.Linear(grid**2 * channels, CLASSES)
+        # A plain list, so that these are neither weights nor buffers.
         self.plain = [torch.ones(len(few)) for few in choices]
 
     def forward(self, x: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
@@ -131,7 +137,9 @@ class Architecture(LargeUpperLevel, SplitData):
         test: int = 1000,
         nodes: int = 3,
         channels: int = 8,
+        # With the means of 2 x 2 parts architectures hardly differ (families.md).
         grid: int = 1,
+        # After 40 epochs most architectures have not converged (families.md).
         epochs: int = 100,
         search_epochs: int = 20,
         batch: int = 50,
@@ -150,6 +158,7 @@ class Architecture(LargeUpperLevel, SplitData):
         self.source, self.data = source, None if source == "digits" else data_folder(self, data)
         self.train, self.validation, self.test, self.split_seed = train, validation, test, split_seed
         self.nodes, self.channels, self.grid, self.batch = nodes, channels, grid, batch
+        # A lower-level training is one of the mixed network, so `epochs` of the problem are those of the search.
         self.training_epochs, self.epochs = epochs, search_epochs
         self.learning_rate, self.decay = learning_rate, decay
 
@@ -165,6 +174,7 @@ class Architecture(LargeUpperLevel, SplitData):
             train, test = datasets.cifar10(self.data, total, self.test)
         if len(train.labels) < total:
             raise ConfigError(f"{self.source} has {len(train.labels):,} training images; asked for {total:,}")
+        # Of CIFAR-10 only `total` images were read, so there this shuffles them. MNIST is drawn from all of its images.
         order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(self.split_seed))[:total]
         lower, upper = order.split([self.train, self.validation])
         return {
@@ -223,6 +233,7 @@ class Architecture(LargeUpperLevel, SplitData):
             model = self.network([(name,) for name in operations]).to(self.device, self.dtype)
         optimizer = self.optimizer(model)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.training_epochs)
+        # `evaluate` runs without gradients.
         with torch.enable_grad():
             for _ in range(self.training_epochs):
                 for batch in self._minibatches("lower", generator):
@@ -252,7 +263,9 @@ class Architecture(LargeUpperLevel, SplitData):
         height = self.splits["lower"][0].shape[-1]
         kernel = sum({"convolution_1": 1, "convolution_3": 9}.get(name, 0) for few in operations for name in few)
         inputs = self.splits["lower"][0].shape[1]
+        # The second cell comes after a 2 x 2 pooling.
         pixels = height**2 + (height // 2) ** 2
+        # The stem's 3 x 3 convolution, then the cells'.
         return float(9 * inputs * self.channels * height**2 + kernel * self.channels**2 * pixels)
 
 

@@ -39,7 +39,9 @@ class Folds(nn.Module):
 
 
 class BandedRidge(BilevelProblem):
-    """f = sum_k [ mean over fold k's training part of (x . w_k - t)^2 / 2 + sum_g decay_g |w_kg|^2 / 2 ], and F is the
+    """Ridge regression with a decay for each group of features, judged by cross-validation.
+
+    f = sum_k [ mean over fold k's training part of (x . w_k - t)^2 / 2 + sum_g decay_g |w_kg|^2 / 2 ], and F is the
     mean squared error of each example where it is held out.
 
     The folds are one model, trained together. A refit trains each on all examples.
@@ -82,6 +84,7 @@ class BandedRidge(BilevelProblem):
             return torch.randn(*shape, generator=generator, dtype=self.dtype)
 
         with torch.random.fork_rng(devices=[]):
+            # torch's distributions take no generator.
             torch.manual_seed(self.seed)
             shares = torch.distributions.Dirichlet(torch.full((self.groups,), 0.3, dtype=self.dtype)).sample()
         weight = normal(self.groups * self.features) * shares.sqrt().repeat_interleave(self.features)
@@ -112,12 +115,14 @@ class BandedRidge(BilevelProblem):
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Folded) -> Tensor:
         decay = torch.stack([hyperparameters["decay"][f"g{g}"] for g in range(self.groups)])
         squares = (model(batch.x) - batch.target.unsqueeze(1)).square() * batch.trained
+        # (groups,): squares over the folds and the features of each group.
         by_group = model.get_parameter("weight").square().sum(1).reshape(self.groups, self.features).sum(1)
         loss: Tensor = ((squares.sum(0) / batch.trained.sum(0)).sum() + (decay * by_group).sum()) / 2
         return loss
 
     def upper_loss(self, model: nn.Module, batch: Folded) -> Tensor:
         squares = (model(batch.x) - batch.target.unsqueeze(1)).square()
+        # Each example is held out by one fold, so the sum has n terms.
         loss: Tensor = (squares * (1 - batch.trained)).sum() / len(batch.x)
         return loss
 

@@ -27,7 +27,9 @@ class GroupedBatch(NamedTuple):
 
 
 class HyperCleaning(Logistic):
-    """f = mean_i weight_g(i) * cross-entropy_i + decay |W|^2 / 2, a weight in [0, 1] per group g of training images.
+    """MNIST digits with wrong labels: a weight in [0, 1] for each group of training images.
+
+    f = mean_i weight_g(i) * cross-entropy_i + decay |W|^2 / 2, with the weight of the group g of image i.
 
     The share of wrong labels rises from 0 in the first group to `wrong` in the last. F is the cross-entropy on clean
     validation images. A refit includes them with weight 1.
@@ -97,6 +99,7 @@ class HyperCleaning(Logistic):
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: GroupedBatch) -> Tensor:
         weights = [hyperparameters["weight"][f"g{g}"] for g in range(self.groups)]
+        # (groups + 1,) -> (n,)
         weight = torch.stack([*weights, torch.ones_like(weights[0])])[batch.group]
         loss = (weight * cross_entropy(model(batch.x), batch.y, reduction="none")).mean()
         return loss + self.decay / 2 * model.get_parameter("weight").square().sum()

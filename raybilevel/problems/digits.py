@@ -22,6 +22,7 @@ def digits_splits(train: int, validation: int, seed: int, dtype: torch.dtype) ->
     """The 1,797 digits with pixels in [0, 1], shuffled by the seed. The test split has the remaining examples."""
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(EXAMPLES, generator=torch.Generator().manual_seed(seed))
+    # Pixels are whole numbers from 0 to 16.
     x, y = torch.tensor(images / 16.0, dtype=dtype)[order], torch.tensor(labels)[order]
     cut = train + validation
     return {"lower": (x[:train], y[:train]), "upper": (x[train:cut], y[train:cut]), "test": (x[cut:], y[cut:])}
@@ -94,5 +95,6 @@ class DigitsLogistic(Logistic):
         decay = torch.stack([hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)])
         group_of_pixel = torch.arange(PIXELS, device=decay.device) * self.groups // PIXELS
         weight = model.get_parameter("weight")
+        # Over classes first: (classes, pixels) -> (pixels,).
         penalty = (decay[group_of_pixel] * weight.square().sum(0)).sum() / 2
         return cross_entropy(model(batch.x), batch.y) + penalty

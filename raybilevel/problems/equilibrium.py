@@ -34,6 +34,7 @@ class EquilibriumNetwork(nn.Module):
     def __init__(self, inputs: int, hidden: int, contraction: float) -> None:
         super().__init__()
         self.inputs, self.readout = nn.Linear(inputs, hidden), nn.Linear(hidden, CLASSES)
+        # A matrix of normal numbers has a spectral norm of about 2 sqrt(hidden), so that of W is near 1 at first.
         self.recurrent = nn.Parameter(torch.randn(hidden, hidden) / (2 * hidden**0.5))
         self.contraction = contraction
 
@@ -48,8 +49,9 @@ class EquilibriumNetwork(nn.Module):
 
 
 class EquilibriumDigits(LargeUpperLevel):
-    """Handwritten digits by a network whose hidden layer z is an equilibrium (Bai, Kolter & Koltun 2019,
-    arXiv:1909.01377):
+    """Handwritten digits by a network whose hidden layer is an equilibrium.
+
+    Bai, Kolter & Koltun (2019), arXiv:1909.01377:
 
         z_i = tanh(W z_i + U image_i + b),    F = mean_i CE(V z_i + c, label_i) + decay |x|^2 / 2
 
@@ -88,6 +90,7 @@ class EquilibriumDigits(LargeUpperLevel):
     @cached_property
     def splits(self) -> dict[str, Examples]:
         if self.data is None:
+            # There is no validation split here: the one example in it is left out.
             found = digits_splits(self.train, 1, self.split_seed, self.dtype)
             return {"train": found["lower"], "test": found["test"]}
         (images, labels), test = datasets.mnist(self.data)

@@ -19,6 +19,7 @@ from raybilevel.problems import _datasets as datasets
 from raybilevel.problems._classification import check_positive, data_folder
 from raybilevel.problems._datasets import Images
 
+# Two poolings make 3 x 3 pixels of 14 x 14.
 SIDE, FEATURES = 14, 32 * 3 * 3
 TURNS = 4
 
@@ -57,6 +58,7 @@ class Initialisation(nn.Module):
         return layer_norm(found.flatten(1), (FEATURES,)).view(*images.shape[:2], FEATURES)
 
 
+# The last layer alone: where a task changed a whole network, accuracy fell below that of random weights (families.md).
 class Deviations(nn.Module):
     """The lower-level variable: the deviation of every task's last layer from the initialisation. It starts at zero."""
 
@@ -145,10 +147,12 @@ class FewShot(LargeUpperLevel):
             taken.append([classes[number][0] * TURNS + classes[number][1] for number in chosen])
             rows = []
             for digit, turn in (classes[number] for number in chosen):
+                # Without replacement: an image to learn from must not be among the queries.
                 picked = members[digit][torch.randperm(len(members[digit]), generator=generator)[:each]]
                 rows.append(torch.rot90(images[picked], turn, (1, 2)))
             drawn.append(torch.stack(rows))
         found = torch.stack(drawn)  # (T, ways, each, 14, 14)
+        # Each task numbers its classes anew, from 0 to ways - 1.
         labels = torch.arange(self.ways)[None, :, None].expand(count, -1, each)
         parts = (slice(self.shots), slice(self.shots, None))
         shown, asked = ((found[:, :, part].flatten(1, 2), labels[:, :, part].flatten(1)) for part in parts)
@@ -191,11 +195,13 @@ class FewShot(LargeUpperLevel):
         cut = math.prod(shape)
 
         def parts(flat: Tensor) -> tuple[Tensor, Tensor]:
+            # The weights of all tasks, then their biases.
             return flat[:cut].view(shape), flat[cut:].view(shape[:2])
 
         def lower(_: Tensor, flat: Tensor) -> Tensor:
             return self.task_loss(head, *parts(flat), known, tasks.y, nearness)
 
+        # zero[:0] below is an x without entries: the initialisation stays as it is.
         zero = torch.zeros(cut + len(tasks.x) * self.ways).to(known)
         with torch.enable_grad():
             flat = solve_lower(BilevelFunctions([], [lower]), zero[:0], zero, 1e-3, limit=100).y

@@ -107,6 +107,7 @@ class GraphStructure(LargeUpperLevel):
     def features(self) -> Sparse:
         """Bags of words, scaled to norm 1."""
         words = self.citations.features
+        # A row may be empty.
         words = words / words.norm(dim=1, keepdim=True).clamp_min(1e-12)
         row, column = words.nonzero(as_tuple=True)
         return Sparse(pattern(row, column, *words.shape), words[row, column])
@@ -132,6 +133,7 @@ class GraphStructure(LargeUpperLevel):
     def candidates(self) -> Tensor:
         """The given edges first, then those to nearest neighbours that are not among them, (m, 2)."""
         near, nodes = self.near, self.count
+        # An edge (i, j) as one number, i n + j.
         code = torch.tensor([nodes, 1])
         return torch.cat([self.given, near[~torch.isin(near @ code, self.given @ code)]])
 
@@ -169,6 +171,7 @@ class GraphStructure(LargeUpperLevel):
     def start_probabilities(self) -> Tensor:
         """The initial probabilities of the candidate edges, (m,)."""
         start = torch.full((len(self.candidates),), NEIGHBOUR if len(self.given) else ONLY_NEIGHBOUR)
+        # The given edges come first in `candidates`.
         start[: len(self.given)] = GIVEN
         return start
 
@@ -256,6 +259,7 @@ def adjacency(edges: Tensor, nodes: int) -> Pattern:
 def normalised(graph: Pattern, probabilities: Tensor) -> Sparse:
     """D^-1/2 (P + I) D^-1/2 for edges with these probabilities, (m,). D has the row sums of P + I."""
     nodes = len(graph.row_starts)
+    # In the order of `adjacency`: (i, j), (j, i), the diagonal, whose ones keep every row sum positive.
     entry = torch.cat([probabilities, probabilities, probabilities.new_ones(nodes)])
     scale = entry.new_zeros(nodes).index_add(0, graph.row, entry).rsqrt()
     return Sparse(graph, scale.index_select(0, graph.row) * entry * scale.index_select(0, graph.column))
@@ -269,6 +273,7 @@ def nearest(features: Tensor, k: int) -> Tensor:
     unit = features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
     row, column = unit.nonzero(as_tuple=True)
     similarity = Sparse(pattern(row, column, *unit.shape), unit[row, column]).times(unit.T)
+    # No node is its own neighbour: entries of 0 are dropped below.
     similarity.fill_diagonal_(0)
     value, neighbour = similarity.topk(min(k, len(features) - 1), dim=1)
     node = torch.arange(len(features))[:, None].expand_as(neighbour)

@@ -22,6 +22,7 @@ from raybilevel.problems._classification import check_positive, data_folder
 Task = Literal["inpainting", "deblurring"]
 Expert = Literal["smoothed_l1", "lorentzian"]
 
+# f has a minimum even where no pixel is measured and the regulariser is flat.
 STRONG_CONVEXITY = 1e-6
 
 
@@ -108,6 +109,7 @@ class Imaging(BilevelProblem):
             parts = datasets.bsds_crops(self.data)
             if self.size > parts[0].shape[-1]:
                 raise ConfigError(f"the photographs have {parts[0].shape[-1]} pixels a side; got size={self.size}")
+            # The central crop. A larger size would make this negative, and count from the other end.
             start = (parts[0].shape[-1] - self.size) // 2
             train, test = (part[:, start : start + self.size, start : start + self.size] for part in parts)
         chosen = {"train": train[self.first : self.first + self.images], "test": test[: self.test]}
@@ -119,6 +121,7 @@ class Imaging(BilevelProblem):
         """Measure images. The noise and the missing pixels of an image depend on its number only, as shards need it."""
         masks, noises = [], []
         for number in range(len(clean)):
+            # Seeds of training images, of test images and of another data_seed never meet.
             offset = self.first + number if split == "train" else 1_000_000 + number
             generator = torch.Generator().manual_seed(2_000_003 * self.data_seed + offset)
             removed = self.removed if self.task == "inpainting" else 0.0
@@ -200,6 +203,7 @@ class Imaging(BilevelProblem):
         batch = Measured(*(part.to(self.device) for part in measured))
 
         def lower(x: Tensor, y: Tensor) -> Tensor:
+            # Not in `Reconstruction`, whose images are a parameter: y must stay the tensor that is differentiated.
             given = _Given(y.view_as(model.images))
             return self.lower_loss(given, hyperparameters, batch)
 
@@ -263,6 +267,7 @@ class FieldsOfExperts(LargeUpperLevel, Imaging):
 
     def regulariser(self, images: Tensor, hyperparameters: Hyperparameters) -> Tensor:
         experts = hyperparameters["upper"]
+        # (n, 1, h, w) -> (n, K, h, w)
         responses = conv2d(images, experts.filters, padding=self.filter_size // 2)
         if self.expert == "smoothed_l1":
             values = (responses.square() + self.smoothing**2).sqrt()
@@ -273,7 +278,9 @@ class FieldsOfExperts(LargeUpperLevel, Imaging):
 
 
 class RegularisationParameters(Imaging):
-    """Two regularisation parameters of an inverse problem: smoothed total variation and Tikhonov,
+    """Two regularisation parameters of an inverse problem.
+
+    They are of smoothed total variation and Tikhonov,
 
         R(x, y) = tv sum_pixels sqrt(|grad y|^2 + s^2) + tikhonov |y|^2 / 2,
 
@@ -281,6 +288,7 @@ class RegularisationParameters(Imaging):
     """
 
     def regulariser(self, images: Tensor, hyperparameters: Hyperparameters) -> Tensor:
+        # Forward differences, at pixels that have both neighbours.
         down = images[..., 1:, :-1] - images[..., :-1, :-1]
         right = images[..., :-1, 1:] - images[..., :-1, :-1]
         variation = (down.square() + right.square() + self.smoothing**2).sqrt().sum()

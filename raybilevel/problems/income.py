@@ -26,7 +26,9 @@ FEATURES, EXAMPLES = 123, 32_561
 
 
 class Income(Logistic):
-    """f = cross-entropy + sum_g weight_decay_g |W_g|^2 / 2 over groups g of neighbouring binary features.
+    """Income from census data by a logistic regression, a weight decay for each group of features.
+
+    f = cross-entropy + sum_g weight_decay_g |W_g|^2 / 2 over groups g of neighbouring binary features.
 
     data: the folder of the data files. Its folder libsvm/ has a9a and a9a.t, gzipped or not.
     """
@@ -64,6 +66,7 @@ class Income(Logistic):
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
         decay = torch.stack([hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)])
         group = torch.arange(FEATURES, device=decay.device) * self.groups // FEATURES
+        # Over classes first: (classes, features) -> (features,).
         penalty = (decay[group] * model.get_parameter("weight").square().sum(0)).sum() / 2
         return cross_entropy(model(batch.x), batch.y) + penalty
 
@@ -72,5 +75,6 @@ def _rows(folder: str, file: Published) -> Examples:
     path = file.path(Path(folder) / "libsvm", ".gz", "")
     content = file.read(path)
     file.check(path, content)
+    # a9a.t lacks the last feature, and would be a column narrower by itself. Labels are -1 and 1.
     x, y = load_svmlight_file(io.BytesIO(content), n_features=FEATURES)
     return torch.from_numpy(x.toarray()), torch.from_numpy((y > 0).astype(np.int64))

@@ -16,7 +16,9 @@ CLASSES = 10
 
 
 class LongTailed(Logistic):
-    """f = mean_i weight_y(i) * cross-entropy(z_i + shift, y_i) + decay |W|^2 / 2, with z the logits of a linear model.
+    """MNIST digits with rare classes: a weight and a shift of the logits for each class.
+
+    f = mean_i weight_y(i) * cross-entropy(z_i + shift, y_i) + decay |W|^2 / 2, with z the logits of a linear model.
 
     The classes' frequencies fall geometrically, from `largest` images of 0 to `largest / ratio` of 9. Validation data
     are balanced. F and the test loss have neither weights nor shifts. Inputs are means of 2 x 2 pixels. A refit
@@ -57,6 +59,7 @@ class LongTailed(Logistic):
         lower, upper = [], []
         for c, count in enumerate(self.counts):
             members = order[labels[order] == c]
+            # Validation images first, as many of each class, whatever is left for training.
             share = self.validation // CLASSES
             upper.append(members[:share])
             lower.append(members[share : share + count])

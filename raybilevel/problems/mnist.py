@@ -75,7 +75,10 @@ class MnistPerceptron(LayerDecay):
 
 
 class Mnist(MnistPerceptron):
-    """`train` and `validation` examples of the official 60,000, drawn by the seed. The test has the official 10,000."""
+    """MNIST by a ReLU network, with a decay for each layer.
+
+    `train` and `validation` examples of the official 60,000, drawn by the seed. The test has the official 10,000.
+    """
 
     def __init__(
         self, data: str | None = None, train: int = 3000, validation: int = 2000, split_seed: int = 0, **options: Any
@@ -100,10 +103,11 @@ class Mnist(MnistPerceptron):
 
 
 class Mnist1K(MnistPerceptron):
-    """The published 600 training and 400 validation examples.
+    """MNIST with 1,000 examples by a ReLU network, with a decay for each layer.
 
-    The test split is the official one without the images that are among the 1,000: 9,859 images. Without the official
-    test files there is no test split, and there are no test metrics.
+    They are the published 600 training and 400 validation examples. The test split is the official one without the
+    images that are among the 1,000: 9,859 images. Without the official test files there is no test split, and there
+    are no test metrics.
     """
 
     def load(self) -> dict[str, Examples]:

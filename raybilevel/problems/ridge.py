@@ -16,7 +16,9 @@ LOW, HIGH = 1e-4, 10.0
 
 
 class Ridge(BilevelProblem):
-    """f = |X w - t|^2 / (2 n) + sum_g decay_g |w_g|^2 / 2, with groups g of neighbouring features.
+    """Ridge regression with a decay for each group of features.
+
+    f = |X w - t|^2 / (2 n) + sum_g decay_g |w_g|^2 / 2, with groups g of neighbouring features.
 
     Decays are drawn at random. The validation targets are made from the weights that these decays give, plus noise that
     is orthogonal to the validation inputs. So F = |X_v w - t_v|^2 / (2 n_v) has its minimum over all w at those
@@ -46,6 +48,7 @@ class Ridge(BilevelProblem):
     @property
     def best_decay(self) -> Tensor:
         """The decays of the optimum, shape (groups,), well inside the box."""
+        # Not the numbers of the data.
         generator = torch.Generator().manual_seed(self.seed + 1)
         return 10 ** (-3 + 3 * torch.rand(self.groups, generator=generator, dtype=torch.double))
 

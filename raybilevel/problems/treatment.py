@@ -138,6 +138,7 @@ class TreatmentEffects(LargeUpperLevel):
         """All units, with those of the lower level first."""
         generator = torch.Generator().manual_seed(self.data_seed)
         z = torch.randn(self.units, COVARIATES, generator=generator, dtype=self.dtype)
+        # 1 / (1 + exp(z_1 - z_2 / 2 + z_3 / 4 + z_4 / 10))
         propensity = torch.sigmoid(z @ z.new_tensor([-1.0, 0.5, -0.25, -0.1]))
         treated = (torch.rand(self.units, generator=generator, dtype=self.dtype) < propensity).to(z)
         noise = torch.randn(self.units, generator=generator, dtype=self.dtype)
@@ -145,11 +146,13 @@ class TreatmentEffects(LargeUpperLevel):
         outcome = 210 + z @ z.new_tensor([27.4, 13.7, 13.7, 13.7]) + effect * treated + noise
         covariates = z if self.latent else observed(z)
         covariates = (covariates - covariates.mean(0)) / covariates.std(0)
+        # For metrics, which are in the outcome's own units.
         self.scale = outcome.std().item()
         return Units(covariates, treated, (outcome - outcome.mean()) / self.scale, effect)
 
     @cached_property
     def distances(self) -> Distances:
+        # Kept on the device: (n, n) numbers are too many to be moved there with every F.
         return Distances.between(self.everyone.covariates.to(self.device))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -223,6 +226,7 @@ def observed(z: Tensor) -> Tensor:
 def energy_distances(weights: Tensor, treated: Tensor, distances: Distances) -> Tensor:
     """The energy distance 2 E|U - V| - E|U - U'| - E|V - V'| from each weighted arm U to all units V, (2,)."""
     arms = torch.stack([weights * (1 - treated), weights * treated])
+    # Weights of each arm as probabilities.
     arms = arms / arms.sum(1, keepdim=True)
     return 2 * arms @ distances.to_all - ((arms @ distances.pairs) * arms).sum(1) - distances.mean
 
@@ -235,6 +239,7 @@ def regressed(units: Units, weights: Tensor, decay: float) -> Tensor:
     x = torch.cat([units.covariates, torch.ones_like(units.covariates[:, :1])], 1)
     outcomes = []
     for arm in (units.treated <= 0, units.treated > 0):
+        # (n, 1), 0 outside the arm.
         w = (weights * arm)[:, None] / len(x)
         # Half of the decay, as f has the squares without a factor 1/2.
         gram = x.T @ (w * x) + decay / 2 * torch.eye(x.shape[1]).to(x)

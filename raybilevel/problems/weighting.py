@@ -91,11 +91,13 @@ class NoisyLabels(LargeUpperLevel, SplitData):
         false = torch.rand(self.train, generator=generator) < self.wrong
         shift = torch.randint(1, CLASSES, (self.train,), generator=generator)
         given = torch.where(false, (labels[lower] + shift) % CLASSES, labels[lower])
+        # Beside the splits, whose entries are pairs. It is dropped with them when the problem is sent.
         self._right = ~false
         half = self.validation // 2
         return {
             "lower": (self.inputs(images[lower]), given),
             "upper": (self.inputs(images[upper[half:]]), labels[upper[half:]]),
+            # Apart from F's examples: the signs are losses of a model that was trained on these.
             "guide": (self.inputs(images[upper[:half]]), labels[upper[:half]]),
             "test": (self.inputs(test.images), test.labels),
         }
@@ -174,11 +176,13 @@ class NoisyLabels(LargeUpperLevel, SplitData):
         """The logits of the model trained with fixed weights, as a function of inputs."""
 
         def logits(flat: Tensor, inputs: Tensor) -> Tensor:
+            # The weights, (196, 10), then the biases.
             return inputs @ flat[: PIXELS * CLASSES].view(PIXELS, CLASSES) + flat[PIXELS * CLASSES :]
 
         def lower(_: Tensor, flat: Tensor) -> Tensor:
             return self.weighted_loss(logits(flat, x), y, weights) + self.decay / 2 * flat.square().sum()
 
+        # zero[:0] below is an x without entries: the weights are fixed.
         zero = torch.zeros((PIXELS + 1) * CLASSES, device=x.device, dtype=self.dtype)
         with torch.enable_grad():
             flat = solve_lower(BilevelFunctions([], [lower]), zero[:0], zero, 1e-3, limit=100).y

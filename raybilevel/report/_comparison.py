@@ -82,6 +82,7 @@ def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis:
         x_label=label,
         y_label="best F so far",
         series=tuple(series),
+        # F need not be positive.
         y_log=bool(everything) and min(everything) > 0,
     )
 

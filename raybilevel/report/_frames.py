@@ -34,7 +34,7 @@ def row_of(record: Record, number: int, observation: Observation) -> dict[str, A
         "problem": record.problem_name,
         "method": record.method_name,
         "seed": record.settings.seed,
-        "training": number,
+        "training": number if observation.number is None else observation.number,
         "status": observation.status,
         "upper_loss": observation.upper_loss,
         "best_upper_loss": record.observations[observation.incumbent].upper_loss,
@@ -89,6 +89,7 @@ def curve(records: Sequence[Record], axis: Axis) -> pd.DataFrame:
         low, high = (interval.mean if v is None else v for v in (interval.low, interval.high))
         found.append({"x": x, "mean": interval.mean, "low": low, "high": high})
     end = max([*points, *(end_of(r, axis) for r in records)], default=0.0)
+    # The last value holds until the end of the longest run.
     if found and end > found[-1]["x"]:
         found.append({**found[-1], "x": end})
     return pd.DataFrame(found, columns=["x", "mean", "low", "high"])
@@ -102,5 +103,6 @@ def end_of(record: Record, axis: Axis) -> float:
 
 
 def best_so_far(record: Record, x: float, axis: Axis) -> float | None:
+    # 1e-9: costs are sums of shares, with rounding errors.
     found = (o.upper_loss for o in record.observations if o.upper_loss is not None and getattr(o, axis) <= x + 1e-9)
     return min(found, default=None)

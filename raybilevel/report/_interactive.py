@@ -40,6 +40,7 @@ def plotly_figure(chart: Chart) -> Any:
         legend={"orientation": "h", "y": -70 / (height - 60), "yanchor": "top"},
         height=height,
     )
+    # Plotly counts categories upwards, lanes go from top to bottom.
     if chart.lanes:
         figure.update_yaxes(
             categoryorder="array", categoryarray=list(reversed(chart.lanes)), type="category", automargin=True
@@ -76,10 +77,12 @@ def traces(series: Series) -> list[Any]:
         marker = {"color": colour, "size": 9, "symbol": MARKERS[series.colour % len(MARKERS)]}
         error = None if series.error is None else {"type": "data", "array": series.error, "color": colour}
         return [go.Scatter(x=series.x, y=series.y, mode="markers", marker=marker, error_y=error, **shown, **hover)]
+    # "hv" stays level until the next x.
     shape = "hv" if series.kind == "steps" else "linear"
     line = {"color": colour, "width": 3 if series.strong else 1.8, "shape": shape, "dash": dash_of(series)}
     found = []
     if series.low is not None and series.high is not None:
+        # "tonexty" fills down to the trace before, so the lower edge comes first.
         edge = {"width": 0, "shape": shape, "color": colour}
         quiet = {"legendgroup": series.name, "showlegend": False, "hoverinfo": "skip", "mode": "lines"}
         found.append(go.Scatter(x=series.x, y=series.low, line=edge, **quiet))

@@ -64,7 +64,8 @@ class Loaded:
 
 
 def load(folder: str | Path) -> Loaded:
-    """The observations, figures and tables of a folder of `raybilevel run` or `raybilevel compare`.
+    """The observations, figures and tables of a folder of `raybilevel run` or `raybilevel compare`, or of a Tune
+    experiment with `BilevelSearch`.
 
     Raises:
         DataError: the folder is of neither.
@@ -73,6 +74,7 @@ def load(folder: str | Path) -> Loaded:
     """
     import pandas as pd
 
+    # First, so that a missing package is said before anything is read.
     plotly_figure = drawing()
     source = read_folder(Path(folder))
     check(source)
@@ -164,7 +166,8 @@ def about_run(record: Record) -> str:
     names = ", ".join(p.name for p in record.space[:12]) + (", ..." if len(record.space) > 12 else "")
     told = "" if record.status == "done" else " It has not ended yet, or was stopped."
     head = f"{record.problem_name}, method {record.method_name}, {len(record.space)} hyperparameters ({names})"
-    return f"{head}: {len(record.observations)} of {record.settings.budget:g} trainings.{told}"
+    counted = f"{head}: {len(record.observations)} of {record.settings.budget:g} trainings.{told}"
+    return " ".join([*record.in_words, counted])
 
 
 def about_problem(records: Sequence[Record]) -> str:
@@ -180,6 +183,7 @@ def render(source: Source, sections: Sequence[Section], plotly_figure: Any) -> s
     import jinja2
     from plotly.offline import get_plotlyjs
 
+    # With StrictUndefined a name that the template misspells is an error, and not an empty text.
     loader = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     loader.filters["bold"] = bold
     template = loader.from_string(resources.files("raybilevel.report").joinpath("page.html.j2").read_text("utf-8"))

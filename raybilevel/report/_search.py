@@ -33,6 +33,7 @@ def value_function(saved: SavedSearch, prefix: str) -> list[Chart]:
 
     state, dimension = saved.state, len(saved.parameters)
     best = state.best or state.done[0]
+    # As many rows as the search's own models have by default.
     fitted = fit_value_function(state.done, torch.tensor(best.unit, dtype=torch.double), True, 500)
     found = [predictions(state, prefix)]
     if dimension == 1:
@@ -53,6 +54,7 @@ def predictions(state: SearchState, prefix: str) -> Chart:
     deviations = [2 * (t.proposal.deviation or 0.0) for t in foretold]
     ends = [min([*values, *predicted]), max([*values, *predicted])] if values else []
     series = (
+        # Colour 7 is the palette's grey.
         Series("trained = predicted", "line", ends, ends, colour=7),
         Series(
             "v_hat, two deviations", "points", values, predicted, error=deviations,

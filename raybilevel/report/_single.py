@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from raybilevel._metrics import UPPER_LOSS
+from raybilevel._records.conclusion import in_words
 from raybilevel._records.record import Observation, Record
 from raybilevel._records.run_folder import search_of
+from raybilevel._tree import leaves, named
 from raybilevel.report import _search as search
 from raybilevel.report._charts import Chart, Series
 from raybilevel.report._tables import Table
-from raybilevel.space import flatten
 
 if TYPE_CHECKING:
     from raybilevel.search._state_file import SavedSearch
@@ -33,6 +35,7 @@ def progress(record: Record, prefix: str) -> Chart:
     done = [(i, o) for i, o in enumerate(record.observations) if o.upper_loss is not None]
     origins = origins_of(record)
     series = []
+    # From 1, as colour 0 is that of the best so far.
     for number, origin in enumerate(dict.fromkeys(origins.get(o.trial, "training") for _, o in done), 1):
         chosen = [(i, o) for i, o in done if origins.get(o.trial, "training") == origin]
         notes = [describe(o.hyperparameters) for _, o in chosen]
@@ -68,13 +71,13 @@ def origins_of(record: Record) -> dict[str, str]:
     if saved is None:
         return {}
     names = {"start": "start design", "region": "trust region", "global": "whole box", "given": "given",
-             "fill": "space-filling", "unknown": "from elsewhere"}  # fmt: skip
+             "fill": "space-filling", "unknown": "from elsewhere", "evaluated": "from earlier work"}  # fmt: skip
     origins = {trial: saved.state.trainings[index].proposal.origin for trial, index in saved.trials.items()}
     return {trial: names.get(origin, origin) for trial, origin in origins.items()}
 
 
 def describe(hyperparameters: dict[str, Any]) -> str:
-    flat = [f"{'/'.join(path)} = {value:.3g}" for path, value in flatten(hyperparameters).items()]
+    flat = [f"{named(path)} = {in_words(value)}" for path, value in leaves(hyperparameters).items()]
     return "<br>".join([*flat[:8], *([f"and {len(flat) - 8} more"] if len(flat) > 8 else [])])
 
 
@@ -115,6 +118,7 @@ def timeline(record: Record, prefix: str) -> Chart:
     workers: dict[tuple[str, int], str] = {}
     for trial in record.trials:
         gpus = f", GPU {trial.gpus}" if trial.gpus else ""
+        # A process number is unique on its node only.
         lane = workers.setdefault((trial.node, trial.pid), f"{trial.node} worker {len(workers) + 1}{gpus}")
         for begin, end in stretches(trial.seconds, trial.took):
             spans.setdefault(trial.status, []).append((lane, begin, end - begin, f"trial {trial.trial}"))
@@ -193,18 +197,23 @@ def cost_split(record: Record, saved: SavedSearch | None, prefix: str) -> Chart:
 
 def tables(record: Record) -> list[Table]:
     """The result of a run, and the trainings that became the incumbent."""
-    done = [(number, o) for number, o in enumerate(record.observations, 1) if o.upper_loss is not None]
+    done = [
+        (o.number if o.number is not None else place, o)
+        for place, o in enumerate(record.observations, 1)
+        if o.upper_loss is not None
+    ]
     return [result(record, done[-1][1].incumbent), improvements(done)] if done else []
 
 
 def result(record: Record, best: int) -> Table:
     """The losses, hyperparameters and diagnostics of the incumbent, whose position is `best`."""
     incumbent = record.observations[best]
-    rows = [("F (validation loss)", f"{incumbent.upper_loss:.6g}")]
+    name = "F (validation loss)" if record.metric == UPPER_LOSS else record.metric
+    rows = [(name, f"{incumbent.upper_loss:.6g}")]
     rows += [(name.replace("_", " "), f"{value:.6g}") for name, value in incumbent.metrics.items()]
     refit = record.refits.get(best, {})
     rows += [(f"{name.replace('_', ' ')} after refit", f"{value:.6g}") for name, value in refit.items()]
-    rows += [("/".join(path), f"{value:.6g}") for path, value in flatten(incumbent.hyperparameters).items()]
+    rows += [(named(path), in_words(value)) for path, value in leaves(incumbent.hyperparameters).items()]
     rows.append(("cost, in trainings", f"{record.observations[-1].cost:.1f}"))
     if record.verdict:
         rows.append(("verdict", record.verdict))

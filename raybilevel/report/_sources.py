@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raybilevel._records import store as records
+from raybilevel._records.experiment import TUNE_STATE, is_experiment, read_experiment
 from raybilevel._records.names import RECORDS_FOLDER, TUNE_FOLDER
 from raybilevel._records.record import Record
 from raybilevel._records.run_folder import is_run, read_run
@@ -37,7 +38,7 @@ class Source:
 
 
 def read_folder(folder: Path) -> Source:
-    """The records of a comparison, a benchmark or a run.
+    """The records of a comparison, a benchmark, a run, or a Tune experiment that another program started.
 
     Raises:
         DataError: the folder is of none of them.
@@ -49,7 +50,12 @@ def read_folder(folder: Path) -> Source:
         return Source("comparison", folder, found, wrong)
     if is_run(folder):
         return Source("run", folder, [read_run(folder)], [])
-    raise DataError(f"{folder}: neither the folder of a comparison ({RECORDS_FOLDER}/) nor of a run ({TUNE_FOLDER}/)")
+    if is_experiment(folder):
+        return Source("run", folder, [read_experiment(folder)], [])
+    raise DataError(
+        f"{folder}: neither the folder of a comparison ({RECORDS_FOLDER}/) nor of a run ({TUNE_FOLDER}/) nor of a Tune "
+        f"experiment ({TUNE_STATE})"
+    )
 
 
 def check(source: Source) -> None:

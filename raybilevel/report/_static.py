@@ -23,6 +23,7 @@ def write_figures(charts: Iterable[Chart], folder: Path) -> list[Path]:
     written = []
     for chart in charts:
         figure = matplotlib_figure(chart)
+        # Without a date equal data make equal files.
         for ending, metadata in (("svg", {"Date": None, "Title": chart.title, "Description": chart.alt}), ("png", {})):
             path = folder / f"{chart.name}.{ending}"
             with rc_context(TEXT):
@@ -44,6 +45,7 @@ def matplotlib_figure(chart: Chart) -> Any:
     with rc_context(TEXT):
         height = max(2.4, 1.3 + 0.34 * len(chart.lanes)) if chart.lanes else 4.4
         figure = Figure(figsize=(7.4, height), layout="constrained")
+        # The canvas that pyplot would give it.
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         if chart.surface is not None:
@@ -90,6 +92,7 @@ def draw(axes: Any, series: Series, chart: Chart) -> None:
     colour: Any = PALETTE[series.colour % len(PALETTE)]
     if series.shade is not None:
         colour = colormaps["cividis"](min(1.0, max(0.0, series.shade)))
+    # matplotlib leaves labels that begin with "_" out of the legend.
     label = series.name if series.in_legend else "_"
     if series.kind == "spans":
         lanes = {lane: number for number, lane in enumerate(reversed(chart.lanes))}

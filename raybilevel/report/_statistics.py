@@ -71,6 +71,7 @@ def rank(blocks: Sequence[Mapping[str, float]]) -> Ranks:
     ranks = stats.rankdata(values, axis=1)
     wins = {method: int((ranks[:, i] == ranks.min(axis=1)).sum()) for i, method in enumerate(methods)}
     friedman = None
+    # Where all tie in every block, Friedman's statistic is 0 / 0.
     if len(methods) >= 3 and len(whole) >= 2 and np.ptp(ranks) > 0:
         p = float(stats.friedmanchisquare(*values.T).pvalue)
         friedman = p if math.isfinite(p) else None
@@ -103,6 +104,7 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
         lambda a, b, axis: np.mean(a - b, axis=axis),
         permutation_type="samples", vectorized=True, n_resamples=9999, rng=np.random.default_rng(0),
     )  # fmt: skip
+    # The least p: of 2^n sign flips the observed one and its mirror image are as extreme.
     return PairedTest(interval, float(result.pvalue), 2.0 / 2 ** len(differences))
 
 

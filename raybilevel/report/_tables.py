@@ -26,6 +26,11 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
 
+    @property
+    def plain_rows(self) -> list[list[str]]:
+        """The rows without the marks of bold cells."""
+        return [[cell.replace("**", "") for cell in row] for row in self.rows]
+
 
 def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [headers, ["---"] * len(headers), *rows]
@@ -36,7 +41,8 @@ def table_csv(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(table.headers)
-    writer.writerows([cell.replace("**", "") for cell in row] for row in table.rows)
+    # Bold is Markdown's, and no part of the value.
+    writer.writerows(table.plain_rows)
     return out.getvalue()
 
 

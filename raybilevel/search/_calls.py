@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from raybilevel._tree import Path
 from raybilevel.errors import ProblemError, RaybilevelError
 from raybilevel.problem import BilevelProblem
 from raybilevel.space import flatten
@@ -17,6 +18,9 @@ HINTS = (
     ("Expected more than 1 value per channel", "batch normalisation needs two examples; drop a last batch of one"),
     ("must be float, not Tensor", "hyperparameters are tensors; raybilevel.functional has functions that take them"),
     ("must be float, but found element of type Tensor", "raybilevel.functional has functions that take tensors"),
+    ("not compiled with CUDA", "the check runs where the search is made; place tensors on the device of the batch"),
+    ("Found no NVIDIA driver", "the check runs where the search is made; place tensors on the device of the batch"),
+    ("to be on the same device", "place tensors on the device of the batch"),
 )
 """What to do about messages of torch that do not say it."""
 
@@ -25,17 +29,19 @@ class MissingHyperparameterError(KeyError):
     """A loss asks for a hyperparameter that is not there. A problem may catch it, as it may a `KeyError`."""
 
 
+class HyperparameterNotGivenError(ProblemError):
+    """The same, as what is wrong with a search."""
+
+
 class Given(dict[str, Any]):
     """Hyperparameters, nested, that note which of them are read.
 
     read: the paths, shared by all of a tree. Whoever goes through all entries has read all.
     """
 
-    def __init__(
-        self, tree: Mapping[str, Any], path: tuple[str, ...] = (), read: set[tuple[str, ...]] | None = None
-    ) -> None:
+    def __init__(self, tree: Mapping[str, Any], path: tuple[str, ...] = (), read: set[Path] | None = None) -> None:
         self.path = path
-        self.read: set[tuple[str, ...]] = set() if read is None else read
+        self.read: set[Path] = set() if read is None else read
         super().__init__(
             {
                 key: Given(entry, (*path, key), self.read) if isinstance(entry, Mapping) else entry
@@ -51,10 +57,12 @@ class Given(dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         raise MissingHyperparameterError("/".join((*self.path, str(key))))
 
+    # With an __iter__ of its own, {**given} and dict(given) go through `keys`: else CPython copies the entries unseen.
     def __iter__(self) -> Iterator[str]:
         self.read.update((*self.path, key) for key in super().__iter__())
         return super().__iter__()
 
+    # dict's own `get` and `pop` do not go through __getitem__.
     def get(self, key: str, default: Any = None) -> Any:
         if key not in self:
             return default
@@ -83,8 +91,13 @@ class Given(dict[str, Any]):
 
 
 @contextmanager
-def calling(problem: BilevelProblem, what: str) -> Iterator[None]:
-    """Within it a problem's own code runs. what: which, e.g. "lower_loss".
+def calling(
+    problem: BilevelProblem, what: str, advise: Callable[[Exception], str] = lambda error: ""
+) -> Iterator[None]:
+    """Within it a problem's own code runs.
+
+    what:   which, e.g. "lower_loss".
+    advise: what to do about an error, where that is known; else empty.
 
     Raises:
         ProblemError: it raised something; the line names the method, the error and, where it is known, what to do.
@@ -92,16 +105,17 @@ def calling(problem: BilevelProblem, what: str) -> Iterator[None]:
     name = type(problem).__name__
     try:
         yield
+    # It says already what is wrong and where.
     except RaybilevelError:
         raise
     except MissingHyperparameterError as error:
-        raise ProblemError(
+        raise HyperparameterNotGivenError(
             f"space: {name} reads the hyperparameter {error}, which is not there; give it a domain or a constant"
         ) from error
     except Exception as error:  # whatever a problem's own code raises
         said = (str(error).strip().splitlines() or ["no message"])[0]
-        hint = next((f"; {advice}" for text, advice in HINTS if text in str(error)), "")
-        raise ProblemError(f"{name}.{what} raised {type(error).__name__}: {said}{hint}") from error
+        advice = next((advice for text, advice in HINTS if text in str(error)), "") or advise(error)
+        raise ProblemError(f"{name}.{what} raised {type(error).__name__}: {said}{advice and f'; {advice}'}") from error
 
 
 def where_it_can_run(problem: BilevelProblem) -> BilevelProblem:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from raybilevel._lower.hooks import check_hooks
+from raybilevel._dependent import Dependent
+from raybilevel._lower.hooks import schedule_of_a_training
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.random_numbers import forked_random
+from raybilevel._lower.settings import check_settings
 from raybilevel._lower.variables import ModuleVariables
+from raybilevel._tree import MISSING, Path, leaves, look_up, replaced
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
 from raybilevel.problem import (
@@ -26,17 +29,22 @@ from raybilevel.problem import (
     Level,
     make_batches,
     make_model,
-    make_schedule,
-    move,
     on_cpu,
     trains_itself,
-    upper_loss,
 )
 from raybilevel.search._calls import Given, calling, where_it_can_run
-from raybilevel.search._fresh import check_fresh_model, check_unchanged, model_of_a_training, optimizer_of_a_training
+from raybilevel.search._fresh import (
+    check_fresh_model,
+    check_same_start,
+    check_unchanged,
+    model_of_a_training,
+    optimizer_of_a_training,
+    warn_of_scheduler,
+)
+from raybilevel.search._measured import Probe
 from raybilevel.search._rehearsal import check_evaluate, rehearse
-from raybilevel.search._repeatable import Measured, WatchedLevel, check_level_names, check_same_data, check_same_loss
-from raybilevel.space import Space, flatten, nest
+from raybilevel.search._repeatable import WatchedLevel, check_level_names, check_same_data
+from raybilevel.space import Space, flatten, nest, sobol_points
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +67,13 @@ def check_search(problem: BilevelProblem, space: Space, constants: Mapping[str, 
 
 def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str, Any] | None = None) -> Space:
     """Call everything that a training will call, on a batch or two at the centre of the space, before anything is
-    trained. It is done on the problem's device, or on the CPU where this machine lacks that.
+    trained; of a conditional space at a point of each of its parts. It is done on the problem's device, or on the CPU
+    where this machine lacks that.
 
-    Constants that nothing reads are warned of.
+    Constants that nothing reads are warned of, and so is a hyperparameter in which the gradient of f is exactly zero.
 
     Returns the space, with the hyperparameters marked in which f is differentiable (`Parameter.smooth`). The others are
-    searched by values of F.
+    searched by values of F, and so are those that `sample_from` functions read.
 
     Raises:
         ProblemError: a part of the problem fails, is not the same at each call, or keeps something of a training; a
@@ -73,99 +82,171 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
         NotFiniteError: a loss is NaN or infinite at the start weights.
     """
     name = type(problem).__name__
-    for setting in ("epochs", "evaluate_every"):
-        number = getattr(problem, setting)
-        if not isinstance(number, int) or number < 1:
-            raise ProblemError(f"{name}.{setting} must be a whole number of at least 1, got {number!r}")
+    check_settings(problem)
     problem = where_it_can_run(problem)
-    another_loop = problem.own_loop or trains_itself(problem)
-    centre = torch.full((space.dimension,), 0.5, dtype=torch.double)
-    config = {**flatten(constants or {}), **flatten(space.to_config(centre))}
-    plain = Given(nest(config))
-    with forked_random(problem.device):
-        earlier, model = model_of_a_training(problem, plain), model_of_a_training(problem, plain)
-        shared = check_fresh_model(problem, earlier, model)
-        flat = {
-            path: torch.tensor(value, dtype=problem.dtype, device=problem.device, requires_grad=True)
-            if isinstance(value, float)
-            else value
-            for path, value in config.items()
-        }
-        given = Given(nest(flat), read=plain.read)
-        model.eval()
-        first = {
-            level: check_same_data(problem, level, plain) for level in (WatchedLevel("lower"), WatchedLevel("upper"))
-        }
-        check_level_names(problem, first)
-        smooth = check_loss(problem, model, "lower", first[WatchedLevel("lower")], given, flat, space)
-        check_loss(problem, model, "upper", first[WatchedLevel("upper")], given, flat, space)
-        if another_loop:
-            check_evaluate(problem, model, given)
-        else:
-            optimizers = [optimizer_of_a_training(problem, one, plain) for one in (earlier, model)]
-            before = {key: tensor.clone() for key, tensor in shared.items()}
-            rehearse(problem, model, optimizers[1], given, plain)
-            check_hooks(problem)
-            with calling(problem, "schedule(optimizer)"):
-                make_schedule(problem, optimizers[1], plain)
-            check_unchanged(problem, shared, before)
-    if not another_loop:  # which may read them
-        unread = [p.name for p in space.parameters if p.path not in given.read]
+    smooth, dead, read, of_functions = set[str](), set[str](), set[Path](), read_by_functions(space, constants or {})
+    for point in space.representatives():
+        found = check_at(problem, space, constants or {}, point)
+        smooth, dead, read = smooth | found.smooth, dead | found.dead, read | found.read
+    dead -= smooth
+    if not (problem.own_loop or trains_itself(problem)):  # which may read them
+        unread = [p.name for p in space.parameters if not p.switch and in_dicts(p.path) not in read | of_functions]
         if unread:
             raise ProblemError(
                 f"{', '.join(unread)}: nothing in {name} reads it, so that no search can tell what it does; use it in "
                 "lower_loss or another method that is given the hyperparameters, leave it out of the space, or set "
                 "own_loop if a Tune function of your own reads it"
             )
-        if ignored := given.unread(constants or {}):
+        if ignored := Given({}, read={*read, *of_functions}).unread(constants or {}):
             logger.warning(
                 "%s reads no %s: constants that nothing reads have no effect on a training; use them, e.g. in "
                 "lower_loss, or leave them out", name, ", ".join(ignored),
             )  # fmt: skip
-    return Space(tuple(replace(p, smooth=p.smooth and p.name in smooth) for p in space.parameters))
+    if dead:
+        logger.warning(
+            "%s: the gradient of %s.lower_loss in it is exactly zero at several points, so that it is searched by "
+            "values of F; if it is no part of the loss, read it where it has an effect, e.g. in "
+            "optimizer(self, model, hyperparameters)", ", ".join(p.name for p in space.parameters if p.name in dead),
+            name,
+        )  # fmt: skip
+    marked = (
+        replace(p, smooth=p.smooth and p.name in smooth and in_dicts(p.path) not in of_functions)
+        for p in space.parameters
+    )
+    return replace(space, parameters=tuple(marked))
 
 
-def check_loss(
-    problem: BilevelProblem,
-    model: nn.Module,
-    level: Level,
-    raw: Batch,
-    given: Given,
-    flat: Mapping[tuple[str, ...], Any],
-    space: Space,
-) -> frozenset[str]:
-    """A level's loss and its gradients, twice, on a batch. The names of the searched hyperparameters in which it is
-    differentiable.
+@dataclass(frozen=True)
+class Looked:
+    """What a check at one point saw.
 
-    flat: what `given` holds, by path; floats as tensors that require gradients.
+    smooth: the names of hyperparameters in which f is differentiable, with a gradient that is not always zero.
+    dead:   the names of those in which it always is.
+    read:   what of the config was read.
     """
-    name = type(problem).__name__
-    searched = {p.name: flat[p.path] for p in space.parameters if isinstance(flat[p.path], Tensor)}
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    batch = move(raw, problem.device, problem.dtype)
 
-    def measure() -> Measured:
-        with calling(problem, f"{level}_loss"):
-            if level == "lower":
-                loss = problem.lower_loss(model, given, batch)
-            else:
-                loss = upper_loss(problem, model, given, batch)
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ProblemError(f"{name}.{level}_loss must return a tensor of shape (), got {shape}")
-        if not math.isfinite(loss.item()):
-            raise NotFiniteError(f"{name}.{level}_loss is {loss.item()} at the start weights; check data and model")
-        if not loss.requires_grad:
-            raise ProblemError(f"{name}.{level}_loss does not depend on the model's parameters")
-        with calling(problem, f"{level}_loss, differentiated,"):
-            found = torch.autograd.grad(loss, [*searched.values(), *weights], allow_unused=True)
-        in_x, in_y = found[: len(searched)], found[len(searched) :]
-        dense = [torch.zeros_like(w) if g is None else g.to_dense() for w, g in zip(weights, in_y, strict=True)]
-        return Measured(loss.detach(), in_x, parameters_to_vector(dense))
+    smooth: frozenset[str]
+    dead: frozenset[str]
+    read: set[Path]
 
-    once = measure()
-    check_same_loss(problem, level, once, measure())
-    return frozenset(name for name, entry in zip(searched, once.in_x, strict=True) if entry is not None)
+
+def in_dicts(path: Path) -> Path:
+    """The part of a path that leads through dicts: who reads a list has read what is in it."""
+    return tuple(itertools.takewhile(lambda key: isinstance(key, str), path))
+
+
+def read_by_functions(space: Space, constants: Mapping[str, Any]) -> set[Path]:
+    """What the functions of a space read of its configs."""
+    read = set[Path]()
+    functions = {f.path: f.value for f in space.fixed if isinstance(f.value, Dependent)}
+    for point in space.representatives() if functions else ():
+        config = Given(nest({**flatten(constants), **flatten(space.to_config(point))}), read=read)
+        for path, dependent in functions.items():
+            if look_up(space.to_config(point), path) is not MISSING:
+                dependent.function(config)
+    return read
+
+
+def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], point: Tensor) -> Looked:
+    """The checks of `check_problem` at a point of the unit cube, shape (d,)."""
+    another_loop = problem.own_loop or trains_itself(problem)
+    at = Points(problem, space, constants, point)
+    with forked_random(problem.device):
+        plain = at.first
+        # Two models, as two trainings begin with.
+        earlier, model = model_of_a_training(problem, plain), model_of_a_training(problem, plain)
+        shared = check_fresh_model(problem, earlier, model)
+        data = {
+            level: check_same_data(problem, level, plain) for level in (WatchedLevel("lower"), WatchedLevel("upper"))
+        }
+        check_level_names(problem, data)
+        probes = {level: at.probe(level) for level in data}
+        at_start = {level: probes[level].check(model, look.first) for level, look in data.items()}
+        given = at.given(at.entries(0))
+        # As for every F and f that the search sees.
+        model.eval()
+        if another_loop:
+            check_evaluate(problem, model, given)
+        else:
+            # In this order: an optimizer that the problem keeps would be that of the earlier model.
+            optimizers = [optimizer_of_a_training(problem, one, plain) for one in (earlier, model)]
+            warn_of_scheduler(problem, optimizers[1])
+            before = {key: tensor.clone() for key, tensor in shared.items()}
+            with calling(problem, "schedule(optimizer)"):
+                schedule_of_a_training(problem, optimizers[1], plain)
+            rehearse(problem, model, optimizers[1], given, plain)
+            check_unchanged(problem, shared, before)
+            later = model_of_a_training(problem, plain)
+            check_same_start(problem, earlier, later)
+            for level, was in at_start.items():
+                raw = next(iter(make_batches(problem, level, None, plain)))  # type: ignore[arg-type]
+                probes[level].check_nothing_kept(was, probes[level].draw(later, raw, 0))
+        in_x = at_start[WatchedLevel("lower")].in_x
+        smooth = [name for name, slope in in_x.items() if slope is not None]
+        dead = frozenset(at.without_slope(earlier, smooth))
+    return Looked(frozenset(smooth) - dead, dead, plain.read)
+
+
+class Points:
+    """Hyperparameters at a few points of a space, as a problem gets them. All differ from the first in what has a
+    gradient only, so that they fit a model that was made at the first.
+
+    constants: around the space, nested.
+    first:     a point of the unit cube, shape (d,).
+    """
+
+    def __init__(self, problem: BilevelProblem, space: Space, constants: Mapping[str, Any], first: Tensor) -> None:
+        self.problem, self.space = problem, space
+        config = nest({**flatten(constants), **flatten(space.to_config(first))})
+        self.configs = [config]
+        for unit in sobol_points(space.dimension, 2, seed=0):
+            for coordinate in space.discrete:
+                unit[coordinate] = first[coordinate]
+            moved = {path: x for path, x in leaves(space.to_config(unit)).items() if isinstance(x, float)}
+            self.configs.append(replaced(config, moved))
+        self.first = Given(config)
+
+    def entries(self, point: int) -> dict[Path, Tensor]:
+        """The floats of a config by path, as tensors that can be differentiated."""
+        dtype, device = self.problem.dtype, self.problem.device
+        return {
+            path: torch.tensor(value, dtype=dtype, device=device, requires_grad=True)
+            for path, value in leaves(self.configs[point]).items()
+            if isinstance(value, float)
+        }
+
+    def given(self, entries: Mapping[Path, Tensor]) -> Given:
+        """The config with them; what is read of it is noted as for the first."""
+        return Given(replaced(self.configs[0], entries), read=self.first.read)
+
+    def probe(self, level: str, point: int = 0) -> Probe:
+        entries = self.entries(point)
+        searched = {p.name: entries[p.path] for p in self.space.parameters if p.path in entries}
+        return Probe(self.problem, level, self.given(entries), searched)
+
+    def without_slope(self, model: nn.Module, names: Sequence[str]) -> list[str]:
+        """Of these hyperparameters, those in which the gradient of f is exactly zero on all data at all points, as of
+        `loss + 0 * x`. The weights are moved, as a penalty on weights that start at zero has no slope there.
+
+        model: its weights are changed.
+        """
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.add_(0.01 * torch.randn_like(weight))
+        left = list(names)
+        for point in range(len(self.configs)):
+            probe = self.probe("lower", point)
+            batches = make_batches(self.problem, "lower", None, self.first) if left else ()
+            for raw in batches:
+                try:
+                    found = probe.draw(model, raw, 0).in_x
+                except (NotFiniteError, ProblemError):  # at this point; who can tell
+                    return []
+                left = [name for name in left if (slope := found[name]) is None or slope == 0]
+                if not left:
+                    return []
+        return left
 
 
 def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any]) -> None:
@@ -193,6 +274,7 @@ def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any])
     def one_batch(level: Level, generator: torch.Generator | None) -> Iterator[Batch]:
         return itertools.islice(make_batches(whole, level, generator, constants), 1)
 
+    # Of the copy. A batch of each level is enough to see what it depends on.
     problem.batches = one_batch  # type: ignore[method-assign]
     functions = Levels(problem, model, ModuleVariables(module, constants), constants)
     x, y = parameters_to_vector(module.parameters()).detach(), functions.y

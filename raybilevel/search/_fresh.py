@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from raybilevel.errors import ProblemError
 from raybilevel.problem import BilevelProblem, make_model, make_optimizer
 from raybilevel.search._calls import calling
+
+logger = logging.getLogger(__name__)
 
 NAMES_SHOWN = 3
 
@@ -25,6 +28,7 @@ def model_of_a_training(problem: BilevelProblem, config: Mapping[str, Any]) -> n
     torch.manual_seed(0)
     with calling(problem, "model()"):
         model = make_model(problem, config)
+    # Uninitialised parameters have no shape, which all that follows needs.
     if any(nn.parameter.is_lazy(tensor) for tensor in tensors(model).values()):
         raise ProblemError(f"{name}.model() has lazy layers; give them their sizes, e.g. Linear(64, 10)")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -43,6 +47,7 @@ def check_fresh_model(problem: BilevelProblem, earlier: nn.Module, model: nn.Mod
     """
     name = type(problem).__name__
     before = tensors(earlier)
+    # Empty tensors all have the address 0, and share nothing.
     places = {place(tensor) for tensor in before.values() if tensor.numel()}
     shared = {key: tensor for key, tensor in tensors(model).items() if tensor.numel() and place(tensor) in places}
     trained = [key for key, tensor in shared.items() if tensor.requires_grad]
@@ -74,6 +79,7 @@ def optimizer_of_a_training(
         optimizer = make_optimizer(problem, model, config)
     if not all(hasattr(optimizer, needed) for needed in ("step", "zero_grad", "param_groups", "state_dict")):
         raise ProblemError(f"{name}.optimizer must return a torch optimizer, got {type(optimizer).__name__}")
+    # By identity, as == of tensors compares entries.
     own = {id(parameter) for parameter in model.parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     foreign = sum(id(parameter) not in own for parameter in trained)
@@ -83,6 +89,15 @@ def optimizer_of_a_training(
             "given, so that they would outlive the training; make a new optimizer of model.parameters() at each call"
         )
     return optimizer
+
+
+def warn_of_scheduler(problem: BilevelProblem, optimizer: torch.optim.Optimizer) -> None:
+    """A scheduler that `optimizer` makes, stepped by a hook of its own, is no part of a checkpoint."""
+    if any("initial_lr" in group for group in optimizer.param_groups):  # which every scheduler of torch sets
+        logger.warning(
+            "%s.optimizer makes a learning-rate scheduler, which starts again where a training is resumed from a "
+            "checkpoint; return it from schedule(optimizer) instead, so that its state is kept", type(problem).__name__,
+        )  # fmt: skip
 
 
 def check_unchanged(problem: BilevelProblem, shared: dict[str, Tensor], before: dict[str, Tensor]) -> None:
@@ -97,6 +112,20 @@ def check_unchanged(problem: BilevelProblem, shared: dict[str, Tensor], before: 
             f"{type(problem).__name__}.model() shares {listed(changed)} with an earlier model, and a step of training "
             "changes that: each training would start from what the last one left; make a new model at each call, e.g. "
             "by copy.deepcopy"
+        )
+
+
+def check_same_start(problem: BilevelProblem, earlier: nn.Module, later: nn.Module) -> None:
+    """Whether a model that is made after a step of training starts as one made before.
+
+    Raises:
+        ProblemError: it does not.
+    """
+    before = tensors(earlier)
+    if different := [key for key, tensor in tensors(later).items() if not same(before.get(key), tensor)]:
+        raise ProblemError(
+            f"{type(problem).__name__}.model() is another one after a step of training ({listed(different)}): each "
+            "training would start from what the last one left; keep no weights of a training in the problem"
         )
 
 

@@ -38,6 +38,7 @@ def search(
         raise ConfigError(f"the trials of {type(optimizer.method).__name__} are descents, which are not run here")
     checkpoints: dict[int, bytes] = {}
     while optimizer.state.cost < cost and not optimizer.exhausted:
+        # All steps that can be planned, before the next training: they may propose it.
         while (step := optimizer.plan()) is not None:
             result = None
             try:

@@ -57,13 +57,17 @@ class BilevelOptimizer:
         self.memory: bytes | None = None
         given = [Proposal(tuple(space.encode(point).tolist()), "given") for point in points]
         design = method.start_design(space, slots, seed)
+        # The user's points come before the design.
         self.queue = deque([*given, *(Proposal(tuple(unit.tolist()), "start") for unit in design)])
 
     @classmethod
-    def from_saved(cls, saved: state_file.SavedOptimizer, method: Method, slots: int | None = None) -> BilevelOptimizer:
+    def from_saved(
+        cls, saved: state_file.SavedOptimizer, method: Method, slots: int | None = None, space: Space | None = None
+    ) -> BilevelOptimizer:
         """The search as it was saved, with the upper-level steps that were under way to be planned again.
 
         slots: where they are not to be those of the state.
+        space: where its configs have more than its hyperparameters (`Space.fixed`), which is not in the state.
 
         Raises:
             StateError: the state is of another method, or of other settings.
@@ -71,7 +75,8 @@ class BilevelOptimizer:
         if saved.method != name_of(method):
             raise StateError(f"the state is of method {saved.method!r}, this search is of {name_of(method)!r}")
         state_file.check_settings(saved.settings, state_file.as_json(asdict(method)))
-        optimizer = cls(Space(saved.parameters), method, saved.seed, slots or saved.slots)
+        # Its start design gives way to the queue that was saved.
+        optimizer = cls(space or Space(saved.parameters), method, saved.seed, slots or saved.slots)
         optimizer.state = saved.state
         optimizer.trials = dict(saved.trials)
         optimizer.queue = deque(saved.queue)
@@ -94,24 +99,28 @@ class BilevelOptimizer:
 
     def ask(self, trial: str) -> dict[str, Any] | None:
         """The hyperparameters to train next, nested as the space is; None while there are none."""
+        # Asking again for a known trial must not use up a proposal.
         if trial in self.trials:
             return self.config(trial)
-        nothing = not (self.queue or self.running or self.design_under_way or self.state.done)
+        enough = self.method.enough_stopped
+        begun = self.state.done or (enough is not None and len(self.state.measured) >= enough)
+        nothing = not (self.queue or self.running or self.design_under_way or begun)
         if nothing and not self.full and not self.exhausted:
-            # The whole start design failed or was stopped: no method can plan from nothing.
+            # The whole start design failed or was stopped: the method has nothing to plan from.
             self.fill()
         if not self.queue:
             return None
         proposal = self.queue.popleft()
         unit = torch.tensor(proposal.unit, dtype=torch.double)
-        config = self.space.to_config(unit)
-        trained = self.space.encode(config)
-        if (trained - unit).abs().max() > 1e-9:  # the step of a quantised hyperparameter moved it
+        if self.space.grid and proposal.origin != "given":
+            unit = self.space.in_cell(unit, [t.unit for t in self.state.trainings if t.status != "lost"])
+        trained = self.space.rounded(unit)
+        asked = torch.tensor(proposal.unit, dtype=torch.double)
+        if (trained - asked).abs().max() > 1e-9:  # a step of a quantised hyperparameter moved it, or the grid
             proposal = replace(proposal, unit=tuple(trained.tolist()))
-            config = self.space.to_config(trained)
         self.trials[trial] = len(self.state.trainings)
         self.state = self.state.add(proposal)
-        return config
+        return self.config(trial)
 
     def ask_if_free(self, trial: str) -> dict[str, Any] | None:
         """The same, for a driver that does not count slots: None as well where there is none for one more trial."""
@@ -132,7 +141,7 @@ class BilevelOptimizer:
             trained = self.space.encode(config)
         except SpaceError:
             return True  # other entries only
-        asked = torch.tensor(self.state.trainings[self.trials[trial]].unit, dtype=torch.double)
+        asked = self.space.encode(self.config(trial))
         return self.space.contains(config) and bool((trained - asked).abs().max() < 1e-6)
 
     def move(self, trial: str, config: Mapping[str, Any]) -> bool:
@@ -147,6 +156,7 @@ class BilevelOptimizer:
 
     def without_running(self) -> BilevelOptimizer:
         """A copy in which the upper-level steps under way are to be planned again."""
+        # Shallow will do: states are values, and what is changed in place is copied.
         other = copy.copy(self)
         other.running, other.queue, other.trials = {}, deque(self.queue), dict(self.trials)
         return other
@@ -161,6 +171,7 @@ class BilevelOptimizer:
         if index is None or self.state.trainings[index].status not in ("pending", "lost", "failed"):
             return
         before = self.state.trainings[index].finished
+        # A failed training that is tried again keeps its place in the order.
         finished = before if before >= 0 else len(self.state.told)
         if observation is None or not observation.finite:
             self.state = self.state.change(index, status="failed", finished=finished)
@@ -179,7 +190,7 @@ class BilevelOptimizer:
         """A training that this search did not ask for, e.g. of an earlier experiment."""
         if trial not in self.trials:
             self.trials[trial] = len(self.state.trainings)
-            self.state = self.state.add(Proposal(tuple(self.space.encode(config).tolist()), "unknown"))
+            self.state = self.state.add(Proposal(tuple(self.space.encode(config).tolist()), "evaluated"))
         self.tell(trial, observation)
 
     def plan(self) -> UpperStep | None:
@@ -227,6 +238,7 @@ class BilevelOptimizer:
             self.state = self.state.change(index, hypergradient=())
 
     def _record(self, record: StepRecord) -> None:
+        # When it was heard of decides which training it is charged to (`SearchState.costs`).
         self.state = self.state.after(replace(record, finished=len(self.state.told)))
 
     def fill(self) -> None:
@@ -234,6 +246,7 @@ class BilevelOptimizer:
         self._fill(self.seed + len(self.state.trainings))
 
     def _fill(self, seed: int) -> None:
+        # Each seed scrambles the sequence anew, so that its first point is another one.
         unit = sobol_points(self.space.dimension, 1, seed)[0]
         self.queue.append(Proposal(tuple(unit.tolist()), "fill"))
 
@@ -265,9 +278,10 @@ class BilevelOptimizer:
             return False
         unit = self.space.encode(config)
         proposal = Proposal(tuple(unit.tolist()), "unknown")
+        # A search that was restored to a moment before it asked for this trial still has its proposal to ask.
         for waiting in self.queue:
-            point = torch.tensor(waiting.unit, dtype=torch.double)
-            if (self.space.encode(self.space.to_config(point)) - unit).abs().max() < 1e-9:
+            point = self.space.rounded(torch.tensor(waiting.unit, dtype=torch.double))
+            if (point - unit).abs().max() < 1e-9:
                 proposal = waiting
                 self.queue.remove(waiting)
                 break
@@ -284,6 +298,7 @@ class BilevelOptimizer:
             index = self.trials[trial]
             if self.state.trainings[index].status != "pending":
                 continue
+            # Later trainings keep their indices, so that only the newest can be taken back.
             if index < len(self.state.trainings) - 1:
                 self.lose(trial)
                 continue

@@ -49,6 +49,7 @@ def rehearse(
             except NotFiniteError:  # at this x; a training that diverges counts as failed
                 break
     try:
+        # After a step, as an optimizer has no state before.
         checkpoint.dump({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     except CheckpointError as error:
         raise ProblemError(f"{type(problem).__name__}: {error}") from error

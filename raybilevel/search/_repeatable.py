@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from raybilevel.errors import ProblemError
 from raybilevel.problem import Batch, BilevelProblem, Level, leaves, make_batches
 from raybilevel.search._calls import calling
-from raybilevel.search._fresh import same
 
+logger = logging.getLogger(__name__)
+
+LEVELS = ("lower", "upper")
+LEVELS_ARE = "the levels are 'lower', the training data, and 'upper', the validation data"
 LOOK_S = 0.25
 """So long a pass over a level's data is followed to find its last batch."""
 
@@ -33,131 +41,169 @@ class WatchedLevel(str):
     def __eq__(self, other: object) -> bool:
         if isinstance(other, str):
             self.compared.add(str(other))
+        # A name that is no string is not compared with a level.
         return str.__eq__(self, other) if isinstance(other, str) else False
 
+    # str has a __ne__ of its own, which would note nothing.
     def __ne__(self, other: object) -> bool:
         return not self == other
 
+    # A class that defines __eq__ has no hash unless it says so.
     __hash__ = str.__hash__
+
+    def startswith(self, prefix: str | tuple[str, ...], *between: Any) -> bool:
+        self.compared.update([prefix] if isinstance(prefix, str) else prefix)
+        return super().startswith(prefix, *between)
 
 
 @dataclass(frozen=True)
 class Look:
     """A pass over a level's data, or its beginning.
 
-    last:  the last batch that was seen.
-    whole: it is that of the whole pass.
+    last:   the last batch that was seen.
+    whole:  it is that of the whole pass.
+    digest: of all batches that were seen.
     """
 
     first: Batch
     last: Batch
     count: int
     whole: bool
+    digest: str
 
 
-def look_at(batches: Any, what: str, problem: BilevelProblem, most: int | None = None) -> Look:
+def look_at(
+    batches: Any,
+    what: str,
+    problem: BilevelProblem,
+    most: int | None = None,
+    advise: Callable[[Exception], str] = lambda error: "",
+) -> Look:
     """Go through batches, most of them where that is given, else for as long as `LOOK_S`.
 
     Raises:
         ProblemError: it is no iterable, raises something, or yields what is no batch.
     """
     name, first, last, count, whole = type(problem).__name__, None, None, 0, True
-    with calling(problem, what):
+    digest = hashlib.blake2b()
+    with calling(problem, what, advise):
         if batches is None:
             raise ProblemError(f"{name}.{what} returned None; return an iterable of batches, or yield them")
         until = time.monotonic() + LOOK_S
         iterator: Iterator[Batch] = iter(batches)
+        # One batch more than `most` tells whether the pass ends there.
         for raw in iterator if most is None else itertools.islice(iterator, most + 1):
             if count and (time.monotonic() > until if most is None else count == most):
                 whole = False
                 break
             first, last, count = raw if count == 0 else first, raw, count + 1
+            for leaf in leaves(raw):
+                digest.update(as_bytes(leaf))
     if count == 0:
         raise ProblemError(f"{name}.{what} yields no tensors: it is empty; is it an iterator that was used up?")
-    if not any(True for _ in leaves(first)):
-        raise ProblemError(
-            f"{name}.{what} yields no tensors but {type(first).__name__}; a batch is a tensor, or tuples, lists and "
-            "dicts of tensors, nested"
-        )
-    return Look(first, last, count, whole)
+    check_batch(first, f"{name}.{what}")
+    return Look(first, last, count, whole, digest.hexdigest())
 
 
-def check_same_data(problem: BilevelProblem, level: WatchedLevel, config: Mapping[str, Any]) -> Batch:
-    """The first batch of a level, after looking at its data twice.
+def check_batch(batch: Batch, what: str) -> None:
+    """Whether a batch is of a kind whose tensors can be found and moved. what: yields it.
+
+    Raises:
+        ProblemError: it is not.
+    """
+    kinds = "a batch is a tensor, or tuples, lists and dicts of tensors, nested"
+    found = "beside its tensors" if any(True for _ in leaves(batch)) else "no tensors but"
+    for part in opaque(batch):
+        kind = type(part).__name__
+        if isinstance(part, np.ndarray):
+            raise ProblemError(f"{what} yields {found} {kind}; {kinds}; use torch.as_tensor(array)")
+        if dataclasses.is_dataclass(part) or callable(getattr(part, "to", None)):
+            raise ProblemError(
+                f"{what} yields {found} {kind}; {kinds}, which are moved to the device; yield the tensors themselves, "
+                f"e.g. (batch.x, batch.y), and make the {kind} of them in the losses"
+            )
+    if found == "no tensors but":
+        raise ProblemError(f"{what} yields no tensors but {type(batch).__name__}; {kinds}")
+
+
+def opaque(batch: Batch) -> Iterator[Any]:
+    """What is neither a tensor nor a collection of them."""
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, tuple | list):
+        for part in batch:
+            yield from opaque(part)
+    elif not isinstance(batch, Tensor):
+        yield batch
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return str((tuple(tensor.shape), tensor.dtype)).encode() + flat.view(torch.uint8).numpy().tobytes()
+
+
+def check_same_data(problem: BilevelProblem, level: WatchedLevel, config: Mapping[str, Any]) -> Look:
+    """A look at a level's data, after a second one.
 
     Raises:
         ProblemError: there is none, or the second pass differs from the first.
     """
     what = f"batches({str(level)!r}, None)"
 
+    def advise(error: Exception) -> str:
+        if level.compared and not level.compared & set(LEVELS):
+            return f"it compares its level with {quoted(level.compared)}; {LEVELS_ARE}"
+        return LEVELS_ARE if isinstance(error, KeyError) and str(error) == repr(str(level)) else ""
+
     def look(most: int | None = None) -> Look:
-        with calling(problem, what):
+        with calling(problem, what, advise):
             batches = make_batches(problem, level, None, config)  # type: ignore[arg-type]
-        return look_at(batches, what, problem, most)
+        if most is None:
+            warn_of_left_out(batches, f"{type(problem).__name__}.{what}")
+        return look_at(batches, what, problem, most, advise)
 
     one = look()
+    # By count: the clock would end the two passes at different batches.
     two = look(one.count)
-    if (one.count, one.whole) != (two.count, two.whole) or not (
-        same_batch(one.first, two.first) and same_batch(one.last, two.last)
-    ):
+    if (one.count, one.whole, one.digest) != (two.count, two.whole, two.digest):
         raise ProblemError(
             f"{type(problem).__name__}.{what} yields other data, or in another order, at the second call; without a "
             "generator all data come in a fixed order and without random augmentation, e.g. "
             "DataLoader(..., shuffle=generator is not None, generator=generator)"
         )
-    return one.first
+    return one
 
 
-def same_batch(one: Batch, other: Batch) -> bool:
-    pairs = itertools.zip_longest(leaves(one), leaves(other))
-    return all(a is not None and b is not None and same(a, b) for a, b in pairs)
+def warn_of_left_out(batches: Any, what: str) -> None:
+    """A loader that drops its last batch leaves out examples of the level's mean."""
+    if not isinstance(batches, DataLoader) or not batches.drop_last:
+        return
+    try:
+        examples, size = len(batches.dataset), batches.batch_size  # type: ignore[arg-type]
+    except TypeError:  # a data set without a length
+        return
+    if size and examples % size:
+        logger.warning(
+            "%s: drop_last leaves out %d of %d examples, of which the level is the mean; use drop_last only with a "
+            "generator", what, examples % size, examples,
+        )  # fmt: skip
 
 
-def check_level_names(problem: BilevelProblem, first: dict[WatchedLevel, Batch]) -> None:
+def check_level_names(problem: BilevelProblem, data: Mapping[WatchedLevel, Look]) -> None:
     """Whether `batches` knows the levels by their names.
-
-    first: the first batch of each.
 
     Raises:
         ProblemError: it asks for other names, and both levels have the same data.
     """
-    compared = set().union(*(level.compared for level in first))
-    if compared and not compared & {"lower", "upper"} and same_batch(*first.values()):
-        raise ProblemError(
-            f"{type(problem).__name__}.batches compares its level with {', '.join(map(repr, sorted(compared)))}; the "
-            "levels are 'lower', the training data, and 'upper', the validation data"
-        )
+    compared = set().union(*(level.compared for level in data))
+    one, other = data.values()
+    if one.digest != other.digest:
+        return
+    if compared and not compared & set(LEVELS):
+        raise ProblemError(f"{type(problem).__name__}.batches compares its level with {quoted(compared)}; {LEVELS_ARE}")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A loss and its gradients: in each searched hyperparameter, None where it does not depend on it, and in the
-    weights, shape (n,)."""
-
-    loss: Tensor
-    in_x: tuple[Tensor | None, ...]
-    in_y: Tensor
-
-
-def check_same_loss(problem: BilevelProblem, level: Level, one: Measured, two: Measured) -> None:
-    """Whether two evaluations of a loss at one point agree.
-
-    Sums in another order, as some kernels of accelerators take them, differ by rounding: by sqrt(n) eps for n terms, so
-    that 100 eps allow for n = 10,000. A descent differentiates by differences over a length of sqrt(eps), so that more
-    would drown them.
-
-    Raises:
-        ProblemError: they differ by more.
-    """
-    pairs = [("it", one.loss, two.loss), ("its gradient in the weights", one.in_y, two.in_y)]
-    pairs += [("its gradient in the hyperparameters", a, b) for a, b in zip(one.in_x, two.in_x, strict=True)
-              if a is not None and b is not None]  # fmt: skip
-    for what, a, b in pairs:
-        scale = max(a.norm().item(), b.norm().item())
-        if not (a - b).norm().item() <= 100 * torch.finfo(a.dtype).eps * scale and bool((a - b).isfinite().all()):
-            raise ProblemError(
-                f"{type(problem).__name__}.{level}_loss is not the same twice: on the same batch, with the model in "
-                f"eval mode, {what} is {a.norm().item():.6g} and then {b.norm().item():.6g} (norms); draw no random "
-                "numbers unless model.training (F.dropout needs training=model.training), or draw them from a "
-                "torch.Generator that is seeded anew at each call"
-            )
+def quoted(names: Collection[str]) -> str:
+    return ", ".join(map(repr, sorted(names)))

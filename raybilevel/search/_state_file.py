@@ -16,7 +16,8 @@ from raybilevel.errors import StateError
 from raybilevel.search_state import Proposal, SearchState
 from raybilevel.space import Parameter, flatten
 
-FORMAT = 2
+# JSON has no NaN, by which gradients say that an entry is not known.
+FORMAT = 3
 CHECKED = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
@@ -48,12 +49,14 @@ class SavedSearch(SavedOptimizer):
 
     constants:   around the space, as JSON.
     checkpoints: index of a training -> where its weights lie.
+    space:       the whole space and the constants, pickled, where functions or objects belong to them.
     """
 
     metric: str
     mode: str
     constants: str
     checkpoints: dict[int, str]
+    space: str | None = None
 
 
 ADAPTER: TypeAdapter[SavedSearch] = TypeAdapter(SavedSearch)
@@ -62,11 +65,14 @@ ADAPTER: TypeAdapter[SavedSearch] = TypeAdapter(SavedSearch)
 def write(path: str | Path, saved: SavedSearch) -> None:
     """Write atomically: a crash leaves the old file or the new one, never half of one."""
     payload = ADAPTER.dump_json(saved).decode()
+    # The search is text within the document, so that the checksum is over just what is read back.
     document = json.dumps({"format": FORMAT, "sha256": digest(payload), "search": payload})
+    # In the same folder, as a rename is atomic only within a filesystem.
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(document)
         file.flush()
+        # Else a power loss after the rename may leave an empty file.
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -106,6 +112,7 @@ def decode(memory: str | None) -> bytes | None:
 
 
 def as_json(settings: Any) -> str:
+    # What JSON has no form for is compared as text.
     return json.dumps(settings, sort_keys=True, default=str)
 
 

@@ -36,17 +36,17 @@ class Checkpoints:
 
     def look(self) -> None:
         """See, after a restore, whether the folder is still where the paths say."""
+        # A path is experiment/trial/checkpoint.
         self._folder = next((path.rsplit("/", 2)[0] for path in self.paths.values()), "")
         self.moved = bool(self._folder) and not self.is_there(self._folder)
 
     def follow(self, result: Mapping[str, Any]) -> None:
-        """Read from a report where the folder is, and move the paths along."""
+        """Read from a report where the folder is, and move the paths along if they lead nowhere. Those of an earlier
+        experiment, which is where it was, stay."""
         folder, _, trial = str(result.get(TRIAL_PATH, "")).rpartition("/")
-        if not trial:
+        if not trial or not self.moved:
             return
         before, self._folder, self.moved = self._folder, folder, False
-        if before in ("", folder):
-            return
         self.paths = {
             index: folder + path.removeprefix(before) if path.startswith(f"{before}/") else path
             for index, path in self.paths.items()

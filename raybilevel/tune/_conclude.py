@@ -51,4 +51,5 @@ def conclude(
     if passes is not None and not (math.isfinite(passes) and passes > 0):
         raise ConfigError(f"passes must be a positive number of passes over the training data, got {passes}")
     training = OwnTraining(problem, config, model, float(problem.epochs) if passes is None else passes)
+    # Ours last, so that no metric of the user's replaces F or f.
     send({**(metrics or {}), **concluded(training)}, CHECKPOINT_FILE, training.dump(), checkpoint)

@@ -85,6 +85,7 @@ def data_parallel(
         train_loop_config={"config": config, "problem": problem, **settings},
         scaling_config=scaling,
         run_config=train.RunConfig(
+            # One name in the trial's folder, by which the trial finds its checkpoints when it is tried again.
             name=RUN,
             storage_path=storage.trial_fs_path,
             storage_filesystem=storage.storage_filesystem,
@@ -125,6 +126,7 @@ def worker(given: Mapping[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             if due and rank == 0:
                 (Path(folder) / CHECKPOINT_FILE).write_bytes(dump_checkpoint(training))
+            # Every process reports, as Ray Train waits for all of them. One checkpoint is enough: all are alike.
             train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder) if due and rank == 0 else None)
 
 
@@ -140,6 +142,7 @@ class DataParallelTraining(LowerLevelTraining):
         self.rank, self.workers = rank, workers
         self.shares = Shares(problem, rank, workers, config)
         own = copy.copy(problem)
+        # On a copy: `Shares` splits the batches of the problem itself.
         own.batches = self.shares.batches  # type: ignore[method-assign]
         super().__init__(own, config, seed)
         self.levels = SummedLevels(own, self.model, self.variables, self.config)
@@ -148,6 +151,7 @@ class DataParallelTraining(LowerLevelTraining):
     def run_epoch(self) -> None:
         super().run_epoch()
         for buffer in self.model.buffers():
+            # Statistics of batch norm are of each process's own share. Those of rank 0 are taken by all.
             distributed.broadcast(buffer, 0)
 
     def batch_loss(self, batch: Batch) -> Tensor:
@@ -158,11 +162,13 @@ class DataParallelTraining(LowerLevelTraining):
 
     def number(self, loss: Tensor) -> float:
         """f on the whole batch, as a line search needs it."""
+        # The weights of `batch_loss` contain the factor `workers`, by which the sum is divided.
         total = loss.detach().clone()
         distributed.all_reduce(total)
         return total.item() / self.workers
 
     def metrics(self) -> dict[str, float]:
+        # `AllButTheLast` passes on what rank 0 reports.
         return super().metrics() if self.rank == 0 else {}
 
 
@@ -181,6 +187,7 @@ class SummedLevels(Levels):
     """Levels of which every process has summed a share."""
 
     def mean(self, total: float, weights: float, *sums: Tensor) -> LevelGradient:
+        # Shares may differ by an example, so the weights are added up as well.
         numbers = torch.tensor([total, weights], dtype=torch.double, device=self.problem.device)
         distributed.all_reduce(numbers)
         for entry in sums:

@@ -96,6 +96,7 @@ def descend(
     restore(descent, tune.get_checkpoint(), CHECKPOINT_FILE, load_checkpoint)
     while not descent.finished:
         epochs = 1 + (settings.lower_epochs if descent.step else problem.value.epochs)
+        # After the last step the lower level is trained anew.
         if descent.step + 1 == settings.steps:
             epochs += problem.value.epochs
         with time_limit(epoch_time_limit and epoch_time_limit * epochs):

@@ -1,8 +1,9 @@
-"""Tune's search domains <-> the box of the upper level."""
+"""Tune's search spaces <-> the box of the upper level."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ray import tune
@@ -17,10 +18,14 @@ from ray.tune.search.sample import (
     Quantized,
     Uniform,
 )
+from ray.tune.search.variant_generator import generate_variants
 
+from raybilevel._define_by_run import read_define_by_run
+from raybilevel._dependent import Dependent
 from raybilevel._parameter import CHOICE, DOMAINS
+from raybilevel._space_tree import Choice, Leaf, read_tree
 from raybilevel.errors import SpaceError
-from raybilevel.space import Parameter, Space, flatten, nest
+from raybilevel.space import Space, flatten, nest
 
 SUPPORTED = " or ".join(f"tune.{name}" for name in [*DOMAINS, CHOICE])
 
@@ -34,64 +39,82 @@ def to_param_space(space: Space, constants: Mapping[str, Any]) -> dict[str, Any]
     return nest({**domains, **flatten(constants)})
 
 
-def split_param_space(param_space: Mapping[str, Any]) -> tuple[Space, dict[str, Any]]:
-    """A Tune `param_space` as the box that is searched and the nested constants around it.
+def split_param_space(param_space: Mapping[str, Any] | Callable[..., Any]) -> tuple[Space, dict[str, Any]]:
+    """A Tune `param_space`, or a define-by-run function, as the box that is searched and the nested constants around
+    it.
 
     Raises:
         SpaceError: an entry cannot be searched; it is named, with what to do.
     """
-    parameters, constants = [], {}
-    if not isinstance(param_space, Mapping):
-        raise SpaceError(f"expected a dict of domains and constants, got {type(param_space).__name__}")
-    for path, entry in flatten(without_wrappers(param_space)).items():
-        if isinstance(entry, Domain):
-            parameters.append(parameter("/".join(path), path, entry))
-        elif isinstance(entry, list | tuple) and any(isinstance(item, Domain) for item in entry):
-            raise SpaceError(f"{'/'.join(path)}: domains inside a list are not supported; give each its own key")
-        else:
-            constants[path] = entry
-    return Space(tuple(parameters)), nest(constants)
+    if isinstance(param_space, Mapping):
+        return read_tree(as_tree(param_space))
+    if callable(param_space):
+        return read_define_by_run(param_space)
+    raise SpaceError(
+        f"expected a dict of domains and constants, or a define-by-run function, got {type(param_space).__name__}"
+    )
 
 
-def without_wrappers(tree: Any, path: tuple[str, ...] = ()) -> Any:
-    """The same space, after refusing what stands for a choice of values and is not a domain."""
-    if isinstance(tree, Mapping):
-        if set(tree) == {"grid_search"}:
+def as_tree(entry: Any, path: tuple[Any, ...] = ()) -> Any:
+    """A part of a `param_space` without Tune's own types."""
+    if isinstance(entry, Mapping):
+        if set(entry) == {"grid_search"}:
+            return grid(entry["grid_search"], path)
+        if set(entry) == {"eval"}:  # Tune's form for JSON and YAML
+            return Dependent(partial(evaluated, entry["eval"]))
+        return {key: as_tree(value, (*path, key)) for key, value in entry.items()}
+    if isinstance(entry, list):
+        return [as_tree(item, (*path, place)) for place, item in enumerate(entry)]
+    if type(entry) is tuple:
+        if entry and entry[0] in ("__fn_ph", "__ref_ph"):
             raise SpaceError(
-                f"{'/'.join(path) or 'param_space'}: grid_search cannot be combined with a searcher; "
-                f"use {SUPPORTED}, or run without search_alg"
+                f"{'/'.join(map(str, path))}: Tune has put a placeholder in the place of a function or an object, and "
+                "this version of Ray does not show what it stands for; give the space to BilevelSearch(space=...)"
             )
-        for key in tree:
-            if not isinstance(key, str):
-                raise SpaceError(f"{'/'.join((*path, str(key)))}: the key {key!r} is no text; write {str(key)!r}")
-        return {key: without_wrappers(value, (*path, key)) for key, value in tree.items()}
-    # Tune replaces sample_from and objects by placeholders before a searcher sees the space.
-    if isinstance(tree, tuple) and tree and tree[0] == "__fn_ph":
-        raise SpaceError(f"{'/'.join(path)}: sample_from cannot be searched; use {SUPPORTED}, or make it a constant")
-    if isinstance(tree, tuple) and tree and tree[0] == "__ref_ph":
+        return tuple(as_tree(item, (*path, place)) for place, item in enumerate(entry))
+    return domain(entry, path) if isinstance(entry, Domain) else entry
+
+
+def grid(values: Any, path: tuple[Any, ...]) -> Any:
+    """A `grid_search`. Of one value it is a constant."""
+    options = tuple(as_tree(value, path) for value in values)
+    if not options or any(isinstance(option, Mapping) for option in options):
         raise SpaceError(
-            f"{'/'.join(path)}: an object in the space does not reach the upper level; make it an attribute of the "
-            "problem, and leave numbers and strings here"
+            f"{'/'.join(map(str, path))}: grid_search needs values that are no dicts, which Tune would merge with it; "
+            "use tune.choice between dicts"
         )
-    return tree
+    return Choice(options, grid=True) if len(options) > 1 else options[0]
 
 
-def parameter(name: str, path: tuple[str, ...], domain: Domain) -> Parameter:
-    sampler = domain.get_sampler()
+def domain(entry: Domain, path: tuple[Any, ...]) -> Any:
+    sampler = entry.get_sampler()
     step: tuple[float, ...] = ()
     if isinstance(sampler, Quantized):
+        # Tune wraps the sampler of a quantised domain.
         step, sampler = (float(sampler.q),), sampler.get_sampler()
-    if isinstance(domain, Function):
-        raise SpaceError(f"{name}: sample_from cannot be searched; use {SUPPORTED}, or make it a constant")
-    if isinstance(domain, Categorical):
-        return Parameter.of_choices(path, domain.categories)
+    if isinstance(entry, Function):
+        return Dependent(partial(sampled, entry))
+    if isinstance(entry, Categorical):
+        return Choice(tuple(as_tree(option, path) for option in entry.categories))
     quantised = "q" if step else ""
-    if isinstance(domain, Float) and isinstance(sampler, Normal):
-        return Parameter.of(path, f"{quantised}randn", (sampler.mean, sampler.sd, *step))
-    if isinstance(domain, Float | Integer) and isinstance(sampler, Uniform | LogUniform):
+    if isinstance(entry, Float) and isinstance(sampler, Normal):
+        return Leaf(f"{quantised}randn", (sampler.mean, sampler.sd, *step))
+    if isinstance(entry, Float | Integer) and isinstance(sampler, Uniform | LogUniform):
         log = "log" if isinstance(sampler, LogUniform) else ""
-        kind = "randint" if isinstance(domain, Integer) else "uniform"
-        return Parameter.of(path, f"{quantised}{log}{kind}", (domain.lower, domain.upper, *step))
+        kind = "randint" if isinstance(entry, Integer) else "uniform"
+        return Leaf(f"{quantised}{log}{kind}", (entry.lower, entry.upper, *step))
     raise SpaceError(
-        f"{name}: {type(domain).__name__} with {type(sampler).__name__} sampling is not supported; use {SUPPORTED}"
+        f"{'/'.join(map(str, path))}: {type(entry).__name__} with {type(sampler).__name__} sampling is not supported; "
+        f"use {SUPPORTED}"
     )
+
+
+def sampled(function: Function, config: Mapping[str, Any]) -> Any:
+    """What a `sample_from` function makes of a config; of the older form, which is given a `spec`, too."""
+    return function.sample(config=config)
+
+
+def evaluated(expression: str, config: Mapping[str, Any]) -> Any:
+    """An expression in `spec`, as Tune evaluates it."""
+    _, found = next(generate_variants({"config": dict(config), "value": {"eval": expression}}))
+    return found["value"]

@@ -35,6 +35,7 @@ class FailedTrainings:
             cause = None if path is None else read_cause(path)
             if cause is None or any(name in cause for name in NOT_OF_THE_PROBLEM):
                 continue
+            # Causes that differ by a number alone, e.g. a size or an address, are the same.
             alike = re.sub(r"\d+", "#", cause)
             self._causes[alike] += 1
             if self._causes[alike] >= ALIKE_AT_MOST:

@@ -61,6 +61,7 @@ class Objective:
                 raise MetricError(why, name, missing=False) from error
 
         upper, lower, passes = self.sign * number(self.metric), number(LOWER_LOSS), number(PASSES, 0.0)
+        # Tune's own "done" is true after a scheduler's stop as well.
         if not flat.get(FINISHED, False):
             return Observation(upper, passes=passes, complete=False)
         gradient = {name: number(f"{GRADIENT}/{name}", math.nan) for name in space.names}

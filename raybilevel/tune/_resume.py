@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray.tune.search import Searcher
 
+from raybilevel._parameter import readable
 from raybilevel.errors import RaybilevelError, StateError
 from raybilevel.search import BilevelOptimizer
 from raybilevel.search._state_file import SavedSearch
 from raybilevel.search_state import SearchState
-from raybilevel.space import Space
+from raybilevel.space import Parameter, Space
 from raybilevel.tune import _snapshot as snapshot
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,7 @@ def newest_first(folder: str, pattern: str, since: float) -> list[Path]:
     since:   see `snapshot.synced`.
     """
     there = snapshot.synced(Path(folder).glob(f"*{pattern}"), since)
+    # Tune has the time in the names, and takes the last by name for the newest.
     current = sorted({path.name.removeprefix(snapshot.PREVIOUS) for path in there}, reverse=True)
     candidates = (Path(folder, name) for one in current for name in (one, snapshot.PREVIOUS + one))
     return [path for path in candidates if path in there]
@@ -111,10 +114,9 @@ def check_saved(saved: SavedSearch, space: Space | None, metric: str | None, mod
     Raises:
         StateError: naming what differs.
     """
-    theirs = Space(saved.parameters)
-    if space is not None and space != theirs:
+    if space is not None and as_saved(space.parameters) != as_saved(saved.parameters):
         raise StateError(
-            f"the state is of the space {', '.join(map(str, theirs.parameters))}; this search is of "
+            f"the state is of the space {', '.join(map(str, saved.parameters))}; this search is of "
             f"{', '.join(map(str, space.parameters))}"
         )
     if metric not in (None, saved.metric) or mode not in (None, saved.mode):
@@ -122,6 +124,11 @@ def check_saved(saved: SavedSearch, space: Space | None, metric: str | None, mod
             f"the state is of metric {saved.metric!r}, mode {saved.mode!r}; this search is of metric {metric!r}, mode "
             f"{mode!r}"
         )
+
+
+def as_saved(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
+    """Hyperparameters as a state file has them, without the objects among their choices."""
+    return tuple(replace(p, choices=readable(p.choices)) for p in parameters)
 
 
 def adopt_records(
@@ -143,9 +150,11 @@ def adopt_records(
         if record.trial not in optimizer.trials:
             heard += optimizer.adopt(record.trial, record.config)
     over = [r for r in records if r.status in ("TERMINATED", "ERROR") and r.trial in optimizer.trials]
+    # In the order of their last reports, as `finished` counts them.
     for record in sorted(over, key=lambda record: record.result.get("timestamp", 0)):
         before = optimizer.state.trainings[optimizer.trials[record.trial]].status
         ended = record.status == "TERMINATED"
+        # A result that the state knows already is not told twice.
         if before in ("pending", "lost") or (before == "failed" and ended):  # it was tried again
             tell(record.trial, record.result if ended else None)
             heard += 1

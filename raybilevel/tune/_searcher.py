@@ -13,25 +13,33 @@ import pyarrow.fs
 import ray
 from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
+from ray.tune.search.variant_generator import parse_spec_vars
 
+from raybilevel._cluster.identity import identity_of
+from raybilevel._cluster.pickling import check_can_be_sent
 from raybilevel._cluster.resources import bundles_of, step_options
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps
+from raybilevel._define_by_run import SpaceFunction
 from raybilevel._lower.checkpoint import without_numpy
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
-from raybilevel._tune_changes.run import tune_run
+from raybilevel._tune_changes.placeholders import filled, table_of_tune_run, take_over
+from raybilevel._tune_changes.run import TuneRun, tune_run
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.methods import Method, make_method
 from raybilevel.problem import BilevelProblem
 from raybilevel.search import BilevelOptimizer, Observation
 from raybilevel.search import _state_file as state_file
-from raybilevel.space import check_points
+from raybilevel.search._calls import HyperparameterNotGivenError
+from raybilevel.space import check_points, flatten, nest
 from raybilevel.tune._checkpoints import Checkpoints
+from raybilevel.tune._earlier import Evaluated, Study, evaluated, of_experiment, of_study, take
 from raybilevel.tune._points import reported_config, trained_in_the_space, unflatten
 from raybilevel.tune._results import MetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
+from raybilevel.tune._saved_space import pack, unpack
 from raybilevel.tune._session import Session, job_of_ray
-from raybilevel.tune._setup import other_objective, set_up, warn_of_stops
+from raybilevel.tune._setup import other_objective, set_up, warn_of_another_problem, warn_of_stops
 from raybilevel.tune._slots import Slots
 from raybilevel.tune._snapshot import TrialRecord
 from raybilevel.tune._steps import StepRunner
@@ -52,7 +60,8 @@ class BilevelSearch(SearchView, ResumableSearcher):
         ).fit()
 
     problem: what is searched, the same as the trainable's.
-    space: the search space, for those who do not give it to Tune as `param_space`.
+    space: the search space, for those who do not give it to Tune as `param_space`; or a define-by-run function, which
+        asks a trial for its hyperparameters, as `OptunaSearch` takes it.
     metric, mode: likewise; "upper_loss" and "min" unless given. Another metric is searched by its values alone, as
         hypergradients are those of the upper-level loss.
     method: "default", "paper" (arXiv:2208.12118), "hypergradient" (with `hypergradient_trainable`: a trial is a whole
@@ -65,6 +74,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
     lower_resources: what a training asks for, as `tune.with_resources` takes it, by which those that fit are counted;
         by default one GPU where the problem's device is "cuda", else one CPU.
     points_to_evaluate: configurations to train first, nested as the space is.
+    evaluated_rewards: the metric at each of `points_to_evaluate`, which are not trained then. The model of F has them.
     upper_resources: Ray resources of an upper-level step, e.g. {"gpu": 0.5, "my_resource": 1}, or options of a Ray
         task ("scheduling_strategy", ...); by default one GPU where the problem's device is "cuda", else none: a step
         takes the place of a training, so it finds a CPU. With reuse_actors=True idle workers keep their GPUs. Then
@@ -75,13 +85,14 @@ class BilevelSearch(SearchView, ResumableSearcher):
 
     Raises:
         ConfigError: an argument is wrong.
+        ProblemError: the problem cannot be pickled.
         SpaceError, ProblemError: before anything is trained, when the space becomes known.
     """
 
     def __init__(
         self,
         problem: BilevelProblem,
-        space: Mapping[str, Any] | None = None,
+        space: Mapping[str, Any] | SpaceFunction | None = None,
         metric: str | None = None,
         mode: str | None = None,
         method: str | Method = "default",
@@ -92,12 +103,14 @@ class BilevelSearch(SearchView, ResumableSearcher):
         lower_resources: Mapping[str, float] | PlacementGroupFactory | None = None,
         storage_filesystem: pyarrow.fs.FileSystem | None = None,
         step_time_limit: float | None = None,
+        evaluated_rewards: Sequence[float] | None = None,
     ) -> None:
         check_arguments(problem, mode, max_concurrent, step_time_limit)
         super().__init__(metric=metric, mode=mode)
         self._metric: str | None = metric
         self._mode: str | None = mode
         self.problem = problem
+        self._identity = identity_of(problem)
         self.method: Method = make_method(method) if isinstance(method, str) else method
         self.seed = seed
         self._space, self._objective_given = space, metric is not None or mode is not None
@@ -109,12 +122,64 @@ class BilevelSearch(SearchView, ResumableSearcher):
         self._checkpoints = Checkpoints(storage_filesystem)
         self._optimizer: BilevelOptimizer | None = None
         self.constants: Mapping[str, Any] = {}
+        self._not_given: HyperparameterNotGivenError | None = None
         self._early: list[tuple[Mapping[str, Any], float, bool]] = []
+        self._earlier: Sequence[Evaluated] = ()
+        if evaluated_rewards is not None:
+            self._early = evaluated(self._points, evaluated_rewards)
+            self._points = []
         self._samples: int | None = None
         self._completed: set[str] = set()
         self._begin_session()
         if space is not None:
-            self._set_up(space)
+            try:
+                self._set_up(space)
+            except HyperparameterNotGivenError as error:  # Tune's `param_space` may have it, as a constant
+                self._not_given = error
+
+    @classmethod
+    def from_experiment(
+        cls, folder: str | Path, problem: BilevelProblem, reported_as: str | None = None, **options: Any
+    ) -> BilevelSearch:
+        """A search that knows the trials of an earlier Tune experiment, of whatever searcher.
+
+        Those that ended well are points of the model of F, by their values alone. A trial that a scheduler stopped
+        counts with the value that it had. Trials outside of the space are left out.
+
+            search = BilevelSearch.from_experiment(results.experiment_path, problem, reported_as="val_loss")
+
+        folder:      of the experiment, or its URI.
+        reported_as: what that experiment called the metric of this search; by default the same.
+        options:     arguments of `BilevelSearch`.
+
+        Raises:
+            DataError: it is no folder of an experiment.
+            ConfigError: no trial reported the metric.
+            SpaceError: when the space becomes known, and no trial lies in it.
+        """
+        return cls._knowing(of_experiment(folder, reported_as or options.get("metric") or UPPER_LOSS), problem, options)
+
+    @classmethod
+    def from_study(cls, study: Study, problem: BilevelProblem, **options: Any) -> BilevelSearch:
+        """A search that knows the complete trials of an Optuna study, by their values; see `from_experiment`.
+
+        study:   an `optuna.Study` whose parameters have the names of the space, nested ones joined by slashes
+            ("weight_decay/fc1").
+        options: arguments of `BilevelSearch`.
+
+        Raises:
+            ConfigError: the study has several objectives, or another direction than this search.
+            SpaceError: when the space becomes known, and no trial lies in it.
+        """
+        return cls._knowing(of_study(study, options.get("mode") or "min"), problem, options)
+
+    @classmethod
+    def _knowing(cls, points: Sequence[Evaluated], problem: BilevelProblem, options: dict[str, Any]) -> BilevelSearch:
+        search = cls(problem, **options)
+        search._earlier = points
+        if search._optimizer is not None:  # else when the space becomes known
+            take(search._optimizer, points, search._objective)
+        return search
 
     def _begin_session(self) -> None:
         """What belongs to one run on one Ray."""
@@ -125,12 +190,14 @@ class BilevelSearch(SearchView, ResumableSearcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         self._samples = spec.get("num_samples")
         self._slots.begin_run(self._samples)
-        if self._optimizer is not None:  # from `space`, of an earlier run or restored by hand
-            self._take_objective(metric, mode)
+        if self._optimizer is not None or self._not_given is not None:  # from `space`, an earlier run, or by hand
+            self._take(metric, mode, config or {})
             self._begin_run()
             return False
-        self._metric = metric or self._metric
-        self._mode = mode or self._mode
+        asked = Objective(metric or self._metric or UPPER_LOSS, mode or self._mode or "min")
+        if self._objective_given and asked != self._objective:
+            raise ConfigError(other_objective(asked, self._objective))
+        self._metric, self._mode = metric or self._metric, mode or self._mode
         if config:
             self._set_up(config)
         return True
@@ -146,21 +213,25 @@ class BilevelSearch(SearchView, ResumableSearcher):
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        run = tune_run()  # which changes Tune until the run's end
+        run = self._follow_run()
         self._session.lost.asked(run.idle if run is not None else None)
+        # A search in which a training has succeeded is not ended for failures.
         if run is not None and not self.state.measured and (error := self._session.failures.always(run.error_file)):
             self._session.fatal = error
         answer = self._suggest(trial_id)
         self._session.lost.answered(answer is not None)
+        if isinstance(answer, dict) and self._space is not None:  # whose constants Tune does not know
+            return nest({**flatten(self.constants), **flatten(answer)})
         return answer
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         optimizer = self._ready()
-        self._follow_session()
         session, steps = self._session, self._session.steps
         if self._slots.limit is None and session.should_check_cluster:
             optimizer.slots = self._slots.now
+        # First of all: what a step proposes may be the next trial.
         steps.hear(optimizer)
+        # Their configurations are the next to be asked for, so before `ask_if_free`.
         for lost in session.lost.find(optimizer):
             logger.warning("trial %s was lost; resubmitting its configuration", lost)
             optimizer.lose(lost)
@@ -185,16 +256,20 @@ class BilevelSearch(SearchView, ResumableSearcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._session.heard_of(trial_id)
+        # Kept, since Tune ends a paused trial without its result.
         self._session.reported[trial_id] = result
         self._checkpoints.follow(result)
+        self._compare_problems(result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._follow_run()
         self._session.heard_of(trial_id)
         reported = self._session.reported.pop(trial_id, None)
         if error and reported is not None and ran_to_its_end(reported):
             error, result = False, reported  # what failed came after the training
         elif result is None:
             result = reported  # a scheduler ended it while it was paused
+        self._compare_problems(result or {})
         if (optimizer := self._optimizer) is None:
             return
         if not optimizer.adopt(trial_id, reported_config(result)):
@@ -202,8 +277,9 @@ class BilevelSearch(SearchView, ResumableSearcher):
             return
         self._tell(trial_id, None if error else result)
         self._completed.add(trial_id)
+        # Without a wait: Tune has other events to handle.
         self._session.steps.collect(optimizer)
-        if self._samples is not None and len(self._completed) >= self._samples:
+        if self._is_complete:
             self.cancel_steps()
         elif self._session.fatal is None and ray.is_initialized():  # a step would start a Ray of its own
             self._session.steps.launch(optimizer, self._checkpoints)
@@ -233,6 +309,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
             **asdict(self._objective),
             constants=json.dumps(self.constants, default=str),
             checkpoints=dict(self._checkpoints.paths),
+            space=pack(self.space, self.constants),
         )
         state_file.write(checkpoint_path, saved)
 
@@ -243,10 +320,15 @@ class BilevelSearch(SearchView, ResumableSearcher):
     def load(self, path: str | Path) -> None:
         saved = state_file.read(path)
         check_saved(saved, None if self._optimizer is None else self.space, self._metric, self._mode)
+        # As `set_up` made it when that search began.
         method = self.method if saved.metric == UPPER_LOSS else self.method.for_metric(saved.metric)
-        optimizer = BilevelOptimizer.from_saved(saved, method, self._slots.limit)
-        if self._optimizer is None:  # else the constants are what they are: JSON would make lists of tuples
-            self.constants = json.loads(saved.constants)
+        space, constants = None if self._optimizer is None else self.space, self.constants
+        if space is None:  # else they are what they are
+            constants = json.loads(saved.constants)
+            if saved.space is not None:
+                space, constants = unpack(saved.space)
+        optimizer = BilevelOptimizer.from_saved(saved, method, self._slots.limit, space)
+        self.constants = constants
         self._optimizer, self.method = optimizer, method
         self._metric, self._mode, self.seed = saved.metric, saved.mode, saved.seed
         self._slots.restore(saved.slots)
@@ -270,8 +352,7 @@ class BilevelSearch(SearchView, ResumableSearcher):
         """Cancel upper-level steps under way; they are planned again if the search goes on.
 
         For the end of a run, so that no step reads a storage that may be gone, or holds a GPU. The search does it by
-        itself after the last of Tune's `num_samples` trials, a number that it does not know after a restore. Their
-        workers end with them.
+        itself at the end of a run of Tune. Their workers end with them.
 
         timeout: seconds to wait for their ends.
         """
@@ -285,47 +366,88 @@ class BilevelSearch(SearchView, ResumableSearcher):
     def _objective(self) -> Objective:
         return Objective(self._metric or UPPER_LOSS, self._mode or "min")
 
-    def _take_objective(self, metric: str | None, mode: str | None) -> None:
-        """Tune's metric and mode, where the space was known before them.
+    def _take(self, metric: str | None, mode: str | None, param_space: Mapping[str, Any]) -> None:
+        """Tune's metric, mode and constants, where the space was known before them.
 
         Raises:
-            ConfigError: the search has others, given to it or from an earlier run.
+            ConfigError: the search has another metric or mode, given to it or from an earlier run.
         """
+        if self._optimizer is None and self._not_given is None:
+            return
         here = self._objective
         asked = Objective(metric or here.metric, mode or here.mode)
-        if asked == here:
-            return
-        if self._space is None or self._objective_given or self.state.trainings:
+        _, domains, grids = parse_spec_vars(param_space)
+        constants = {} if domains or grids else param_space  # Tune refuses a second space by itself
+        if asked != here and (self._space is None or self._objective_given or self.state.trainings):
             raise ConfigError(other_objective(asked, here))
-        self._metric, self._mode = asked.metric, asked.mode
-        self._set_up(self._space)
+        if self._space is None or self.state.trainings:
+            return
+        if asked != here or constants or self._not_given is not None:
+            self._metric, self._mode = asked.metric, asked.mode
+            self._set_up(self._space, constants)
 
-    def _set_up(self, param_space: Mapping[str, Any]) -> None:
+    def _set_up(
+        self, param_space: Mapping[str, Any] | SpaceFunction, constants: Mapping[str, Any] | None = None
+    ) -> None:
+        """constants: beside those in `param_space`."""
         objective = self._objective
-        found = set_up(self.problem, param_space, objective, self.method, self._points)
-        self._metric, self._mode = objective.metric, objective.mode
+        table = table_of_tune_run()
+        if table is not None and isinstance(param_space, Mapping):
+            param_space = filled(param_space, table)
+        found = set_up(self.problem, param_space, constants or {}, objective, self.method, self._points, self._samples)
+        if table is not None and self._space is None:
+            take_over(table, flatten(found.constants))
+        self._metric, self._mode, self._not_given = objective.metric, objective.mode, None
         self.constants, self.method = found.constants, found.method
         self._optimizer = BilevelOptimizer(found.space, found.method, self.seed, self._slots.now, self._points)
         for parameters, value, error in self._early:
             self.add_evaluated_point(parameters, value, error)
         self._early = []
+        take(self._optimizer, self._earlier, self._objective)
 
     def _shared_by_steps(self) -> SharedBySteps:
         method = self.method.upper_steps
         assert method is not None  # it has planned a step
         return SharedBySteps(Shared(self.problem), self.space, dict(self.constants), method, self._filesystem)
 
-    def _follow_session(self) -> None:
-        """Tune says nothing of another run, on another Ray, where it has no space to tell."""
-        job = job_of_ray()
-        if self._session.job not in (None, job):
+    def _follow_run(self) -> TuneRun | None:
+        """The run of Tune that is asking. Tune says nothing of another one where it has no space to tell."""
+        run, job = tune_run(), job_of_ray()  # the run changes Tune until its end
+        session = self._session
+        another = session.job not in (None, job) or (run is not None and session.run not in (None, run))
+        if another and self._optimizer is not None:
             self._begin_run()
         self._session.job = job
+        if run is not None and self._session.run is None:
+            self._session.run = run
+            self._take(run.metric, run.mode, {})
+            self._samples = run.samples
+            self._slots.begin_run(run.samples)
+            run.at_end(lambda: self._end_run(run))
+        return run
+
+    def _end_run(self, run: TuneRun) -> None:
+        if self._session.run is run and ray.is_initialized():
+            self.cancel_steps()
+
+    def _compare_problems(self, result: Mapping[str, Any]) -> None:
+        if not self._session.warned_of_another_problem:
+            self._session.warned_of_another_problem = warn_of_another_problem(self.problem, self._identity, result)
+
+    @property
+    def _is_complete(self) -> bool:
+        """Whether all trials of the run have ended."""
+        run = self._session.run
+        if run is not None:
+            return run.asks_no_more and not self.state.pending
+        return self._samples is not None and len(self._completed) >= self._samples
 
     def _begin_run(self) -> None:
         """Go on with what is known from an earlier run; nothing of that is under way any more."""
+        # Steps of another Ray went with it.
         if self._session.job == job_of_ray():
             self.cancel_steps()
+        # Those of the run before, or this one's first trials would be taken for its last, and steps be cancelled.
         self._completed.clear()
         self._begin_session()
         optimizer = self._ready()
@@ -350,12 +472,13 @@ class BilevelSearch(SearchView, ResumableSearcher):
         if observation is not None and observation.complete and result is not None:
             seconds, reports = result.get("time_total_s", 0.0), result.get("training_iteration", 1)
             self._session.steps.pace.trained(float(seconds), int(reports))
+            # Of whole trainings only: steps never descend from weights of a stopped one.
             self._checkpoints.add(index, result)
         if optimizer.state.trainings[index].status == "failed":
             logger.warning("trial %s failed or has no finite result; the search goes on without it", trial_id)
             self._session.failures.failed(trial_id)
         if not self._session.warned_of_stops and self.method.upper_steps is not None:
-            self._session.warned_of_stops = warn_of_stops(self.state, self.problem)
+            self._session.warned_of_stops = warn_of_stops(self.state, self.problem, self.method)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: without what belongs to one Ray session. Steps under way are planned again."""
@@ -374,6 +497,7 @@ def check_arguments(
     if not isinstance(problem, BilevelProblem):
         hint = "; pass an instance: BilevelSearch(MyProblem())" if isinstance(problem, type) else ""
         raise ConfigError(f"problem: expected a BilevelProblem, got {problem!r}{hint}")
+    check_can_be_sent(problem)
     if mode not in (None, "min", "max"):
         raise ConfigError(f"mode must be 'min' or 'max', got {mode!r}")
     if max_concurrent is not None and max_concurrent < 1:

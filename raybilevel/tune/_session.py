@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from raybilevel._tune_changes.run import TuneRun
 from raybilevel.errors import RaybilevelError
 from raybilevel.tune._failures import FailedTrainings
 from raybilevel.tune._lost_trials import LostTrials
@@ -20,6 +21,7 @@ class Session:
 
     began:    in seconds since 1970.
     job:      Ray's name for what this process does on its cluster.
+    run:      Tune's, once it has asked for a trial.
     reported: trial id -> its last report.
     """
 
@@ -27,9 +29,11 @@ class Session:
         self.steps = steps
         self.lost = LostTrials()
         self.failures = FailedTrainings()
-        self.warned_of_stops = False
+        self.warned_of_stops = self.warned_of_another_problem = False
+        # Wall time, as it is compared with times of files.
         self.began = time.time()
         self.job: str | None = None
+        self.run: TuneRun | None = None
         self.reported: dict[str, dict[str, Any]] = {}
         self._fatal: RaybilevelError | None = None
         self._next_check = 0.0

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raybilevel._metrics import UPPER_LOSS
+from raybilevel._cluster.identity import is_other
+from raybilevel._define_by_run import SpaceFunction
+from raybilevel._metrics import PROBLEM, UPPER_LOSS
+from raybilevel._tree import flatten, nest
 from raybilevel.errors import ConfigError
 from raybilevel.methods import Method
 from raybilevel.problem import BilevelProblem
@@ -32,12 +36,17 @@ class SetUp:
 
 def set_up(
     problem: BilevelProblem,
-    param_space: Mapping[str, Any],
+    param_space: Mapping[str, Any] | SpaceFunction,
+    more_constants: Mapping[str, Any],
     objective: Objective,
     method: Method,
     points: Sequence[Mapping[str, Any]],
+    samples: int | None = None,
 ) -> SetUp:
     """Check everything that can be wrong with a search once its space is known.
+
+    more_constants: that are not in `param_space`.
+    samples:        trials that there will be, if that is known.
 
     Raises:
         ConfigError: the method cannot search this metric, problem or space.
@@ -45,10 +54,17 @@ def set_up(
         ProblemError, NotFiniteError: see `check_search`.
     """
     space, constants = split_param_space(param_space)
+    constants = nest({**flatten(constants), **flatten(more_constants)})
     if objective == Objective(UPPER_LOSS, "max"):
         raise ConfigError("mode='max' with metric='upper_loss': the upper-level loss is minimised; use mode='min'")
+    # The space that comes back says in which hyperparameters f is differentiable.
     space = check_search(problem, space, constants, method)
     check_points(points, space)
+    if samples is not None and samples % space.cells and samples < sys.maxsize:
+        logger.warning(
+            "num_samples=%d is shared out among the %d cells of the grid, and some get one trial more. With a searcher "
+            "it counts all trials: for n in each cell, give n * %d", samples, space.cells, space.cells,
+        )  # fmt: skip
     if not all(space.smooth) and not space.of_starts:
         logger.warning("%s", in_words(space))
     if objective.metric != UPPER_LOSS:
@@ -70,7 +86,8 @@ def in_words(space: Space) -> str:
     """Which hyperparameters are searched with gradients, and which by values."""
     names: dict[bool, list[str]] = {True: [], False: []}
     for parameter, smooth in zip(space.parameters, space.smooth, strict=True):
-        names[smooth].append(parameter.name)
+        if parameter.name not in names[smooth]:
+            names[smooth].append(parameter.name)
     return f"with gradients: {', '.join(names[True]) or 'none'}; by values: {', '.join(names[False])}"
 
 
@@ -82,15 +99,28 @@ def other_objective(asked: Objective, here: Objective) -> str:
     )
 
 
-def warn_of_stops(state: SearchState, problem: BilevelProblem) -> bool:
+def warn_of_stops(state: SearchState, problem: BilevelProblem, method: Method) -> bool:
     """Whether trainings end before their last epoch, and none runs to it; that is said then."""
+    instead = "goes by the values of F where they stopped" if method.enough_stopped else "only fills the space"
     stopped = len(state.measured) - len(state.done)
     if state.done or stopped < ALIKE_AT_MOST:
         return False
     logger.warning(
         "%d trainings were stopped before their last epoch (%s.epochs = %d), and none ran to it: without trained "
-        "weights there is no hypergradient, and the search only fills the space. Let trainings end (a scheduler's "
-        "max_t and stop's training_iteration of at least %d), or lower epochs",
-        stopped, type(problem).__name__, problem.epochs, problem.epochs,
+        "weights there is no hypergradient, and the search %s. Let trainings end (a scheduler's max_t and stop's "
+        "training_iteration of at least %d), or lower epochs",
+        stopped, type(problem).__name__, problem.epochs, instead, problem.epochs,
+    )  # fmt: skip
+    return True
+
+
+def warn_of_another_problem(problem: BilevelProblem, identity: str, result: Mapping[str, Any]) -> bool:
+    """Whether a result is of another problem than the search's; that is said then."""
+    trained = result.get(PROBLEM)
+    if trained is None or not is_other(identity, trained):
+        return False
+    logger.warning(
+        "the %s of the trainable and that of the search differ in their class or attributes, so that hypergradients "
+        "are not those of what is trained; make one problem, and give it to both", type(problem).__name__,
     )  # fmt: skip
     return True

@@ -52,6 +52,7 @@ def parse(text: str) -> list[TrialRecord]:
         StateError: it is truncated or not a snapshot.
     """
     try:
+        # Tune writes each trial as a JSON text within the JSON.
         pairs = [(json.loads(trial), json.loads(metadata)) for trial, metadata in json.loads(text)["trial_data"]]
         return [
             TrialRecord(trial["trial_id"], trial["status"], trial["config"], metadata.get("last_result") or {})
@@ -118,12 +119,14 @@ def prepare_resume(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
                     aside.append(paths.pop(candidate))
                     filesystem.move(aside[-1], aside[-1] + DAMAGED)
                     continue
+                # Tune finds a file by its own name alone.
                 if candidate != name:
                     paths[name] = paths[candidate].removesuffix(candidate) + name
                     filesystem.move(paths.pop(candidate), paths[name])
                 return content
         return None
 
+    # Tune needs both to resume: the trials, and the state of its search generator.
     trials = newest_whole(EXPERIMENT_STATE, lambda content: parse(content.decode()))
     generator = newest_whole(GENERATOR_STATE, check_pickle)
     if trials is None and aside:
@@ -158,11 +161,15 @@ class ResumableGenerator(SearchGenerator):  # type: ignore[misc]
 
     Files of different moments would make Tune end with more or fewer than `num_samples` trials. And its state, which
     Tune pickles without a checksum, is kept twice. Give it to Tune in the place of the searcher that it wraps.
+
+    samples: trials in all, also of a resumed experiment. Tune otherwise goes by the `num_samples` with which the
+        experiment began, whatever it is given when it resumes.
     """
 
-    def __init__(self, searcher: Searcher) -> None:
+    def __init__(self, searcher: Searcher, samples: int | None = None) -> None:
         super().__init__(searcher)
         self._made = time.time()
+        self._samples_asked = samples
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -177,6 +184,8 @@ class ResumableGenerator(SearchGenerator):  # type: ignore[misc]
         trials = read_trials(dirpath, self._made)
         if trials is not None:
             self._counter = len(trials)
+        if self._samples_asked is not None:
+            self._total_samples = self._samples_asked
 
 
 def keep_previous(path: Path) -> None:

@@ -39,6 +39,7 @@ class StepFailures:
 
     def succeeded(self, result: UpperResult) -> None:
         self._failed = 0
+        # A step without targets has read no checkpoint, and says nothing of them.
         if result.hypergradients:
             none_read = len(result.unreadable) == len(result.hypergradients)
             self._unreadable = self._unreadable + 1 if none_read else 0
@@ -102,6 +103,7 @@ class StepRunner:
             paths = {index: checkpoints.paths[index] for index in step.targets if index in checkpoints.paths}
             self.pace.step_begun(step.number)
             try:
+                # Whole states would be n^2 records for n steps; see `SentState`.
                 newest, blocks = self.sent.parts(step.state)
                 sent = replace(step, state=newest, targets=tuple(paths))
                 call = StepCall(sent, paths, optimizer.memory, self._time_limit)

@@ -11,11 +11,13 @@ from typing import Any
 import ray
 from ray import tune
 
+from raybilevel._cluster.identity import identity_of
+from raybilevel._cluster.pickling import check_can_be_sent
 from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
 from raybilevel._lower.own_loop import OWN_FILE, OwnTraining, train_itself
 from raybilevel._lower.training import CHECKPOINT_FILE, LowerLevelTraining, dump_checkpoint, load_checkpoint
-from raybilevel._metrics import CHECKPOINT_DIR_NAME, EPOCH, FINISHED, GPUS, GRADIENT, PASSES, TRIAL_PATH
+from raybilevel._metrics import CHECKPOINT_DIR_NAME, EPOCH, FINISHED, GPUS, GRADIENT, PASSES, PROBLEM, TRIAL_PATH
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.problem import BilevelProblem, trains_itself
 
@@ -30,7 +32,8 @@ def lower_level_trainable(
 
     It reports every `problem.evaluate_every` epochs `lower_loss` (f), `upper_loss` (F at the weights so far) and what
     the problem's `evaluate` returns; at the end also `lower_gradient` (df/dx, nested as the config is),
-    `lower_level_finished=True` and a checkpoint. A restarted trial goes on from its last checkpoint.
+    `lower_level_finished=True` and a checkpoint. The first report has NaN in the place of `lower_gradient`, so that
+    Tune's progress.csv has columns for it. A restarted trial goes on from its last checkpoint.
     A problem with a `train` of its own trains itself and reports when it likes; at the end there is the same.
 
     seed:             of the initial weights and the order of batches; the same for every trial.
@@ -39,7 +42,7 @@ def lower_level_trainable(
         hung and its worker killed. None for no limit. Its report is not part of that: a scheduler may hold that up.
 
     Raises:
-        ProblemError: `problem` is not a `BilevelProblem` instance.
+        ProblemError: `problem` is not a `BilevelProblem` instance, or cannot be pickled.
         ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive, or the problem trains itself.
     """
     check_arguments("lower_level_trainable", problem, checkpoint_every, epoch_time_limit)
@@ -50,8 +53,9 @@ def lower_level_trainable(
         )
     every = checkpoint_every or default_checkpoint_interval(problem.epochs)
     trainable: Callable[[dict[str, Any]], None] = tune.with_parameters(
-        lower_level, problem=Shared(problem), seed=seed, checkpoint_every=every, epoch_time_limit=epoch_time_limit
-    )
+        lower_level, problem=Shared(problem), identity=identity_of(problem), seed=seed, checkpoint_every=every,
+        epoch_time_limit=epoch_time_limit,
+    )  # fmt: skip
     return trainable
 
 
@@ -62,6 +66,7 @@ def check_arguments(
     if not isinstance(problem, BilevelProblem):
         hint = f"; pass an instance: {function}(MyProblem())" if isinstance(problem, type) else ""
         raise ProblemError(f"expected a BilevelProblem, got {problem!r}{hint}")
+    check_can_be_sent(problem)
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ConfigError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     if epoch_time_limit is not None and not epoch_time_limit > 0:
@@ -89,26 +94,31 @@ def check_no_hooks(function: str, problem: BilevelProblem, *hooks: str) -> None:
 
 
 def default_checkpoint_interval(count: int) -> int:
-    """Epochs or steps between checkpoints, of so many in all: there are five."""
+    """Epochs or steps between checkpoints, of so many in all: there are at most five."""
     return max(1, -(-count // 5))
 
 
 def lower_level(
     config: dict[str, Any],
     problem: Shared[BilevelProblem],
+    identity: str,
     seed: int,
     checkpoint_every: int,
     epoch_time_limit: float | None,
 ) -> None:
-    """What a trial runs."""
+    """What a trial runs.
+
+    identity: of the problem, for the search to compare.
+    """
     logging.getLogger("ray.train._internal.storage").setLevel(logging.WARNING)  # five lines a trial, none of them news
     if trains_itself(problem.value):
         own_loop(config, problem.value, seed)
         return
+    # Within the limit as well, as the problem's data and model are made here.
     with time_limit(epoch_time_limit):
         training = LowerLevelTraining(problem.value, config, seed)
     restore(training, tune.get_checkpoint(), CHECKPOINT_FILE, load_checkpoint)
-    saved = training.epoch
+    saved, first = training.epoch, True
     while not training.finished:
         last = training.epoch + 1 == problem.value.epochs or problem.value.patience is not None
         # What may be the last epoch of an optimistic problem takes up to as many passes more as there were epochs.
@@ -120,6 +130,8 @@ def lower_level(
             if not training.reports:
                 continue
             metrics = report(training)
+        if first:  # Tune's progress.csv has the columns of a trial's first report
+            metrics, first = {GRADIENT: training.unknown_gradient, **metrics, PROBLEM: identity}, False
         due = checkpoint_due(training, saved, checkpoint_every)
         saved = training.epoch if due else saved
         send(metrics, CHECKPOINT_FILE, dump_checkpoint(training) if due else None)
@@ -148,6 +160,7 @@ def send(metrics: dict[str, Any], name: str, checkpoint: bytes | None, beside: t
     name:   the file of a checkpoint that is due.
     beside: a checkpoint whose files are kept with it.
     """
+    # Tune's results name a checkpoint's folder, but not where the trial's own is.
     metrics = {**metrics, TRIAL_PATH: tune.get_context().get_storage().trial_fs_path}
     if gpus := ray.get_gpu_ids():
         metrics[GPUS] = ",".join(map(str, gpus))
@@ -178,6 +191,7 @@ def report(training: LowerLevelTraining) -> dict[str, Any]:
     metrics: dict[str, Any] = {**training.losses(), EPOCH: training.epoch, FINISHED: training.finished}
     if training.finished:
         metrics[GRADIENT] = training.gradient()
+    # Read last, as the gradient is charged.
     return {**metrics, PASSES: training.passes}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raybilevel._cluster.pace import StepTime
-from raybilevel.errors import SpaceError
+from raybilevel.errors import ProblemError, SpaceError
 from raybilevel.search import BilevelOptimizer
 from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space
@@ -24,6 +24,7 @@ class SearchView:
     _optimizer: BilevelOptimizer | None
     _checkpoints: Checkpoints
     _session: Session
+    _not_given: ProblemError | None
 
     @property
     def state(self) -> SearchState:
@@ -61,6 +62,8 @@ class SearchView:
         return self._ready().config_of(training)
 
     def _ready(self) -> BilevelOptimizer:
+        if self._not_given is not None:
+            raise self._not_given
         if self._optimizer is None:
             raise NoSpaceYetError(
                 "BilevelSearch has no search space yet; pass param_space to tune.Tuner (config to tune.run), or space "

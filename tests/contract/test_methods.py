@@ -81,7 +81,7 @@ class Case:
 
 
 CASES = {
-    "default": Case(Default(), 6, {"explore_every": 3, "decrease": 0.1, "linear_solve": False}, any_metric=True),
+    "default": Case(Default(), 6, {"explore_every": 3, "decrease": 0.1, "upper_share": 0.5}, any_metric=True),
     "hypergradient": Case(
         HypergradientDescent(steps=2, lower="tolerance", lower_tolerance=1e-6),
         4,

@@ -18,7 +18,9 @@ from raybilevel.search._new_data import NewData
 from tests.docs.pages import ROOT, run
 
 PAGE = ROOT / "docs/reference/summary.md"
-SECTIONS = {"The whole": None} | {name: name for name in ("best", "lowest", "new_data", "diagnostics", "history")}
+SECTIONS = {"The whole": None} | {
+    name: name for name in ("best", "lowest", "start", "new_data", "diagnostics", "history")
+}
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from raybilevel._command.folder import Options, keep_options, read_options
 from raybilevel._command.output import show_how_to_go_on
 from raybilevel._version import __version__
 from raybilevel.cli import main
 
 ROOT = Path(__file__).parents[2]
 DATA = os.environ.get("RAYBILEVEL_TEST_DATA")
-SMALL = ["--set", "search.trainings=7", "--set", "options={train: 100, epochs: 4}"]
 
 
 def raybilevel(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -31,35 +31,51 @@ def raybilevel(*arguments: str, timeout: float = 240) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-def test_a_run_writes_its_summary_config_and_storage(tmp_path: Path) -> None:
+def test_a_problem_of_ones_own_from_its_template_to_its_report(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = raybilevel("run", "configs/digits.yaml", "--out", str(out), *SMALL)
+    made = raybilevel("new", str(tmp_path / "mine.py"))
+    assert str(tmp_path / "mine.yaml") in made.stdout
+    config = [str(tmp_path / "mine.yaml"), "--set", "options.train=60"]
+    done = raybilevel("run", *config, "--out", str(out), "--set", "search.trainings=5", "--json")
     assert done.returncode == 0, done.stderr
-    assert "[7/7]" in done.stdout  # plain lines where the output is no terminal
-    assert "best" in done.stdout and "test_accuracy 0." in done.stdout
-    assert "\x1b[" not in done.stdout
     summary = json.loads((out / "summary.json").read_text())
+    assert json.loads(done.stdout) == summary
+    assert done.stderr.startswith("starting Ray ...")
+    assert "[5/5]" in done.stderr  # plain lines where the output is no terminal
+    assert "training once more, on all data" in done.stderr
+    assert all(words in done.stderr for words in ("Found: F", "Helped: ", "How sure: ", "test_accuracy 0."))
+    assert "\x1b[" not in done.stderr
     assert {"problem", "method", "seed", "versions", "best", "trainings", "failed_trainings", "upper_steps", "cost",
             "wall_seconds", "history"} <= set(summary)  # fmt: skip
     assert set(summary["best"]) == {
-        "hyperparameters", "lower_loss", "upper_loss", "test_loss", "test_loss_refit", "checkpoint",
+        "training", "hyperparameters", "lower_loss", "upper_loss", "test_loss", "test_loss_refit", "checkpoint",
     }  # fmt: skip
-    assert summary["trainings"] == 7
+    assert summary["trainings"] == 5
     assert summary["failed_trainings"] == 0
-    assert 3 <= summary["upper_steps"] <= 6  # one may be under way at the end
-    assert summary["cost"] > 7  # upper-level steps are charged
+    assert 1 <= summary["upper_steps"] <= 4  # one may be under way at the end
+    assert summary["cost"] > 5  # upper-level steps are charged
     entries = summary["history"]
     assert [entry["best_upper_loss"] for entry in entries] == sorted(
         (entry["best_upper_loss"] for entry in entries), reverse=True
     )
     assert summary["best"]["upper_loss"] == entries[-1]["best_upper_loss"]
-    assert set(entries[0]["hyperparameters"]["weight_decay"]) == {"fc1", "fc2", "fc3"}
-    assert Path(summary["best"]["checkpoint"], "lower_level.pt").is_file()
-    assert summary["best"]["test_loss_refit"] < summary["best"]["test_loss"]  # four times the data
-    assert "trainings: 7" in (out / "config.yaml").read_text()
-    again = raybilevel("run", "configs/digits.yaml", "--out", str(out), *SMALL)
+    assert set(entries[0]["hyperparameters"]["weight_decay"]) == {"first", "last"}
+    assert summary["best"]["test_loss_refit"] < summary["best"]["test_loss"]  # twice the data
+    # One number for a training: that of Tune's trial, whose folder has the checkpoint.
+    checkpoint = Path(summary["best"]["checkpoint"])
+    assert (checkpoint / "lower_level.pt").is_file()
+    assert checkpoint.parent.name.split("_")[3] == str(summary["best"]["training"])
+    assert "trainings: 5" in (out / "config.yaml").read_text()
+    again = raybilevel("run", *config, "--out", str(out))
     assert again.returncode == 2
     assert "already holds a run" in again.stderr
+    # More of the same, after its end.
+    more = raybilevel("resume", str(out), "--trainings", "6")
+    assert more.returncode == 0, more.stderr
+    assert "going on after 5 trainings" in more.stdout and "[6/6]" in more.stdout
+    extended = json.loads((out / "summary.json").read_text())
+    assert extended["trainings"] == 6
+    assert extended["history"][:5] == entries
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -78,10 +94,11 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(how: signal.Signals, tmp_path
     process.send_signal(how)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    assert "--resume" in stdout
     assert "Traceback" not in stderr
-    hint = next(line for line in stdout.splitlines() if "--resume" in line).split()
-    resumed = raybilevel(*hint[hint.index("run") :])  # as it is printed, though the run had --set
+    hint = next(line for line in stdout.splitlines() if "resume" in line)
+    resumed = subprocess.run(  # as it is printed, though the run had --set
+        hint, shell=True, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT, check=False
+    )
     assert resumed.returncode == 0, resumed.stderr
     summary = json.loads((out / "summary.json").read_text())
     assert summary["trainings"] == 6
@@ -119,6 +136,12 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(how: signal.Signals, tmp_path
         (["check", "configs/mnist.yaml", "--data", "no_such_folder"], "expected in"),
         (["run", "configs/digits.yaml", "--resume"], "--out"),
         (["run", "configs/digits.yaml", "--resume", "--out", "no_such_folder"], "there is no run"),
+        (["check", "configs/digits.yaml", "--set", "space.weight_decay.fc1=[1e-3, 1e2]"], "is a list, and no domain"),
+        (["check", "configs/compare/quick.yaml"], "use `raybilevel compare configs/compare/quick.yaml`"),
+        (["run", "examples/quickstart.py"], "give the YAML file that names its class"),
+        (["resume", "no_such_folder"], "no config.yaml of a run or a comparison"),
+        (["new", "configs/digits.yaml"], "expected the name of a Python file"),
+        (["problems", "no_such.py"], "there is no file"),
         (["walk"], "No such command"),
     ],
 )
@@ -133,17 +156,33 @@ def test_what_is_wrong_is_said_in_one_line_and_status_2(
     assert words in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("command", ["run", "compare"])
+@pytest.mark.parametrize(
+    ("called", "words"),
+    [
+        ("my tools/raybilevel", ["my tools/raybilevel"]),
+        ("/site-packages/raybilevel/__main__.py", [sys.executable, "-m", "raybilevel"]),
+    ],
+)
 def test_the_command_to_go_on_is_one_that_a_shell_takes(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    called: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["my tools/raybilevel"])
-    folder, storage = Path("my runs/a;b"), "s3://bucket/run?scheme=http&region=here"
-    show_how_to_go_on(Console(), command, folder, None, "auto", storage)
-    assert shlex.split(capsys.readouterr().out) == [
-        "my tools/raybilevel", command, "my runs/a;b/config.yaml", "--out", "my runs/a;b", "--address", "auto",
-        "--storage", storage, "--resume",
-    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [called])
+    show_how_to_go_on(Console(), Path("my runs/a;b"))
+    assert shlex.split(capsys.readouterr().out) == [*words, "resume", "my runs/a;b"]
+
+
+def test_resume_takes_the_options_with_which_a_run_began(tmp_path: Path) -> None:
+    options = Options("/data", "auto", "s3://bucket/run?scheme=http&region=here")
+    keep_options(options, tmp_path / "out")
+    assert read_options(tmp_path / "out") == options
+    assert read_options(tmp_path) == Options()
+
+
+def test_a_line_is_there_before_anything_slow_is_imported() -> None:
+    code = "import sys; sys.modules['torch'] = sys.modules['ray'] = None; import raybilevel.cli as c; " \
+        "c.say_what_starts(c.Console(), None)"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout == "starting Ray ...\n", done.stderr
 
 
 def test_a_config_error_in_a_process_of_its_own() -> None:

@@ -172,8 +172,8 @@ def test_ctrl_c_keeps_what_was_seen_and_resume_goes_on(tmp_path: Path) -> None:
     assert process.returncode == 130, stderr
     assert "--resume" in stdout and "Traceback" not in stderr
     kept = {path.name: path.read_text() for path in out.glob("records/*/random*.json")}
-    other = subprocess.run([*command, "--resume", "--set", "seeds=2"], capture_output=True, text=True, env=environment,
-                           cwd=ROOT, check=False)  # fmt: skip
+    other = subprocess.run([*command, "--resume", "--set", "budget.trainings=5"], capture_output=True, text=True,
+                           env=environment, cwd=ROOT, check=False)  # fmt: skip
     assert other.returncode == 2 and "differs" in other.stderr
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, cwd=ROOT,
                            timeout=500, check=False)  # fmt: skip

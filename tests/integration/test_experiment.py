@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from raybilevel import problems
+from raybilevel._command.cluster import joined
 from raybilevel._command.experiment import run
 from raybilevel._command.refit import loss_after_refit
 from raybilevel._command.resources import check_room, reuses_processes
@@ -52,6 +54,11 @@ def config(problem: str, **options: Any) -> ExperimentConfig:
             "search": {"trainings": 3, "max_concurrent": 1},
         }
     )
+
+
+def test_the_cluster_that_was_joined_is_named() -> None:
+    address = ray.get_runtime_context().gcs_address
+    assert joined().startswith(f"joined the Ray cluster at {address}: 1 node, ")
 
 
 @pytest.mark.parametrize("how", ["raises", "dies"])

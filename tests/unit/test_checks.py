@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from raybilevel.errors import ConfigError, NotFiniteError, ProblemError
 from raybilevel.methods import Default, HypergradientDescent, Paper
-from raybilevel.problem import BilevelProblem, Hyperparameters, Level
+from raybilevel.problem import BilevelProblem, Hyperparameters, Level, minibatches
 from raybilevel.search import check_problem
 from raybilevel.search._checks import check_search, check_upper_variables
 from raybilevel.space import STARTS, Parameter, Space
@@ -69,6 +72,17 @@ def test_a_loss_that_is_not_finite(level: str, value: float):
         check_problem(Broken(**{level: lambda loss: loss * value}), Ridge().space)
 
 
+def test_a_gradient_that_is_not_finite():
+    def kinked(loss: Tensor) -> Tensor:
+        return loss + (loss - loss.detach()).abs().sqrt()  # 0, with an infinite slope
+
+    with pytest.raises(
+        NotFiniteError, match=r"lower_loss is .* at the start weights, but its gradient in the weights is"
+    ):
+        check_problem(Broken(lower=kinked), Ridge().space)
+    check_problem(Broken(upper=kinked), Ridge().space)  # which may be another matter at trained weights
+
+
 @pytest.mark.parametrize("level", ["lower", "upper"])
 @pytest.mark.parametrize("batches", [list, lambda: ["text"]])
 def test_a_level_without_data(level: str, batches: Callable[[], Any]):
@@ -89,13 +103,103 @@ def test_frozen_parameters_are_no_parameters_to_train():
         check_problem(Broken(model=lambda: Ridge().model().requires_grad_(False)), Ridge().space)
 
 
-@pytest.mark.parametrize("setting", ["epochs", "evaluate_every"])
-@pytest.mark.parametrize("number", [0, -1, 2.5, None])
-def test_epochs_are_a_whole_number(setting: str, number: Any):
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("epochs", [0, -1, 2.5, None, "10", True]),
+        ("evaluate_every", [0, 1.5, "2"]),
+        ("accumulate", [0, "2", None]),
+        ("patience", [0, "3", 1.5]),
+        ("clip", [0, -1.0, math.nan, "1"]),
+        ("ema", [0, 1, "0.9"]),
+        ("schedule_interval", ["epochs", None]),
+        ("upper_likelihood", ["gauss"]),
+        ("optimistic", ["yes", 1]),
+        ("dtype", ["float32", torch.int64, float]),
+        ("device", ["gpu", None]),
+    ],
+)
+def test_a_setting_that_is_not_one_is_named_in_one_line(setting: str, values: list[Any]):
+    for value in values:
+        problem = Ridge()
+        setattr(problem, setting, value)
+        with pytest.raises(ProblemError, match=rf"^Ridge\.{setting} must be .*, got {re.escape(repr(value))}$"):
+            check_problem(problem, problem.space)
+
+
+def test_numbers_of_numpy_are_settings():
     problem = Ridge()
-    setattr(problem, setting, number)
-    with pytest.raises(ProblemError, match=f"{setting} must be a whole number"):
-        check_problem(problem, problem.space)
+    problem.epochs, problem.ema = np.int64(2), np.float32(0.5)  # type: ignore[assignment]
+    check_problem(problem, problem.space)
+
+
+@dataclass
+class Pair:
+    inputs: Tensor
+    targets: Tensor
+
+    def to(self, device: Any) -> Pair:
+        return Pair(self.inputs.to(device), self.targets.to(device))
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (
+            Pair(torch.zeros(2, 3), torch.zeros(2)),
+            r"yields no tensors but Pair; a batch is.*\(batch\.x, batch\.y\)",
+        ),
+        ((torch.zeros(2, 3), Pair(torch.zeros(1), torch.zeros(1))), "yields beside its tensors Pair; a batch is"),
+        ((np.zeros((2, 3)), np.zeros(2)), r"no tensors but ndarray.*use torch\.as_tensor"),
+        (None, "yields no tensors but NoneType"),
+    ],
+)
+def test_a_batch_whose_tensors_cannot_be_moved(batch: Any, message: str):
+    with pytest.raises(ProblemError, match=message):
+        check_problem(Broken(lower_batches=lambda: [batch]), Ridge().space)
+
+
+@pytest.mark.parametrize(
+    ("use", "smooth"),
+    [
+        (lambda extra, weights: 0 * extra, False),
+        (lambda extra, weights: 0 * extra * weights.square().sum(), False),
+        (lambda extra, weights: (extra - 0.5).relu() * weights.square().sum(), True),
+        (lambda extra, weights: extra * (weights - weights.detach()).square().sum(), False),
+    ],
+)
+def test_a_gradient_that_is_zero_everywhere_is_none(
+    use: Callable[[Tensor, Tensor], Tensor], smooth: bool, caplog: pytest.LogCaptureFixture
+):
+    class Idle(Ridge):
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            extra = use(hyperparameters["extra"], model.get_parameter("weight"))
+            return super().lower_loss(model, hyperparameters, batch) + extra
+
+    space = Space((*Ridge().space.parameters, Parameter(("extra",), 0.0, 1.0)))
+    assert check_problem(Idle(), space).smooth[-1] is smooth
+    assert ("extra: the gradient of Idle.lower_loss in it is exactly zero" in caplog.text) is not smooth
+
+
+def test_a_gradient_that_only_later_batches_or_moved_weights_have_is_one():
+    """One weight for each example, and a penalty on weights that start at zero."""
+
+    class Weighted(Network):
+        def model(self) -> nn.Module:
+            model = nn.Linear(4, 2)
+            nn.init.zeros_(model.weight)
+            return model
+
+        def batches(self, level: Level, generator: torch.Generator | None) -> Iterable[Any]:
+            return minibatches((self.x, self.y, torch.arange(len(self.x))), 8, generator)
+
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            losses = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+            factors = torch.where(batch[2] == 20, hyperparameters["last"], 1.0)
+            return (factors * losses).mean() + hyperparameters["decay"] * model.get_parameter("weight").square().sum()
+
+    space = Space((Parameter(("decay",), 1e-4, 1.0, log=True), Parameter(("last",), 0.0, 1.0)))
+    assert check_problem(Weighted(), space).smooth == (True, True)
 
 
 @pytest.mark.parametrize("use", [lambda value: 0.0, lambda value: value.item(), lambda value: value.detach()])

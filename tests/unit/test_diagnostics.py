@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from raybilevel._records.summary import summarise
+from raybilevel._records.summary import summary_of
 from raybilevel.methods import make_method
 from raybilevel.search._diagnostics import diagnose, verdict
 from raybilevel.search._new_data import new_data
@@ -116,17 +116,19 @@ def test_the_summary_is_json_with_failures_in_its_history() -> None:
     space = Space((Parameter(("a",), 0.0, 10.0),))
     results = {4: {"test_loss": 0.5}}
     about = {"problem": "p", "method": "default", "seed": 0}
-    summary = summarise(state, space, make_method("default"), results, {4: "/there"}, about, 0.25, 1.0)
+    summary = summary_of(state, space, make_method("default"), results, {4: "/there"}, about, 0.25, 1.0)
     again = json.loads(json.dumps(summary, allow_nan=False))
     assert again["best"] == {
-        "hyperparameters": {"a": 1.0}, "lower_loss": pytest.approx(0.02), "upper_loss": pytest.approx(0.01),
-        "expected_upper_loss": None,
+        "training": 5, "hyperparameters": {"a": 1.0}, "lower_loss": pytest.approx(0.02),
+        "upper_loss": pytest.approx(0.01), "expected_upper_loss": None,
         "test_loss": 0.5, "test_loss_refit": 0.25, "checkpoint": "/there",
     }  # fmt: skip
     assert again["lowest"] == {
         key: again["best"][key]
-        for key in ("hyperparameters", "upper_loss", "expected_upper_loss", "test_loss", "checkpoint")
+        for key in ("training", "hyperparameters", "upper_loss", "expected_upper_loss", "test_loss", "checkpoint")
     }
+    assert again["start"]["training"] == again["history"][0]["training"] == 1
+    assert again["start"]["upper_loss"] == again["history"][0]["upper_loss"]
     assert again["new_data"] is None
     assert again["trainings"] == 6
     assert again["failed_trainings"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel.errors import ProblemError
+from raybilevel.problem import Hyperparameters, Level
 from raybilevel.search import check_problem
 from raybilevel.space import Parameter, Space
 from tests.problems_for_tests import Network
@@ -152,3 +154,79 @@ def test_a_buffer_of_the_problem_may_be_shared():
             return model
 
     check_problem(Graph(), DECAY)
+
+
+class Continued(Network):
+    """Each model starts from the weights that the last training left, copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: dict[str, Tensor] = {}
+
+    def model(self) -> nn.Module:
+        model = nn.Linear(4, 2)
+        model.load_state_dict(self.last or model.state_dict())
+        return model
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        if model.training:
+            self.last = {key: value.clone() for key, value in model.state_dict().items()}
+        return super().lower_loss(model, hyperparameters, batch)
+
+
+class Centred(Network):
+    """The loss has a running mean that the problem keeps."""
+
+    centre = torch.zeros(())
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        if model.training:
+            self.centre = 0.9 * self.centre + 0.1 * batch[0].mean()
+        return super().lower_loss(model, hyperparameters, (batch[0] - self.centre, batch[1]))
+
+
+class InPlace(Network):
+    """A step of training scales the data themselves."""
+
+    def batches(self, level: Level, generator: torch.Generator | None) -> Iterable[Any]:
+        return [(self.x, self.y)]
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        if model.training:
+            batch[0].mul_(0.9)
+        return super().lower_loss(model, hyperparameters, batch)
+
+
+def test_a_training_that_leaves_something_to_the_next_one_is_refused():
+    with pytest.raises(ProblemError, match=r"model\(\) is another one after a step of training \(weight, bias\)"):
+        check_problem(Continued(), DECAY)
+    for kind in (Centred, InPlace):
+        with pytest.raises(ProblemError, match=r"lower_loss is another one after a step of training.*keep nothing"):
+            check_problem(kind(), DECAY)
+
+
+def test_a_schedule_of_another_optimizer_is_refused():
+    class Stale(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = torch.optim.lr_scheduler.StepLR(super().optimizer(super().model()), 3)
+
+        def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
+            return self.kept
+
+    with pytest.raises(ProblemError, match=r"schedule\(optimizer\) returned a scheduler of another optimizer"):
+        check_problem(Stale(), DECAY)
+
+
+def test_a_scheduler_that_no_checkpoint_keeps_is_said(caplog: pytest.LogCaptureFixture):
+    class Hooked(Network):
+        def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+            optimizer = super().optimizer(model)
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+            optimizer.register_step_post_hook(lambda *_: scheduler.step())
+            return optimizer
+
+    check_problem(Hooked(), DECAY)
+    assert caplog.text.count("Hooked.optimizer makes a learning-rate scheduler, which starts again") == 1
+    check_problem(Network(), DECAY)
+    assert "Network.optimizer" not in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.linearisation import Differences
 from raybilevel._lower.variables import BoxVariables, ModuleVariables, weights_of
-from raybilevel.errors import ConfigError, NotFiniteError
+from raybilevel.errors import ConfigError, NotFiniteError, ProblemError
 from raybilevel.hypergradient import (
     BilevelFunctions,
     ConjugateGradients,
@@ -25,8 +26,10 @@ from raybilevel.hypergradient import (
     Unrolled,
     solve_lower,
 )
+from raybilevel.hypergradient._descent import BilevelDescent
+from raybilevel.methods._hypergradient import HypergradientDescent
 from raybilevel.problem import LargeUpperLevel
-from tests.problems_for_tests import Logistic
+from tests.problems_for_tests import Logistic, levels_at
 
 P, N = 4, 12
 
@@ -151,7 +154,7 @@ def test_products_by_differences_are_the_exact_ones_and_cost_a_gradient_each(exa
     functions, exact = example.functions(), example.functions().linearise(example.x, example.y)
     differences = Differences(functions, example.x, example.y)
     q, r = torch.arange(N, dtype=torch.double) - 3, torch.arange(P, dtype=torch.double) + 1
-    for cost, name, direction in ((1, "hessian", q), (2, "mixed", q), (1, "mixed_transposed", r)):
+    for cost, name, direction in ((2, "hessian", q), (1, "hessian", q), (2, "mixed", q), (1, "mixed_transposed", r)):
         before, truth = functions.passes, getattr(exact, name)(direction)
         found = getattr(differences, name)(direction)
         assert functions.passes - before == cost
@@ -246,3 +249,90 @@ def test_functions_of_a_problem_with_an_upper_module() -> None:
     expected = torch.func.grad(lambda x, y: problem.f(x.exp(), y), (0, 1))(x, y)
     lower = functions.lower(x, y)
     torch.testing.assert_close((lower.in_x, lower.in_y), expected)
+
+
+class Once(torch.autograd.Function):
+    """tanh, without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+
+class Detached(Once):
+    """As code has it that works on arrays, or in a kernel of its own: autograd sees constants."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y.detach() ** 2)
+
+
+class Activated(Logistic):
+    """A network whose activation is given."""
+
+    def __init__(self, activation: Any) -> None:
+        super().__init__(rows=20, epochs=3, optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+        self.activation = activation
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
+
+    def lower_loss(self, model: Any, hyperparameters: Any, batch: Any) -> Tensor:
+        decay = self.decay(hyperparameters).sum()
+        return self.upper_loss(model, batch) + decay * model[0].weight.square().sum()
+
+    def upper_loss(self, model: Any, batch: Any) -> Tensor:
+        outputs = model[1](self.activation(model[0](batch[0]))).squeeze(-1)
+        return nn.functional.softplus(-batch[1].sign() * outputs).mean()
+
+
+# Torch says nothing of `Once` either: what raises lies on no way from the gradient to the weights.
+@pytest.mark.parametrize(("activation", "warnings"), [(torch.tanh, 0), (Once.apply, 1), (Detached.apply, 1)])
+def test_products_that_miss_a_second_derivative_are_warned_of(
+    activation: Any, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    problem = Activated(activation)
+    start = problem.config(torch.full((3,), 1e-3))
+    descent = BilevelDescent(problem, start, HypergradientDescent(steps=2), problem.space)
+    while not descent.finished:
+        descent.run_step()
+    found = [message for message in caplog.messages if "Use estimator 'first_order'" in message]
+    assert len(found) == warnings
+
+
+def test_a_first_order_estimator_is_not_compared_with_second_derivatives(caplog: pytest.LogCaptureFixture) -> None:
+    problem, settings = Activated(Detached.apply), HypergradientDescent(steps=1, estimator="first_order")
+    BilevelDescent(problem, problem.config(torch.ones(3)), settings, problem.space).run_step()
+    assert not caplog.messages
+
+
+def test_a_loss_that_cannot_be_differentiated_twice_names_first_order() -> None:
+    problem = Activated(lambda hidden: torch.cdist(hidden, hidden + 1)[:, :5])
+    descent = BilevelDescent(problem, problem.config(torch.ones(3)), HypergradientDescent(steps=1), problem.space)
+    with pytest.raises(ProblemError, match=r"cannot be differentiated twice \(.*_cdist_backward.* 'first_order'"):
+        descent.run_step()
+
+
+def test_fused_attention_has_products() -> None:
+    class Attentive(Activated):
+        def upper_loss(self, model: Any, batch: Any) -> Tensor:
+            hidden = model[0](batch[0]).view(1, 1, -1, 5)
+            mixed = nn.functional.scaled_dot_product_attention(hidden, hidden, hidden)
+            return nn.functional.softplus(model[1](mixed)).mean()
+
+    problem = Attentive(None)
+    model = problem.model().double()
+    levels, x, y = levels_at(problem, model, problem.config(torch.ones(3)))
+    direction = torch.linspace(-1, 1, len(y), dtype=torch.double)
+    product = levels.linearise(x, y).hessian(direction)
+    compared = Differences(levels, x, y).hessian(direction)
+    assert (product - compared).norm() < 1e-5 * compared.norm()

@@ -57,6 +57,15 @@ def test_every_epoch_is_charged_and_only_whole_trainings_are_results() -> None:
     assert found[0].unit == pytest.approx([0.5])
 
 
+def test_epochs_between_two_reports_are_charged() -> None:
+    book, who = ledger(), trial()
+    book.on_trial_start(0, [], who)
+    for epoch in (2, 3, 3, EPOCHS):  # the third is a retry's
+        report(book, who, epoch)
+    assert book.epochs == 5
+    assert book.observations()[0].cost == pytest.approx(1.25)
+
+
 def test_upper_level_steps_are_charged_in_trainings() -> None:
     book = ledger(steps=(6.0, 1))
     train(book, trial(), upper=1.0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.training import LowerLevelTraining
@@ -161,3 +162,113 @@ def test_batches_that_are_all_empty_are_found_before_anything_is_divided():
 
 def test_every_abstract_part_is_asked_for():
     assert BilevelProblem.__abstractmethods__ == {"model", "lower_loss", "upper_loss", "batches"}
+
+
+class Refusing(nn.LSTM):
+    """A recurrent layer as cuDNN has it: in eval mode its backward pass raises."""
+
+    def forward(self, *given: Any) -> Any:
+        states, last = super().forward(*given)
+        if torch.backends.cudnn.enabled and not self.training and states.requires_grad:
+            states.register_hook(self.refuse)
+        return states, last
+
+    @staticmethod
+    def refuse(gradient: Tensor) -> None:
+        raise RuntimeError("cudnn RNN backward can only be called in training mode")
+
+
+class Recurrent(Network):
+    """The small classifier reads its inputs one by one."""
+
+    def model(self) -> nn.Module:
+        return nn.ModuleDict({"layer": Refusing(1, 3, batch_first=True), "head": nn.Linear(3, 2)})
+
+    def upper_loss(self, model: Any, batch: Any) -> Tensor:
+        states, _ = model["layer"](batch[0].unsqueeze(-1))
+        return nn.functional.cross_entropy(model["head"](states[:, -1]), batch[1])
+
+
+def test_recurrent_layers_are_differentiated_in_eval_mode():
+    problem = Recurrent()
+    torch.manual_seed(0)
+    levels, x, y = levels_at(problem, problem.model(), {"decay": 0.1})
+    before = torch.backends.cudnn.enabled
+    found = levels.lower(x, y).in_y
+    product = levels.linearise(x, y).hessian(y)
+    assert found.any() and product.any()
+    assert torch.backends.cudnn.enabled is before is True
+
+
+def test_sparse_gradients_are_refused():
+    class Sparse(Network):
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.Embedding(4, 2, sparse=True))
+
+    with pytest.raises(ProblemError, match=r"Sparse: the embedding 0 has sparse gradients, .* leave out sparse=True"):
+        levels_at(Sparse(), Sparse().model(), {"decay": 0.1})
+
+
+class NoisyInputs(Ridge):
+    """Inputs get noise whose level is the first decay. evaluations: of the lower-level loss."""
+
+    evaluations = 0
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        self.evaluations += 1
+        noise = hyperparameters["decay"]["0"] * torch.randn_like(batch[0])
+        return super().lower_loss(model, hyperparameters, (batch[0] + noise, batch[1]))
+
+
+@pytest.mark.parametrize("batch", [None, 5])
+def test_a_loss_that_draws_is_its_mean_over_draws_that_are_the_same_everywhere(batch: int | None):
+    problem = NoisyInputs(batch=batch)
+    levels, x, y = levels_of(problem)
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    value = levels.value("lower", x, y)
+    draws = problem.evaluations // (1 if batch is None else 3)
+    assert 4 <= draws <= 8
+    assert torch.equal(before, torch.get_rng_state())
+    assert levels.value("lower", x, y) == value
+    assert levels.loss_at("lower", x, y).item() == pytest.approx(value, rel=1e-12)
+    # The same draws at both ends of a difference make it one of a smooth function.
+    step = 1e-6 * torch.eye(len(x), dtype=x.dtype)[0]
+    difference = (levels.value("lower", x + step, y) - levels.value("lower", x - step, y)) / 2e-6
+    assert levels.lower(x, y).in_x[0].item() == pytest.approx(difference, rel=1e-6)
+    model = problem.model().double()
+    given = {"decay": {name: torch.as_tensor(value) for name, value in problem.config(X)["decay"].items()}}
+    by_hand = []
+    with torch.no_grad():
+        model.get_parameter("weight").copy_(y)
+        for seed in range(draws):
+            torch.manual_seed(seed)
+            parts = [(problem.lower_loss(model, given, b), len(b[0])) for b in problem.batches("lower", None)]
+            by_hand.append(sum(loss.item() * size for loss, size in parts) / sum(size for _, size in parts))
+    torch.set_rng_state(before)
+    assert value == pytest.approx(sum(by_hand) / draws, rel=1e-12)
+
+
+@pytest.mark.parametrize("batch", [None, 5])
+def test_each_draw_is_charged_a_pass(batch: int | None):
+    levels, x, y = levels_of(NoisyInputs(batch=batch))
+    levels.value("lower", x, y)
+    levels.lower(x, y)
+    assert levels.passes == levels._draws["lower"] >= 4
+    product, at_once = levels.linearise(x, y).hessian(y), levels.linearise(x, y)
+    assert torch.equal(at_once.hessian(y), product) and torch.equal(at_once.hessian(y), product)
+
+
+def test_a_loader_that_draws_its_seed_is_no_loss_that_draws():
+    class Loaded(NoisyInputs):
+        def batches(self, level: Any, generator: torch.Generator | None) -> Any:
+            return DataLoader(TensorDataset(*(self.lower if level == "lower" else self.upper)), 6)
+
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            self.evaluations += 1
+            return Ridge.lower_loss(self, model, hyperparameters, batch)
+
+    problem = Loaded()
+    levels, x, y = levels_of(problem)
+    levels.value("lower", x, y)
+    assert problem.evaluations == 2

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -44,6 +45,17 @@ def test_a_problem_is_asked_once() -> None:
     assert (found.kind, found.examples) == ("log_likelihood", 30)
     problem.upper_likelihood = "squared_error"
     assert upper_likelihood(problem, {}) is found
+
+
+def test_a_problem_may_be_a_data_class() -> None:
+    @dataclass
+    class Declared(Means):
+        truth: tuple[float, ...] = (0.1,)  # type: ignore[assignment]
+
+        def __post_init__(self) -> None:
+            super().__init__(self.truth, examples=30)
+
+    assert upper_likelihood(Declared(), {}).examples == 30
 
 
 def test_what_a_problem_says_comes_first() -> None:

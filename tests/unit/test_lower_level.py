@@ -260,7 +260,7 @@ def test_a_missing_checkpoint_is_an_error(tmp_path: Path):
 def test_another_format_is_an_error(state: Any, found: str):
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with pytest.raises(CheckpointError, match=f"has format {found}; this version reads 3"):
+    with pytest.raises(CheckpointError, match=f"has format {found}; this version reads 4"):
         load_checkpoint(buffer.getvalue())
 
 

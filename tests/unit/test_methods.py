@@ -18,6 +18,7 @@ from raybilevel.methods import METHODS, Default, Paper, make_method
 from raybilevel.methods import _default as default
 from raybilevel.methods._base import UpperResult, UpperStep
 from raybilevel.methods._default import is_new, trusted_radius
+from raybilevel.problem import Hyperparameters
 from raybilevel.search._local import observe
 from raybilevel.search_state import Origin, Proposal, SearchState, Status, StepRecord, Training
 from raybilevel.space import sobol_points
@@ -377,6 +378,38 @@ def test_a_descent_that_is_not_finite_leaves_its_hypergradient_out():
     assert result.record.passes > 0
 
 
+def test_trainings_that_are_too_short_for_hypergradients_have_none(caplog: pytest.LogCaptureFixture):
+    default.say_too_short.cache_clear()
+    problem = Ridge(dimension=2, optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1), epochs=8)
+    found, checkpoints = trained_state(problem, 6)
+    step = plan(found)
+    assert step is not None
+    for _ in range(2):
+        result = run(METHOD, step, problem, checkpoints)
+        assert (result.hypergradients, result.record.passes) == ({step.centre: ()}, 0)
+        assert result.proposal is not None
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("Ridge: hypergradients: off, trainings are too short for them to pay")
+
+
+def test_the_precision_of_torch_is_full_within_a_step():
+    class Coarse(Ridge):
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            if not model.training:
+                seen.add(torch.backends.cudnn.conv.fp32_precision)
+            return super().lower_loss(model, hyperparameters, batch)
+
+    seen: set[str] = set()
+    problem = Coarse(dimension=2)
+    found, checkpoints = trained_state(problem, 6)
+    assert seen == {"tf32"}  # torch's own default
+    seen.clear()
+    step = plan(found)
+    assert step is not None
+    assert run(METHOD, step, problem, checkpoints).hypergradients[step.centre]
+    assert seen == {"ieee"}
+
+
 @pytest.mark.parametrize("origin", ["global", "fill"])
 def test_an_exploring_step_takes_no_descent(origin: str):
     problem = Ridge(dimension=2)
@@ -438,7 +471,7 @@ class Cone:
 )
 def test_the_trusted_radius_halves_until_the_value_is_known(slack: float, expected: float):
     # the steepest coordinate goes the whole way: 0.2, 0.1, 0.05, ... from the centre
-    descent = LagrangianPoint(Hypergradient(vector(-4.0, 1.0), 1.0), 1.0, 0.05, slack, vector(), 1.0)
+    descent = LagrangianPoint(Hypergradient(vector(-4.0, 1.0), 1.0), 1.0, 0.05, slack, vector())
     found = trusted_radius(Cone(), vector(0.5, 0.5), descent, 0.2)
     assert found == pytest.approx(expected)
 

@@ -10,7 +10,7 @@ from ray import train as ray_train
 from torch import Tensor, nn
 
 from raybilevel import hypergradient_trainable
-from raybilevel._descents.fixed_x import lagrangian_point
+from raybilevel._descents.fixed_x import Budget, lagrangian_point
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.optimistic import select_minimiser
 from raybilevel._lower.training import load_checkpoint, refit, train
@@ -141,7 +141,7 @@ def test_hypergradient_is_that_of_the_lowest_upper_level() -> None:
     _, checkpoint = train(problem, problem.space.to_config(unit))
     model = problem.model().to(torch.double)
     model.load_state_dict(load_checkpoint(checkpoint)["model"])
-    found = lagrangian_point(point_at(problem, model, unit), 0.05, 50).gradient
+    found = lagrangian_point(point_at(problem, model, unit), 0.05, Budget(50, 50)).gradient
     x = 2 * unit - 1
     exact = 2 * (x - problem.target)  # of 0.1 + |x - e|^2 / 2, in the unit cube
     assert torch.allclose(found, exact, atol=0.02 * exact.norm().item())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from raybilevel.methods._base import UpperResult, UpperStep
 from raybilevel.search._optimizer import BilevelOptimizer, Observation
 from raybilevel.search_state import Proposal, StepRecord
 from raybilevel.space import Parameter, Space
+from tests.problems_for_tests import Ridge
 
 SPACE = Space((Parameter(("decay", "a"), 1e-3, 10.0, log=True), Parameter(("b",), 0.0, 1.0, step=0.25)))
 GOOD = Observation(upper_loss=0.5, lower_loss=0.4, lower_gradient=(0.1, -0.2), passes=12.0)
@@ -405,3 +407,30 @@ def test_while_every_training_is_stopped_all_slots_are_filled():
         search.tell(f"design {number}", Observation(1.0, passes=1.0, complete=False))
     assert [search.ask_if_free(f"more {number}") is not None for number in range(4)] == [True, True, True, False]
     assert {t.proposal.origin for t in search.state.pending} == {"fill"}
+
+
+def test_trainings_that_were_all_stopped_are_planned_from_by_their_values():
+    space = Space((Parameter(("decay",), 0.0, 1.0),))
+    search = BilevelOptimizer(space, Default(), seed=0)
+
+    def end(trial: str) -> None:
+        config = search.ask(trial)
+        assert config is not None
+        search.tell(trial, Observation((config["decay"] - 0.37) ** 2, passes=3.0, complete=False))
+
+    for number in range(8):
+        assert search.plan() is None
+        end(str(number))
+    for number in range(8, 12):
+        step = search.plan()
+        assert step is not None and not step.targets and search.ask(str(number)) is None
+        search.tell_step(step.number, search.run(Ridge(1), {}, step, no_checkpoint))
+        end(str(number))
+    assert {t.proposal.origin for t in search.state.trainings[8:]} >= {"region"}
+    best = search.method.incumbent(search.state)
+    assert best is not None and best.unit[0] == pytest.approx(0.37, abs=0.02)
+    assert search.state.best is None
+
+
+def no_checkpoint(index: int) -> dict[str, Any]:
+    raise AssertionError(f"training {index} has no trained weights")

@@ -152,7 +152,7 @@ def test_a_checkpoint_that_holds_code_is_refused() -> None:
 
 def test_a_search_without_ray_runs_the_loop_of_the_problem() -> None:
     space = Space((Parameter(("x", "a"), 1e-3, 1e1, log=True),))
-    optimizer = BilevelOptimizer(space, Default())
+    optimizer = BilevelOptimizer(space, Default(upper_share=2.0))  # of trainings of four epochs
     search(OwnLoop(), optimizer, 12)
     assert any(training.hypergradient for training in optimizer.state.trainings)
     assert optimizer.state.best is not None and optimizer.state.best.upper_loss < 1e-2

@@ -43,6 +43,8 @@ def test_the_top_level_names_are_what_can_be_imported() -> None:
         "data_parallel_trainable",
         "hypergradient_trainable",
         "lower_level_trainable",
+        "refit",
+        "summarise",
     }
     assert set(raybilevel.__all__) == set(dir(raybilevel)) == names
     with pytest.raises(AttributeError, match="no attribute 'BilevelSearcher'"):

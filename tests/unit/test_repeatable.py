@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,14 +64,34 @@ def test_chance_in_train_mode_and_fixed_draws_are_sound(change: Any):
     check_problem(Noisy("lower", change), DECAY)
 
 
-def test_a_noise_level_as_a_hyperparameter_is_refused():
-    class Level(Network):
-        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
-            noise = hyperparameters["decay"] * torch.randn_like(batch[0])
-            return F.cross_entropy(model(batch[0] + noise), batch[1])
+@pytest.mark.parametrize(
+    ("source", "seed", "number"), [(random.random, random.seed, 2), (np.random.rand, np.random.seed, 3)]
+)
+def test_chance_that_strikes_seldom_is_found_by_what_it_draws(source: Any, seed: Any, number: int):
+    """Under these seeds the first two evaluations agree."""
 
-    with pytest.raises(ProblemError, match="seeded anew at each call"):
-        check_problem(Level(), DECAY)
+    def seldom(model: nn.Module, x: Tensor) -> Tensor:
+        return x.flip(0) if source() < 0.15 else x
+
+    seed(number)
+    with pytest.raises(ProblemError, match=r"Noisy\.lower_loss is not the same twice"):
+        check_problem(Noisy("lower", seldom), DECAY)
+
+
+class NoiseLevel(Network):
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        noise = hyperparameters["decay"] * torch.randn_like(batch[0])
+        return F.cross_entropy(model(batch[0] + noise), batch[1])
+
+
+def test_a_noise_level_as_a_hyperparameter_is_taken_and_said(caplog: pytest.LogCaptureFixture):
+    assert check_problem(NoiseLevel(), DECAY).smooth == (True,)
+    assert "f is taken as its mean over some draws" in caplog.text
+
+
+def test_a_loss_that_puts_the_model_in_train_mode_is_refused():
+    with pytest.raises(ProblemError, match=r"Noisy\.lower_loss changes the model \(train mode\)"):
+        check_problem(Noisy("lower", lambda model, x: model.train() and x), DECAY)
 
 
 class Loaded(Network):
@@ -83,6 +105,11 @@ class Loaded(Network):
         data = TensorDataset(self.x, self.y)
         if self.kind == "fixed":
             return DataLoader(data, 8, shuffle=generator is not None, generator=generator)
+        if self.kind == "middle":
+            parts = list(minibatches((self.x, self.y), 8, None))
+            return [parts[0], (parts[1][0] + torch.randn(8, 4), parts[1][1]), parts[2]]
+        if self.kind == "incomplete":
+            return DataLoader(data, 8, drop_last=True)
         if self.kind == "augmented":
             return [(self.x + torch.randn_like(self.x), self.y)]
         if self.kind == "subset":
@@ -96,10 +123,15 @@ def test_a_loader_in_a_fixed_order_is_sound():
     check_problem(Loaded("fixed"), DECAY)
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "drop_last", "augmented", "subset", "longer"])
+@pytest.mark.parametrize("kind", ["shuffled", "drop_last", "augmented", "middle", "subset", "longer"])
 def test_data_that_differ_from_pass_to_pass_are_refused(kind: str):
     with pytest.raises(ProblemError, match=r"batches\('lower', None\) yields other data.*shuffle=generator is not"):
         check_problem(Loaded(kind), DECAY)
+
+
+def test_examples_that_a_loader_drops_are_said(caplog: pytest.LogCaptureFixture):
+    check_problem(Loaded("incomplete"), DECAY)
+    assert "Loaded.batches('lower', None): drop_last leaves out 7 of 23 examples" in caplog.text
 
 
 def test_an_iterator_that_is_used_up_is_named():
@@ -130,3 +162,31 @@ def test_levels_by_other_names_are_named():
 
     with pytest.raises(ProblemError, match=r"Dictionary\.batches\('lower', None\) raised KeyError: 'lower'"):
         check_problem(Dictionary(), DECAY)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyError("lower"), "raised KeyError: 'lower'; the levels are 'lower', the training data"),
+        (ValueError("no such level"), "raised ValueError: no such level; it compares its level with 'train'; the"),
+    ],
+)
+def test_a_level_by_another_name_explains_what_batches_raises(error: Exception, message: str):
+    class Strict(Network):
+        def batches(self, level: Any, generator: torch.Generator | None) -> Iterable[Any]:
+            if isinstance(error, ValueError) and level == "train":
+                return []
+            raise error
+
+    with pytest.raises(ProblemError, match=message):
+        check_problem(Strict(), DECAY)
+
+
+def test_a_level_by_a_prefix_of_another_name_is_named():
+    class Prefixed(Network):
+        def batches(self, level: Any, generator: torch.Generator | None) -> Iterable[Any]:
+            rows = slice(0, 12) if level.startswith(("tr", "fit")) else slice(12, 23)
+            return minibatches((self.x[rows], self.y[rows]), None, generator)
+
+    with pytest.raises(ProblemError, match="compares its level with 'fit', 'tr'; the levels are"):
+        check_problem(Prefixed(), DECAY)

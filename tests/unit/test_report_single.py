@@ -8,7 +8,7 @@ import pytest
 
 from raybilevel._config.experiment import ExperimentConfig, SearchConfig
 from raybilevel._records.record import Record
-from raybilevel._records.run_folder import record_of
+from raybilevel._records.run_folder import record_of, settings_of
 from raybilevel.methods import make_method
 from raybilevel.problems.ridge import Ridge
 from raybilevel.report import _single as single
@@ -27,7 +27,7 @@ def record(groups: int, cost: int = 9) -> Record:
         **vars(optimizer.saved()), metric="upper_loss", mode="min", constants="{}", checkpoints={}
     )
     config = ExperimentConfig(problem="ridge", search=SearchConfig(trainings=cost, method="default"))
-    return record_of(config, saved, state_file.ADAPTER.dump_python(saved, mode="json"), {}, {})
+    return record_of(settings_of(config), saved, state_file.ADAPTER.dump_python(saved, mode="json"), {}, {})
 
 
 @pytest.fixture(scope="module", params=[1, 2, 5])

@@ -119,7 +119,7 @@ def test_ray_client_is_refused_with_advice() -> None:
         pass
 
 
-def test_a_run_resumes_with_other_slots_but_no_other_change(tmp_path: Path) -> None:
+def test_a_run_resumes_with_all_that_leaves_what_is_known(tmp_path: Path) -> None:
     (tmp_path / TUNE_FOLDER).mkdir()
     text = "problem: digits\nspace: {a: {uniform: [0, 1]}}\nsearch: {trainings: 9, max_concurrent: 4}\n"
     (tmp_path / CONFIG_FILE).write_text(text)
@@ -129,8 +129,16 @@ def test_a_run_resumes_with_other_slots_but_no_other_change(tmp_path: Path) -> N
         prepare_folder(tmp_path, given, resume=True, place=locate(tmp_path))
 
     resume("search.max_concurrent=8")
-    with pytest.raises(ConfigError, match="differs"):
-        resume("search.max_concurrent=8", "search.seed=1")
+    resume("search.trainings=20", "search.max_failures=2", "search.step_time_limit=60", "resources.lower.cpu=2")
+    kept = read_config(tmp_path / CONFIG_FILE)
+    assert (kept.search.trainings, kept.search.max_concurrent) == (20, 8)
+    with pytest.raises(ConfigError) as refused:
+        resume("search.seed=1", "space.a={uniform: [0, 2]}", "options.train=7", "search.trainings=30")
+    for words in ("options.train was 'not there' and is 7", "space.a.uniform was [0, 1] and is [0, 2]",
+                  "search.seed was 0 and is 1", "Only resources and search.epoch_time_limit"):  # fmt: skip
+        assert words in str(refused.value)
+    assert "trainings was" not in str(refused.value)
+    assert read_config(tmp_path / CONFIG_FILE) == kept
 
 
 def test_a_run_resumes_in_another_folder_with_the_config_from_its_storage(tmp_path: Path) -> None:
@@ -149,13 +157,10 @@ def test_a_run_resumes_in_another_folder_with_the_config_from_its_storage(tmp_pa
 
 def test_a_run_resumes_if_the_config_spells_out_a_default(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("problem: digits\nspace: {a: {uniform: [0, 1]}}\nsearch: {trainings: 9}\n")
-    given = read_config(tmp_path / "mine.yaml", ["resources.lower.cpu=1", "resources.upper={}"])
+    given = read_config(tmp_path / "mine.yaml", ["search.method=auto", "search.seed=0"])
     prepare_folder(tmp_path, given, resume=False, place=locate(tmp_path))
     (tmp_path / TUNE_FOLDER).mkdir()
     prepare_folder(tmp_path, read_config(tmp_path / "mine.yaml"), resume=True, place=locate(tmp_path))
-    other = read_config(tmp_path / "mine.yaml", ["resources.lower.cpu=2"])
-    with pytest.raises(ConfigError, match="differs"):
-        prepare_folder(tmp_path, other, resume=True, place=locate(tmp_path))
 
 
 def test_the_folder_of_a_run_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -137,6 +137,18 @@ def test_the_counter_of_trials_is_the_number_of_trials(tmp_path: Path) -> None:
     assert again._counter == 2
 
 
+def test_a_resumed_experiment_may_have_more_trials_than_it_began_with(tmp_path: Path) -> None:
+    generator = ResumableGenerator(Fixed())
+    generator._counter, generator._total_samples = 2, 2
+    generator.save_to_dir(str(tmp_path), "1")
+    (tmp_path / "experiment_state-1.json").write_text(snapshot("a", "b"))
+    for samples, total in ((None, 2), (5, 5)):
+        again = ResumableGenerator(Fixed(), samples)
+        again.restore_from_dir(str(tmp_path))
+        assert again.total_samples == total
+        assert again.is_finished() == (total == 2)
+
+
 def test_files_left_by_a_killed_driver_that_the_storage_lacks_are_not_read(tmp_path: Path) -> None:
     """Tune copies the storage into a folder in which a killed driver of the same Ray session has left newer files."""
     space = {"x": {"a": tune.uniform(0.0, 1.0)}}

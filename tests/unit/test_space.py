@@ -148,3 +148,9 @@ def test_siblings_with_equal_bounds_and_scale_are_of_a_kind() -> None:
     )
     assert space.groups() == (tuple(range(4)), tuple(range(7, 11)), tuple(range(11, 16)))
     assert space.groups(smallest=3)[1] == (4, 5, 6)
+
+
+def test_bounds_that_are_whole_numbers_are_floats_at_the_ends():
+    parameter = Parameter(("decay",), 1, 10, log=True)
+    assert [type(parameter.to_value(unit)) for unit in (0.0, 0.5, 1.0)] == [float] * 3
+    assert parameter == Parameter(("decay",), 1.0, 10.0, log=True)

@@ -111,7 +111,7 @@ def test_another_format_version(path: Path, version: Any):
     document = json.loads(path.read_text())
     document["format"] = version
     path.write_text(json.dumps(document))
-    with pytest.raises(StateError, match=f"state format {version!r}; this version reads format 2"):
+    with pytest.raises(StateError, match=f"state format {version!r}; this version reads format 3"):
         state_file.read(path)
 
 

@@ -1,0 +1,67 @@
+"""A function of a symmetric matrix, times a vector, by products with the matrix alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Operator = Callable[[Tensor], Tensor]
+Filter = Callable[[Tensor], Tensor]
+"""phi of eigenvalues, shape (k,): shape (k,). It may depend on all of them."""
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """phi(A) b.
+
+    vector:   shape (n,).
+    residual: how much of the response to b the Krylov space leaves out, relative to |b| (see `filtered`).
+    products: with A.
+    values:   the Ritz values, ascending: eigenvalues of A as the Krylov space of b sees them, shape (products,).
+    """
+
+    vector: Tensor
+    residual: float
+    products: int
+    values: Tensor
+
+
+def filtered(operator: Operator, right: Tensor, phi: Filter, tolerance: float, limit: int) -> Filtered:
+    """phi(A) b ~ |b| V phi(T) e_1, with V an orthonormal basis of the Krylov space of b and T = V^T A V (Lanczos).
+
+    It ends where beta_k |e_k^T phi(T) e_1| <= tolerance: of phi(h) = 1 / (h + c) that is the residual of the system
+    (A + c) q = b, relative to |b|. Every new vector is made orthogonal to all others, twice, so that no eigenvalue is
+    seen two times (Parlett 1998, The Symmetric Eigenvalue Problem, section 6.9). It keeps `limit` vectors at most.
+
+    operator: v, shape (n,) -> A v.
+    right:    b, shape (n,), not 0.
+    """
+    size = right.norm().item()
+    basis = [right / size]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    while True:
+        image = operator(basis[-1])
+        vectors = torch.stack(basis)  # (k, n)
+        found = vectors @ image
+        diagonal.append(found[-1].item())
+        image = image - vectors.T @ found
+        image = image - vectors.T @ (vectors @ image)
+        beta = image.norm().item()
+        values, q = torch.linalg.eigh(tridiagonal(diagonal, beside))
+        coefficients = q @ (phi(values) * q[0])
+        residual = beta * abs(coefficients[-1].item())
+        exhausted = beta <= 1e-12 * values.abs().max().item()
+        if residual <= tolerance or len(diagonal) >= limit or exhausted:
+            return Filtered(size * (vectors.T @ coefficients.to(vectors)), residual, len(diagonal), values)
+        beside.append(beta)
+        basis.append(image / beta)
+
+
+def tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:
+    """The symmetric matrix with these numbers on and beside its diagonal, shape (k, k)."""
+    off = torch.diag(torch.tensor(beside, dtype=torch.double), 1)
+    return torch.diag(torch.tensor(diagonal, dtype=torch.double)) + off + off.T

@@ -1,0 +1,172 @@
+"""A Tune experiment of `BilevelSearch`, started by whatever program: its summary and its record."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.fs
+from pydantic import TypeAdapter, ValidationError
+
+from raybilevel._records.record import Record, Settings
+from raybilevel._records.run_folder import Lines, record_of, trial_results
+from raybilevel._records.summary import summary_of
+from raybilevel.errors import ConfigError, DataError
+from raybilevel.methods import Method
+from raybilevel.methods._registry import METHODS
+from raybilevel.search_state import SearchState
+from raybilevel.space import Space
+
+if TYPE_CHECKING:
+    from raybilevel.search._state_file import SavedSearch
+
+TUNE_STATE, SEARCH_STATE = "experiment_state-*.json", "searcher-state-*.pkl"
+
+
+def summarise(results: Any, method: Method | None = None, test_loss_refit: float | None = None) -> dict[str, Any]:
+    """What a Tune experiment with `BilevelSearch` found.
+
+        results = tune.Tuner(...).fit()
+        summary = raybilevel.summarise(results)
+        print("\\n".join(summary["in_words"]), summary["verdict"], summary["best"]["hyperparameters"], sep="\\n")
+
+    results:         what `Tuner.fit` or `tune.run` returned, or the folder of the experiment, ended or not.
+    method:          of the search. It is needed only if it is one of your own.
+    test_loss_refit: the test loss after a refit, which the summary then mentions; see `refit`.
+
+    Returns:
+        What `raybilevel run` writes to summary.json: plain values that JSON can hold. The documents describe each key
+        on the page "summary.json".
+
+    Raises:
+        DataError: the experiment has no state of a `BilevelSearch`.
+        StateError: the state cannot be read.
+        ConfigError: the method is one of your own and was not given.
+    """
+    with local_folder(results) as folder:
+        saved = read_search(folder)
+        about = {"problem": folder.name, "method": saved.method, "seed": saved.seed}
+        return summary_of_saved(saved, trial_results(folder), about, method or method_of(saved), test_loss_refit)
+
+
+def is_experiment(folder: Path) -> bool:
+    return any(folder.glob(TUNE_STATE))
+
+
+def read_experiment(folder: Path) -> Record:
+    """The folder of an experiment as a record.
+
+    Raises:
+        DataError, StateError: as `summarise`.
+    """
+    from raybilevel.search import _state_file as state_file  # imports botorch, which takes seconds
+
+    saved, results = read_search(folder), trial_results(folder)
+    name = folder.resolve().name
+    try:
+        about = {"problem": name, "method": saved.method, "seed": saved.seed}
+        summary = summary_of_saved(saved, results, about, method_of(saved))
+    except ConfigError:  # a method of the user's own, which this process does not have
+        summary = {}
+    state = asked(saved.state)
+    return record_of(
+        Settings(
+            problem=name,
+            options={},
+            method=saved.method,
+            method_settings=json.loads(saved.settings),
+            seed=saved.seed,
+            budget=float(len(state)),
+        ),
+        saved,
+        state_file.ADAPTER.dump_python(saved, mode="json"),
+        results,
+        {} if any(training.status == "pending" for training in state) else summary,
+    )
+
+
+def asked(state: SearchState) -> list[Any]:
+    """Trainings of the experiment itself, without points whose F was known from elsewhere."""
+    return [training for training in state.trainings if state.number(training)]
+
+
+def read_search(folder: Path) -> SavedSearch:
+    """The newest state of the search.
+
+    Raises:
+        DataError: there is none.
+        StateError: it cannot be read, e.g. since it is of another searcher.
+    """
+    from raybilevel.search import _state_file as state_file  # imports botorch, which takes seconds
+
+    states = sorted(path for path in folder.glob(SEARCH_STATE) if not path.name.startswith("previous-"))
+    if not states:
+        raise DataError(
+            f"{folder}: no state of a search in it; is it the folder of a Tune experiment, and its search_alg a "
+            "BilevelSearch? Tune writes the first state within seconds"
+        )
+    return state_file.read(states[-1])
+
+
+def summary_of_saved(
+    saved: SavedSearch,
+    results: Mapping[str, Lines],
+    about: Mapping[str, Any],
+    method: Method,
+    test_loss_refit: float | None = None,
+) -> dict[str, Any]:
+    last = {saved.trials[trial]: lines[-1] for trial, lines in results.items() if trial in saved.trials}
+    began = [float(lines[0]["timestamp"]) - float(lines[0]["time_total_s"]) for lines in results.values()]
+    ended = [float(lines[-1]["timestamp"]) for lines in results.values()]
+    return summary_of(
+        saved.state,
+        Space(saved.parameters),
+        method,
+        last,
+        saved.checkpoints,
+        {**about, "metric": saved.metric, "mode": saved.mode},
+        test_loss_refit,
+        max(ended) - min(began) if ended else 0.0,
+    )
+
+
+def method_of(saved: SavedSearch) -> Method:
+    """The method with the settings with which the search began.
+
+    Raises:
+        ConfigError: it is none of raybilevel's own.
+    """
+    if saved.method not in METHODS:
+        raise ConfigError(f"the search is of method {saved.method}, one of your own; pass it on as `method`")
+    try:
+        method: Method = TypeAdapter(METHODS[saved.method]).validate_json(saved.settings)
+    except ValidationError as error:
+        raise ConfigError(f"method {saved.method}: settings of another version ({error.errors()[0]['msg']})") from error
+    return method
+
+
+@contextmanager
+def local_folder(results: Any) -> Iterator[Path]:
+    """The folder of an experiment. If it is on another filesystem, a copy of its states and results."""
+    if isinstance(results, str | Path):
+        yield Path(results)
+        return
+    path = str(results.experiment_path)
+    experiment = getattr(results, "_experiment_analysis", results)  # a ResultGrid has an ExperimentAnalysis
+    filesystem = getattr(experiment, "_fs", None)
+    if filesystem is None or Path(path).is_dir():
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, path.rstrip("/").rpartition("/")[2])
+        for file in filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True)):
+            if file.base_name == "result.json" or file.base_name.startswith("searcher-state-"):
+                target = folder / file.path.removeprefix(path).lstrip("/")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with filesystem.open_input_stream(file.path) as stream:
+                    target.write_bytes(stream.read())
+        yield folder

@@ -1,0 +1,199 @@
+"""A loss and its gradients on a batch, measured; and whether it is the same at each call."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from raybilevel._lower.random_numbers import common_random, random_state
+from raybilevel.errors import NotFiniteError, ProblemError
+from raybilevel.problem import Batch, BilevelProblem, move, upper_loss
+from raybilevel.search._calls import Given, calling
+from raybilevel.search._fresh import listed, same, tensors
+
+logger = logging.getLogger(__name__)
+
+SEEDS_OF_CHANCE = 8
+"""So often a loss that draws random numbers is evaluated: what happens to one batch in three is hardly missed then."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A loss and its gradients: by the name of each searched hyperparameter, None where it does not depend on it, and
+    in the weights, shape (n,)."""
+
+    loss: Tensor
+    in_x: Mapping[str, Tensor | None]
+    in_y: Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One level of a problem, to be measured with a model in eval mode.
+
+    given:    the hyperparameters that its loss gets.
+    searched: those of them that can be differentiated, by name.
+    """
+
+    problem: BilevelProblem
+    level: str
+    given: Given
+    searched: Mapping[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        return f"{type(self.problem).__name__}.{self.level}_loss"
+
+    def measure(self, model: nn.Module, raw: Batch) -> Measured:
+        """Its loss and gradients on a batch.
+
+        Raises:
+            ProblemError: it fails, is no scalar, does not depend on the weights, or changes the model.
+            NotFiniteError: it is NaN or infinite, or so is the gradient that a training follows.
+        """
+        problem, batch = self.problem, move(raw, self.problem.device, self.problem.dtype)
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+        model.eval()
+        with calling(problem, f"{self.level}_loss"):
+            if self.level == "lower":
+                loss = problem.lower_loss(model, self.given, batch)
+            else:
+                loss = upper_loss(problem, model, self.given, batch)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ProblemError(f"{self.name} must return a tensor of shape (), got {shape}")
+        if not math.isfinite(loss.item()):
+            raise NotFiniteError(f"{self.name} is {loss.item()} at the start weights; check data and model")
+        if not loss.requires_grad:
+            raise ProblemError(f"{self.name} does not depend on the model's parameters")
+        changed = [key for key, buffer in before.items() if not same(buffer, tensors(model)[key])]
+        if model.training or changed:
+            raise ProblemError(
+                f"{self.name} changes the model ({'train mode' if model.training else listed(changed)}) when it is "
+                "called in eval mode; leave model.train() and what follows from it to the training"
+            )
+        with calling(problem, f"{self.level}_loss, differentiated,"):
+            found = torch.autograd.grad(loss, [*self.searched.values(), *weights], allow_unused=True)
+        in_x = dict(zip(self.searched, found, strict=False))
+        in_y = found[len(in_x) :]
+        dense = [torch.zeros_like(w) if g is None else g.to_dense() for w, g in zip(weights, in_y, strict=True)]
+        measured = Measured(loss.detach(), in_x, parameters_to_vector(dense))
+        if self.level == "lower" and not measured.in_y.isfinite().all():
+            raise NotFiniteError(
+                f"{self.name} is {loss.item():.6g} at the start weights, but its gradient in the weights is NaN or "
+                "infinite; look for sqrt, norm or log at 0"
+            )
+        return measured
+
+    def check(self, model: nn.Module, raw: Batch) -> Measured:
+        """The same, after making sure that it is the same at each call. A lower-level loss may draw torch's random
+        numbers where a hyperparameter says how, e.g. the level of noise: its gradient in that differs from draw to
+        draw then.
+
+        Raises:
+            ProblemError: it is not.
+        """
+        outside = state_outside_of_torch()
+        with common_random(self.problem.device, seed=0):
+            before = random_state(self.problem.device)
+            once = self.measure(model, raw)
+            drawn = before != random_state(self.problem.device)
+        if outside != state_outside_of_torch():
+            for _ in range(SEEDS_OF_CHANCE):
+                self.check_same(once, self.draw(model, raw, 0))
+        self.check_same(once, self.draw(model, raw, 0))
+        if not drawn:
+            return once
+        others = [self.draw(model, raw, seed) for seed in range(1, SEEDS_OF_CHANCE)]
+        if self.level == "lower" and any(in_x_differs(once, other) for other in others):
+            logger.warning(
+                "%s draws random numbers in eval mode, and its gradient in the hyperparameters differs from draw to "
+                "draw: f is taken as its mean over some draws, the same at each evaluation; where they are not meant "
+                "for f, draw only if model.training", self.name,
+            )  # fmt: skip
+            return once
+        for other in others:
+            self.check_same(once, other)
+        return once
+
+    def draw(self, model: nn.Module, raw: Batch, seed: int) -> Measured:
+        with common_random(self.problem.device, seed):
+            return self.measure(model, raw)
+
+    def check_same(self, one: Measured, two: Measured) -> None:
+        """Whether two evaluations at one point agree.
+
+        Raises:
+            ProblemError: they do not.
+        """
+        if differs := difference(one, two):
+            what, a, b = differs
+            raise ProblemError(
+                f"{self.name} is not the same twice: on the same batch, with the model in eval mode, {what} is "
+                f"{a:.6g} and then {b:.6g} (norms); draw no random numbers unless model.training (F.dropout needs "
+                "training=model.training), or draw them from a torch.Generator that is seeded anew at each call"
+            )
+
+    def check_nothing_kept(self, one: Measured, two: Measured) -> None:
+        """Whether a loss is as it was before a step of training, at the weights and on the data of then.
+
+        Raises:
+            ProblemError: it is not.
+        """
+        if differs := difference(one, two):
+            what, a, b = differs
+            raise ProblemError(
+                f"{self.name} is another one after a step of training: at the start weights, on the same data, {what} "
+                f"is {a:.6g} before and {b:.6g} after (norms); keep nothing of a training in the problem, and change "
+                "no data in place"
+            )
+
+
+def difference(one: Measured, two: Measured) -> tuple[str, float, float] | None:
+    """In what two evaluations at one point differ, and both norms.
+
+    Sums in another order, as some kernels of accelerators take them, differ by rounding: by sqrt(n) eps for n terms, so
+    that 100 eps allow for n = 10,000. A descent differentiates by differences over a length of sqrt(eps), so that more
+    would drown them.
+    """
+    pairs = [("it", one.loss, two.loss), ("its gradient in the weights", one.in_y, two.in_y)]
+    pairs += [
+        (f"its gradient in {name}", a, b)
+        for name, a in one.in_x.items()
+        if a is not None and (b := two.in_x[name]) is not None
+    ]
+    for what, a, b in pairs:
+        if not agree(a, b):
+            return what, a.norm().item(), b.norm().item()
+    return None
+
+
+def in_x_differs(one: Measured, two: Measured) -> bool:
+    pairs = [(a, two.in_x[name]) for name, a in one.in_x.items()]
+    return any(a is not None and b is not None and not agree(a, b) for a, b in pairs)
+
+
+def agree(a: Tensor, b: Tensor) -> bool:
+    """What is not finite, e.g. the slope of a square root at 0, is so in both."""
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return False
+    a, b = a[finite], b[finite]
+    scale = max(a.norm().item(), b.norm().item())
+    return bool((a - b).norm().item() <= 100 * torch.finfo(a.dtype).eps * scale)
+
+
+def state_outside_of_torch() -> tuple[Any, ...]:
+    """Of the random numbers of Python and of NumPy."""
+    _, keys, position, *_ = np.random.get_state()
+    return random.getstate(), np.asarray(keys).tobytes(), position

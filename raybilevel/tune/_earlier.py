@@ -1,0 +1,150 @@
+"""Points whose metric is known from earlier work: a Tune experiment of any searcher, or an Optuna study."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.fs
+from ray.tune.utils.util import flatten_dict
+
+from raybilevel._cluster.storage import locate
+from raybilevel._metrics import FINISHED
+from raybilevel.errors import ConfigError, DataError, SpaceError, StateError
+from raybilevel.search import BilevelOptimizer, Observation
+from raybilevel.space import check_points, flatten, nest
+from raybilevel.tune._points import unflatten
+from raybilevel.tune._results import Objective
+from raybilevel.tune._snapshot import EXPERIMENT_STATE, TrialRecord, parse
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A configuration, nested or flat, and its metric as it was reported."""
+
+    config: Mapping[str, Any]
+    value: float
+
+
+class Study(Protocol):
+    """The part of `optuna.Study` that is read."""
+
+    trials: Sequence[Any]
+    directions: Sequence[Any]
+
+
+def of_experiment(folder: str | Path, metric: str) -> list[Evaluated]:
+    """The trials of a Tune experiment that ended well, in the order in which they began.
+
+    folder: of the experiment, or its URI.
+    metric: as its trials reported it.
+
+    Raises:
+        DataError: it is no folder of an experiment.
+        ConfigError: no trial reported the metric.
+    """
+    ended = [t for t in read_experiment(folder) if t.status == "TERMINATED" and t.result.get(FINISHED, True)]
+    results = [(trial.config, flatten_dict(dict(trial.result))) for trial in ended]
+    found = [Evaluated(config, float(result[metric])) for config, result in results if is_number(result.get(metric))]
+    if not found:
+        names = sorted({name for _, result in results for name in result if is_number(result[name])})
+        reported = f"they reported {', '.join(names)}" if names else "no trial of it ended well"
+        raise ConfigError(
+            f"{folder}: no trial reported {metric!r} as a finite number; {reported}. Give its name as reported_as"
+        )
+    return found
+
+
+def of_study(study: Study, mode: str) -> list[Evaluated]:
+    """The complete trials of an Optuna study.
+
+    Raises:
+        ConfigError: the study has several objectives, or its direction is not `mode`.
+    """
+    directions = [direction.name for direction in study.directions]
+    if directions != [{"min": "MINIMIZE", "max": "MAXIMIZE"}[mode]]:
+        raise ConfigError(
+            f"the study's direction is {', '.join(directions).lower()}, and this search is of mode {mode!r}; give it "
+            "the metric and the mode of the study"
+        )
+    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    return [Evaluated(trial.params, float(trial.value)) for trial in complete if is_number(trial.value)]
+
+
+def evaluated(
+    points: Sequence[Mapping[str, Any]], rewards: Sequence[float]
+) -> list[tuple[Mapping[str, Any], float, bool]]:
+    """Points and their metric, as arguments of `add_evaluated_point`.
+
+    Raises:
+        ConfigError: there are not as many of one as of the other, or a reward is no finite number.
+    """
+    if len(points) != len(rewards):
+        raise ConfigError(
+            f"evaluated_rewards: expected the metric of each of {len(points)} points_to_evaluate, got {len(rewards)}"
+        )
+    values = [float(reward) for reward in rewards]
+    if not all(map(math.isfinite, values)):
+        raise ConfigError(f"evaluated_rewards: expected finite numbers, got {values}; leave those points out")
+    return [(point, value, False) for point, value in zip(points, values, strict=True)]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_experiment(folder: str | Path) -> list[TrialRecord]:
+    """The trials in Tune's newest snapshot in a folder.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    storage = locate(folder)
+    try:
+        files = storage.filesystem.get_file_info(pyarrow.fs.FileSelector(storage.path))
+        names = sorted(f.base_name for f in files if f.base_name.startswith(EXPERIMENT_STATE))
+        trials = parse(storage.read(names[-1])) if names else None
+    except (pa.ArrowException, OSError, StateError) as error:
+        raise DataError(f"{folder}: the Tune experiment cannot be read: {error}") from error
+    if trials is None:
+        raise DataError(f"{folder}: not the folder of a Tune experiment; it has no {EXPERIMENT_STATE}*.json")
+    return trials
+
+
+def take(optimizer: BilevelOptimizer, evaluated: Sequence[Evaluated], objective: Objective) -> None:
+    """Have a search know the points that lie in its space. The others are left out, with a warning.
+
+    Raises:
+        SpaceError: none lies in it.
+    """
+    reasons = []
+    for point in evaluated:
+        config = in_space(unflatten(point.config), optimizer)
+        try:
+            check_points([config], optimizer.space, "earlier trials")
+        except SpaceError as error:
+            reasons.append(str(error))
+            continue
+        observation = Observation(objective.sign * point.value, complete=False)
+        optimizer.add(f"evaluated-{len(optimizer.state.trainings)}", config, observation)
+    if not reasons:
+        return
+    if len(reasons) == len(evaluated):
+        raise SpaceError(f"none of {len(evaluated)} earlier trials lies in the space of this search: {reasons[0]}")
+    logger.warning(
+        "%d of %d earlier trials do not lie in the space of this search and are left out: %s",
+        len(reasons), len(evaluated), reasons[0],
+    )  # fmt: skip
+
+
+def in_space(config: Mapping[str, Any], optimizer: BilevelOptimizer) -> dict[str, Any]:
+    """The hyperparameters that are searched, of a whole configuration with constants."""
+    known = {parameter.path for parameter in optimizer.space.parameters}
+    return nest({path: value for path, value in flatten(config).items() if path in known})

@@ -1,0 +1,142 @@
+"""What a search learns of a run of Tune that Tune does not tell it: its metric, its constants, its size and its end."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray import tune
+from ray.tune.logger import CSVLoggerCallback
+from torch import Tensor, nn
+
+from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel.errors import ConfigError
+from raybilevel.problem import Hyperparameters
+from tests.tiny_problems import Parabola
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+SPACE = {"x": {"a": tune.loguniform(1e-4, 1e2)}}
+
+
+class Scaled(Parabola):
+    """A parabola that reads two constants."""
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        return super().lower_loss(model, hyperparameters, batch) * hyperparameters["scale"] * hyperparameters["unit"]
+
+
+class Slow(Parabola):
+    """Many epochs of gradient descent."""
+
+    epochs = 6
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.5)
+
+
+class FailsAtFour(tune.Callback):  # type: ignore[misc]
+    """Ends the run when a search, which no pickle of this keeps, has four trainings."""
+
+    search: BilevelSearch | None = None
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        search = type(self).search
+        if search is not None and len(search.state.done) >= 4:
+            raise RuntimeError("the driver fails")
+
+
+def tuner(search: BilevelSearch, folder: Path, samples: int, **options: Any) -> tune.Tuner:
+    settings = {"metric": "upper_loss", "mode": "min", "reuse_actors": True, **options.pop("tune_config", {})}
+    problem = options.pop("problem", search.problem)
+    return tune.Tuner(
+        tune.with_resources(lower_level_trainable(problem), {"cpu": 1}),
+        tune_config=tune.TuneConfig(search_alg=search, num_samples=samples, **settings),
+        run_config=tune.RunConfig(storage_path=str(folder), name="run", verbose=0, **options.pop("run_config", {})),
+        **options,
+    )
+
+
+@pytest.mark.slow
+def test_a_search_with_a_space_of_its_own_hears_of_constants_and_goes_on_in_a_second_experiment(tmp_path: Path) -> None:
+    search = BilevelSearch(Scaled(), space={**SPACE, "scale": 1.0}, max_concurrent=2)
+    for name in ("one", "two"):
+        results = tuner(search, tmp_path / name, 4, param_space={"unit": 1.0}).fit()
+        assert not results.errors
+        assert {(r.config["scale"], r.config["unit"]) for r in results} == {(1.0, 1.0)}
+    assert len(search.state.done) == 8 and len(search.state.steps) > 0
+    assert not any(step.failed for step in search.state.steps)
+    paths = [search.checkpoint_of(training) for training in search.state.done]
+    assert [str(path).startswith(str(tmp_path / "one")) for path in paths] == [True] * 4 + [False] * 4
+    assert all(Path(str(path)).exists() for path in paths)
+
+
+def test_tune_s_metric_reaches_a_search_to_which_it_gives_no_space(tmp_path: Path) -> None:
+    search = BilevelSearch(Parabola(), space=SPACE, max_concurrent=2)
+    scores = [
+        r.metrics["score"] for r in tuner(search, tmp_path, 3, tune_config={"metric": "score", "mode": "max"}).fit()
+    ]
+    assert sorted(t.upper_loss for t in search.state.measured) == pytest.approx(sorted(-score for score in scores))
+    given = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min")
+    with pytest.raises(ConfigError, match="Tune is given metric='score', mode='max', and this search has 'upper_loss'"):
+        tuner(given, tmp_path / "other", 3, tune_config={"metric": "score", "mode": "max"}).fit()
+    assert not given.state.trainings
+
+
+@pytest.mark.slow
+def test_a_run_that_is_restored_with_its_space_keeps_its_size_and_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune tells of a single sample then. And a run that ends before its last sample cancels its steps."""
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
+    cancelled: list[int] = []
+
+    def cancel(self: BilevelSearch, timeout: float = 0.0) -> None:
+        cancelled.append(len(self.state.told))
+        upstream(self, timeout)
+
+    upstream = BilevelSearch.cancel_steps
+    monkeypatch.setattr(BilevelSearch, "cancel_steps", cancel)
+    first = BilevelSearch(Parabola(), max_concurrent=1)
+    monkeypatch.setattr(FailsAtFour, "search", first)
+    with pytest.raises(RuntimeError, match="the driver fails"):
+        tuner(first, tmp_path, 9, param_space=SPACE, run_config={"callbacks": [FailsAtFour()]}).fit()
+    monkeypatch.setattr(FailsAtFour, "search", None)
+    before = len(first.state.told)
+    assert 4 <= before < 9
+    assert cancelled == [before] and first.steps_under_way == 0
+    cancelled.clear()
+    restored = tune.Tuner.restore(str(tmp_path / "run"), lower_level_trainable(Parabola()), param_space=SPACE)
+    results = restored.fit()
+    assert len(results) == 9 and not results.errors
+    assert min(cancelled) == 9
+
+
+@pytest.mark.slow
+def test_every_training_that_is_stopped_informs_the_search(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    search = BilevelSearch(Slow(), max_concurrent=2)
+    tuner(search, tmp_path, 12, param_space=SPACE, run_config={"stop": {"training_iteration": 4}}).fit()
+    assert not search.state.done and len(search.state.measured) == 12
+    assert {"region", "start"} <= {t.proposal.origin for t in search.state.measured}
+    best = search.method.incumbent(search.state)
+    assert best is not None and best.upper_loss == min(t.upper_loss for t in search.state.measured)
+    assert caplog.text.count("trainings were stopped before their last epoch (Slow.epochs = 6)") == 1
+
+
+def test_progress_csv_has_the_gradient_and_another_problem_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = BilevelSearch(Slow(), max_concurrent=1)
+    with caplog.at_level(logging.WARNING):
+        results = tuner(
+            search, tmp_path, 1, param_space=SPACE, problem=Parabola(), run_config={"callbacks": [CSVLoggerCallback()]}
+        ).fit()
+    with open(Path(results[0].path) / "progress.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["lower_gradient/x/a"] for row in rows[:-1]] == ["nan"]
+    assert float(rows[-1]["lower_gradient/x/a"]) == pytest.approx(results[0].metrics["lower_gradient"]["x"]["a"])
+    assert "the Slow of the trainable and that of the search differ" in caplog.text

@@ -1,0 +1,67 @@
+"""What to make of a run, in plain words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raybilevel._records.conclusion import conclude, hyperparameters
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    start = {"training": 1, "hyperparameters": {"decay": {"a": 1.0}}, "upper_loss": 0.5, "test_loss": 0.6}
+    best = {**start, "training": 4, "hyperparameters": {"decay": {"a": 0.25}}, "upper_loss": 0.4, "test_loss": 0.55,
+            "test_loss_refit": 0.5}  # fmt: skip
+    return {
+        "metric": "upper_loss",
+        "start": start,
+        "best": {**best, **changes.pop("best", {})},
+        "new_data": None,
+        "verdict": "converged",
+        **changes,
+    }
+
+
+def test_what_was_found_helped_and_is_sure() -> None:
+    assert conclude(summary()).lines == (
+        "Found: F (validation loss) 0.4 at training 4, decay/a 0.25.",
+        "Helped: yes; test loss 0.55, which was 0.6 at training 1, the start; test loss 0.5 after a refit on all data.",
+        "How sure: the search had nothing better to propose.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("by_model", "words"), [(None, "0.4 at"), (0.40001, "0.4 at"), (0.43, "0.4 (by the model 0.43) at")]
+)
+def test_f_by_the_model_is_given_where_it_differs(by_model: float | None, words: str) -> None:
+    assert f"F (validation loss) {words} training 4" in conclude(summary(best={"expected_upper_loss": by_model})).found
+
+
+@pytest.mark.parametrize(
+    ("best", "words"),
+    [
+        ({"test_loss": 0.7}, "not on new data; test loss 0.7, which was 0.6"),
+        ({"test_loss": None, "test_loss_refit": None}, "by F alone, as there is no test loss; F was 0.5 at training 1"),
+        ({"training": 1, "test_loss_refit": None}, "no; nothing was better than training 1, the start"),
+    ],
+)
+def test_a_gain_in_f_alone_is_not_sold_as_one(best: dict[str, Any], words: str) -> None:
+    assert conclude(summary(best=best)).helped.startswith(words)
+
+
+def test_what_the_search_expects_of_new_data_is_said() -> None:
+    expected = {"in_words": "expected on new data about 0.45"}
+    assert conclude(summary(new_data=expected, verdict="budget exhausted")).sure == (
+        "the search ended with its trainings, and more may find better. Expected on new data about 0.45"
+    )
+
+
+def test_a_run_without_a_result() -> None:
+    assert conclude(summary(best={}) | {"best": None, "start": None, "verdict": "no result"}).lines == (
+        "Found: nothing.", "Helped: no.", "How sure: no training ran to its end.",
+    )  # fmt: skip
+
+
+def test_choices_and_whole_numbers_are_written_as_they_are() -> None:
+    assert hyperparameters({"depth": 3, "kind": "relu", "rate": 0.123456}) == "depth 3, kind relu, rate 0.1235"
