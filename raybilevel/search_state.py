@@ -42,6 +42,8 @@ class Proposal:
     origin:          e.g. "region" (a trust region's next point), "global" (acquisition over the box) or "fill".
     region:          the trust region, named by the index of the training that began it.
     predicted_upper_loss: F expected there.
+    gain:            of the Kalman update of the model of F by the training: the share that it will believe of how far F
+        is from what was predicted, 0 to 1; less than 1 where values are noisy.
     predicted_value: v_hat there, before it is trained; its error is a diagnostic.
     deviation:       posterior standard deviation of v_hat there.
     violation:       of the constraint where the descent ended that proposed it.
@@ -54,6 +56,7 @@ class Proposal:
     predicted_value: float | None = None
     deviation: float | None = None
     violation: float | None = None
+    gain: float | None = None
 
 
 class PickledOnce:
@@ -134,6 +137,9 @@ class StepRecord(PickledOnce):
     failed:      it raised, or its worker died; the search goes on without it.
     passes:      what it cost, in gradient evaluations of f.
     shrinkage:   what it learned of groups of hyperparameters, if there are any.
+    trust:       what its model of F multiplied hypergradients by, from 0 to 1; see `_models.trust`.
+    seen:        how many trainings had ended in what its model was fitted to.
+    expected:    F by its model at some trainings, those where that is lowest among them, by index.
     """
 
     number: int
@@ -149,6 +155,9 @@ class StepRecord(PickledOnce):
     settled: int | None = None
     failed: bool = False
     shrinkage: Shrinkage | None = None
+    trust: float | None = None
+    seen: int = 0
+    expected: tuple[tuple[int, float], ...] = ()
 
 
 # Compared by identity, as it is a key of a cache (`_trust_region.replayed`).
@@ -199,17 +208,6 @@ class SearchState:
         """Trainings that have an F: those that ran to their end, and those stopped early."""
         return tuple(t for t in self.told if t.status in ("done", "stopped"))
 
-    @property
-    def measured_or_failed(self) -> tuple[Training, ...]:
-        """`measured`, and failed trainings as if they had the highest F of these: what a model of F learns from, so
-        that it does not propose points beside those that failed."""
-        measured = self.measured
-        if not measured:
-            return ()
-        highest = max(t.upper_loss for t in measured)
-        failed = (replace(t, upper_loss=highest) for t in self.told if t.status == "failed")
-        return (*measured, *failed)
-
     @cached_property
     def pending(self) -> tuple[Training, ...]:
         return tuple(t for t in self.trainings if t.status == "pending")
@@ -218,6 +216,11 @@ class SearchState:
     def sorted_upper(self) -> list[float]:
         """F of the trainings that ran to their end, the lowest first."""
         return sorted(t.upper_loss for t in self.done)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the median F from the lowest."""
+        return self.sorted_upper[len(self.sorted_upper) // 2] - self.sorted_upper[0]
 
     @cached_property
     def regions(self) -> dict[int, RegionHistory]:
@@ -260,6 +263,21 @@ class SearchState:
     def shrinkage(self) -> Shrinkage | None:
         """What the last step that looked at groups of hyperparameters learned."""
         return next((step.shrinkage for step in reversed(self.steps) if step.shrinkage is not None), None)
+
+    @property
+    def expected(self) -> dict[int, float]:
+        """F without the luck of one training, by index: where the last model of F has it lowest among trainings, and at
+        those that model has not seen. Empty before there is a model."""
+        last = next((step for step in reversed(self.steps) if step.expected), None)
+        if last is None:
+            return {}
+        newer = {t.index: expected_after(t) for t in self.told[last.seen :] if t.status == "done"}
+        return {**newer, **dict(last.expected)}
+
+    @property
+    def trust(self) -> float:
+        """In hypergradients, by the last step; 1 before there is one."""
+        return next((step.trust for step in reversed(self.steps) if step.trust is not None), 1.0)
 
     @property
     def cost(self) -> float:
@@ -370,6 +388,14 @@ class SearchState:
 def put(trainings: tuple[Training, ...], place: int, training: Training) -> tuple[Training, ...]:
     """With another one in that place."""
     return (*trainings[:place], training, *trainings[place + 1 :])
+
+
+def expected_after(training: Training) -> float:
+    """F by the model that proposed a training, once it has seen the training too."""
+    predicted, gain = training.proposal.predicted_upper_loss, training.proposal.gain
+    if predicted is None or gain is None:
+        return training.upper_loss
+    return predicted + gain * (training.upper_loss - predicted)
 
 
 def or_zero(entry: float) -> float:

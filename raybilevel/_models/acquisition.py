@@ -14,7 +14,9 @@ from botorch.exceptions.warnings import BotorchWarning
 from botorch.optim import optimize_acqf
 from torch import Tensor
 
+from raybilevel._models import leave_one_out
 from raybilevel._models.discrete import NONE, AtRest, Levels, all_active, promising, snapped, widened, with_setting
+from raybilevel._models.feasibility import Feasibility
 from raybilevel._models.gaussian_process import FittedGP, differs, exact, fit, value_rows
 from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.value_function import nearest, thinned
@@ -23,6 +25,15 @@ from raybilevel.space import sobol_points
 
 ROUNDS = 2
 """Of settings of the discrete coordinates that are tried in one maximisation."""
+
+
+LEAST_TRUST = 0.05
+"""Below it hypergradients would say that F is flat."""
+ENOUGH_TO_CONTRADICT = 6
+POOR = 0.7
+"""Error of left-out values, in standard deviations of all, from which on gradients may contradict them."""
+CLEARLY_BETTER = 0.75
+MOST_LOWEST = 8
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,27 @@ class UpperModel:
         """F expected at a point of the unit cube, shape (d,)."""
         return self.warp.inverse(self.process.mean(unit).item())
 
+    def gain(self, unit: Tensor) -> float:
+        """The share of a deviation of F there from its mean that the model would believe, shape (d,)."""
+        with torch.no_grad():
+            variance: float = self.process.model.posterior(unit.unsqueeze(0)).variance.item()
+        noise: float = self.process.model.likelihood.noise_covar.variance("value").item()
+        return variance / (variance + noise)
+
+    def lowest(
+        self, trainings: Sequence[Training], penalty: GroupPenalty | None = None
+    ) -> tuple[tuple[int, float], ...]:
+        """Index and expected F of the trainings at which that is lowest, with a penalty if there is one, and of the one
+        with the lowest F seen."""
+        x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
+        with torch.no_grad():
+            z = self.process.shift + self.process.scale * self.process.model.posterior(x.unsqueeze(1)).mean.flatten()
+        means = z.exp() + self.warp.low - self.warp.spread
+        merit = means if penalty is None else penalty.in_units_of_upper(means, x)
+        seen = min(range(len(trainings)), key=lambda i: trainings[i].upper_loss)
+        chosen = sorted({seen, *merit.argsort(stable=True)[:MOST_LOWEST].tolist()})
+        return tuple((trainings[i].index, means[i].item()) for i in chosen)
+
 
 def fit_upper_model(
     trainings: Sequence[Training],
@@ -71,11 +103,13 @@ def fit_upper_model(
     near: Tensor,
     max_rows: int,
     unordered: Sequence[int] = (),
+    trust: float = 1.0,
 ) -> UpperModel:
     """The model of measured trainings; where rows run out, hypergradients nearest to `near` are kept, and with them at
     most half of the rows are values (`thinned`).
 
     unordered: coordinates of choices without an order.
+    trust:     what hypergradients are multiplied by; with too little they are left out.
     """
     # Of all trainings, before rows are thinned: `low` is the lowest F of all.
     steepest = max((abs(or_zero(g)) for t in trainings for g in t.hypergradient or ()), default=0.0)
@@ -84,12 +118,16 @@ def fit_upper_model(
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
     upper = torch.tensor([t.upper_loss for t in trainings], dtype=torch.double)
     slope = warp.slope(upper)
-    known = [i for i, t in enumerate(trainings) if t.hypergradient]
+    known = [i for i, t in enumerate(trainings) if t.hypergradient and trust >= LEAST_TRUST]
     # A gradient takes d rows.
     kept = [known[i] for i in nearest(x[known], near, (max_rows - len(x)) // x.shape[1])] if known else []
     # The chain rule: dz/dx = z'(F) dF/dx.
-    gradients = {i: slope[i] * torch.tensor(trainings[i].hypergradient, dtype=torch.double) for i in kept}
+    gradients = {i: trust * slope[i] * torch.tensor(trainings[i].hypergradient, dtype=torch.double) for i in kept}
     process = fit(x, warp(upper), gradients, categorical=unordered)
+    if gradients and len(x) >= ENOUGH_TO_CONTRADICT and (error := typical_error(process)) > POOR:
+        by_values = fit(x, warp(upper), {}, categorical=unordered)
+        if typical_error(by_values) < CLEARLY_BETTER * error:
+            process = by_values
     if pending:
         # Kriging believer (Ginsbourger et al. 2010): a pending point counts as observed at its posterior mean.
         points = torch.stack(list(pending))
@@ -103,6 +141,11 @@ def fit_upper_model(
     return UpperModel(process, warp, lowest.item())
 
 
+def typical_error(process: FittedGP) -> float:
+    """Root mean square of the errors of left-out values, in their standard deviations."""
+    return leave_one_out.errors(process).square().mean().sqrt().item()
+
+
 def minimise_in_box(
     model: UpperModel,
     low: Tensor,
@@ -113,11 +156,18 @@ def minimise_in_box(
     penalty: GroupPenalty | None = None,
     discrete: Levels = NONE,
     at_rest: AtRest = all_active,
+    feasibility: Feasibility | None = None,
 ) -> Tensor:
-    """The point of a box with the lowest mean - sqrt(beta) * deviation, with a penalty if there is one, shape (d,)."""
+    """The point of a box with the lowest mean - sqrt(beta) * deviation, with a penalty if there is one, shape (d,).
+
+    feasibility: of trainings, where some have failed; the point then has the largest product of the probability of
+        success and of what that bound falls to below its value at the first of `starts`.
+    """
     acquisition: AcquisitionFunction = UpperConfidenceBound(model.process.model, beta=beta, maximize=False)
     if penalty is not None:
         acquisition = PenalisedConfidenceBound(model, penalty, beta)
+    if feasibility is not None:
+        acquisition = FeasibleDecrease(acquisition, feasibility, starts[0])
     return maximise(acquisition, low, high, starts, seed, discrete=discrete, at_rest=at_rest)
 
 
@@ -140,6 +190,35 @@ class PenalisedConfidenceBound(AcquisitionFunction):  # type: ignore[misc]
         return -self.penalty(upper, X.squeeze(-2))
 
 
+class FeasibleDecrease(AcquisitionFunction):  # type: ignore[misc]
+    """p(x) (a(x) - a(centre)) of an acquisition a: what a training that may fail is expected to gain.
+
+    The expectation of Gardner et al. (2014), Bayesian Optimization with Inequality Constraints, with the decrease of
+    the model in place of expected improvement.
+    """
+
+    def __init__(self, acquisition: AcquisitionFunction, feasibility: Feasibility, centre: Tensor) -> None:
+        super().__init__(acquisition.model)
+        self.acquisition, self.feasibility = acquisition, feasibility
+        with torch.no_grad():
+            self.at_centre = acquisition(centre[None, None]).item()
+
+    def forward(self, X: Tensor) -> Tensor:
+        gained: Tensor = self.acquisition(X) - self.at_centre
+        return self.feasibility.log_probability(X.squeeze(-2)).exp() * gained
+
+
+class FeasibleImprovement(LogExpectedImprovement):  # type: ignore[misc]
+    """log EI + log p: expected improvement times the probability that a training succeeds (Gardner et al. 2014)."""
+
+    feasibility: Feasibility | None = None
+
+    def forward(self, X: Tensor) -> Tensor:
+        improvement: Tensor = super().forward(X)
+        known = self.feasibility
+        return improvement if known is None else improvement + known.log_probability(X.squeeze(-2))
+
+
 def expected_improvement(
     model: UpperModel,
     dimension: int,
@@ -147,9 +226,11 @@ def expected_improvement(
     seed: int,
     discrete: Levels = NONE,
     at_rest: AtRest = all_active,
+    feasibility: Feasibility | None = None,
 ) -> Tensor:
     """The point of the unit cube with the largest (log) expected improvement over the incumbent, shape (d,)."""
-    acquisition = LogExpectedImprovement(model.process.model, best_f=model.best, maximize=False)
+    acquisition = FeasibleImprovement(model.process.model, best_f=model.best, maximize=False)
+    acquisition.feasibility = feasibility
     low, high = torch.zeros(dimension).double(), torch.ones(dimension).double()
     return maximise(acquisition, low, high, starts, seed, discrete=discrete, at_rest=at_rest)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -220,12 +221,19 @@ def value_rows(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[..., :1]), torch.zeros_like(x)], dim=-1)
 
 
-def derivative_rows(x: Tensor, gradient: Tensor | None = None) -> Tensor:
-    """Rows that observe the gradient at one point x, shape (d,) -> (d, 2 d + 1); with a gradient, shape (d,), only
-    those entries of it that are known, i.e. not NaN."""
+def derivative_rows(x: Tensor, gradient: Tensor | None = None, weight: float = 1.0) -> Tensor:
+    """Rows that observe the gradient, times a weight, at one point x, shape (d,) -> (d, 2 d + 1); with a gradient,
+    shape (d,), only those entries of it that are known, i.e. not NaN."""
     d = len(x)
-    rows = torch.cat([x.expand(d, d), torch.zeros(d, 1, dtype=x.dtype), torch.eye(d, dtype=x.dtype)], dim=-1)
+    rows = torch.cat([x.expand(d, d), torch.zeros(d, 1, dtype=x.dtype), weight * torch.eye(d, dtype=x.dtype)], dim=-1)
     return rows if gradient is None else rows[~gradient.isnan()]
+
+
+def relative(gradients: Mapping[int, Tensor]) -> dict[int, float]:
+    """1 / sqrt(1 + (|g_i| / median |g|)^2) of each gradient."""
+    lengths = {i: gradient.nan_to_num(0.0).norm().item() for i, gradient in gradients.items()}
+    typical = statistics.median(lengths.values()) if lengths else 0.0
+    return {i: 1 / math.hypot(1.0, length / typical) if typical > 0 else 1.0 for i, length in lengths.items()}
 
 
 def fit(
@@ -246,7 +254,8 @@ def fit(
     same start, so that equal data give an equal model. They are fitted on at most `max_rows` rows (`spaced`:
     each likelihood costs their cube, many times over), the posterior then conditions on all rows, once.
 
-    infer_gradient_noise: the gradients may contradict the values.
+    infer_gradient_noise: the gradients may contradict the values. Their errors are relative: with g_i the gradients,
+        the rows of each are divided by sqrt(1 + (|g_i| / median |g|)^2), so that one noise serves for all.
     categorical:          coordinates that stand for unordered choices.
     """
     # The deviation of a single value is NaN.
@@ -255,12 +264,15 @@ def fit(
         steepest = torch.cat([torch.zeros(1, dtype=x.dtype), *gradients.values()]).nan_to_num(0.0).abs().max().item()
         scale = steepest or 1.0
     # The rows of all values, then those of the derivatives that are known.
-    rows = torch.cat([value_rows(x), *(derivative_rows(x[i], gradient) for i, gradient in gradients.items())])
+    weights = relative(gradients) if infer_gradient_noise else dict.fromkeys(gradients, 1.0)
+    rows = torch.cat([
+        value_rows(x), *(derivative_rows(x[i], gradient, weights[i]) for i, gradient in gradients.items())
+    ])  # fmt: skip
     # A derivative is scaled as values are, but not shifted.
-    known = [gradient[~gradient.isnan()] / scale for gradient in gradients.values()]
+    known = [gradient[~gradient.isnan()] * (weights[i] / scale) for i, gradient in gradients.items()]
     targets = torch.cat([(values - shift) / scale, *known])
     # Rows drawn at random, or all derivatives of fewer points, were worse on digits with 64 decays (method.md).
-    chosen = spaced(rows[:, -x.shape[-1] :], max_rows)
+    chosen = spaced(rows[:, -x.shape[-1] :].sign(), max_rows)
     model = DerivativeGP(rows[chosen], targets[chosen], x.shape[-1], ard, categorical)
     marginal = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
 

@@ -37,7 +37,9 @@ def conclude(summary: Mapping[str, Any]) -> Conclusion:
     if best is None or start is None:
         return Conclusion("nothing", "no", sure)
     words = hyperparameters(best["hyperparameters"], start["hyperparameters"])
-    found = f"{name_of(summary)} {best['upper_loss']:.4g} at training {best['training']}, {words}"
+    seen, by_model = (None if f is None else f"{f:.4g}" for f in (best["upper_loss"], best.get("expected_upper_loss")))
+    luck = "" if by_model in (None, seen) else f" (by the model {by_model})"
+    found = f"{name_of(summary)} {seen}{luck} at training {best['training']}, {words}"
     if (expected := summary["new_data"]) is not None:
         sure += f". {expected['in_words'][:1].upper()}{expected['in_words'][1:]}"
     return Conclusion(found, helped(best, start, name_of(summary)), sure)

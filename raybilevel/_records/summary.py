@@ -40,7 +40,7 @@ def summary_of(
     """
     best, lowest = method.incumbent(state), state.best
     start = min(state.done, key=lambda training: training.index, default=None)
-    expected = new_data(state, best)
+    expected, by_model = new_data(state, best), state.expected
     about = {"metric": UPPER_LOSS, "mode": "min", **about}
     sign = -1.0 if about["mode"] == "max" else 1.0
     test_losses = {index: r["test_loss"] for index, r in trial_results.items() if "test_loss" in r}
@@ -50,6 +50,7 @@ def summary_of(
             "training": state.number(training),
             "hyperparameters": found(trial_results, training) or config_of(space, training),
             "upper_loss": sign * training.upper_loss,
+            "expected_upper_loss": sign * by_model[training.index] if training.index in by_model else None,
             "test_loss": test_losses.get(training.index),
         }
 
@@ -75,7 +76,7 @@ def summary_of(
         "cost": state.cost,
         "wall_seconds": wall_seconds,
         # The verdict is on F with the penalty. `converged` is given plain F, as it applies the penalty itself.
-        "verdict": verdict(judged(state), method.converged(state), test_losses),
+        "verdict": verdict(judged(state), method.converged(state), test_losses, test_loss_refit),
         "diagnostics": asdict(diagnose(state)),
         "history": history(state, space, test_losses, trial_results, sign),
     }

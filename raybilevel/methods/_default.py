@@ -31,8 +31,10 @@ from raybilevel._models.acquisition import (
     minimise_in_box,
 )
 from raybilevel._models.discrete import covering
+from raybilevel._models.feasibility import Feasibility, fit_feasibility
 from raybilevel._models.generalisation import Surface, learn
 from raybilevel._models.shrinkage import GroupPenalty, judged
+from raybilevel._models.trust import promises, trust
 from raybilevel._models.value_function import ValueFunction, fit_value_function
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError
 from raybilevel.methods._base import LoadCheckpoint, Method, StepMethod, UpperResult, UpperStep
@@ -47,6 +49,8 @@ SAME = 1e-3
 ENOUGH_TO_BEGIN = 8
 """Trainings after which steps begin, however many of the start design are still under way: half of hundreds is more
 than a step needs, and slots wait for it."""
+FULL_SHARE, SELDOM = 2.0, 0.25
+"""Share of steps that take hypergradients for each unit of trust, and the least."""
 VALUES_TO_MEET = 6
 """Values of a hyperparameter that the start design meets all of; of more, some."""
 PLAIN_STEPS = 4
@@ -153,7 +157,7 @@ class Default(Method):
         claimed = {index for step in running for index in step.targets}
         newest = state.region(region.began).done[-1].index
         lacking = [i for i in dict.fromkeys((region.centre, newest)) if state.trainings[i].hypergradient is None]
-        if not self.hypergradients:
+        if not self.hypergradients or not self._due(plain):
             lacking = []
         return replace(
             step,
@@ -176,9 +180,22 @@ class Default(Method):
         return any(t.proposal.region is not None for t in state.done) and not self.open_regions(state, ())
 
     def incumbent(self, state: SearchState) -> Training | None:
-        """The training expected to be best on new data: the lowest F at trained weights, with the penalty on groups."""
-        best = judged(state).best
-        return super().incumbent(state) if best is None else state.trainings[best.index]
+        """The training expected to be best on new data: the lowest F at trained weights, with the penalty on groups.
+
+        One whose F the model expects to be lower takes its place, if by more than the share `settled` of the spread of
+        F: where values are noisy, the lowest F seen is that of the luckiest training (the winner's curse).
+        """
+        seen, expected = judged(state), state.expected
+        if seen.best is None:
+            return super().incumbent(state)
+        best = seen.best.index
+        if best in expected:
+            modelled = (replace(t, upper_loss=expected[t.index]) for t in state.trainings if t.index in expected)
+            upper = {t.index: t.upper_loss for t in judged(replace(state, trainings=tuple(modelled))).done}
+            lowest = min(upper, key=upper.__getitem__)
+            if upper[best] - upper[lowest] > self.settled * seen.spread:
+                best = lowest
+        return state.trainings[best]
 
     def open_regions(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[TrustRegion, ...]:
         """Regions that still promise something: not collapsed, not settled, not beaten by another."""
@@ -194,8 +211,7 @@ class Default(Method):
         if len(region.done) == 1:
             return False
         upper, last = state.sorted_upper, region.done[-1]
-        # The spread of F: its median less its lowest.
-        gain = self.settled * (upper[len(upper) // 2] - upper[0])
+        gain = self.settled * state.spread
         promised, before = last.proposal.predicted_upper_loss, region.best_before
         beaten = len(region.done) > 3 and region.best > upper[0] and (promised is None or promised > upper[0])
         # A promise below 0, a rise, says that the model is wrong, and not that the region is done.
@@ -267,7 +283,9 @@ class Default(Method):
             }
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
-        model_of_upper = fit_upper_model(state.measured_or_failed, pending, centre, self.max_rows, space.unordered)
+        trusted = trust(promises(state))
+        model_of_upper = fit_upper_model(state.measured, pending, centre, self.max_rows, space.unordered, trusted)
+        feasibility = fit_feasibility(state.told, centre)
         shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
         value_function = None
         if state.done:
@@ -285,14 +303,14 @@ class Default(Method):
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
         # The next training.
         penalty = GroupPenalty.of(shrinkage) if shrinkage is not None and shrinkage.applied else None
-        unit = snap(self._propose(step, space, model_of_upper, centre, starts, penalty), space)
+        unit = snap(self._propose(step, space, model_of_upper, feasibility, centre, starts, penalty), space)
         if not is_new(unit, step):
             # The model expects nothing better here than what is trained already: look elsewhere.
             if step.origin == "region":
                 record["settled"] = step.region
             for origin in ("global", "fill"):
                 step = replace(step, origin=origin, region=None)
-                unit = snap(self._propose(step, space, model_of_upper, centre, starts), space)
+                unit = snap(self._propose(step, space, model_of_upper, feasibility, centre, starts), space)
                 if is_new(unit, step):
                     break
         proposal = Proposal(
@@ -302,9 +320,19 @@ class Default(Method):
             model_of_upper.mean(unit),
             None if value_function is None else value_function.mean(unit).item(),
             None if value_function is None else value_function.deviation(unit).item(),
+            gain=model_of_upper.gain(unit),
         )
         return UpperResult(
-            StepRecord(step.number, step.centre, passes, shrinkage=shrinkage, **record),
+            StepRecord(
+                step.number,
+                step.centre,
+                passes,
+                shrinkage=shrinkage,
+                trust=trusted,
+                seen=len(state.told),
+                expected=model_of_upper.lowest(state.done, penalty) if state.done else (),
+                **record,
+            ),
             proposal,
             found,
             unreadable=unreadable,
@@ -346,6 +374,13 @@ class Default(Method):
             return Looked(passes=levels.passes)
         return Looked(space.known(descent.gradient.tolist(), unit), levels.passes, point, descent)
 
+    @staticmethod
+    def _due(state: SearchState) -> bool:
+        """Whether a step takes hypergradients: the less they are trusted, the fewer do."""
+        share = max(SELDOM, min(1.0, FULL_SHARE * state.trust))
+        taken = sum(step.passes > 0 for step in state.steps)
+        return taken <= share * len(state.steps)
+
     def _shrinkage(
         self,
         problem: BilevelProblem,
@@ -374,22 +409,23 @@ class Default(Method):
         step: UpperStep,
         space: Space,
         model: UpperModel,
+        feasibility: Feasibility | None,
         centre: Tensor,
         starts: list[Tensor],
         penalty: GroupPenalty | None = None,
     ) -> Tensor:
         if step.origin == "fill":
             known = [t.unit for t in step.state.trainings] + list(step.pending)
-            return farthest(torch.tensor(known, dtype=torch.double), step.seed)
+            return farthest(torch.tensor(known, dtype=torch.double), step.seed, feasibility)
         cell = space.next_cell([t.unit for t in step.state.trainings])
         discrete = {**space.discrete, **{coordinate: (value,) for coordinate, value in cell.items()}}
         if step.origin == "global":
-            return expected_improvement(model, len(centre), starts, step.seed, discrete, space.at_rest)
+            return expected_improvement(model, len(centre), starts, step.seed, discrete, space.at_rest, feasibility)
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
         low[~space.active(centre)], high[~space.active(centre)] = 0.0, 1.0
         # The deviation is small beside pending points, so that weight on it leads away from them.
         beta = self.beta + 0.25 * step.rank
-        return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, discrete, space.at_rest)
+        return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, discrete, space.at_rest, feasibility)
 
 
 @dataclass(frozen=True)
@@ -437,11 +473,15 @@ def say_too_short(problem: str) -> None:
     )
 
 
-def farthest(known: Tensor, seed: int) -> Tensor:
-    """Of 64 scrambled Sobol points the one farthest from all that are known, shape (d,)."""
+def farthest(known: Tensor, seed: int, feasibility: Feasibility | None = None) -> Tensor:
+    """Of 64 scrambled Sobol points the one farthest from all that are known, shape (d,); where trainings have failed,
+    distances count times the probability of success."""
     points = sobol_points(known.shape[1], 64, seed)
     # Such points become dense in the box, which is what global convergence rests on (method.md, guarantees).
-    return points[torch.cdist(points, known).amin(1).argmax()]
+    distances = torch.cdist(points, known).amin(1)
+    if feasibility is not None:
+        distances = distances * feasibility.log_probability(points).exp()
+    return points[distances.argmax()]
 
 
 def snap(unit: Tensor, space: Space) -> Tensor:

@@ -8,9 +8,14 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Literal
 
+from raybilevel._models.trust import Promise, promises
 from raybilevel.search_state import SearchState, StepRecord, Training, or_zero
 
 Verdict = Literal["converged", "budget exhausted", "surrogate too poor", "validation set overfitted", "no result"]
+ENOUGH_STEPS = 3
+"""Before anything is said of hypergradients."""
+NEWEST = 5
+"""Predictions of F whose median error counts."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,22 @@ class Newest:
 class Diagnostics(Newest):
     """Of the whole search as well.
 
+    expected_upper_loss: F by the model of F at the training with the lowest F seen; above that where values are noisy.
     typical_value_error: the median.
     hypergradient_norm:  at the training whose hypergradient is newest.
-    agreement:           correlation between the changes of F that hypergradients promised to first order and those that
-        were trained, over steps within a trust region; 1 is perfect, None with fewer than three.
+    hypergradient_steps: steps within trust regions that have a hypergradient at both ends.
+    hypergradient_direction: quadrant correlation (Blomqvist 1950) of the changes of F that hypergradients promised on
+        these steps with those that were trained: 1 where F always went the promised way, -1 where it never did.
+    hypergradient_length: the median of trained over promised changes, without their signs: 1 where hypergradients have
+        the right length, 2 where they are half as long as they should be. Both None with fewer than three steps.
     """
 
+    expected_upper_loss: float | None
     typical_value_error: float | None
     hypergradient_norm: float | None
-    agreement: float | None
+    hypergradient_steps: int
+    hypergradient_direction: float | None
+    hypergradient_length: float | None
 
 
 def newest(state: SearchState) -> Newest:
@@ -55,12 +67,28 @@ def newest(state: SearchState) -> Newest:
 def diagnose(state: SearchState) -> Diagnostics:
     errors = [error for training in state.done if (error := value_error(training)) is not None]
     known = next((training for training in reversed(state.done) if training.hypergradient), None)
+    kept = promises(state)
+    enough = len(kept) >= ENOUGH_STEPS
     return Diagnostics(
         **asdict(newest(state)),
+        expected_upper_loss=None if state.best is None else state.expected.get(state.best.index),
         typical_value_error=median(errors) if errors else None,
         hypergradient_norm=math.hypot(*map(or_zero, known.hypergradient)) if known and known.hypergradient else None,
-        agreement=agreement(state),
+        hypergradient_steps=len(kept),
+        hypergradient_direction=direction(kept) if enough else None,
+        hypergradient_length=length(kept) if enough else None,
     )
+
+
+def direction(known: tuple[Promise, ...]) -> float:
+    """1 where F always went the promised way, -1 where it never did."""
+    signs = (promise.promised * promise.seen for promise in known)
+    return sum((sign > 0) - (sign < 0) for sign in signs) / len(known)
+
+
+def length(known: tuple[Promise, ...]) -> float:
+    """The median of trained over promised changes of F, without their signs."""
+    return median(abs(promise.kept) for promise in known)
 
 
 def value_error(training: Training) -> float | None:
@@ -72,73 +100,48 @@ def newest_descent(state: SearchState) -> StepRecord | None:
     return next((step for step in reversed(state.steps) if step.multiplier is not None), None)
 
 
-def agreement(state: SearchState) -> float | None:
-    """Correlation through the origin of promised and trained changes of F, each relative to the step it belongs to."""
-    promised, trained = [], []
-    for start, end in neighbours(state):
-        if not start.hypergradient:
-            continue
-        step = [b - a for a, b in zip(start.unit, end.unit, strict=True)]
-        length = math.hypot(*step)
-        if length > 0:
-            promised.append(sum(or_zero(g) * s for g, s in zip(start.hypergradient, step, strict=True)) / length)
-            trained.append((end.upper_loss - start.upper_loss) / length)
-    if len(promised) < 3:
-        return None
-    # Means are not taken off: promises that all have the wrong sign must not count as right.
-    norms = math.hypot(*promised) * math.hypot(*trained)
-    return sum(a * b for a, b in zip(promised, trained, strict=True)) / norms if norms > 0 else None
-
-
-def neighbours(state: SearchState) -> list[tuple[Training, Training]]:
-    """Each training of a trust region with the best one of that region before it."""
-    pairs: list[tuple[Training, Training]] = []
-    best: dict[int, Training] = {}
-    for training in state.done:
-        region = training.proposal.region
-        if region is None:
-            continue
-        centre = best.get(region, state.trainings[region])
-        if centre.index != training.index and centre.status == "done":
-            pairs.append((centre, training))
-        best[region] = min(centre, training, key=lambda t: t.upper_loss)
-    return pairs
-
-
-def verdict(state: SearchState, converged: bool, test_losses: Mapping[int, float]) -> Verdict:
+def verdict(
+    state: SearchState, converged: bool, test_losses: Mapping[int, float], refit_loss: float | None = None
+) -> Verdict:
     """What to make of the result.
 
     converged:   whether the method had nothing better to propose.
     test_losses: test loss of each training, by index, where there is one.
+    refit_loss:  test loss of a refit at the result's hyperparameters, if there is one.
     """
-    best = state.best
-    if best is None:
+    if state.best is None:
         return "no result"
-    if overfitted(state, test_losses):
+    if overfitted(state, test_losses, refit_loss):
         return "validation set overfitted"
+    if converged:
+        return "converged"
+    return "surrogate too poor" if misled(state) else "budget exhausted"
+
+
+def misled(state: SearchState) -> bool:
+    """Whether the model of F predicts the next points of trust regions no better than any trained point would: points
+    of the whole box are far from the data, and are trained because little is known there."""
     missed = [
         abs(t.proposal.predicted_upper_loss - t.upper_loss)
         for t in state.done
-        if t.proposal.predicted_upper_loss is not None
+        if t.proposal.region is not None and t.proposal.predicted_upper_loss is not None
     ]
-    spread = median([abs(t.upper_loss - best.upper_loss) for t in state.done])
-    if len(missed) >= 5 and spread > 0 and median(missed[-5:]) > spread:
-        return "surrogate too poor"
-    return "converged" if converged else "budget exhausted"
+    return len(missed) >= NEWEST and 0 < state.spread < median(missed[-NEWEST:])
 
 
-def overfitted(state: SearchState, test_losses: Mapping[int, float]) -> bool:
-    """F fell while the test loss rose: the incumbent's test loss is worse than that of an earlier incumbent, by more
-    than a hundredth of itself and more than half of what F has gained since then."""
+def overfitted(state: SearchState, test_losses: Mapping[int, float], refit_loss: float | None = None) -> bool:
+    """F fell while the test loss rose: that of the incumbent, or of its refit, which has seen more data, is worse than
+    that of an earlier incumbent, by more than a hundredth of itself and more than half of what F has gained since."""
     incumbents: list[Training] = []
     for training in state.done:
         if training.index in test_losses and (not incumbents or training.upper_loss < incumbents[-1].upper_loss):
             incumbents.append(training)
-    if len(incumbents) < 2:
+    if not incumbents:
         return False
-    last = incumbents[-1]
-    for earlier in incumbents[:-1]:
-        risen = test_losses[last.index] - test_losses[earlier.index]
-        if risen > max(0.01 * abs(test_losses[last.index]), 0.5 * (earlier.upper_loss - last.upper_loss)):
-            return True
-    return False
+    *before, last = incumbents
+    reached = [test_losses[last.index]] + ([] if refit_loss is None else [refit_loss])
+    return any(
+        loss - test_losses[earlier.index] > max(0.01 * abs(loss), 0.5 * (earlier.upper_loss - last.upper_loss))
+        for earlier in before
+        for loss in reached
+    )

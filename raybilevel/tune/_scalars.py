@@ -20,7 +20,8 @@ SHARE_OF_TIME = 0.05
 
 class SearchScalars(Callback):  # type: ignore[misc]
     """Adds `search/...` to each result of each trial: best_upper_loss, cost, trainings, upper_steps, multiplier,
-    violation, value_error, hypergradient_norm, agreement; those that are known by then.
+    violation, value_error, expected_upper_loss, hypergradient_norm, hypergradient_steps, hypergradient_direction,
+    hypergradient_length; those that are known by then.
 
         search = BilevelSearch(problem)
         tune.RunConfig(callbacks=[SearchScalars(search)])
@@ -66,6 +67,9 @@ def scalars(state: SearchState) -> dict[str, float]:
         "violation": found.violation,
         "value_error": found.value_error,
         "hypergradient_norm": found.hypergradient_norm,
-        "agreement": found.agreement,
+        "expected_upper_loss": found.expected_upper_loss,
+        "hypergradient_steps": float(found.hypergradient_steps),
+        "hypergradient_direction": found.hypergradient_direction,
+        "hypergradient_length": found.hypergradient_length,
     }
     return {name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}

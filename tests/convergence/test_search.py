@@ -69,3 +69,18 @@ def test_a_parabola(seed: int):
     best = search.state.best
     assert best is not None and len(search.state.trainings) <= 40
     assert best.unit[0] == pytest.approx(0.3, abs=0.01)  # so F is within 1e-4
+
+
+@pytest.mark.slow
+def test_most_trainings_succeed_beside_a_region_that_fails():
+    # y*(x) = x, F = |x - 0.2|^2, and trainings fail where the mean of x is below 0.35: the optimum lies on that border
+    def lower(x: Tensor, y: Tensor) -> Tensor:
+        return (y - x).square().sum() / 2 + (0.0 if x.mean() >= 0.35 else torch.nan)
+
+    problem = Formula(5, 5, lower, lambda y: (y - 0.2).square().sum(), sgd, epochs=80)
+    search = BilevelOptimizer(problem.space, Default(), seed=1)
+    local.search(problem, search, cost=20)
+    best = search.state.best
+    failed = sum(t.status == "failed" for t in search.state.told)
+    assert failed <= 0.4 * len(search.state.told)
+    assert best is not None and best.upper_loss < 5 * 0.15**2 + 0.01

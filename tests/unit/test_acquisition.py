@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,41 @@ def test_many_observations_leave_room_for_hypergradients_and_for_the_best():
 def test_without_hypergradients_all_rows_are_values():
     model = fit_upper_model(trained(sobol_points(2, 60, 1), gradients=False), (), vector(0.9, 0.9), 50)
     assert len(model.process.model.train_inputs[0]) == 50
+
+
+@pytest.mark.parametrize(("sign", "kept"), [(1, True), (-1, False)])
+def test_hypergradients_that_contradict_values_are_left_out(sign: int, kept: bool):
+    d = 3
+    trainings = [
+        replace(t, hypergradient=tuple(sign * g for g in t.hypergradient or ()))
+        for t in trained(sobol_points(d, 10, 1))
+    ]
+    model = fit_upper_model(trainings, (), torch.full((d,), 0.5), 500)
+    assert len(model.process.model.train_inputs[0]) == (10 * (1 + d) if kept else 10)
+
+
+def test_hypergradients_are_multiplied_by_the_trust_in_them():
+    near = torch.full((2,), 0.5)
+    whole, half = (fit_upper_model(trained(sobol_points(2, 4, 1)), (), near, 500, trust=trust) for trust in (1.0, 0.5))
+    assert (half.process.model.train_targets[4:] * 2).tolist() == pytest.approx(
+        whole.process.model.train_targets[4:].tolist()
+    )
+    assert (
+        len(fit_upper_model(trained(sobol_points(2, 4, 1)), (), near, 500, trust=0.0).process.model.train_targets) == 4
+    )
+
+
+def test_the_lowest_means_and_the_lowest_value():
+    trainings = trained(sobol_points(2, 20, 1), gradients=False)
+    lucky = max(range(20), key=lambda i: trainings[i].upper_loss)
+    trainings[lucky] = replace(trainings[lucky], upper_loss=0.99)
+    model = fit_upper_model(trainings, (), torch.full((2,), 0.5), 500)
+    found = dict(model.lowest(trainings))
+    assert lucky in found and len(found) in (8, 9)
+    means = {i: model.mean(torch.tensor(t.unit)) for i, t in enumerate(trainings)}
+    assert set(sorted(means, key=means.__getitem__)[:8]) <= set(found)
+    assert [found[i] for i in found] == pytest.approx([means[i] for i in found], abs=1e-5)  # as of the condition
+    assert 0 < model.gain(torch.tensor(trainings[lucky].unit)) < 1
 
 
 def test_a_pending_point_is_believed_at_its_mean():

@@ -32,6 +32,13 @@ def test_what_was_found_helped_and_is_sure() -> None:
 
 
 @pytest.mark.parametrize(
+    ("by_model", "words"), [(None, "0.4 at"), (0.40001, "0.4 at"), (0.43, "0.4 (by the model 0.43) at")]
+)
+def test_f_by_the_model_is_given_where_it_differs(by_model: float | None, words: str) -> None:
+    assert f"F (validation loss) {words} training 4" in conclude(summary(best={"expected_upper_loss": by_model})).found
+
+
+@pytest.mark.parametrize(
     ("best", "words"),
     [
         ({"test_loss": 0.7}, "not on new data; test loss 0.7, which was 0.6"),

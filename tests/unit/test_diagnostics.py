@@ -8,7 +8,7 @@ import pytest
 
 from raybilevel._records.summary import summary_of
 from raybilevel.methods import make_method
-from raybilevel.search._diagnostics import agreement, diagnose, verdict
+from raybilevel.search._diagnostics import diagnose, verdict
 from raybilevel.search._new_data import new_data
 from raybilevel.search_state import Proposal, SearchState, Shrinkage, StepRecord, Training
 from raybilevel.space import Parameter, Space
@@ -39,12 +39,20 @@ def test_costs_charge_steps_where_they_ended() -> None:
 
 
 def test_exact_hypergradients_agree_with_trained_differences() -> None:
-    found = agreement(descent())
-    assert found is not None
-    assert found > 0.98  # not 1: the differences are finite
-    wrong = tuple(replace(t, hypergradient=(-2 * t.unit[0],)) for t in descent().trainings)
-    assert agreement(SearchState(wrong)) == pytest.approx(-found)
-    assert agreement(SearchState(wrong[:3])) is None
+    found = diagnose(descent())
+    assert found.hypergradient_steps == 4
+    assert (found.hypergradient_direction, found.hypergradient_length) == (1.0, pytest.approx(1.0))
+    short = tuple(replace(t, hypergradient=(-0.5 * t.unit[0],)) for t in descent().trainings)
+    wrong = diagnose(SearchState(short))
+    assert (wrong.hypergradient_direction, wrong.hypergradient_length) == (-1.0, pytest.approx(4.0))
+    few = diagnose(SearchState(short[:3]))
+    assert (few.hypergradient_steps, few.hypergradient_direction, few.hypergradient_length) == (2, None, None)
+
+
+def test_one_overshoot_does_not_decide() -> None:
+    found = diagnose(descent().change(4, upper_loss=17.0))
+    assert found.hypergradient_direction == 0.5  # three of four
+    assert found.hypergradient_length == pytest.approx(1.0)
 
 
 def test_the_newest_descent_and_prediction_are_shown() -> None:
@@ -65,8 +73,41 @@ def test_verdicts() -> None:
     assert verdict(state, True, falling) == "converged"
     assert verdict(state, False, falling) == "budget exhausted"
     assert verdict(state, True, rising) == "validation set overfitted"
-    blind = tuple(replace(t, proposal=replace(t.proposal, predicted_upper_loss=9.0)) for t in state.trainings)
-    assert verdict(SearchState(blind), False, {}) == "surrogate too poor"
+    assert verdict(SearchState(missed(state, "region")), False, {}) == "surrogate too poor"
+    assert verdict(SearchState(missed(state, "region")), True, {}) == "converged"
+    assert verdict(SearchState(missed(state, "global")), False, {}) == "budget exhausted"
+
+
+def missed(state: SearchState, origin: str) -> tuple[Training, ...]:
+    """With five more trainings that were predicted badly."""
+    region = 0 if origin == "region" else None
+    far = (training(i, 0.5, 0.25, proposal=Proposal((0.5,), origin, region, 9.0)) for i in range(5, 10))
+    return (*state.trainings, *far)
+
+
+def test_a_refit_worse_than_an_earlier_incumbent_shows_overfitting() -> None:
+    state = descent()
+    falling = {i: t.upper_loss for i, t in enumerate(state.trainings)}
+    assert verdict(state, True, falling, refit_loss=0.01) == "converged"
+    assert verdict(state, True, falling, refit_loss=2.0) == "validation set overfitted"
+
+
+def test_the_incumbent_is_not_the_luckiest_where_values_are_noisy() -> None:
+    noisy = StepRecord(4, 0, 0.0, seen=4, expected=((2, 0.24), (3, 0.3)))
+    state = replace(descent(), steps=(noisy,)).change(3, upper_loss=0.05)
+    # The last one has ended since: the model predicted 0.5 and believes a tenth of what it sees.
+    proposal = replace(state.trainings[4].proposal, predicted_upper_loss=0.5, gain=0.1)
+    state = state.change(4, proposal=proposal)
+    assert state.expected == {2: 0.24, 3: 0.3, 4: pytest.approx(0.5 + 0.1 * (0.01 - 0.5))}
+    method = make_method("default")
+    best = method.incumbent(state)
+    assert best is not None and best.index == 2
+    assert state.best is not None and state.best.index == 4
+    assert diagnose(state).expected_upper_loss == state.expected[4]
+    sure = replace(state, steps=(replace(noisy, expected=((2, 0.25), (3, 0.09)), seen=4),))
+    sure = sure.change(4, proposal=replace(proposal, gain=1.0))
+    best = method.incumbent(sure)
+    assert best is not None and best.index == 4
 
 
 def test_the_summary_is_json_with_failures_in_its_history() -> None:
@@ -79,10 +120,12 @@ def test_the_summary_is_json_with_failures_in_its_history() -> None:
     again = json.loads(json.dumps(summary, allow_nan=False))
     assert again["best"] == {
         "training": 5, "hyperparameters": {"a": 1.0}, "lower_loss": pytest.approx(0.02),
-        "upper_loss": pytest.approx(0.01), "test_loss": 0.5, "test_loss_refit": 0.25, "checkpoint": "/there",
+        "upper_loss": pytest.approx(0.01), "expected_upper_loss": None,
+        "test_loss": 0.5, "test_loss_refit": 0.25, "checkpoint": "/there",
     }  # fmt: skip
     assert again["lowest"] == {
-        key: again["best"][key] for key in ("training", "hyperparameters", "upper_loss", "test_loss", "checkpoint")
+        key: again["best"][key]
+        for key in ("training", "hyperparameters", "upper_loss", "expected_upper_loss", "test_loss", "checkpoint")
     }
     assert again["start"]["training"] == again["history"][0]["training"] == 1
     assert again["start"]["upper_loss"] == again["history"][0]["upper_loss"]

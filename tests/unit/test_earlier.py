@@ -30,9 +30,7 @@ def experiment(folder: Path, *trials: tuple[str, Any, dict[str, Any]]) -> Path:
 
 def known(search: BilevelSearch) -> list[tuple[float, float]]:
     """The points of the model of F, and F there."""
-    return [
-        (round(search.config_of(t)["x"]["a"], 9), t.upper_loss) for t in search.state.measured_or_failed
-    ]  # fmt: skip
+    return [(round(search.config_of(t)["x"]["a"], 9), t.upper_loss) for t in search.state.measured]
 
 
 def test_trials_of_any_searcher_that_ended_well_are_points_of_the_model_of_f(tmp_path: Path) -> None:

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from raybilevel._models.gaussian_process import DerivativeRBFKernel, FittedGP, derivative_rows, fit, spaced, value_rows
+from raybilevel._models.gaussian_process import (
+    DerivativeRBFKernel,
+    FittedGP,
+    derivative_rows,
+    fit,
+    relative,
+    spaced,
+    value_rows,
+)
 from raybilevel.space import sobol_points
 from tests.problems_for_tests import vector
 
@@ -116,6 +124,8 @@ def dense_posterior(
     size = model.covar_module.outputscale.item()
     rows = torch.cat([value_rows(x), *(derivative_rows(x[i]) for i in gradients)])
     noise = model.likelihood.noise_covar(rows).diagonal(dim1=-1, dim2=-2).detach()
+    weights = [1.0] * len(x) + [w for w in relative(gradients).values() for _ in range(x.shape[1])]
+    noise = noise / vector(*weights).square()  # rows that are divided by a weight have its square of the noise
     observed: list[tuple[Tensor, int | None]] = [(p, None) for p in x]
     targets = [(value - gp.shift) / gp.scale - model.mean_constant for value in y]
     for i, gradient in gradients.items():
@@ -314,3 +324,16 @@ def test_a_choice_is_learned_from_values() -> None:
     for choice in (0.0, 0.5, 1.0):
         p = vector(0.37, choice)
         assert model.mean(p).item() == pytest.approx(f(p[None]).item(), abs=0.1)
+
+
+def test_errors_of_gradients_are_relative():
+    gradients = {0: vector(3.0, 4.0), 1: vector(0.0, 0.0), 2: vector(30.0, math.nan)}
+    found = relative(gradients)
+    assert found == {0: pytest.approx(2**-0.5), 1: 1.0, 2: pytest.approx(37**-0.5)}
+    x = vector(0.1, 0.2, 0.5, 0.6, 0.9, 0.7).reshape(3, 2)
+    model = fit(x, vector(1.0, 2.0, 4.0), gradients).model
+    (rows,), targets = model.train_inputs, model.train_targets
+    assert rows[3:, 3:].amax(1).tolist() == pytest.approx([2**-0.5] * 2 + [1.0] * 2 + [37**-0.5])
+    assert (targets[3:] / rows[3:, 3:].amax(1) * vector(1.0, 2.0, 4.0).std()).tolist() == pytest.approx(
+        [3, 4, 0, 0, 30]
+    )

@@ -94,6 +94,19 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]):
         make_method("default", **settings)
 
 
+# Whether a step takes hypergradients.
+
+
+@pytest.mark.parametrize(("trust", "taken", "due"), [
+    (1.0, 8, True), (0.5, 8, True), (0.2, 3, True), (0.2, 4, False), (0.0, 2, True), (0.0, 3, False),
+])  # fmt: skip
+def test_the_less_hypergradients_are_trusted_the_fewer_are_taken(trust: float, taken: int, due: bool):
+    steps = tuple(StepRecord(i, 0, 1.0 if i < taken else 0.0, trust=trust) for i in range(8))
+    step = plan(replace(state(*THREE), steps=steps))
+    assert step is not None and step.origin == "region"
+    assert bool(step.targets) == due
+
+
 # The start design.
 
 

@@ -94,12 +94,12 @@ def test_the_summary_ends_a_run(folder: Path) -> None:
     best = {"training": 4, "test_loss_refit": 0.25}
     summary = {"best": best, "trainings": 4, "in_words": ["Found: F"],
                "wall_seconds": 60.0, "verdict": "converged", "versions": {"ray": "2"},
-               "diagnostics": {"multiplier": 1.5, "agreement": None}}  # fmt: skip
+               "diagnostics": {"multiplier": 1.5, "hypergradient_length": None}}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
     record = read_run(folder)
     assert (record.status, record.seconds, record.verdict) == ("done", 60.0, "converged")
     assert record.refits == {3: {"test_loss": 0.25}}
-    assert record.diagnostics == {"multiplier": 1.5, "agreement": None}
+    assert record.diagnostics == {"multiplier": 1.5, "hypergradient_length": None}
     assert record.in_words == ("Found: F",)
     (folder / "summary.json").write_text(json.dumps({**summary, "trainings": 3}))  # of before it was extended
     assert read_run(folder).status == "running"

@@ -91,14 +91,3 @@ def test_states_are_values():
     assert before == before and indices(before.pending) == [0] and len(before.trainings) == 1
     assert after.trainings[0].upper_loss == 1.0 and after.trainings[1].index == 1
     assert after.trainings[1].unit == (0.7,) and math.isnan(after.trainings[1].upper_loss)
-
-
-def test_failed_trainings_have_the_highest_f_in_what_a_model_learns_from():
-    state = SearchState()
-    assert state.measured_or_failed == ()
-    for index, unit in enumerate((0.1, 0.5, 0.9)):
-        state = state.add(Proposal((unit,), "start"))
-        state = state.change(index, status="failed", finished=index)
-    assert state.measured_or_failed == ()
-    state = state.change(0, status="done", upper_loss=1.0).change(1, status="stopped", upper_loss=3.0)
-    assert [(t.unit, t.upper_loss) for t in state.measured_or_failed] == [((0.1,), 1.0), ((0.5,), 3.0), ((0.9,), 3.0)]
