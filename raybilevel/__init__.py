@@ -6,9 +6,9 @@ from raybilevel._lazy import lazy_names
 from raybilevel._version import __version__
 
 if TYPE_CHECKING:
-    from raybilevel.folds import CrossValidated
     from raybilevel._lower.training import refit
     from raybilevel._records.experiment import summarise
+    from raybilevel.folds import CrossValidated
     from raybilevel.problem import BilevelProblem, LargeUpperLevel
     from raybilevel.tune import (
         BilevelSearch,
