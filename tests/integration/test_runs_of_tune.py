@@ -39,15 +39,17 @@ class Slow(Parabola):
         return torch.optim.SGD(model.parameters(), lr=0.5)
 
 
-class FailsAtFour(tune.Callback):  # type: ignore[misc]
-    """Ends the run when a search, which no pickle of this keeps, has four trainings."""
+class UntilFour(tune.Stopper):  # type: ignore[misc]
+    """Ends a run when a search, which no pickle of this keeps, has four trainings."""
 
     search: BilevelSearch | None = None
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
         search = type(self).search
-        if search is not None and len(search.state.done) >= 4:
-            raise RuntimeError("the driver fails")
+        return search is not None and len(search.state.done) >= 4
 
 
 def tuner(search: BilevelSearch, folder: Path, samples: int, **options: Any) -> tune.Tuner:
@@ -88,11 +90,7 @@ def test_tune_s_metric_reaches_a_search_to_which_it_gives_no_space(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_run_that_is_restored_with_its_space_keeps_its_size_and_its_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tune tells of a single sample then. And a run that ends before its last sample cancels its steps."""
-    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
+def test_a_run_that_a_stopper_ends_cancels_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled: list[int] = []
 
     def cancel(self: BilevelSearch, timeout: float = 0.0) -> None:
@@ -101,19 +99,12 @@ def test_a_run_that_is_restored_with_its_space_keeps_its_size_and_its_steps(
 
     upstream = BilevelSearch.cancel_steps
     monkeypatch.setattr(BilevelSearch, "cancel_steps", cancel)
-    first = BilevelSearch(Parabola(), max_concurrent=1)
-    monkeypatch.setattr(FailsAtFour, "search", first)
-    with pytest.raises(RuntimeError, match="the driver fails"):
-        tuner(first, tmp_path, 9, param_space=SPACE, run_config={"callbacks": [FailsAtFour()]}).fit()
-    monkeypatch.setattr(FailsAtFour, "search", None)
-    before = len(first.state.told)
-    assert 4 <= before < 9
-    assert cancelled == [before] and first.steps_under_way == 0
-    cancelled.clear()
-    restored = tune.Tuner.restore(str(tmp_path / "run"), lower_level_trainable(Parabola()), param_space=SPACE)
-    results = restored.fit()
-    assert len(results) == 9 and not results.errors
-    assert min(cancelled) == 9
+    search = BilevelSearch(Parabola(), max_concurrent=1)
+    monkeypatch.setattr(UntilFour, "search", search)
+    tuner(search, tmp_path, 9, param_space=SPACE, run_config={"stop": UntilFour()}).fit()
+    told = len(search.state.told)
+    assert 4 <= told < 9
+    assert cancelled == [told] and search.steps_under_way == 0
 
 
 @pytest.mark.slow

@@ -237,11 +237,7 @@ def test_a_loss_that_draws_is_its_mean_over_draws_that_are_the_same_everywhere(b
     difference = (levels.value("lower", x + step, y) - levels.value("lower", x - step, y)) / 2e-6
     assert levels.lower(x, y).in_x[0].item() == pytest.approx(difference, rel=1e-6)
     model = problem.model().double()
-    given = {
-        "decay": {
-            name: torch.as_tensor(value, dtype=torch.double) for name, value in problem.config(X)["decay"].items()
-        }
-    }
+    given = {"decay": {name: vector(value)[0] for name, value in problem.config(X)["decay"].items()}}
     by_hand = []
     with torch.no_grad():
         model.get_parameter("weight").copy_(y)
