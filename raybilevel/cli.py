@@ -210,8 +210,8 @@ def problems(
 ) -> None:
     """List problems and their options."""
     from raybilevel._command.output import print_json
+    from raybilevel._own_problem import classes_in
     from raybilevel.problems import PROBLEMS, option_names
-    from raybilevel.problems._own import classes_in
 
     kinds = PROBLEMS if where is None else {f"{where}:{name}": kind for name, kind in classes_in(where).items()}
     if not kinds:

@@ -94,7 +94,7 @@ class Means(BilevelProblem):
     """Validation examples z_i ~ N(truth, 1) in every coordinate, and y*(x) = x. So F is their mean negative
     log-likelihood but for a constant, |x - mean z|^2 / 2 + const, and the best x on new data is the truth."""
 
-    epochs = 1
+    epochs = 12  # long enough for hypergradients to pay
     dtype = torch.double
     upper_likelihood = "log_likelihood"
 

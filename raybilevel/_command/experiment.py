@@ -22,11 +22,11 @@ from raybilevel._command.resources import check_room, with_room_for_steps
 from raybilevel._command.trials import configuration, searcher_of, train_all, trial_results
 from raybilevel._config.experiment import ExperimentConfig
 from raybilevel._config.plan import Plan, resolve, this_machine
+from raybilevel._own_problem import file_of, is_own
 from raybilevel._records.names import SUMMARY_FILE, TUNE_FOLDER
 from raybilevel._records.summary import as_text, summary_of
 from raybilevel.errors import RaybilevelError
 from raybilevel.problem import BilevelProblem
-from raybilevel.problems._own import file_of, is_own
 from raybilevel.search_state import Training
 from raybilevel.tune._searcher import BilevelSearch
 from raybilevel.tune._snapshot import prepare_resume

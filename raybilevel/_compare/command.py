@@ -18,11 +18,11 @@ from rich.text import Text
 
 from raybilevel._compare.config import CompareConfig, Run, read_comparison
 from raybilevel._config.plan import Plan
+from raybilevel._own_problem import is_own
 from raybilevel._records import store as records
 from raybilevel._records.names import CONFIG_FILE, RECORDS_FOLDER
 from raybilevel._records.record import Record
 from raybilevel.errors import ConfigError, DataError
-from raybilevel.problems._own import is_own
 
 if TYPE_CHECKING:
     from raybilevel.report._tables import Table

@@ -15,11 +15,11 @@ from raybilevel._config.files import Checked, apply_override, read_mapping, vali
 from raybilevel._config.plan import Plan, resolve
 from raybilevel._config.resources import ResourcesConfig
 from raybilevel._config.space import write_space
+from raybilevel._own_problem import located
 from raybilevel._records.record import Settings, Unit
 from raybilevel._records.store import path_of
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.problems import make_problem
-from raybilevel.problems._own import located
 
 
 class Budget(Checked):

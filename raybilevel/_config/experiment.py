@@ -13,8 +13,8 @@ from pydantic import Field, field_validator
 from raybilevel._config.files import Checked, apply_override, read_mapping, validated
 from raybilevel._config.resources import ResourcesConfig
 from raybilevel._config.space import read_space
+from raybilevel._own_problem import file_of, located
 from raybilevel.errors import ConfigError
-from raybilevel.problems._own import file_of, located
 from raybilevel.space import Parameter, Space, flatten
 
 

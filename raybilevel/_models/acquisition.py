@@ -287,7 +287,11 @@ def ascended(
     starts: Sequence[Tensor],
     fixed: Mapping[int, float] | None = None,
 ) -> Tensor:
-    """The best of L-BFGS-B from each start, shape (d,); `fixed` coordinates keep their values."""
+    """The best of L-BFGS-B from each start, shape (d,); `fixed` coordinates keep their values, in the box or not."""
+    fixed, low, high = dict(fixed or {}), low.clone(), high.clone()
+    for coordinate, value in fixed.items():
+        # One at rest may lie outside of the box, where BoTorch refuses a start.
+        low[coordinate], high[coordinate] = low[coordinate].clamp_max(value), high[coordinate].clamp_min(value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BotorchWarning)
         # BoTorch warns so where L-BFGS-B did not succeed.
@@ -297,8 +301,9 @@ def ascended(
             bounds=torch.stack([low, high]),
             q=1,
             num_restarts=len(starts),
-            batch_initial_conditions=torch.stack(list(starts)).unsqueeze(1),
-            fixed_features=dict(fixed) if fixed else None,
+            # At another setting a coordinate may begin where it was at rest, outside of the box.
+            batch_initial_conditions=torch.stack(list(starts)).clamp(low, high).unsqueeze(1),
+            fixed_features=fixed or None,
             options={"maxiter": 60},
         )
     point: Tensor = found[0].detach().clamp(low, high)

@@ -24,7 +24,7 @@ from raybilevel.space import Space
 if TYPE_CHECKING:
     from raybilevel.search._state_file import SavedSearch
 
-TUNE_STATE, SEARCH_STATE = "experiment_state-*.json", "searcher-state-*.pkl"
+SEARCH_STATE = "searcher-state-*.pkl"
 
 
 def summarise(results: Any, method: Method | None = None, test_loss_refit: float | None = None) -> dict[str, Any]:
@@ -51,10 +51,6 @@ def summarise(results: Any, method: Method | None = None, test_loss_refit: float
         saved = read_search(folder)
         about = {"problem": folder.name, "method": saved.method, "seed": saved.seed}
         return summary_of_saved(saved, trial_results(folder), about, method or method_of(saved), test_loss_refit)
-
-
-def is_experiment(folder: Path) -> bool:
-    return any(folder.glob(TUNE_STATE))
 
 
 def read_experiment(folder: Path) -> Record:

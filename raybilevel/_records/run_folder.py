@@ -12,10 +12,10 @@ import torch
 
 from raybilevel._config.experiment import ExperimentConfig, read_config
 from raybilevel._metrics import EPOCH, FINISHED, GPUS, STEP, problem_metrics
+from raybilevel._own_problem import file_of
 from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE, TUNE_FOLDER
 from raybilevel._records.record import Observation, Record, Settings, TrialLog, box
 from raybilevel.errors import DataError, StateError
-from raybilevel.problems._own import file_of
 from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Space
 

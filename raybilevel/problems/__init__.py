@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from raybilevel._own_problem import is_own, problem_class
 from raybilevel.errors import ConfigError, ProblemError, RaybilevelError
 from raybilevel.problem import BilevelProblem
-from raybilevel.problems._own import is_own, problem_class
 from raybilevel.problems.architecture import Architecture
 from raybilevel.problems.banded_ridge import BandedRidge
 from raybilevel.problems.cifar import CifarLenet

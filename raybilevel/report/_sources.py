@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raybilevel._records import store as records
-from raybilevel._records.experiment import TUNE_STATE, is_experiment, read_experiment
-from raybilevel._records.names import RECORDS_FOLDER, TUNE_FOLDER
+from raybilevel._records.names import RECORDS_FOLDER, TUNE_FOLDER, TUNE_STATE
 from raybilevel._records.record import Record
 from raybilevel._records.run_folder import is_run, read_run
 from raybilevel.errors import DataError, RaybilevelError
@@ -50,7 +49,9 @@ def read_folder(folder: Path) -> Source:
         return Source("comparison", folder, found, wrong)
     if is_run(folder):
         return Source("run", folder, [read_run(folder)], [])
-    if is_experiment(folder):
+    if any(folder.glob(TUNE_STATE)):
+        from raybilevel._records.experiment import read_experiment  # imports botorch, which takes seconds
+
         return Source("run", folder, [read_experiment(folder)], [])
     raise DataError(
         f"{folder}: neither the folder of a comparison ({RECORDS_FOLDER}/) nor of a run ({TUNE_FOLDER}/) nor of a Tune "

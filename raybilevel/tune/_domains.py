@@ -54,7 +54,10 @@ def part_of(space: Space, path: Path, chosen: Mapping[int, int]) -> Any:
         if not p.switch and is_here(p)
     }
     found |= {f.path: f.value for f in space.fixed if is_here(f)}
-    flat = {entry_path[len(path) :]: value for entry_path, value in {**entries, **found}.items()}
+    found |= entries
+    # In the order of the space, which is that of the coordinates when this is read again.
+    in_order: tuple[Parameter | Fixed, ...] = (*space.parameters, *space.fixed)
+    flat = {e.path[len(path) :]: found[e.path] for e in in_order if e.path in found}
     return flat[()] if () in flat else nest_lists(flat)
 
 

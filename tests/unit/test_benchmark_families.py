@@ -82,8 +82,9 @@ def test_architectures_are_compared_at_equal_cost(tmp_path: Path) -> None:
     architecture.main(arguments)
     (row,) = json.loads((tmp_path / "architecture.json").read_text())["rows"]
     ours, drawn = row["learned"], row["random"]
-    # the epoch before the step; its unrolled gradient step, two products, f as reported, and F at 30 / 40
-    assert ours["cost_gradients"] == pytest.approx(1 + (1 + 1 + 2 + 1 + 30 / 40) / 2)
+    # the epoch before the step; the product that is compared with differences at six lengths, as many as are tried in
+    # float32; the unrolled gradient step, two products, f as reported, and F at 30 / 40
+    assert ours["cost_gradients"] == pytest.approx(1 + (2 + 1 + 6 + 1 + 1 + 2 + 1 + 30 / 40) / 2)
     # 3x3 from 1 to 2 channels on 64 pixels, and the edge's operations: kernels of 10, or 2 on average, on 80 pixels
     ratio = (9 * 2 * 64 + 10 * 4 * 80) / (9 * 2 * 64 + 2 * 4 * 80)
     assert ours["cost_operations"] == pytest.approx(1 + ratio * (ours["cost_gradients"] - 1))

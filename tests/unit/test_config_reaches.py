@@ -25,7 +25,7 @@ SPACE = Space((Parameter(("decay",), 1e-4, 1.0, log=True),))
 class Shaped(BilevelProblem):
     """Width, activation, learning rate and batch size come from the config."""
 
-    epochs = 3
+    epochs = 24  # long enough for hypergradients to pay
     dtype = torch.double
 
     def __init__(self) -> None:

@@ -95,7 +95,8 @@ def test_hypergradients_are_those_of_the_smooth_hyperparameters() -> None:
         gradient = training.hypergradient
         assert gradient is not None
         expected = [in_a, in_b, math.nan, in_decay, math.nan, math.nan]
-        assert list(gradient) == pytest.approx(expected, rel=0.02, abs=2e-3, nan_ok=True)
+        # 1 / (h + 1 / time) stands for 1 / h, with a curvature h of at least 2 and a time of 30 steps of 0.3
+        assert list(gradient) == pytest.approx(expected, rel=0.06, abs=5e-3, nan_ok=True)
 
 
 def test_without_any_gradient_the_search_goes_by_values() -> None:

@@ -156,7 +156,7 @@ def test_results_of_unknown_trials_are_ignored():
 def test_a_training_from_elsewhere_informs_the_search():
     search = optimizer()
     search.add("old", {"decay": {"a": 1.0}, "b": 0.25}, Observation(0.1, complete=False))
-    assert search.state.trainings[0].proposal.origin == "unknown"
+    assert search.state.trainings[0].proposal.origin == "evaluated"
     assert status(search, 0) == "stopped"
     before = search.state
     search.add("old", {"decay": {"a": 1.0}, "b": 0.25}, GOOD)

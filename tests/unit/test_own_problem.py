@@ -15,10 +15,10 @@ from raybilevel._command.new import write_template
 from raybilevel._compare.config import read_comparison
 from raybilevel._config.experiment import read_config, resume_differences
 from raybilevel._config.plan import resolve
+from raybilevel._own_problem import problem_class
 from raybilevel.cli import about_problem
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.problems import make_problem
-from raybilevel.problems._own import problem_class
 from raybilevel.problems.ridge import Ridge
 
 SMALL = """
