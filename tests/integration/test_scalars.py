@@ -19,8 +19,12 @@ from tests.tiny_problems import Parabola
 KNOWN = {"best_upper_loss", "cost", "trainings", "upper_steps", "multiplier", "value_error"}
 
 
+class Longer(Parabola):
+    epochs = 12  # long enough for hypergradients to pay
+
+
 def run(folder: Path, *callbacks: tune.Callback) -> BilevelSearch:
-    problem = Parabola()
+    problem = Longer()
     search = BilevelSearch(problem, max_concurrent=1)
     tune.run(
         lower_level_trainable(problem), config={"x": {"a": tune.loguniform(1e-4, 1e2)}}, search_alg=search,
