@@ -189,8 +189,13 @@ def check(
     from raybilevel._command.output import print_json
     from raybilevel._config.experiment import read_config
     from raybilevel._config.plan import resolve, this_machine
+    from raybilevel._own_problem import is_own
 
     plan = resolve(read_config(config, settings or ()), as_text(data), this_machine() if address is None else None)
+    if is_own(plan.config.problem):  # those that ship can be sent
+        from raybilevel._cluster.pickling import check_can_be_sent
+
+        check_can_be_sent(plan.problem)
     if as_json:
         print_json({"config": str(config), "upper_level": plan.upper_level, **plan.config.model_dump(mode="json")})
         return

@@ -16,7 +16,7 @@ from raybilevel._compare.config import read_comparison
 from raybilevel._config.experiment import read_config, resume_differences
 from raybilevel._config.plan import resolve
 from raybilevel._own_problem import problem_class
-from raybilevel.cli import about_problem
+from raybilevel.cli import about_problem, check
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.problems import make_problem
 from raybilevel.problems.ridge import Ridge
@@ -64,6 +64,17 @@ def test_a_path_is_relative_to_the_config(folder: Path, monkeypatch: pytest.Monk
     assert type(plan.problem).__name__ == "Mine"
     assert plan.problem.scale == 3.0  # type: ignore[attr-defined]
     assert plan.config.problem == f"{folder.resolve()}/problems/mine.py:Mine"
+
+
+def test_a_check_names_what_cannot_be_sent(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = folder / "config.yaml"
+    check(config)
+    assert "all right" in capsys.readouterr().out
+    mine = folder / "problems" / "mine.py"
+    mine.write_text(mine.read_text().replace("0 / scale", "0 / scale; self.lock = __import__('threading').Lock()"))
+    del sys.modules[problem_class(read_config(config).problem).__module__]
+    with pytest.raises(ProblemError, match=r"Mine\.lock: a lock cannot be pickled"):
+        check(config)
 
 
 def test_a_run_goes_on_where_its_files_lie_in_another_folder(folder: Path, tmp_path: Path) -> None:
