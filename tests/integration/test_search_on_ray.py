@@ -256,6 +256,8 @@ def test_steps_under_way_at_the_end_of_a_run_end_with_their_processes(tmp_path: 
     class Endless(Parabola):
         """Upper-level steps never end; the last of the first three trainings waits until one has begun."""
 
+        epochs = 12  # long enough for hypergradients to pay
+
         def __init__(self, step: Path) -> None:
             super().__init__()
             self.step = step
@@ -539,8 +541,6 @@ def test_points_to_evaluate_come_first(tmp_path: Path) -> None:
     [
         ({"x": {"a": tune.choice([1])}}, "x/a.*choice"),
         ({"x": {"a": tune.randint(1, 2)}}, "x/a.*below"),
-        ({"x": {"a": tune.grid_search([1.0, 2.0])}}, "x/a.*grid_search"),
-        ({"x": {"a": tune.sample_from(lambda _: 1.0)}}, "x/a.*sample_from"),
         ({"x": {"a": tune.uniform(2.0, 1.0)}}, "x/a.*below"),
         ({"x": {"a": 1.0}}, "no hyperparameter"),
     ],
