@@ -6,7 +6,7 @@ import bisect
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Self
@@ -292,6 +292,7 @@ class Default(Method):
             # `done` alone: a training that was stopped early says nothing of v.
             value_function = fit_value_function(state.done, centre, True, self.max_rows, space.unordered)
         starts = [centre]
+        # A second start, by a descent in (x, y) jointly, where v_hat is known well enough.
         if point is not None and descent is not None and value_function is not None and self.joint_share > 0:
             radius = trusted_radius(value_function, centre, descent, step.radius)
             if radius > 0.1 * step.radius:
@@ -301,42 +302,25 @@ class Default(Method):
                 passes += point.levels.passes - before
                 starts.append(joint.x)
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
-        # The next training.
         penalty = GroupPenalty.of(shrinkage) if shrinkage is not None and shrinkage.applied else None
-        unit = snap(self._propose(step, space, model_of_upper, feasibility, centre, starts, penalty), space)
-        if not is_new(unit, step):
-            # The model expects nothing better here than what is trained already: look elsewhere.
-            if step.origin == "region":
-                record["settled"] = step.region
-            for origin in ("global", "fill"):
-                step = replace(step, origin=origin, region=None)
-                unit = snap(self._propose(step, space, model_of_upper, feasibility, centre, starts), space)
-                if is_new(unit, step):
-                    break
+
+        def propose(step: UpperStep, penalty: GroupPenalty | None) -> Tensor:
+            return snap(self._propose(step, space, model_of_upper, feasibility, centre, starts, penalty), space)
+
+        asked, (step, unit) = step, new_point(step, propose, penalty)
+        if asked.origin == "region" and step is not asked:
+            record["settled"] = asked.region
         proposal = Proposal(
-            tuple(unit.tolist()),
-            step.origin,
-            step.region,
-            model_of_upper.mean(unit),
+            tuple(unit.tolist()), step.origin, step.region, model_of_upper.mean(unit),
             None if value_function is None else value_function.mean(unit).item(),
             None if value_function is None else value_function.deviation(unit).item(),
             gain=model_of_upper.gain(unit),
-        )
-        return UpperResult(
-            StepRecord(
-                step.number,
-                step.centre,
-                passes,
-                shrinkage=shrinkage,
-                trust=trusted,
-                seen=len(state.told),
-                expected=model_of_upper.lowest(state.done, penalty) if state.done else (),
-                **record,
-            ),
-            proposal,
-            found,
-            unreadable=unreadable,
-        )
+        )  # fmt: skip
+        taken = StepRecord(
+            step.number, step.centre, passes, shrinkage=shrinkage, trust=trusted, seen=len(state.told),
+            expected=model_of_upper.lowest(state.done, penalty) if state.done else (), **record,
+        )  # fmt: skip
+        return UpperResult(taken, proposal, found, unreadable=unreadable)
 
     def _look_at(
         self,
@@ -487,6 +471,20 @@ def farthest(known: Tensor, seed: int, feasibility: Feasibility | None = None) -
 def snap(unit: Tensor, space: Space) -> Tensor:
     """The point that is trained: steps of quantised hyperparameters applied."""
     return space.rounded(unit)
+
+
+def new_point(
+    step: UpperStep, propose: Callable[[UpperStep, GroupPenalty | None], Tensor], penalty: GroupPenalty | None
+) -> tuple[UpperStep, Tensor]:
+    """The step and its point. If the model expects nothing better than what is trained already, it is a step elsewhere:
+    by the model of the whole box, or else to where nothing is known."""
+    unit = propose(step, penalty)
+    for origin in ("global", "fill"):
+        if is_new(unit, step):
+            break
+        step = replace(step, origin=origin, region=None)
+        unit = propose(step, None)
+    return step, unit
 
 
 def is_new(unit: Tensor, step: UpperStep) -> bool:

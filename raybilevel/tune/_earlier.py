@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import pyarrow as pa
 import pyarrow.fs
 from ray.tune.utils.util import flatten_dict
 
 from raybilevel._cluster.storage import locate
-from raybilevel._metrics import FINISHED
+from raybilevel._metrics import FINISHED, UPPER_LOSS
 from raybilevel.errors import ConfigError, DataError, SpaceError, StateError
+from raybilevel.problem import BilevelProblem
 from raybilevel.search import BilevelOptimizer, Observation
 from raybilevel.space import check_points, flatten, nest
 from raybilevel.tune._points import unflatten
@@ -148,3 +150,62 @@ def in_space(config: Mapping[str, Any], optimizer: BilevelOptimizer) -> dict[str
     """The hyperparameters that are searched, of a whole configuration with constants."""
     known = {parameter.path for parameter in optimizer.space.parameters}
     return nest({path: value for path, value in flatten(config).items() if path in known})
+
+
+class BeginsFromEarlier:
+    """A search that may begin with the trials of earlier work."""
+
+    _optimizer: BilevelOptimizer | None
+    _earlier: Sequence[Evaluated] = ()
+
+    @property
+    @abstractmethod
+    def _objective(self) -> Objective: ...
+
+    @classmethod
+    def from_experiment(
+        cls, folder: str | Path, problem: BilevelProblem, reported_as: str | None = None, **options: Any
+    ) -> Self:
+        """A search that knows the trials of an earlier Tune experiment, of whatever searcher.
+
+        Those that ended well are points of the model of F, by their values alone. A trial that a scheduler stopped
+        counts with the value that it had. Trials outside of the space are left out.
+
+            search = BilevelSearch.from_experiment(results.experiment_path, problem, reported_as="val_loss")
+
+        folder:      of the experiment, or its URI.
+        reported_as: what that experiment called the metric of this search; by default the same.
+        options:     arguments of `BilevelSearch`.
+
+        Raises:
+            DataError: it is no folder of an experiment.
+            ConfigError: no trial reported the metric.
+            SpaceError: when the space becomes known, and no trial lies in it.
+        """
+        return cls._knowing(of_experiment(folder, reported_as or options.get("metric") or UPPER_LOSS), problem, options)
+
+    @classmethod
+    def from_study(cls, study: Study, problem: BilevelProblem, **options: Any) -> Self:
+        """A search that knows the complete trials of an Optuna study, by their values; see `from_experiment`.
+
+        study:   an `optuna.Study` whose parameters have the names of the space, nested ones joined by slashes
+            ("weight_decay/fc1").
+        options: arguments of `BilevelSearch`.
+
+        Raises:
+            ConfigError: the study has several objectives, or another direction than this search.
+            SpaceError: when the space becomes known, and no trial lies in it.
+        """
+        return cls._knowing(of_study(study, options.get("mode") or "min"), problem, options)
+
+    @classmethod
+    def _knowing(cls, points: Sequence[Evaluated], problem: BilevelProblem, options: dict[str, Any]) -> Self:
+        search = cls(problem, **options)  # type: ignore[call-arg]
+        search._earlier = points
+        search._take_earlier()
+        return search
+
+    def _take_earlier(self) -> None:
+        """Once the space is known, and not before."""
+        if self._optimizer is not None:
+            take(self._optimizer, self._earlier, self._objective)

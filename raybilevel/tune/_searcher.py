@@ -13,7 +13,6 @@ import pyarrow.fs
 import ray
 from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
-from ray.tune.search.variant_generator import parse_spec_vars
 
 from raybilevel._cluster.identity import identity_of
 from raybilevel._cluster.pickling import check_can_be_sent
@@ -24,7 +23,6 @@ from raybilevel._define_by_run import SpaceFunction
 from raybilevel._lower.checkpoint import without_numpy
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel._tune_changes.placeholders import filled, table_of_tune_run, take_over
-from raybilevel._tune_changes.run import TuneRun, tune_run
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.methods import Method, make_method
 from raybilevel.problem import BilevelProblem
@@ -33,22 +31,22 @@ from raybilevel.search import _state_file as state_file
 from raybilevel.search._calls import HyperparameterNotGivenError
 from raybilevel.space import check_points, flatten, nest
 from raybilevel.tune._checkpoints import Checkpoints
-from raybilevel.tune._earlier import Evaluated, Study, evaluated, of_experiment, of_study, take
+from raybilevel.tune._earlier import BeginsFromEarlier, evaluated
 from raybilevel.tune._points import reported_config, trained_in_the_space, unflatten
 from raybilevel.tune._results import MetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
+from raybilevel.tune._runs import FollowsRuns
 from raybilevel.tune._saved_space import pack, unpack
-from raybilevel.tune._session import Session, job_of_ray
+from raybilevel.tune._session import Session
 from raybilevel.tune._setup import other_objective, set_up, warn_of_another_problem, warn_of_stops
 from raybilevel.tune._slots import Slots
 from raybilevel.tune._snapshot import TrialRecord
 from raybilevel.tune._steps import StepRunner
-from raybilevel.tune._view import SearchView
 
 logger = logging.getLogger(__name__)
 
 
-class BilevelSearch(SearchView, ResumableSearcher):
+class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
     """Bilevel hyperparameter search for `tune.run` and `tune.Tuner`, with `lower_level_trainable(problem)`.
 
         tune.Tuner(
@@ -124,7 +122,6 @@ class BilevelSearch(SearchView, ResumableSearcher):
         self.constants: Mapping[str, Any] = {}
         self._not_given: HyperparameterNotGivenError | None = None
         self._early: list[tuple[Mapping[str, Any], float, bool]] = []
-        self._earlier: Sequence[Evaluated] = ()
         if evaluated_rewards is not None:
             self._early = evaluated(self._points, evaluated_rewards)
             self._points = []
@@ -136,50 +133,6 @@ class BilevelSearch(SearchView, ResumableSearcher):
                 self._set_up(space)
             except HyperparameterNotGivenError as error:  # Tune's `param_space` may have it, as a constant
                 self._not_given = error
-
-    @classmethod
-    def from_experiment(
-        cls, folder: str | Path, problem: BilevelProblem, reported_as: str | None = None, **options: Any
-    ) -> BilevelSearch:
-        """A search that knows the trials of an earlier Tune experiment, of whatever searcher.
-
-        Those that ended well are points of the model of F, by their values alone. A trial that a scheduler stopped
-        counts with the value that it had. Trials outside of the space are left out.
-
-            search = BilevelSearch.from_experiment(results.experiment_path, problem, reported_as="val_loss")
-
-        folder:      of the experiment, or its URI.
-        reported_as: what that experiment called the metric of this search; by default the same.
-        options:     arguments of `BilevelSearch`.
-
-        Raises:
-            DataError: it is no folder of an experiment.
-            ConfigError: no trial reported the metric.
-            SpaceError: when the space becomes known, and no trial lies in it.
-        """
-        return cls._knowing(of_experiment(folder, reported_as or options.get("metric") or UPPER_LOSS), problem, options)
-
-    @classmethod
-    def from_study(cls, study: Study, problem: BilevelProblem, **options: Any) -> BilevelSearch:
-        """A search that knows the complete trials of an Optuna study, by their values; see `from_experiment`.
-
-        study:   an `optuna.Study` whose parameters have the names of the space, nested ones joined by slashes
-            ("weight_decay/fc1").
-        options: arguments of `BilevelSearch`.
-
-        Raises:
-            ConfigError: the study has several objectives, or another direction than this search.
-            SpaceError: when the space becomes known, and no trial lies in it.
-        """
-        return cls._knowing(of_study(study, options.get("mode") or "min"), problem, options)
-
-    @classmethod
-    def _knowing(cls, points: Sequence[Evaluated], problem: BilevelProblem, options: dict[str, Any]) -> BilevelSearch:
-        search = cls(problem, **options)
-        search._earlier = points
-        if search._optimizer is not None:  # else when the space becomes known
-            take(search._optimizer, points, search._objective)
-        return search
 
     def _begin_session(self) -> None:
         """What belongs to one run on one Ray."""
@@ -362,30 +315,6 @@ class BilevelSearch(SearchView, ResumableSearcher):
 
     # How it works.
 
-    @property
-    def _objective(self) -> Objective:
-        return Objective(self._metric or UPPER_LOSS, self._mode or "min")
-
-    def _take(self, metric: str | None, mode: str | None, param_space: Mapping[str, Any]) -> None:
-        """Tune's metric, mode and constants, where the space was known before them.
-
-        Raises:
-            ConfigError: the search has another metric or mode, given to it or from an earlier run.
-        """
-        if self._optimizer is None and self._not_given is None:
-            return
-        here = self._objective
-        asked = Objective(metric or here.metric, mode or here.mode)
-        _, domains, grids = parse_spec_vars(param_space)
-        constants = {} if domains or grids else param_space  # Tune refuses a second space by itself
-        if asked != here and (self._space is None or self._objective_given or self.state.trainings):
-            raise ConfigError(other_objective(asked, here))
-        if self._space is None or self.state.trainings:
-            return
-        if asked != here or constants or self._not_given is not None:
-            self._metric, self._mode = asked.metric, asked.mode
-            self._set_up(self._space, constants)
-
     def _set_up(
         self, param_space: Mapping[str, Any] | SpaceFunction, constants: Mapping[str, Any] | None = None
     ) -> None:
@@ -403,56 +332,16 @@ class BilevelSearch(SearchView, ResumableSearcher):
         for parameters, value, error in self._early:
             self.add_evaluated_point(parameters, value, error)
         self._early = []
-        take(self._optimizer, self._earlier, self._objective)
+        self._take_earlier()
 
     def _shared_by_steps(self) -> SharedBySteps:
         method = self.method.upper_steps
         assert method is not None  # it has planned a step
         return SharedBySteps(Shared(self.problem), self.space, dict(self.constants), method, self._filesystem)
 
-    def _follow_run(self) -> TuneRun | None:
-        """The run of Tune that is asking. Tune says nothing of another one where it has no space to tell."""
-        run, job = tune_run(), job_of_ray()  # the run changes Tune until its end
-        session = self._session
-        another = session.job not in (None, job) or (run is not None and session.run not in (None, run))
-        if another and self._optimizer is not None:
-            self._begin_run()
-        self._session.job = job
-        if run is not None and self._session.run is None:
-            self._session.run = run
-            self._take(run.metric, run.mode, {})
-            self._samples = run.samples
-            self._slots.begin_run(run.samples)
-            run.at_end(lambda: self._end_run(run))
-        return run
-
-    def _end_run(self, run: TuneRun) -> None:
-        if self._session.run is run and ray.is_initialized():
-            self.cancel_steps()
-
     def _compare_problems(self, result: Mapping[str, Any]) -> None:
         if not self._session.warned_of_another_problem:
             self._session.warned_of_another_problem = warn_of_another_problem(self.problem, self._identity, result)
-
-    @property
-    def _is_complete(self) -> bool:
-        """Whether all trials of the run have ended."""
-        run = self._session.run
-        if run is not None:
-            return run.asks_no_more and not self.state.pending
-        return self._samples is not None and len(self._completed) >= self._samples
-
-    def _begin_run(self) -> None:
-        """Go on with what is known from an earlier run; nothing of that is under way any more."""
-        # Steps of another Ray went with it.
-        if self._session.job == job_of_ray():
-            self.cancel_steps()
-        # Those of the run before, or this one's first trials would be taken for its last, and steps be cancelled.
-        self._completed.clear()
-        self._begin_session()
-        optimizer = self._ready()
-        optimizer.running.clear()
-        optimizer.forget(optimizer.pending_trials)
 
     def _tell(self, trial_id: str, result: Mapping[str, Any] | None) -> None:
         """A trial's last result; None where it failed."""
