@@ -20,6 +20,7 @@ settings.load_profile("raybilevel")
 WITHOUT_RAY = ("unit", "property", "contract", "convergence")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start Ray run one after the other, beside the others, which are distributed by module."""
     for item in items:

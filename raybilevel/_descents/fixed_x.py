@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,8 @@ FEW_PRODUCTS = 3
 FINISHED_TOLERANCE = 0.02
 MOST_SHARE = 0.35
 """Of a training's gradient evaluations, for a hypergradient that needs more than usual."""
+WORTH_A_TRAINING = 10
+"""Derivatives for which the first few products may cost as much as a training."""
 FLAT = 1e-4
 """Curvatures below this share of the largest are those of directions along which f is flat."""
 STAYED = 3.0
@@ -39,18 +40,19 @@ class Budget:
     most: int
 
     @classmethod
-    def of(cls, levels: Levels, training: float, share: float, time: Tensor | None) -> Budget:
+    def of(cls, levels: Levels, training: float, share: float, time: Tensor | None, derivatives: int = 1) -> Budget:
         """Within a share of the passes of a training. The first few products after one to a minimum may take as much as
-        it did: they are exact enough to be worth several trainings.
+        it did: they are exact enough to be worth several trainings. So may those of many derivatives.
 
         The others are df/dy and dF/dy at the trained weights, the second length of the first difference, and the two
-        gradients of the product with d2f/dxdy.
+        gradients of the product with d2f/dxdy. Each is a pass for every draw of a loss that draws.
         """
-        others = 4 + levels.count("upper") / levels.count("lower")
-        usual, most, all_of_it = (math.floor(s * training - others) for s in (share, max(share, MOST_SHARE), 1.0))
-        if time is not None and bool(time.isinf().any()):
-            most = max(most, min(FEW_PRODUCTS, all_of_it))
-        return cls(usual, most)
+        draws = levels.draws("lower")
+        others = 4 * draws + levels.draws("upper") * levels.count("upper") / levels.count("lower")
+        to_a_minimum = time is not None and bool(time.isinf().any())
+        few = 1.0 if to_a_minimum else min(1.0, derivatives / WORTH_A_TRAINING)
+        usual, most, enough = ((s * training - others) // draws for s in (share, max(share, MOST_SHARE), few))
+        return cls(int(usual), int(max(most, min(FEW_PRODUCTS, enough))))
 
     @property
     def unfinished(self) -> int:
@@ -91,6 +93,10 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
     if not upper.in_y.any():  # F does not depend on y
         return LagrangianPoint(Hypergradient(upper.in_x, upper.value), 0.0, 0.0, 0.0, point.still)
     found = response(point, budget)
+    if not found.vector.any():  # f is flat along all that F follows
+        return LagrangianPoint(
+            Hypergradient(upper.in_x, upper.value, products=found.products), 0.0, 0.0, 0.0, point.still
+        )
     gradient = upper.in_x - point.products.mixed(found.vector)
     fall = inner(upper.in_y, found.vector)  # of F, linearised, along y_m - y_i = -q / m, times m
     multiplier = fall / (decrease * (abs(upper.value) or 1.0))
@@ -103,6 +109,8 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
             residual=found.residual,
         )
     )
+    if not fall > 0:  # no multiplier lowers F to first order
+        return LagrangianPoint(hypergradient, 0.0, 0.0, 0.0, point.still)
     return LagrangianPoint(hypergradient, multiplier, decrease, fall / (2 * multiplier**2), -found.vector / multiplier)
 
 
@@ -126,6 +134,8 @@ def response(point: TrainedPoint, budget: Budget) -> Filtered:
             products.hessian, force, lambda h: at_a_minimum(h, products.noise), FINISHED_TOLERANCE, budget.most
         )
     root = point.time.sqrt()
+    if not (root * force).any():  # no optimizer moves the weights that F depends on
+        return Filtered(torch.zeros_like(force), 0.0, 0, torch.zeros(0, dtype=torch.double))
     found = filtered(
         lambda v: root * products.hessian(root * v),
         root * force,
@@ -142,7 +152,7 @@ def at_a_minimum(h: Tensor, noise: float = 0.0) -> Tensor:
 
     Where one is negative, say -c, this is no minimum: a training that went on for several 1 / c would have left.
     """
-    largest, lowest = h.abs().max(), h.min()
-    if lowest < -FLAT * largest:
+    lowest, flat = h.min(), max(FLAT, noise) * h.abs().max()
+    if lowest < -flat:
         return 1 / (h.abs() - lowest / STAYED)
-    return h / (h.square() + (max(FLAT, noise) * largest).square()).clamp_min(torch.finfo(h.dtype).tiny)
+    return h / (h.square() + flat.square()).clamp_min(torch.finfo(h.dtype).tiny)

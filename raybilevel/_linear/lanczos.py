@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from raybilevel.errors import NotFiniteError
 
 Operator = Callable[[Tensor], Tensor]
 Filter = Callable[[Tensor], Tensor]
@@ -51,6 +54,8 @@ def filtered(operator: Operator, right: Tensor, phi: Filter, tolerance: float, l
         image = image - vectors.T @ found
         image = image - vectors.T @ (vectors @ image)
         beta = image.norm().item()
+        if not math.isfinite(beta):
+            raise NotFiniteError("a product with the second derivatives of the lower-level loss is NaN or infinite")
         values, q = torch.linalg.eigh(tridiagonal(diagonal, beside))
         coefficients = q @ (phi(values) * q[0])
         residual = beta * abs(coefficients[-1].item())

@@ -118,8 +118,12 @@ class Levels(BothLevels):
             self.ledger.whole = count
         return count * len(means)
 
+    def draws(self, level: Level) -> int:
+        """How many draws of its random numbers the level is the mean of; 1 until it was evaluated."""
+        return self._draws.get(level, 1)
+
     def is_single(self, level: Level) -> bool:
-        return level in self._held and self._draws.get(level, 1) == 1
+        return level in self._held and self.draws(level) == 1
 
     def mapped(self, x: Tensor, y: Tensor) -> Tensor:
         problem = self.problem

@@ -43,7 +43,9 @@ class TrainedTime:
             for parameter, rate in rates(self.optimizer, group).items():
                 if parameter in self.names:
                     name = self.names[parameter]
-                    self.time[name] = self.time[name] + self._steps[number] * rate
+                    # Infinite even after steps of rate 0, or 0 * infinity would be no time at all.
+                    gone = torch.where(rate.isinf(), rate, self._steps[number] * rate)
+                    self.time[name] = self.time[name] + gone
             self._steps[number] = 0.0
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -85,15 +85,16 @@ class UpperModel:
     def lowest(
         self, trainings: Sequence[Training], penalty: GroupPenalty | None = None
     ) -> tuple[tuple[int, float], ...]:
-        """Index and expected F of the trainings at which that is lowest, with a penalty if there is one, and of the one
-        with the lowest F seen."""
+        """Index and expected F of the trainings at which that is lowest, with a penalty if there is one, and of those
+        with the lowest F seen, with and without it."""
         x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
         with torch.no_grad():
             z = self.process.shift + self.process.scale * self.process.model.posterior(x.unsqueeze(1)).mean.flatten()
         means = z.exp() + self.warp.low - self.warp.spread
         merit = means if penalty is None else penalty.in_units_of_upper(means, x)
-        seen = min(range(len(trainings)), key=lambda i: trainings[i].upper_loss)
-        chosen = sorted({seen, *merit.argsort(stable=True)[:MOST_LOWEST].tolist()})
+        upper = torch.tensor([t.upper_loss for t in trainings], dtype=torch.double)
+        seen = int((upper if penalty is None else penalty.in_units_of_upper(upper, x)).argmin())
+        chosen = sorted({int(upper.argmin()), seen, *merit.argsort(stable=True)[:MOST_LOWEST].tolist()})
         return tuple((trainings[i].index, means[i].item()) for i in chosen)
 
 
@@ -114,7 +115,8 @@ def fit_upper_model(
     # Of all trainings, before rows are thinned: `low` is the lowest F of all.
     steepest = max((abs(or_zero(g)) for t in trainings for g in t.hypergradient or ()), default=0.0)
     warp = Warp.of(torch.tensor([t.upper_loss for t in trainings], dtype=torch.double), steepest)
-    trainings = thinned(trainings, near, max_rows // 2 if any(t.hypergradient for t in trainings) else max_rows)
+    with_gradients = trust >= LEAST_TRUST and any(t.hypergradient for t in trainings)
+    trainings = thinned(trainings, near, max_rows // 2 if with_gradients else max_rows)
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
     upper = torch.tensor([t.upper_loss for t in trainings], dtype=torch.double)
     slope = warp.slope(upper)
@@ -205,7 +207,9 @@ class FeasibleDecrease(AcquisitionFunction):  # type: ignore[misc]
 
     def forward(self, X: Tensor) -> Tensor:
         gained: Tensor = self.acquisition(X) - self.at_centre
-        return self.feasibility.log_probability(X.squeeze(-2)).exp() * gained
+        p = self.feasibility.log_probability(X.squeeze(-2)).exp()
+        # Where all lose, as in a cell of a grid without the centre, a likely failure must not look better.
+        return torch.where(gained > 0, p * gained, (2 - p) * gained)
 
 
 class FeasibleImprovement(LogExpectedImprovement):  # type: ignore[misc]

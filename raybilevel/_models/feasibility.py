@@ -74,7 +74,9 @@ def fit_feasibility(ended: Sequence[Training], near: Tensor) -> Feasibility | No
     points = torch.tensor([t.unit for t in ended], dtype=torch.double)
     succeeded = torch.tensor([t.status != "failed" for t in ended])
     half = math.sqrt(points.shape[1]) / 2
-    fits = (classified(points, succeeded, a, b * half) for a, b in itertools.product(DEVIATIONS, LENGTHS))
+    # A single failure does not tell where trainings fail: with a larger deviation it fences off most of the box.
+    deviations = DEVIATIONS[:1] if (~succeeded).sum() < 2 else DEVIATIONS
+    fits = (classified(points, succeeded, a, b * half) for a, b in itertools.product(deviations, LENGTHS))
     return max(fits, key=lambda found: found.evidence)
 
 

@@ -205,6 +205,13 @@ class FittedGP:
     shift: float
     scale: float
 
+    @property
+    def has_derivatives(self) -> bool:
+        """Whether it has observed any derivative."""
+        (rows,) = self.model.train_inputs
+        d = (rows.shape[-1] - 1) // 2
+        return not bool(rows[:, d].all())
+
     def mean(self, x: Tensor) -> Tensor:
         """Posterior mean at x, shape (d,) -> (), differentiable."""
         mean: Tensor = self.model.posterior(x.unsqueeze(0)).mean

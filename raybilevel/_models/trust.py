@@ -12,6 +12,8 @@ from raybilevel.search_state import SearchState, Training
 
 TOO_SHORT = 10.0
 """Trained over promised changes from which on hypergradients say nothing."""
+SMALLEST = 1e-3
+"""Changes of F below this share of the largest are left out: near the end of a search they are noise."""
 AT_FIRST = 2
 """Steps that are taken to have kept their promises before any is known to have."""
 
@@ -37,6 +39,11 @@ class Promise:
             promised += (g + h) / 2 * (b - a) if b != a else 0.0
         seen = end.upper_loss - start.upper_loss
         return None if math.isnan(promised) or promised == seen == 0 else cls(promised, seen)
+
+    @property
+    def size(self) -> float:
+        """Of the change, promised or trained."""
+        return max(abs(self.promised), abs(self.seen))
 
     @property
     def kept(self) -> float:
@@ -69,5 +76,6 @@ def trust(known: tuple[Promise, ...]) -> float:
     It is the regression of seen on promised changes in the L1 norm of relative errors, which one overshoot does not
     decide. Hypergradients that are far too short say that F is flat where it is not, and are not trusted at all.
     """
-    kept = median([1.0] * AT_FIRST + [promise.kept for promise in known])
+    largest = max((promise.size for promise in known), default=0.0)
+    kept = median([1.0] * AT_FIRST + [promise.kept for promise in known if promise.size >= SMALLEST * largest])
     return 0.0 if kept > TOO_SHORT else min(1.0, max(0.0, kept))

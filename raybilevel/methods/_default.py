@@ -345,13 +345,18 @@ class Default(Method):
         model.load_state_dict(checkpoint["model"])
         levels = Levels(problem, model, variables, config)
         time = per_weight(checkpoint.get("time"), model)
-        budget = Budget.of(levels, state.passes_per_training, self.upper_share, time)
-        if budget.most < 1:
+        slopes = sum(space.smooth)
+        if Budget.of(levels, state.passes_per_training, self.upper_share, time, slopes).most < 1:
             say_too_short(type(problem).__name__)
             return Looked()
         try:
             with full_precision():
                 point = TrainedPoint(levels, unit, time)
+                # Once more: how many draws a loss takes is known when it was evaluated.
+                budget = Budget.of(levels, state.passes_per_training, self.upper_share, time, slopes)
+                if budget.most < 1:
+                    say_too_short(type(problem).__name__)
+                    return Looked(passes=levels.passes)
                 descent = lagrangian_point(point, self.decrease, budget)
         except (NotFiniteError, NoisyError) as error:
             logger.warning("no hypergradient at training %d: %s", index, error)
@@ -374,7 +379,8 @@ class Default(Method):
         model: UpperModel,
     ) -> Shrinkage | None:
         """How far hyperparameters of a kind may differ; None while too little is known, or if F is no likelihood."""
-        if len(state.steps) < PLAIN_STEPS or not self.hypergradients or not state.done:
+        # Values alone say too little of the bends of F, by which the evidence is told.
+        if len(state.steps) < PLAIN_STEPS or not model.process.has_derivatives or not state.done:
             return None
         groups = space.groups()
         incumbent = self.incumbent(state)
