@@ -80,6 +80,7 @@ class CrossValidated(BilevelProblem):
     ) -> None:
         if isinstance(folds, int) and not 2 <= folds <= examples:
             raise ConfigError(f"folds must be from 2 to the number of examples, {examples}, got {folds}")
+        # Of the inputs splitters read only how many rows there are.
         splits = list(check_cv(folds).split(np.zeros((examples, 1)), targets, groups))
         if len(splits) < 2:
             raise ConfigError(f"folds must be at least two splits into (train, held out), got {len(splits)}")
@@ -136,6 +137,7 @@ class CrossValidated(BilevelProblem):
             training.run()
             trained.append(training.levels.model.state_dict())
             fold_of(model, fold).load_state_dict(trained[-1])
+            # A pass over this problem's lower level is one over that of each fold.
             passes, losses = passes + training.passes / len(problems), [*losses, training.upper()]
             saved = {"folds": trained, "passes": passes, "losses": losses}
             report({UPPER_LOSS: statistics.fmean(losses), PASSES: passes}, checkpoint=saved)
@@ -150,6 +152,7 @@ class CrossValidated(BilevelProblem):
 
     def _placed(self) -> list[BilevelProblem]:
         """The folds' problems on this one's device, which may have been set since."""
+        # Shallow, so that no data are copied.
         placed = [copy.copy(problem) for problem in self.problems]
         for problem in placed:
             problem.device = self.device

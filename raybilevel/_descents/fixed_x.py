@@ -93,6 +93,7 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
     found = response(point, budget)
     gradient = upper.in_x - point.products.mixed(found.vector)
     fall = inner(upper.in_y, found.vector)  # of F, linearised, along y_m - y_i = -q / m, times m
+    # F falls by fall / m in all. Choose m so that this is `decrease` |F|.
     multiplier = fall / (decrease * (abs(upper.value) or 1.0))
     hypergradient = checked(
         Hypergradient(
@@ -103,6 +104,7 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
             residual=found.residual,
         )
     )
+    # slack: f rises by <q, H q> / (2 m^2), and H q = dF/dy.
     return LagrangianPoint(hypergradient, multiplier, decrease, fall / (2 * multiplier**2), -found.vector / multiplier)
 
 
@@ -144,5 +146,7 @@ def at_a_minimum(h: Tensor, noise: float = 0.0) -> Tensor:
     """
     largest, lowest = h.abs().max(), h.min()
     if lowest < -FLAT * largest:
+        # As of a finite time s = STAYED / c, with phi(h) = 1 / (|h| + 1 / s).
         return 1 / (h.abs() - lowest / STAYED)
+    # Near 1 / h above what is flat, and near 0 well below it. Where all h are 0, tiny keeps it from 0 / 0.
     return h / (h.square() + (max(FLAT, noise) * largest).square()).clamp_min(torch.finfo(h.dtype).tiny)

@@ -34,6 +34,7 @@ class Promise:
             return None
         promised = 0.0
         for a, b, g, h in zip(start.unit, end.unit, start.hypergradient, end.hypergradient, strict=True):
+            # An unknown derivative is NaN, and so would be its product with a step of 0.
             promised += (g + h) / 2 * (b - a) if b != a else 0.0
         seen = end.upper_loss - start.upper_loss
         return None if math.isnan(promised) or promised == seen == 0 else cls(promised, seen)

@@ -302,6 +302,7 @@ class Default(Method):
                 passes += point.levels.passes - before
                 starts.append(joint.x)
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
+        # The next training, and what is noted of the step.
         penalty = GroupPenalty.of(shrinkage) if shrinkage is not None and shrinkage.applied else None
 
         def propose(step: UpperStep, penalty: GroupPenalty | None) -> Tensor:

@@ -163,14 +163,16 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
         probes = {level: at.probe(level) for level in data}
         at_start = {level: probes[level].check(model, look.first) for level, look in data.items()}
         given = at.given(at.entries(0))
-        # As for every F and f that the search sees.
+        # As for every F and f that the search sees. In train mode dropout would differ from call to call.
         model.eval()
+        # A loop of one's own need not use the problem's optimizer and hooks.
         if another_loop:
             check_evaluate(problem, model, given)
         else:
             # In this order: an optimizer that the problem keeps would be that of the earlier model.
             optimizers = [optimizer_of_a_training(problem, one, plain) for one in (earlier, model)]
             warn_of_scheduler(problem, optimizers[1])
+            # Steps of a training, and what they must not change.
             before = {key: tensor.clone() for key, tensor in shared.items()}
             with calling(problem, "schedule(optimizer)"):
                 schedule_of_a_training(problem, optimizers[1], plain)

@@ -32,6 +32,7 @@ class GroupPenalty(BaseEstimator):  # type: ignore[misc]
         backend: Literal["local", "ray"] = "local",
         trials: int = 25,
     ) -> None:
+        # As given: scikit-learn's `clone` refuses an estimator that changes its arguments, so `fit` checks them.
         self.groups = groups
         self.cv = cv
         self.generalise = generalise
@@ -48,6 +49,7 @@ class GroupPenalty(BaseEstimator):  # type: ignore[misc]
         if self.backend == "ray":
             from raybilevel.sklearn._on_ray import choose_on_ray  # Ray takes seconds to import
 
+            # The numbers of the classes. Of two there is one column of targets, and the first class has the logit 0.
             of_torch = targets if kind is RidgeFolds else all_logits(2 * targets - 1).argmax(1)
             found = choose_on_ray(inputs, of_torch, penalties, splits, self.generalise, self.trials)
             self.penalties_, self.cv_loss_, self.n_supported_ = found.penalties, found.upper, found.supported
