@@ -117,6 +117,7 @@ class PlainView:
             line = f"[{self.counted}/{self.shown.trainings}] training {state.number(training)}  {outcome}  best {best}"
             if self.shown.verbose:
                 line += f"  {training.proposal.origin}"
+                # Of several trainings that ended since, the newest numbers belong to the last.
                 line += details(newest(state)) if self.counted == len(told) else ""
             if self.done < self.counted:
                 line += f"  failed or stopped {self.counted - self.done}"

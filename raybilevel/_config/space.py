@@ -79,6 +79,7 @@ def is_domain(name: str, entry: Any) -> bool:
         return False
     known = [key for key in entry if key in KNOWN]
     only = next(iter(entry)) if len(entry) == 1 else None
+    # One key with a list of constants can only be meant as a domain: a list is no constant.
     if isinstance(only, str) and isinstance(entry[only], list) and (known or not has_domains(entry[only])):
         if not known:
             raise SpaceError(

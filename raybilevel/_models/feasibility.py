@@ -74,6 +74,7 @@ def fit_feasibility(ended: Sequence[Training], near: Tensor) -> Feasibility | No
     ended = thinned(ended, near, MAX_POINTS)
     points = torch.tensor([t.unit for t in ended], dtype=torch.double)
     succeeded = torch.tensor([t.status != "failed" for t in ended])
+    # Half of the diagonal of the cube.
     half = math.sqrt(points.shape[1]) / 2
     fits = (classified(points, succeeded, a, b * half) for a, b in itertools.product(DEVIATIONS, LENGTHS))
     return max(fits, key=lambda found: found.evidence)

@@ -41,6 +41,7 @@ def conclude(summary: Mapping[str, Any]) -> Conclusion:
     luck = "" if by_model in (None, seen) else f" (by the model {by_model})"
     found = f"{name_of(summary)} {seen}{luck} at training {best['training']}, {words}"
     if (expected := summary["new_data"]) is not None:
+        # `capitalize` would write an F within the words as f.
         sure += f". {expected['in_words'][:1].upper()}{expected['in_words'][1:]}"
     return Conclusion(found, helped(best, start, name_of(summary)), sure)
 

@@ -281,6 +281,7 @@ class Default(Method):
                 "violation": 0.0,
                 "decrease": looked.descent.decrease,
             }
+        # The models: of F, of where trainings fail, of how far groups may differ, and of v.
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
         trusted = trust(promises(state))
@@ -407,6 +408,7 @@ class Default(Method):
         if step.origin == "global":
             return expected_improvement(model, len(centre), starts, step.seed, discrete, space.at_rest, feasibility)
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
+        # A coordinate at rest stands for none. Where a choice makes it active, all of its range is open.
         low[~space.active(centre)], high[~space.active(centre)] = 0.0, 1.0
         # The deviation is small beside pending points, so that weight on it leads away from them.
         beta = self.beta + 0.25 * step.rank

@@ -86,6 +86,7 @@ class Probe:
             found = torch.autograd.grad(loss, [*self.searched.values(), *weights], allow_unused=True)
         in_x = dict(zip(self.searched, found, strict=False))
         in_y = found[len(in_x) :]
+        # Embeddings may have sparse gradients.
         dense = [torch.zeros_like(w) if g is None else g.to_dense() for w, g in zip(weights, in_y, strict=True)]
         measured = Measured(loss.detach(), in_x, parameters_to_vector(dense))
         if self.level == "lower" and not measured.in_y.isfinite().all():
@@ -108,6 +109,7 @@ class Probe:
             before = random_state(self.problem.device)
             once = self.measure(model, raw)
             drawn = before != random_state(self.problem.device)
+        # Python's and NumPy's random numbers are not seeded here: each call draws others.
         if outside != state_outside_of_torch():
             for _ in range(SEEDS_OF_CHANCE):
                 self.check_same(once, self.draw(model, raw, 0))

@@ -111,6 +111,7 @@ def read_experiment(folder: str | Path) -> list[TrialRecord]:
     storage = locate(folder)
     try:
         files = storage.filesystem.get_file_info(pyarrow.fs.FileSelector(storage.path))
+        # Tune has the time in the names, so that the last one is the newest.
         names = sorted(f.base_name for f in files if f.base_name.startswith(EXPERIMENT_STATE))
         trials = parse(storage.read(names[-1])) if names else None
     except (pa.ArrowException, OSError, StateError) as error:
@@ -134,6 +135,7 @@ def take(optimizer: BilevelOptimizer, evaluated: Sequence[Evaluated], objective:
         except SpaceError as error:
             reasons.append(str(error))
             continue
+        # Not complete: without f and weights it is nothing for the model of v or a hypergradient.
         observation = Observation(objective.sign * point.value, complete=False)
         optimizer.add(f"evaluated-{len(optimizer.state.trainings)}", config, observation)
     if not reasons:

@@ -64,6 +64,7 @@ class FollowsRuns(SearchView):
             return
         if asked != here or constants or self._not_given is not None:
             self._metric, self._mode = asked.metric, asked.mode
+            # Anew, as the method depends on the metric.
             self._set_up(self._space, constants)
 
     def _follow_run(self) -> TuneRun | None:

@@ -53,4 +53,5 @@ def is_json(constants: Mapping[str, Any]) -> bool:
         text = json.dumps(constants)
     except (TypeError, ValueError):
         return False
+    # JSON makes lists of tuples, and texts of keys that are numbers. By repr, as NaN is not equal to itself.
     return repr(json.loads(text)) == repr(constants)
