@@ -111,6 +111,7 @@ class Learner:
 
     def parts(self, chosen: Setting, generator: random.Random) -> Iterator[tuple[Setting, Answer]]:
         """The parts of the space in which the function always asks for the same, by the choices that lead there."""
+        # `ask` completes it, so that all others begin from the setting of the first answer.
         base = dict(chosen)
         first = self.ask(base, lambda p: p.levels[0] if p.levels else 0.5)
         branch = self._branch(chosen, base, first, generator)
@@ -139,6 +140,7 @@ class Learner:
             for path, unit in changes.items():
                 # One more at a time: the answers before were the first one, so the last change is what made another.
                 setting[path] = unit
+                # Of a copy, as `ask` writes into a setting what that lacks.
                 if self.ask(dict(setting), lambda p: p.levels[0] if p.levels else 0.5) == first:
                     continue
                 parameter = first.asked[path]

@@ -54,6 +54,7 @@ def resolved(searched: dict[str, Any], around: Mapping[str, Any]) -> dict[str, A
                     continue
                 searched = replaced(searched, {path: value})
                 del waiting[path]
+            # A round in which none got its value: no further one will differ.
             if len(waiting) == before:
                 path, why = failed[0]
                 raise SpaceError(

@@ -127,6 +127,7 @@ class CrossValidated(BilevelProblem):
 
     def train(self, config: Mapping[str, Any], report: Report, checkpoint: Mapping[str, Any] | None) -> nn.Module:
         trained, passes = (list(checkpoint["folds"]), checkpoint["passes"]) if checkpoint else ([], 0.0)
+        # `train_itself` has seeded torch. Every fold begins from that seed, as its problem would alone.
         seed, problems = torch.initial_seed(), self._placed()
         model = make_model(self, config)
         losses = [float(loss) for loss in checkpoint["losses"]] if checkpoint else []
@@ -139,6 +140,7 @@ class CrossValidated(BilevelProblem):
             fold_of(model, fold).load_state_dict(trained[-1])
             # A pass over this problem's lower level is one over that of each fold.
             passes, losses = passes + training.passes / len(problems), [*losses, training.upper()]
+            # Whole folds alone are kept: one that is interrupted is trained again.
             saved = {"folds": trained, "passes": passes, "losses": losses}
             report({UPPER_LOSS: statistics.fmean(losses), PASSES: passes}, checkpoint=saved)
         return model

@@ -49,6 +49,7 @@ def _add(digest: Any, value: Any, seen: set[int]) -> None:
     elif id(value) not in seen:
         seen.add(id(value))
         if isinstance(value, Mapping):
+            # By repr, as keys of different types have no order.
             for key in sorted(value, key=repr)[:SAMPLED_PARTS]:
                 _add(digest, key, seen)
                 _add(digest, value[key], seen)

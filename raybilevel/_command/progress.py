@@ -110,6 +110,7 @@ class PlainView:
         told = state.told
         if told and not self.begun:
             self._begin(state)
+        # Several may have ended since the last look, and each has its line.
         for training in told[self.counted :]:
             self._count(training)
             outcome = f"F {training.upper_loss:.4f}" if training.status == "done" else training.status

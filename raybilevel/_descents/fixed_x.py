@@ -47,6 +47,7 @@ class Budget:
         gradients of the product with d2f/dxdy.
         """
         others = 4 + levels.count("upper") / levels.count("lower")
+        # What is left of each share, of gradients of f, is for products: a difference takes one.
         usual, most, all_of_it = (math.floor(s * training - others) for s in (share, max(share, MOST_SHARE), 1.0))
         if time is not None and bool(time.isinf().any()):
             most = max(most, min(FEW_PRODUCTS, all_of_it))
@@ -127,6 +128,7 @@ def response(point: TrainedPoint, budget: Budget) -> Filtered:
         return filtered(
             products.hessian, force, lambda h: at_a_minimum(h, products.noise), FINISHED_TOLERANCE, budget.most
         )
+    # Both sides scaled, so that the operator is symmetric, as Lanczos needs it.
     root = point.time.sqrt()
     found = filtered(
         lambda v: root * products.hessian(root * v),

@@ -63,6 +63,7 @@ def rates(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[Tensor, Tensor
         rate = slowed * (1 - float(group["dampening"]))
         return {parameter: torch.tensor(rate, device=parameter.device) for parameter in group["params"]}
     moments = {parameter: second_moment(optimizer.state[parameter], group) for parameter in group["params"]}
+    # The others have not been moved, so their time does not grow.
     known = {parameter: moment for parameter, moment in moments.items() if moment is not None}
     if not known:
         # L-BFGS, or an optimizer that is not known.

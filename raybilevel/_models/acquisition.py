@@ -207,6 +207,7 @@ class FeasibleDecrease(AcquisitionFunction):  # type: ignore[misc]
             self.at_centre = acquisition(centre[None, None]).item()
 
     def forward(self, X: Tensor) -> Tensor:
+        # Where this is negative a low p makes the product larger, but the centre, which is a start, has 0.
         gained: Tensor = self.acquisition(X) - self.at_centre
         return self.feasibility.log_probability(X.squeeze(-2)).exp() * gained
 

@@ -55,6 +55,7 @@ def steps_taken(state: SearchState) -> Iterator[tuple[Training, Training]]:
         centre = best.get(region, state.trainings[region])
         if centre.index != training.index and centre.status == "done":
             yield centre, training
+        # Of equals the earlier one, as `min` takes.
         best[region] = min(centre, training, key=lambda t: t.upper_loss)
 
 

@@ -75,6 +75,7 @@ def hyperparameters(best: Mapping[str, Any], start: Mapping[str, Any] | None = N
     names = list(flat)
     if len(names) > most:
         furthest = sorted(names, key=lambda name: -distance(before.get(name), flat[name]))[:most]
+        # In the order of the space again.
         names = [name for name in names if name in furthest]
     shown = ", ".join(f"{'/'.join(name)} {in_words(flat[name])}" for name in names)
     others = len(flat) - len(names)

@@ -435,6 +435,7 @@ class Looked:
 def stopped_as_done(state: SearchState) -> SearchState:
     """The search with trainings that were stopped as if they had run to their end, without gradients: to plan by their
     values where there are no others."""
+    # () and not None, or steps would look for hypergradients at weights that were not kept.
     trainings = tuple(replace(t, status="done", hypergradient=()) if t.status == "stopped" else t
                       for t in state.trainings)  # fmt: skip
     return replace(state, trainings=trainings)

@@ -88,6 +88,7 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
     for point in space.representatives():
         found = check_at(problem, space, constants or {}, point)
         smooth, dead, read = smooth | found.smooth, dead | found.dead, read | found.read
+    # One with a slope at any of these points is not dead.
     dead -= smooth
     if not (problem.own_loop or trains_itself(problem)):  # which may read them
         unread = [p.name for p in space.parameters if not p.switch and in_dicts(p.path) not in read | of_functions]

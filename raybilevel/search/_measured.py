@@ -83,6 +83,7 @@ class Probe:
                 "called in eval mode; leave model.train() and what follows from it to the training"
             )
         with calling(problem, f"{self.level}_loss, differentiated,"):
+            # In one call, since the graph is freed by it.
             found = torch.autograd.grad(loss, [*self.searched.values(), *weights], allow_unused=True)
         in_x = dict(zip(self.searched, found, strict=False))
         in_y = found[len(in_x) :]
@@ -116,6 +117,7 @@ class Probe:
         self.check_same(once, self.draw(model, raw, 0))
         if not drawn:
             return once
+        # From 1, as seed 0 is that of `once`.
         others = [self.draw(model, raw, seed) for seed in range(1, SEEDS_OF_CHANCE)]
         if self.level == "lower" and any(in_x_differs(once, other) for other in others):
             logger.warning(

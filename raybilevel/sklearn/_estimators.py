@@ -101,6 +101,7 @@ class GroupPenaltyRegressor(MultiOutputMixin, RegressorMixin, GroupPenalty):  # 
         targets = np.asarray(y, dtype=np.float64).reshape(len(inputs), -1)
         weights, intercept = fit_ridge(inputs, targets, self._choose(RidgeFolds, inputs, targets, y))
         several = y.ndim > 1
+        # Ridge has shape (n_features,) for targets of shape (n,), and (targets, n_features) for several.
         self.coef_ = weights.T if several else weights[:, 0]
         self.intercept_ = intercept if several else float(intercept[0])
         return self

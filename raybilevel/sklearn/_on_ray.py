@@ -37,6 +37,7 @@ class LinearFold(BilevelProblem):
     targets: numbers, (n, m), or the numbers of classes, (n,).
     """
 
+    # Calls of L-BFGS, of up to 100 iterations each, as there is one batch.
     epochs = 3
     dtype = torch.double
 

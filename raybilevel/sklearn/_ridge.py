@@ -33,6 +33,7 @@ class Centred:
 
     @classmethod
     def of(cls, fold: Fold) -> Centred:
+        # Without means the intercept is 0: it has no row in H, and no penalty.
         mean, mean_target = fold.inputs.mean(0), fold.targets.mean(0)
         x = fold.inputs - mean
         centred = Fold(x, fold.targets - mean_target, fold.held_out - mean, fold.held_out_targets - mean_target)

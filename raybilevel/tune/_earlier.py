@@ -52,6 +52,7 @@ def of_experiment(folder: str | Path, metric: str) -> list[Evaluated]:
         DataError: it is no folder of an experiment.
         ConfigError: no trial reported the metric.
     """
+    # Trainables that are not ours report nothing of the kind, and Tune's status has to do.
     ended = [t for t in read_experiment(folder) if t.status == "TERMINATED" and t.result.get(FINISHED, True)]
     results = [(trial.config, flatten_dict(dict(trial.result))) for trial in ended]
     found = [Evaluated(config, float(result[metric])) for config, result in results if is_number(result.get(metric))]
@@ -70,6 +71,7 @@ def of_study(study: Study, mode: str) -> list[Evaluated]:
     Raises:
         ConfigError: the study has several objectives, or its direction is not `mode`.
     """
+    # By their names, here and below, so that Optuna is not imported.
     directions = [direction.name for direction in study.directions]
     if directions != [{"min": "MINIMIZE", "max": "MAXIMIZE"}[mode]]:
         raise ConfigError(

@@ -52,6 +52,7 @@ class FollowsRuns(SearchView):
         Raises:
             ConfigError: the search has another metric or mode, given to it or from an earlier run.
         """
+        # `set_search_properties` sets it up, with all of these.
         if self._optimizer is None and self._not_given is None:
             return
         here = self._objective

@@ -324,11 +324,13 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         if table is not None and isinstance(param_space, Mapping):
             param_space = filled(param_space, table)
         found = set_up(self.problem, param_space, constants or {}, objective, self.method, self._points, self._samples)
+        # A space of the search's own is not in Tune's table, which has constants alone then.
         if table is not None and self._space is None:
             take_over(table, flatten(found.constants))
         self._metric, self._mode, self._not_given = objective.metric, objective.mode, None
         self.constants, self.method = found.constants, found.method
         self._optimizer = BilevelOptimizer(found.space, found.method, self.seed, self._slots.now, self._points)
+        # What is known from elsewhere comes last, as it needs the space.
         for parameters, value, error in self._early:
             self.add_evaluated_point(parameters, value, error)
         self._early = []
