@@ -43,6 +43,7 @@ class AskingTrial:
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         if step != 1:
             return int(self._ask_stepped(name, "qrandint", low, high, step))
+        # Optuna's `high` belongs to the domain, that of Tune's randint does not.
         return int(self._ask(name, "lograndint" if log else "randint", (low, high + 1)))
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
@@ -50,6 +51,7 @@ class AskingTrial:
 
     def _ask_stepped(self, name: str, domain: str, low: float, high: float, step: float) -> Any:
         """Of low, low + step, ...; Tune's domains have multiples of the step only."""
+        # 1e-9, since 0.3 / 0.1 is 2.9999999999999996.
         if abs(low / step - round(low / step)) < 1e-9:
             return self._ask(name, domain, (low, high, step))
         count = math.floor((high - low) / step + 1e-9) + 1
@@ -109,6 +111,7 @@ class Learner:
 
     def parts(self, chosen: Setting, generator: random.Random) -> Iterator[tuple[Setting, Answer]]:
         """The parts of the space in which the function always asks for the same, by the choices that lead there."""
+        # `ask` completes it, so that all others begin from the setting of the first answer.
         base = dict(chosen)
         first = self.ask(base, lambda p: p.levels[0] if p.levels else 0.5)
         branch = self._branch(chosen, base, first, generator)
@@ -131,10 +134,13 @@ class Learner:
              for path, p in first.asked.items() if path not in chosen}
             for _ in range(PROBES)
         ]  # fmt: skip
+        # Each choice by itself, then all at once: what depends on several shows in no single flip.
         for changes in itertools.chain(flips, draws):
             setting = dict(base)
             for path, unit in changes.items():
+                # One more at a time: the answers before were the first one, so the last change is what made another.
                 setting[path] = unit
+                # Of a copy, as `ask` writes into a setting what that lacks.
                 if self.ask(dict(setting), lambda p: p.levels[0] if p.levels else 0.5) == first:
                     continue
                 parameter = first.asked[path]
@@ -155,6 +161,7 @@ def read_define_by_run(function: SpaceFunction) -> Space:
     Raises:
         SpaceError: what it asks for depends on more than choices, or an argument is wrong.
     """
+    # A fixed seed: the coordinates must be the same in every process that reads the function.
     learner, generator, reader = Learner(function), random.Random(0), SpaceReader()
     returns: dict[tuple[Path, str], tuple[Any, list[Condition]]] = {}
     for chosen, answer in learner.parts({}, generator):
@@ -163,6 +170,7 @@ def read_define_by_run(function: SpaceFunction) -> Space:
             coordinate = reader.add(parameter, condition)
             if path in chosen:
                 condition = (*condition, (coordinate, parameter.levels.index(chosen[path])))
+        # Once more with other values of all that is open: an entry that differs now depends on them.
         again = learner.ask(dict(chosen), lambda p: p.levels[-1] if p.levels else 0.25).returned
         for path, value in answer.returned.items():
             if path in answer.asked:

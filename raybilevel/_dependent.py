@@ -40,6 +40,7 @@ def resolved(searched: dict[str, Any], around: Mapping[str, Any]) -> dict[str, A
     waiting = {path: entry for path, entry in found.items() if isinstance(entry, Dependent)}
     if not waiting:
         return searched
+    # Sorted, or the seed would depend on the order in which entries were written.
     plain = sorted((named(path), entry) for path, entry in found.items() if isinstance(entry, PLAIN))
     with seeded(repr(plain)):
         while waiting:
@@ -53,6 +54,7 @@ def resolved(searched: dict[str, Any], around: Mapping[str, Any]) -> dict[str, A
                     continue
                 searched = replaced(searched, {path: value})
                 del waiting[path]
+            # A round in which none got its value: no further one will differ.
             if len(waiting) == before:
                 path, why = failed[0]
                 raise SpaceError(
@@ -71,6 +73,7 @@ def without(waiting: Mapping[Any, Any], searched: Mapping[str, Any], around: Map
 @contextmanager
 def seeded(text: str) -> Iterator[None]:
     """Within it the global random numbers of Python, numpy and torch follow from a text."""
+    # Not `hash`, which is salted in each process. NumPy takes 32 bits.
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
     python, numpy = random.getstate(), np.random.get_state()
     try:

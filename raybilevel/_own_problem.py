@@ -74,6 +74,7 @@ def load_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        # Else the module is there, and one that it imports is missing.
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise ConfigError(
                 f"problem: there is no module {name!r} on Python's path or in {Path.cwd()}; install its package, or "
@@ -115,6 +116,7 @@ def failed(where: str, error: Exception) -> ProblemError:
     """The error of code that could not be imported, with the line of it that failed."""
     if isinstance(error, SyntaxError):
         return ProblemError(f"problem: {error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}")
+    # The first frame is the one above that imports. Those of importlib say nothing of the user's code.
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames[1:] else where
     return ProblemError(f"problem: importing {where} failed at {place}: {type(error).__name__}: {error}")

@@ -111,6 +111,7 @@ class SpaceReader:
         for coordinate in places:
             other = self.parameters[coordinate]
             if not other.switch and replace(other, when=()) == parameter:
+                # No condition, on either side, means that it is always there.
                 always = not (other.when and when)
                 self.parameters[coordinate] = replace(other, when=() if always else self.shortest((*other.when, when)))
                 return coordinate
@@ -121,6 +122,7 @@ class SpaceReader:
     def shortest(self, when: tuple[Condition, ...]) -> tuple[Condition, ...]:
         """Fewer conditions that hold where one of these does: where all values of a choice are allowed, it is left out.
         None, if one of them always holds."""
+        # A condition that asks for what another one does, and for more, adds nothing.
         when = tuple(c for c in dict.fromkeys(when) if not any(set(other) < set(c) for other in when))
         for condition in when:
             for place, (coordinate, _) in enumerate(condition):
@@ -143,6 +145,7 @@ def read_tree(tree: Mapping[str, Any]) -> tuple[Space, dict[str, Any]]:
     """
     reader = SpaceReader()
     for key, node in tree.items():
+        # Key by key: an empty tree as a whole would be a constant without a path.
         reader.read({key: node})
     return reader.space, nest(reader.constants)
 

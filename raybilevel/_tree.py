@@ -31,6 +31,7 @@ def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple
     flat: dict[tuple[str, ...], Any] = {}
     for key, value in tree.items():
         path = (*prefix, str(key))
+        # An empty mapping is an entry like any other, or it would be lost.
         flat.update(flatten(value, path) if isinstance(value, Mapping) and value else {path: value})
     return flat
 

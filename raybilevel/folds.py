@@ -80,6 +80,7 @@ class CrossValidated(BilevelProblem):
     ) -> None:
         if isinstance(folds, int) and not 2 <= folds <= examples:
             raise ConfigError(f"folds must be from 2 to the number of examples, {examples}, got {folds}")
+        # Of the inputs splitters read only how many rows there are.
         splits = list(check_cv(folds).split(np.zeros((examples, 1)), targets, groups))
         if len(splits) < 2:
             raise ConfigError(f"folds must be at least two splits into (train, held out), got {len(splits)}")
@@ -126,6 +127,7 @@ class CrossValidated(BilevelProblem):
 
     def train(self, config: Mapping[str, Any], report: Report, checkpoint: Mapping[str, Any] | None) -> nn.Module:
         trained, passes = (list(checkpoint["folds"]), checkpoint["passes"]) if checkpoint else ([], 0.0)
+        # `train_itself` has seeded torch. Every fold begins from that seed, as its problem would alone.
         seed, problems = torch.initial_seed(), self._placed()
         model = make_model(self, config)
         losses = [float(loss) for loss in checkpoint["losses"]] if checkpoint else []
@@ -136,7 +138,9 @@ class CrossValidated(BilevelProblem):
             training.run()
             trained.append(training.levels.model.state_dict())
             fold_of(model, fold).load_state_dict(trained[-1])
+            # A pass over this problem's lower level is one over that of each fold.
             passes, losses = passes + training.passes / len(problems), [*losses, training.upper()]
+            # Whole folds alone are kept: one that is interrupted is trained again.
             saved = {"folds": trained, "passes": passes, "losses": losses}
             report({UPPER_LOSS: statistics.fmean(losses), PASSES: passes}, checkpoint=saved)
         return model
@@ -150,6 +154,7 @@ class CrossValidated(BilevelProblem):
 
     def _placed(self) -> list[BilevelProblem]:
         """The folds' problems on this one's device, which may have been set since."""
+        # Shallow, so that no data are copied.
         placed = [copy.copy(problem) for problem in self.problems]
         for problem in placed:
             problem.device = self.device

@@ -114,6 +114,7 @@ class Space:
         to one that has had the fewest."""
         cell = self.next_cell(before)
         counts = Counter(self._cell(other) for other in before)
+        # Of the other point only coordinates of the grid are looked at.
         if counts[self._cell(unit.tolist())] == counts[self._cell([cell.get(i, 0.0) for i in range(self.dimension)])]:
             return unit
         moved = unit.clone()
@@ -160,6 +161,7 @@ class Space:
         """The point that a training at this one has, shape (d,): with steps applied, and at rest."""
         unit, _ = self.at_rest(unit)
         entries = [p.encode(p.to_value(u)) for p, u in zip(self.parameters, unit.tolist(), strict=True)]
+        # Once more, as a step moves coordinates at rest, too.
         return self.at_rest(torch.tensor(entries, dtype=torch.double))[0]
 
     def representatives(self) -> list[Tensor]:
@@ -201,6 +203,7 @@ class Space:
         decoded = {p.path: p.decode(unit[coordinate]) for coordinate, p in self._active_parameters(unit)}
         if not self.fixed:
             return self._nested(decoded)
+        # Functions of the config are given plain values, as in a training. There is no gradient through them.
         found: dict[str, Any] = replaced(self.to_config(unit.detach().cpu().double()), decoded)
         return found
 
@@ -308,6 +311,7 @@ class Space:
             constants = [f for f in self.fixed if asks_for(f.when, switch) and is_met(f.when, then)]
             searched = [(q, look_up(config, q.path)) for q in met]
             fixed = [(f, entry) for f in constants if (entry := look_up(config, f.path)) is not MISSING]
+            # An alternative of which the config has nothing would agree, since `all` of no entries is true.
             if constants and not (searched or fixed):
                 continue
             if all(entry is not MISSING and (q.switch or q.contains(entry)) for q, entry in searched) and all(

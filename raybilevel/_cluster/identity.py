@@ -26,6 +26,7 @@ def identity_of(problem: object) -> str:
     """What `is_other` compares: of the object in this process, and of its class and attributes."""
     if id(problem) not in _instances:
         _instances[id(problem)] = uuid.uuid4().hex
+        # Python gives the id of an object that is gone to another one.
         weakref.finalize(problem, _instances.pop, id(problem), None)
     digest = hashlib.blake2b(digest_size=16)
     _add(digest, problem, set())
@@ -44,9 +45,11 @@ def _add(digest: Any, value: Any, seen: set[int]) -> None:
         _add_array(digest, value)
     elif isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device | None):
         digest.update(repr(value).encode())
+    # Objects may refer to each other in a circle.
     elif id(value) not in seen:
         seen.add(id(value))
         if isinstance(value, Mapping):
+            # By repr, as keys of different types have no order.
             for key in sorted(value, key=repr)[:SAMPLED_PARTS]:
                 _add(digest, key, seen)
                 _add(digest, value[key], seen)
@@ -70,6 +73,7 @@ def _attributes(value: Any) -> dict[str, Any]:
 def _add_array(digest: Any, array: Tensor | np.ndarray) -> None:
     digest.update(str((tuple(array.shape), str(array.dtype))).encode())
     if isinstance(array, np.ndarray):
+        # Their bytes are addresses, which differ from process to process.
         if array.dtype.hasobject:
             return
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -31,10 +31,12 @@ def own_modules(kind: type) -> list[ModuleType]:
     file = file_of(module)
     if module is None or file is None or not sent(module.__name__, file):
         return []
+    # The folder in which the outermost package lies, and not that of a subpackage.
     above = module.__name__.count(".") + (file.name == "__init__.py")
     root = file.parents[above]
     return [
         other
+        # A copy: to ask a lazy module for its file may import others.
         for name, other in list(sys.modules.items())
         if (its := file_of(other)) is not None and root in its.parents and sent(name, its)
     ]

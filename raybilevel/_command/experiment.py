@@ -66,6 +66,7 @@ def run(
     plan = resolve(config, data, this_machine() if local else None)
     place = locate(storage or out)
     prepare_folder(out, plan.config, resume, place)
+    # Absolute: `raybilevel resume` may be called in another directory.
     keep_options(Options(data and str(Path(data).expanduser().absolute()), address, storage), out)
     console = console or Console()
     if is_own(plan.config.problem):

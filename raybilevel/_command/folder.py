@@ -38,6 +38,7 @@ def read_options(out: Path) -> Options:
     try:
         found = json.loads((out / COMMAND_FILE).read_text(encoding="utf-8"))
         return Options(**{field.name: found.get(field.name) for field in fields(Options)})
+    # AttributeError: it is JSON, but no mapping.
     except (OSError, ValueError, AttributeError):
         return Options()
 

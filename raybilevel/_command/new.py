@@ -19,6 +19,7 @@ def write_template(path: Path) -> Path:
     config = path.with_suffix(".yaml")
     if path.suffix != ".py" or not path.stem.isidentifier():
         raise ConfigError(f"{path}: expected the name of a Python file, such as my_problem.py")
+    # Both, before either is written.
     for file in (path, config):
         if file.exists():
             raise ConfigError(f"{file} is there already; choose another name")

@@ -22,6 +22,7 @@ WITH_A_LINE = ("test_loss",)
 def again(*arguments: object) -> str:
     """A call of this command, as it was called, quoted for a shell."""
     script = Path(sys.argv[0])
+    # With `python -m raybilevel` argv has the path of that file, which does not run by itself.
     called = [sys.executable, "-m", "raybilevel"] if script.name == "__main__.py" else [str(script)]
     return shlex.join([*called, *map(str, arguments)])
 

@@ -110,6 +110,7 @@ class PlainView:
         told = state.told
         if told and not self.begun:
             self._begin(state)
+        # Several may have ended since the last look, and each has its line.
         for training in told[self.counted :]:
             self._count(training)
             outcome = f"F {training.upper_loss:.4f}" if training.status == "done" else training.status
@@ -117,6 +118,7 @@ class PlainView:
             line = f"[{self.counted}/{self.shown.trainings}] training {state.number(training)}  {outcome}  best {best}"
             if self.shown.verbose:
                 line += f"  {training.proposal.origin}"
+                # Of several trainings that ended since, the newest numbers belong to the last.
                 line += details(newest(state)) if self.counted == len(told) else ""
             if self.done < self.counted:
                 line += f"  failed or stopped {self.counted - self.done}"

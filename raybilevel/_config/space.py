@@ -32,6 +32,7 @@ def read_space(tree: Mapping[Any, Any]) -> tuple[Space | None, dict[str, Any]]:
                 ((domain, arguments),) = entry.items()
                 if domain == CHOICE and any(map(has_domains, arguments)):
                     return Choice(tuple(visit(path, option) if has_domains(option) else option for option in arguments))
+                # For its errors: the one that is searched is made when the tree is read.
                 Parameter.of(path, domain, arguments)
                 return Choice(tuple(arguments)) if domain == CHOICE else Leaf(domain, tuple(arguments))
             if isinstance(entry, list) and has_domains(entry):
@@ -79,6 +80,7 @@ def is_domain(name: str, entry: Any) -> bool:
         return False
     known = [key for key in entry if key in KNOWN]
     only = next(iter(entry)) if len(entry) == 1 else None
+    # One key with a list of constants can only be meant as a domain: a list is no constant.
     if isinstance(only, str) and isinstance(entry[only], list) and (known or not has_domains(entry[only])):
         if not known:
             raise SpaceError(

@@ -51,6 +51,7 @@ class Budget:
         others = 4 * draws + levels.draws("upper") * levels.count("upper") / levels.count("lower")
         to_a_minimum = time is not None and bool(time.isinf().any())
         few = 1.0 if to_a_minimum else min(1.0, derivatives / WORTH_A_TRAINING)
+        # What is left of each share is for products: a difference takes a gradient of f.
         usual, most, enough = ((s * training - others) // draws for s in (share, max(share, MOST_SHARE), few))
         return cls(int(usual), int(max(most, min(FEW_PRODUCTS, enough))))
 
@@ -99,6 +100,7 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
         )
     gradient = upper.in_x - point.products.mixed(found.vector)
     fall = inner(upper.in_y, found.vector)  # of F, linearised, along y_m - y_i = -q / m, times m
+    # F falls by fall / m in all. Choose m so that this is `decrease` |F|.
     multiplier = fall / (decrease * (abs(upper.value) or 1.0))
     hypergradient = checked(
         Hypergradient(
@@ -111,6 +113,7 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
     )
     if not fall > 0:  # no multiplier lowers F to first order
         return LagrangianPoint(hypergradient, 0.0, 0.0, 0.0, point.still)
+    # slack: f rises by <q, H q> / (2 m^2), and H q = dF/dy.
     return LagrangianPoint(hypergradient, multiplier, decrease, fall / (2 * multiplier**2), -found.vector / multiplier)
 
 
@@ -133,6 +136,7 @@ def response(point: TrainedPoint, budget: Budget) -> Filtered:
         return filtered(
             products.hessian, force, lambda h: at_a_minimum(h, products.noise), FINISHED_TOLERANCE, budget.most
         )
+    # Both sides scaled, so that the operator is symmetric, as Lanczos needs it.
     root = point.time.sqrt()
     if not (root * force).any():  # no optimizer moves the weights that F depends on
         return Filtered(torch.zeros_like(force), 0.0, 0, torch.zeros(0, dtype=torch.double))
@@ -154,5 +158,7 @@ def at_a_minimum(h: Tensor, noise: float = 0.0) -> Tensor:
     """
     lowest, flat = h.min(), max(FLAT, noise) * h.abs().max()
     if lowest < -flat:
+        # As of a finite time s = STAYED / c, with phi(h) = 1 / (|h| + 1 / s).
         return 1 / (h.abs() - lowest / STAYED)
+    # Near 1 / h above what is flat, and near 0 well below it. Where all h are 0, tiny keeps it from 0 / 0.
     return h / (h.square() + flat.square()).clamp_min(torch.finfo(h.dtype).tiny)

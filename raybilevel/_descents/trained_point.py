@@ -43,6 +43,7 @@ class TrainedPoint:
 
     def __init__(self, levels: Levels, x: Tensor, time: Tensor | None = None) -> None:
         self.levels, self.x, self.y, self.time = levels, x, levels.y, time
+        # The length of differences follows from the type in which this gradient is computed.
         with Narrowest(self.y.dtype) as computed:
             lower = levels.lower(x, self.y)
         self.precision = computed.dtype

@@ -51,14 +51,17 @@ def filtered(operator: Operator, right: Tensor, phi: Filter, tolerance: float, l
         vectors = torch.stack(basis)  # (k, n)
         found = vectors @ image
         diagonal.append(found[-1].item())
+        # Once leaves what rounding has put back of the other vectors, so it is done twice.
         image = image - vectors.T @ found
         image = image - vectors.T @ (vectors @ image)
         beta = image.norm().item()
         if not math.isfinite(beta):
             raise NotFiniteError("a product with the second derivatives of the lower-level loss is NaN or infinite")
         values, q = torch.linalg.eigh(tridiagonal(diagonal, beside))
+        # T = Q diag(values) Q', so phi(T) e_1 = Q phi(values) Q' e_1, and Q' e_1 is the first row of Q.
         coefficients = q @ (phi(values) * q[0])
         residual = beta * abs(coefficients[-1].item())
+        # The Krylov space is invariant then, and the next vector would be rounding, scaled up.
         exhausted = beta <= 1e-12 * values.abs().max().item()
         if residual <= tolerance or len(diagonal) >= limit or exhausted:
             return Filtered(size * (vectors.T @ coefficients.to(vectors)), residual, len(diagonal), values)
@@ -68,5 +71,6 @@ def filtered(operator: Operator, right: Tensor, phi: Filter, tolerance: float, l
 
 def tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:
     """The symmetric matrix with these numbers on and beside its diagonal, shape (k, k)."""
+    # A small matrix: in double precision and on the CPU, whatever A and b are.
     off = torch.diag(torch.tensor(beside, dtype=torch.double), 1)
     return torch.diag(torch.tensor(diagonal, dtype=torch.double)) + off + off.T

@@ -85,8 +85,10 @@ class Levels(BothLevels):
         def one_draw() -> int:
             nonlocal drawn
             count, total, device = 0, 0.0, self.problem.device
+            # The seed is the number of the draw, so that draws are the same at every x and y.
             with common_random(device, seed=len(means)):
                 for batch, size in self.batches(level):
+                    # Not before the batch is there: a DataLoader draws a seed of its own from the same numbers.
                     before = random_state(device) if level not in self._draws else ()
                     loss = self.loss(level, self._given(x), batch)
                     if level not in self._draws:  # which takes the CPU's time, and a wait for an accelerator
@@ -133,6 +135,7 @@ class Levels(BothLevels):
             raise ProblemError(f"{type(problem).__name__}: with a lower_map, the lower level must be one batch")
         ((batch, size),) = batches
         self.ledger.whole = size
+        # A forward pass and no gradient of it.
         self.ledger.charge(size / 2)
         self._placed.eval()
         found: Tensor = self._at(x, y, lambda: problem.lower_map(self.model, self._given(x), batch))

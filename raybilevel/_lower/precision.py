@@ -36,6 +36,7 @@ class Narrowest(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         for entry in tree_leaves(found):
             if isinstance(entry, Tensor) and entry.is_floating_point():
+                # By eps and not by size: bfloat16 is coarser than float16.
                 self.dtype = max(self.dtype, entry.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         return found
 

@@ -21,6 +21,7 @@ def forked_random(device: str | torch.device) -> Iterator[Any]:
     module, e.g. `torch.cuda`; None on the CPU."""
     device = torch.device(device)
     accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    # One device by name: without names fork_rng saves the state of all, and warns where there are many.
     with torch.random.fork_rng(
         devices=[] if accelerator is None else [accelerator.current_device()],
         device_type="cuda" if accelerator is None else device.type,
@@ -49,5 +50,7 @@ def draws_needed(means: Sequence[float]) -> int:
     centre, scatter = statistics.fmean(means), statistics.stdev(means)
     if not (scatter > 0 and math.isfinite(scatter)):
         return 1
-    wanted = (scatter / max(abs(centre) * WANTED_ERROR, 1e-300)) ** 2
+    # The error of a mean of k draws is scatter / k^(1/2).
+    error = abs(centre) * WANTED_ERROR
+    wanted = (scatter / error) ** 2 if scatter < error * MOST_DRAWS else MOST_DRAWS
     return math.ceil(min(MOST_DRAWS, max(FEWEST_DRAWS, wanted)))

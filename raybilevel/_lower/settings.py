@@ -37,6 +37,7 @@ def check_settings(problem: BilevelProblem) -> None:
     if problem.ema is not None and not is_between(problem.ema, 0, 1):
         raise ProblemError(f"{name}.ema must be a decay between 0 and 1 or None, got {problem.ema!r}")
     for setting, choices in CHOICES.items():
+        # By type as well, as 1 == True.
         if not any(type(given := getattr(problem, setting)) is type(choice) and given == choice for choice in choices):
             listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
             raise ProblemError(f"{name}.{setting} must be {listed}, got {given!r}")

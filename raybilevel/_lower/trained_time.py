@@ -35,6 +35,7 @@ class TrainedTime:
     def after_step(self, clipped: float = 1.0) -> None:
         """After each step of the optimizer, before its rate changes. clipped: what gradients were multiplied by."""
         for number, group in enumerate(self.optimizer.param_groups):
+            # Floats alone here. What reads the second moments, of all weights, waits for the end of the epoch.
             self._steps[number] += clipped * float(group.get("lr", 0.0))
 
     def after_epoch(self) -> None:
@@ -57,13 +58,17 @@ class TrainedTime:
 
 def rates(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[Tensor, Tensor]:
     """How far a step of rate 1 moves weights along a gradient of 1, in the end, by the tensor of weights."""
+    # SGD and RMSprop have it. Adam's first moment is a mean, which moves weights no further in the end.
     slowed = 1 / (1 - float(group.get("momentum", 0.0)))
     if isinstance(optimizer, torch.optim.SGD):
+        # What a gradient adds to the momentum is multiplied by 1 - dampening.
         rate = slowed * (1 - float(group["dampening"]))
         return {parameter: torch.tensor(rate, device=parameter.device) for parameter in group["params"]}
     moments = {parameter: second_moment(optimizer.state[parameter], group) for parameter in group["params"]}
+    # The others have not been moved, so their time does not grow.
     known = {parameter: moment for parameter, moment in moments.items() if moment is not None}
     if not known:
+        # L-BFGS, or an optimizer that is not known.
         return {parameter: torch.tensor(math.inf, device=parameter.device) for parameter in group["params"]}
     mean = sum(float(moment.sum()) for moment in known.values()) / sum(moment.numel() for moment in known.values())
     least, eps = math.sqrt(mean) / LARGEST_RATIO, float(group.get("eps", 0.0))

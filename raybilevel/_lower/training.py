@@ -163,6 +163,7 @@ class LowerLevelTraining(Observed):
             )  # fmt: skip
         self.epoch += 1
         self.time.after_epoch()
+        # After the count: `reports` and `finished` are asked about the epoch that has just ended.
         self.hooks.after_epoch(self.upper, self.reports, self.finished)
 
     def _after_step(self, clipped: float) -> None:

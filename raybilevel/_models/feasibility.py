@@ -52,6 +52,7 @@ class Feasibility:
     def log_probability(self, x: Tensor) -> Tensor:
         """The logarithm of that probability at points, shape (..., d) -> (...), differentiable."""
         near = kernel(x, self.points, self.variance, self.length)
+        # v of their Algorithm 3.2, so that the variance is k(x, x) - v'v.
         scaled = (near * self.bend).unsqueeze(-1)
         explained = torch.linalg.solve_triangular(self.factor, scaled, upper=False).square().sum((-2, -1))
         deviation = (self.variance - explained).clamp_min(1e-12).sqrt()
@@ -73,6 +74,7 @@ def fit_feasibility(ended: Sequence[Training], near: Tensor) -> Feasibility | No
     ended = thinned(ended, near, MAX_POINTS)
     points = torch.tensor([t.unit for t in ended], dtype=torch.double)
     succeeded = torch.tensor([t.status != "failed" for t in ended])
+    # Half of the diagonal of the cube.
     half = math.sqrt(points.shape[1]) / 2
     # A single failure does not tell where trainings fail: with a larger deviation it fences off most of the box.
     deviations = DEVIATIONS[:1] if (~succeeded).sum() < 2 else DEVIATIONS
@@ -84,6 +86,7 @@ def classified(points: Tensor, succeeded: Tensor, deviation: float, length: floa
     """The classifier for points, shape (n, d), of which some succeeded, shape (n,): Algorithm 3.1 of Rasmussen &
     Williams (2006), with the odds of all points, one more of either kind among them, as constant."""
     ones = succeeded.to(points)
+    # One more of either kind, or the odds were infinite where all have failed.
     constant = math.log((ones.sum().item() + 1) / ((1 - ones).sum().item() + 1))
     variance = deviation**2
     covariance = kernel(points, points, variance, length)
@@ -92,6 +95,7 @@ def classified(points: Tensor, succeeded: Tensor, deviation: float, length: floa
         p = torch.sigmoid(constant + latent)
         bend = (p * (1 - p)).sqrt()
         factor = torch.linalg.cholesky(torch.eye(len(points)).double() + bend.unsqueeze(1) * covariance * bend)
+        # Their b, with W = bend^2. The weights are their a, which is t - sigmoid(g) at the mode: the residuals.
         target = bend.square() * latent + ones - p
         inner = torch.cholesky_solve((bend * (covariance @ target)).unsqueeze(1), factor).squeeze(1)
         before, weights = weights, target - bend * inner

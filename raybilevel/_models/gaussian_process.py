@@ -267,6 +267,7 @@ def fit(
     """
     # The deviation of a single value is NaN.
     shift, scale = values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+    # Equal values differ by rounding, which is nothing to be scaled up to 1.
     if not differs(scale, shift):
         steepest = torch.cat([torch.zeros(1, dtype=x.dtype), *gradients.values()]).nan_to_num(0.0).abs().max().item()
         scale = steepest or 1.0

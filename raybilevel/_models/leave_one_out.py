@@ -20,7 +20,9 @@ def errors(fitted: FittedGP) -> Tensor:
         covariance = model.covar_module(rows).to_dense() + model.likelihood.noise_covar(rows).to_dense()
         factor = torch.linalg.cholesky(covariance)
         precision = torch.cholesky_inverse(factor)
+        # A derivative has mean 0: the constant is that of values.
         weights = precision @ (model.train_targets - model.mean_constant * rows[:, d])
+    # The rows of a point, its value and its derivatives, have equal x.
     _, place = torch.unique(rows[:, :d], dim=0, return_inverse=True)
     found = []
     for i in (rows[:, d] == 1).nonzero().flatten().tolist():

@@ -36,6 +36,7 @@ class Promise:
             return None
         promised = 0.0
         for a, b, g, h in zip(start.unit, end.unit, start.hypergradient, end.hypergradient, strict=True):
+            # An unknown derivative is NaN, and so would be its product with a step of 0.
             promised += (g + h) / 2 * (b - a) if b != a else 0.0
         seen = end.upper_loss - start.upper_loss
         return None if math.isnan(promised) or promised == seen == 0 else cls(promised, seen)
@@ -61,6 +62,7 @@ def steps_taken(state: SearchState) -> Iterator[tuple[Training, Training]]:
         centre = best.get(region, state.trainings[region])
         if centre.index != training.index and centre.status == "done":
             yield centre, training
+        # Of equals the earlier one, as `min` takes.
         best[region] = min(centre, training, key=lambda t: t.upper_loss)
 
 

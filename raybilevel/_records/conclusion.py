@@ -41,6 +41,7 @@ def conclude(summary: Mapping[str, Any]) -> Conclusion:
     luck = "" if by_model in (None, seen) else f" (by the model {by_model})"
     found = f"{name_of(summary)} {seen}{luck} at training {best['training']}, {words}"
     if (expected := summary["new_data"]) is not None:
+        # `capitalize` would write an F within the words as f.
         sure += f". {expected['in_words'][:1].upper()}{expected['in_words'][1:]}"
     return Conclusion(found, helped(best, start, name_of(summary)), sure)
 
@@ -74,6 +75,7 @@ def hyperparameters(best: Mapping[str, Any], start: Mapping[str, Any] | None = N
     names = list(flat)
     if len(names) > most:
         furthest = sorted(names, key=lambda name: -distance(before.get(name), flat[name]))[:most]
+        # In the order of the space again.
         names = [name for name in names if name in furthest]
     shown = ", ".join(f"{'/'.join(name)} {in_words(flat[name])}" for name in names)
     others = len(flat) - len(names)

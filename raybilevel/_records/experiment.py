@@ -81,6 +81,7 @@ def read_experiment(folder: Path) -> Record:
         saved,
         state_file.ADAPTER.dump_python(saved, mode="json"),
         results,
+        # A record without a summary is that of an experiment that still runs.
         {} if any(training.status == "pending" for training in state) else summary,
     )
 
@@ -116,6 +117,7 @@ def summary_of_saved(
     test_loss_refit: float | None = None,
 ) -> dict[str, Any]:
     last = {saved.trials[trial]: lines[-1] for trial, lines in results.items() if trial in saved.trials}
+    # Tune writes no start time. A trial's first result has its time of arrival and the seconds that it took.
     began = [float(lines[0]["timestamp"]) - float(lines[0]["time_total_s"]) for lines in results.values()]
     ended = [float(lines[-1]["timestamp"]) for lines in results.values()]
     return summary_of(

@@ -88,6 +88,7 @@ def record_of(
     observations = tuple(observations_of(saved.state, space, names, results, began))
     best = summary.get("best") or {}
     refit = best.get("test_loss_refit")
+    # A record has trainings in the order of their ends, a search in the order in which they were asked.
     position = {o.number: place for place, o in enumerate(observations)}
     return Record(
         kind="run",

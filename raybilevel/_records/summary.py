@@ -42,6 +42,7 @@ def summary_of(
     start = min(state.done, key=lambda training: training.index, default=None)
     expected, by_model = new_data(state, best), state.expected
     about = {"metric": UPPER_LOSS, "mode": "min", **about}
+    # The search minimises, so its F is the metric with the sign turned where that is maximised.
     sign = -1.0 if about["mode"] == "max" else 1.0
     test_losses = {index: r["test_loss"] for index, r in trial_results.items() if "test_loss" in r}
 

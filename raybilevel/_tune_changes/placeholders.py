@@ -26,6 +26,7 @@ def table_of_tune_run() -> dict[tuple[Any, ...], list[Any]] | None:
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == "ray.tune.tune" and TABLE in frame.f_locals:
+            # Tune's own dict and no copy: a placeholder that is taken out of it here is not resolved.
             found: dict[tuple[Any, ...], list[Any]] = frame.f_locals[TABLE]
             return found
         frame = frame.f_back  # type: ignore[assignment]

@@ -35,6 +35,7 @@ class TuneRun:
     """
 
     def __init__(self, controller: Any, metric: str | None = None, mode: str | None = None) -> None:
+        # Weak, as the end of a run that never reaches its `cleanup` is that of its controller.
         self._controller = ref(controller)
         self.metric, self.mode = metric, mode
         self._changed = changed = ExitStack()

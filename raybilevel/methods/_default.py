@@ -281,6 +281,7 @@ class Default(Method):
                 "violation": 0.0,
                 "decrease": looked.descent.decrease,
             }
+        # The models: of F, of where trainings fail, of how far groups may differ, and of v.
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
         trusted = trust(promises(state))
@@ -302,6 +303,7 @@ class Default(Method):
                 passes += point.levels.passes - before
                 starts.append(joint.x)
                 record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
+        # The next training, and what is noted of the step.
         penalty = GroupPenalty.of(shrinkage) if shrinkage is not None and shrinkage.applied else None
 
         def propose(step: UpperStep, penalty: GroupPenalty | None) -> Tensor:
@@ -412,6 +414,7 @@ class Default(Method):
         if step.origin == "global":
             return expected_improvement(model, len(centre), starts, step.seed, discrete, space.at_rest, feasibility)
         low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
+        # A coordinate at rest stands for none. Where a choice makes it active, all of its range is open.
         low[~space.active(centre)], high[~space.active(centre)] = 0.0, 1.0
         # The deviation is small beside pending points, so that weight on it leads away from them.
         beta = self.beta + 0.25 * step.rank
@@ -438,6 +441,7 @@ class Looked:
 def stopped_as_done(state: SearchState) -> SearchState:
     """The search with trainings that were stopped as if they had run to their end, without gradients: to plan by their
     values where there are no others."""
+    # () and not None, or steps would look for hypergradients at weights that were not kept.
     trainings = tuple(replace(t, status="done", hypergradient=()) if t.status == "stopped" else t
                       for t in state.trainings)  # fmt: skip
     return replace(state, trainings=trainings)

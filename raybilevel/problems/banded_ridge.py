@@ -51,6 +51,7 @@ class BandedRidge(BilevelProblem):
     without their noise have variance 1.
     """
 
+    # Calls of L-BFGS, of up to 100 iterations each, as there is one batch.
     epochs = 3
     dtype = torch.double
     upper_likelihood = "squared_error"
@@ -96,6 +97,7 @@ class BandedRidge(BilevelProblem):
         }
 
     def __getstate__(self) -> dict[str, Any]:
+        # Each process draws the data itself, from the seed.
         return {name: value for name, value in self.__dict__.items() if name != "data"}
 
     def model(self) -> nn.Module:

@@ -104,6 +104,7 @@ class EquilibriumDigits(LargeUpperLevel):
         return avg_pool2d(images[:, None].to(self.dtype) / 255, 2).flatten(1)
 
     def __getstate__(self) -> dict[str, Any]:
+        # Each process reads the data itself: every node has them.
         return {name: value for name, value in self.__dict__.items() if name != "splits"}
 
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Examples]:

@@ -88,6 +88,7 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
     for point in space.representatives():
         found = check_at(problem, space, constants or {}, point)
         smooth, dead, read = smooth | found.smooth, dead | found.dead, read | found.read
+    # One with a slope at any of these points is not dead.
     dead -= smooth
     if not (problem.own_loop or trains_itself(problem)):  # which may read them
         unread = [p.name for p in space.parameters if not p.switch and in_dicts(p.path) not in read | of_functions]
@@ -159,23 +160,28 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
         data = {
             level: check_same_data(problem, level, plain) for level in (WatchedLevel("lower"), WatchedLevel("upper"))
         }
+        # Before a level is looked up by another object of its name, which compares names as well.
         check_level_names(problem, data)
         probes = {level: at.probe(level) for level in data}
+        # Both levels and their gradients, twice each.
         at_start = {level: probes[level].check(model, look.first) for level, look in data.items()}
         given = at.given(at.entries(0))
-        # As for every F and f that the search sees.
+        # As for every F and f that the search sees. In train mode dropout would differ from call to call.
         model.eval()
+        # A loop of one's own need not use the problem's optimizer and hooks.
         if another_loop:
             check_evaluate(problem, model, given)
         else:
             # In this order: an optimizer that the problem keeps would be that of the earlier model.
             optimizers = [optimizer_of_a_training(problem, one, plain) for one in (earlier, model)]
             warn_of_scheduler(problem, optimizers[1])
+            # Steps of a training, and what they must not change.
             before = {key: tensor.clone() for key, tensor in shared.items()}
             with calling(problem, "schedule(optimizer)"):
                 schedule_of_a_training(problem, optimizers[1], plain)
             rehearse(problem, model, optimizers[1], given, plain)
             check_unchanged(problem, shared, before)
+            # What the step has left behind shows in the next model, and in the losses at its weights.
             later = model_of_a_training(problem, plain)
             check_same_start(problem, earlier, later)
             for level, was in at_start.items():
@@ -217,10 +223,12 @@ class Points:
 
     def given(self, entries: Mapping[Path, Tensor]) -> Given:
         """The config with them; what is read of it is noted as for the first."""
+        # One set for both: a hyperparameter may be read by `model`, as a plain value, or by a loss, as a tensor.
         return Given(replaced(self.configs[0], entries), read=self.first.read)
 
     def probe(self, level: str, point: int = 0) -> Probe:
         entries = self.entries(point)
+        # Whole numbers and choices are plain values, in which there is no gradient to ask for.
         searched = {p.name: entries[p.path] for p in self.space.parameters if p.path in entries}
         return Probe(self.problem, level, self.given(entries), searched)
 

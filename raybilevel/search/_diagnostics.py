@@ -113,6 +113,7 @@ def verdict(
         return "no result"
     if overfitted(state, test_losses, refit_loss):
         return "validation set overfitted"
+    # First: a search that has nothing better to propose is not misled by its last predictions.
     if converged:
         return "converged"
     return "surrogate too poor" if misled(state) else "budget exhausted"

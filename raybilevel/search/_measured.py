@@ -83,9 +83,11 @@ class Probe:
                 "called in eval mode; leave model.train() and what follows from it to the training"
             )
         with calling(problem, f"{self.level}_loss, differentiated,"):
+            # In one call, since the graph is freed by it.
             found = torch.autograd.grad(loss, [*self.searched.values(), *weights], allow_unused=True)
         in_x = dict(zip(self.searched, found, strict=False))
         in_y = found[len(in_x) :]
+        # Embeddings may have sparse gradients.
         dense = [torch.zeros_like(w) if g is None else g.to_dense() for w, g in zip(weights, in_y, strict=True)]
         measured = Measured(loss.detach(), in_x, parameters_to_vector(dense))
         if self.level == "lower" and not measured.in_y.isfinite().all():
@@ -108,12 +110,14 @@ class Probe:
             before = random_state(self.problem.device)
             once = self.measure(model, raw)
             drawn = before != random_state(self.problem.device)
+        # Python's and NumPy's random numbers are not seeded here: each call draws others.
         if outside != state_outside_of_torch():
             for _ in range(SEEDS_OF_CHANCE):
                 self.check_same(once, self.draw(model, raw, 0))
         self.check_same(once, self.draw(model, raw, 0))
         if not drawn:
             return once
+        # From 1, as seed 0 is that of `once`.
         others = [self.draw(model, raw, seed) for seed in range(1, SEEDS_OF_CHANCE)]
         if self.level == "lower" and any(in_x_differs(once, other) for other in others):
             logger.warning(

@@ -141,6 +141,7 @@ def as_bytes(tensor: Tensor) -> bytes:
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # As bytes before NumPy has it, which knows no bfloat16.
     return str((tuple(tensor.shape), tensor.dtype)).encode() + flat.view(torch.uint8).numpy().tobytes()
 
 

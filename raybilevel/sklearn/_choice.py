@@ -12,9 +12,11 @@ from raybilevel._models.generalisation import Mode, modes, penalised_minimum, st
 from raybilevel._models.shrinkage import off_mean
 from raybilevel.sklearn._folds import FoldLoss
 
+# A decade apart, from LOWEST to HIGHEST.
 SHARED_VALUES = 9
 FEWEST_GROUPS = 4
 """As of a group of hyperparameters in a search (`Space.groups`)."""
+# Three a decade from 1000 to 0.001, the strongest first: the way to weaker ones ends early (BEHIND).
 STRENGTHS = tuple(10 ** (3 - i / 3) for i in range(19))
 BEHIND = 5.0
 """Weaker strengths are not tried once the log evidence is so much below the best, in nats."""
@@ -58,6 +60,8 @@ def best_shared(loss: FoldLoss, d: int) -> Tensor:
     grid = torch.linspace(0, 1, SHARED_VALUES, dtype=torch.double).tolist()
     best = min(range(len(grid)), key=lambda i: on_diagonal(grid[i]))
     bounds = (grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)])
+    # A hundredth of the cube is a factor of 1.2 in the penalty.
     finer = minimize_scalar(on_diagonal, bounds=bounds, method="bounded", options={"xatol": 1e-2})
+    # It looks between its bounds only, so the end of a grid may be lower, and F need not have one minimum there.
     value = finer.x if finer.fun <= on_diagonal(grid[best]) else grid[best]
     return torch.full((d,), float(value), dtype=torch.double)

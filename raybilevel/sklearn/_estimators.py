@@ -32,6 +32,7 @@ class GroupPenalty(BaseEstimator):  # type: ignore[misc]
         backend: Literal["local", "ray"] = "local",
         trials: int = 25,
     ) -> None:
+        # As given: scikit-learn's `clone` refuses an estimator that changes its arguments, so `fit` checks them.
         self.groups = groups
         self.cv = cv
         self.generalise = generalise
@@ -48,6 +49,7 @@ class GroupPenalty(BaseEstimator):  # type: ignore[misc]
         if self.backend == "ray":
             from raybilevel.sklearn._on_ray import choose_on_ray  # Ray takes seconds to import
 
+            # The numbers of the classes. Of two there is one column of targets, and the first class has the logit 0.
             of_torch = targets if kind is RidgeFolds else all_logits(2 * targets - 1).argmax(1)
             found = choose_on_ray(inputs, of_torch, penalties, splits, self.generalise, self.trials)
             self.penalties_, self.cv_loss_, self.n_supported_ = found.penalties, found.upper, found.supported
@@ -99,6 +101,7 @@ class GroupPenaltyRegressor(MultiOutputMixin, RegressorMixin, GroupPenalty):  # 
         targets = np.asarray(y, dtype=np.float64).reshape(len(inputs), -1)
         weights, intercept = fit_ridge(inputs, targets, self._choose(RidgeFolds, inputs, targets, y))
         several = y.ndim > 1
+        # Ridge has shape (n_features,) for targets of shape (n,), and (targets, n_features) for several.
         self.coef_ = weights.T if several else weights[:, 0]
         self.intercept_ = intercept if several else float(intercept[0])
         return self

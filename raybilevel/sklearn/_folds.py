@@ -55,6 +55,7 @@ class Penalties:
     def by_group(self, of_features: Array) -> Array:
         """Sums over the features of each group, shape (p, ...) -> (d, ...)."""
         sums = np.zeros((self.dimension, *of_features.shape[1:]))
+        # `sums[group] += ...` would add one feature of each group only.
         np.add.at(sums, self.group, of_features)
         return sums
 

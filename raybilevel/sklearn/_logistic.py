@@ -57,6 +57,7 @@ class Curvature:
 
     def product(self, rows: Array) -> Array:
         """H times (p + 1, k)."""
+        # (diag(p) - p p') times the logits of each example, p its probabilities.
         moved = self.probabilities * (self.inputs @ rows)
         moved -= self.probabilities * moved.sum(1, keepdims=True)
         return np.asarray(self.inputs.T @ moved + self.penalty[:, None] * rows)
@@ -89,8 +90,10 @@ def train(inputs: Array, targets: Array, penalty: Array) -> tuple[Array, Curvatu
         curvature = Curvature(inputs, probabilities(inputs @ weights), penalty)
         step = curvature.inverse(gradient, STEP_TOLERANCE)
         decrement, length = (gradient * step).sum(), 1.0
+        # Before the step, so that the curvature is that at the weights which are returned.
         if decrement <= TOLERANCE * value:
             break
+        # Armijo's condition: the decrement is the slope along the step.
         while loss(weights - length * step)[0] > value - 1e-4 * length * decrement and length > 1e-6:
             length /= 2
         weights = weights - length * step
@@ -119,6 +122,7 @@ class LogisticFolds(FoldLoss):
             weights, curvature = train(fold.inputs, fold.targets, penalty)
             value, in_weights = held_out_loss(fold, weights)
             loss += value
+            # Without the last row: the penalty on intercepts is no hyperparameter.
             slope -= (weights * curvature.inverse(in_weights)).sum(1)[:-1]
         gradient = WIDTH * penalties * self.penalties.by_group(slope) / self.examples
         return loss / self.examples, as_tensor(gradient)
@@ -127,14 +131,17 @@ class LogisticFolds(FoldLoss):
         """By Gauss and Newton, with the blocks of H within classes alone."""
         penalties = self.penalties.at(x)
         penalty, d = penalties[self.penalties.group], len(penalties)
+        # A row of zeros for the intercept, which belongs to no group.
         member = np.vstack([self.penalties.group[:, None] == np.arange(d), np.zeros((1, d), bool)])
         hessian = np.zeros((d, d))
         for fold in self.folds:
             weights, curvature = train(fold.inputs, fold.targets, penalty)
             held_out = with_ones(fold.held_out)
+            # H dW/dx = -WIDTH a W on the rows of a group, as da/dx = WIDTH a.
             moved = curvature.penalty[:, None] * weights
             change = -WIDTH * curvature.within_classes(moved[:, :, None] * member[:, None, :])  # (p + 1, k, d)
             logits = np.einsum("np,pkd->nkd", held_out, change, optimize=True)
+            # Of each example, l' (diag(p) - p p') l with l the change of its logits.
             p = probabilities(held_out @ weights)
             mean = np.einsum("nk,nkd->nd", p, logits)
             hessian += np.einsum("nk,nkd,nke->de", p, logits, logits, optimize=True) - mean.T @ mean

@@ -37,6 +37,7 @@ class LinearFold(BilevelProblem):
     targets: numbers, (n, m), or the numbers of classes, (n,).
     """
 
+    # Calls of L-BFGS, of up to 100 iterations each, as there is one batch.
     epochs = 3
     dtype = torch.double
 
@@ -56,6 +57,7 @@ class LinearFold(BilevelProblem):
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: tuple[Tensor, Tensor]) -> Tensor:
         values = [hyperparameters["penalty"][str(g)] for g in range(len(hyperparameters["penalty"]))]
         penalty = torch.stack(values)[self.group]
+        # The estimators' objectives, divided by n (classes) or 2 n (numbers): mse_loss is a mean over targets, too.
         fit = self.upper_loss(model, batch) * (1 if self.classes else self.outputs / 2)
         # Of two classes the estimator has one column of weights, w, where this has w / 2 and -w / 2.
         scale = 2 if self.classes == 2 else 1

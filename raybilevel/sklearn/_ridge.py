@@ -33,6 +33,7 @@ class Centred:
 
     @classmethod
     def of(cls, fold: Fold) -> Centred:
+        # Without means the intercept is 0: it has no row in H, and no penalty.
         mean, mean_target = fold.inputs.mean(0), fold.targets.mean(0)
         x = fold.inputs - mean
         centred = Fold(x, fold.targets - mean_target, fold.held_out - mean, fold.held_out_targets - mean_target)
@@ -74,10 +75,12 @@ class RidgeFolds(FoldLoss):
             residual = fold.held_out @ weights - fold.held_out_targets
             squares += np.square(residual).sum()
             for w in weights.T:  # one target after the other
+                # X_v dw/dx: H dw/dx = -WIDTH a w on the features of a group, as da/dx = WIDTH a.
                 change = -WIDTH * fold.held_out @ inverse(member * (penalty * w)[:, None])
                 outer += change.T @ change
         upper = max(squares / self.examples, np.finfo(float).tiny)
         _, gradient = self._upper(x)
+        # G = log(F) / 2, so G'' = F'' / (2 F) - F' F' / (2 F^2), with 2 J'J / n for F''.
         hessian = 2 * outer / self.examples / (2 * upper) - np.outer(gradient, gradient) / (2 * upper**2)
         return as_tensor(hessian)
 

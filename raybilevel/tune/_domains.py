@@ -42,6 +42,7 @@ def part_of(space: Space, path: Path, chosen: Mapping[int, int]) -> Any:
 
     def is_here(entry: Parameter | Fixed) -> bool:
         inside = entry.path[: len(path)] == path and is_met(entry.when, chosen)
+        # What lies below a switch is in its options already.
         return inside and not any(entry.path[: len(other)] == other for other in entries)
 
     for number, p in enumerate(space.parameters):
@@ -87,6 +88,7 @@ def as_tree(entry: Any, path: tuple[Any, ...] = ()) -> Any:
         return {key: as_tree(value, (*path, key)) for key, value in entry.items()}
     if isinstance(entry, list):
         return [as_tree(item, (*path, place)) for place, item in enumerate(entry)]
+    # Of a named tuple `tuple(...)` would lose the type.
     if type(entry) is tuple:
         if entry and entry[0] in ("__fn_ph", "__ref_ph"):
             raise SpaceError(

@@ -52,6 +52,7 @@ def of_experiment(folder: str | Path, metric: str) -> list[Evaluated]:
         DataError: it is no folder of an experiment.
         ConfigError: no trial reported the metric.
     """
+    # Trainables that are not ours report nothing of the kind, and Tune's status has to do.
     ended = [t for t in read_experiment(folder) if t.status == "TERMINATED" and t.result.get(FINISHED, True)]
     results = [(trial.config, flatten_dict(dict(trial.result))) for trial in ended]
     found = [Evaluated(config, float(result[metric])) for config, result in results if is_number(result.get(metric))]
@@ -70,6 +71,7 @@ def of_study(study: Study, mode: str) -> list[Evaluated]:
     Raises:
         ConfigError: the study has several objectives, or its direction is not `mode`.
     """
+    # By their names, here and below, so that Optuna is not imported.
     directions = [direction.name for direction in study.directions]
     if directions != [{"min": "MINIMIZE", "max": "MAXIMIZE"}[mode]]:
         raise ConfigError(
@@ -111,6 +113,7 @@ def read_experiment(folder: str | Path) -> list[TrialRecord]:
     storage = locate(folder)
     try:
         files = storage.filesystem.get_file_info(pyarrow.fs.FileSelector(storage.path))
+        # Tune has the time in the names, so that the last one is the newest.
         names = sorted(f.base_name for f in files if f.base_name.startswith(EXPERIMENT_STATE))
         trials = parse(storage.read(names[-1])) if names else None
     except (pa.ArrowException, OSError, StateError) as error:
@@ -134,6 +137,7 @@ def take(optimizer: BilevelOptimizer, evaluated: Sequence[Evaluated], objective:
         except SpaceError as error:
             reasons.append(str(error))
             continue
+        # Not complete: without f and weights it is nothing for the model of v or a hypergradient.
         observation = Observation(objective.sign * point.value, complete=False)
         optimizer.add(f"evaluated-{len(optimizer.state.trainings)}", config, observation)
     if not reasons:

@@ -52,18 +52,22 @@ class FollowsRuns(SearchView):
         Raises:
             ConfigError: the search has another metric or mode, given to it or from an earlier run.
         """
+        # `set_search_properties` sets it up, with all of these.
         if self._optimizer is None and self._not_given is None:
             return
         here = self._objective
         asked = Objective(metric or here.metric, mode or here.mode)
         _, domains, grids = parse_spec_vars(param_space)
         constants = {} if domains or grids else param_space  # Tune refuses a second space by itself
-        if asked != here and (self._space is None or self._objective_given or self.state.trainings):
+        # Points of earlier work are taken again when the search is set up.
+        begun = any(training.proposal.origin != "evaluated" for training in self.state.trainings)
+        if asked != here and (self._space is None or self._objective_given or begun):
             raise ConfigError(other_objective(asked, here))
-        if self._space is None or self.state.trainings:
+        if self._space is None or begun:
             return
         if asked != here or constants or self._not_given is not None:
             self._metric, self._mode = asked.metric, asked.mode
+            # Anew, as the method depends on the metric.
             self._set_up(self._space, constants)
 
     def _follow_run(self) -> TuneRun | None:

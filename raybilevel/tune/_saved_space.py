@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def pack(space: Space, constants: Mapping[str, Any]) -> str | None:
-    """A pickle of both, in base64; None where the rest of the state file has all of them."""
+    """A pickle of both, in base64; None if the rest of the state file has all of them, "" if they cannot be pickled."""
     simple = not space.fixed and not space.tuples and all(map(is_literal, (p.choices for p in space.parameters)))
     if simple and is_json(constants):
         return None
@@ -29,7 +29,7 @@ def pack(space: Space, constants: Mapping[str, Any]) -> str | None:
             "the space cannot be saved with the search, which will not go on from its state: %s: %s",
             type(error).__name__, error,
         )  # fmt: skip
-        return None
+        return ""
 
 
 def unpack(text: str) -> tuple[Space, dict[str, Any]]:
@@ -37,6 +37,11 @@ def unpack(text: str) -> tuple[Space, dict[str, Any]]:
     Raises:
         StateError: what it needs is not there, or not as it was.
     """
+    if not text:
+        raise StateError(
+            "the space could not be saved with the search; give the space to BilevelSearch, or to Tuner.restore as "
+            "param_space"
+        )
     try:
         found: tuple[Space, dict[str, Any]] = cloudpickle.loads(base64.b64decode(text))
     except Exception as error:  # a pickle may raise anything
@@ -53,4 +58,5 @@ def is_json(constants: Mapping[str, Any]) -> bool:
         text = json.dumps(constants)
     except (TypeError, ValueError):
         return False
+    # JSON makes lists of tuples, and texts of keys that are numbers. By repr, as NaN is not equal to itself.
     return repr(json.loads(text)) == repr(constants)

@@ -246,13 +246,17 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         intermediate_values: list[float] | None = None,
     ) -> None:
         """A configuration whose metric is known from elsewhere; it informs the model of F, not the value function."""
-        if self._optimizer is None:
-            self._early.append((parameters, value, error))
-            return
+        if self._optimizer is not None:
+            self._add_evaluated(self._optimizer, parameters, value, error)
+        self._early.append((parameters, value, error))
+
+    def _add_evaluated(
+        self, optimizer: BilevelOptimizer, parameters: Mapping[str, Any], value: float, error: bool
+    ) -> None:
         nested = without_numpy(unflatten(parameters))
-        check_points([nested], self._optimizer.space, "evaluated points")
+        check_points([nested], optimizer.space, "evaluated points")
         observation = None if error else Observation(self._objective.sign * float(value), complete=False)
-        self._optimizer.add(f"evaluated-{len(self._optimizer.state.trainings)}", nested, observation)
+        optimizer.add(f"evaluated-{len(optimizer.state.trainings)}", nested, observation)
 
     def save(self, checkpoint_path: str) -> None:
         if self._optimizer is None:
@@ -278,7 +282,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         space, constants = None if self._optimizer is None else self.space, self.constants
         if space is None:  # else they are what they are
             constants = json.loads(saved.constants)
-            if saved.space is not None:
+            if saved.space is not None:  # else all of it is in the other fields
                 space, constants = unpack(saved.space)
         optimizer = BilevelOptimizer.from_saved(saved, method, self._slots.limit, space)
         self.constants = constants
@@ -323,15 +327,18 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         table = table_of_tune_run()
         if table is not None and isinstance(param_space, Mapping):
             param_space = filled(param_space, table)
+        if table is not None and constants:
+            constants = filled(constants, table)
         found = set_up(self.problem, param_space, constants or {}, objective, self.method, self._points, self._samples)
+        # A space of the search's own is not in Tune's table, which has constants alone then.
         if table is not None and self._space is None:
             take_over(table, flatten(found.constants))
         self._metric, self._mode, self._not_given = objective.metric, objective.mode, None
         self.constants, self.method = found.constants, found.method
         self._optimizer = BilevelOptimizer(found.space, found.method, self.seed, self._slots.now, self._points)
-        for parameters, value, error in self._early:
-            self.add_evaluated_point(parameters, value, error)
-        self._early = []
+        # What is known from elsewhere comes last, as it needs the space.
+        for point in self._early:
+            self._add_evaluated(self._optimizer, *point)
         self._take_earlier()
 
     def _shared_by_steps(self) -> SharedBySteps:

@@ -95,6 +95,7 @@ def check_no_hooks(function: str, problem: BilevelProblem, *hooks: str) -> None:
 
 def default_checkpoint_interval(count: int) -> int:
     """Epochs or steps between checkpoints, of so many in all: there are at most five."""
+    # Rounded up, so that there are no more than five.
     return max(1, -(-count // 5))
 
 

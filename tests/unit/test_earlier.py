@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from ray import tune
 
 from raybilevel import BilevelSearch
-from raybilevel.errors import ConfigError, DataError, SpaceError
+from raybilevel.errors import ConfigError, DataError, SpaceError, StateError
+from raybilevel.tune._saved_space import pack, unpack
 from tests.tiny_problems import Parabola
 
 SPACE = {"x": {"a": tune.loguniform(1e-4, 1e2)}}
@@ -83,6 +85,29 @@ def test_rewards_of_points_that_need_no_training() -> None:
         BilevelSearch(Parabola(), SPACE, points_to_evaluate=points, evaluated_rewards=[0.5])
     with pytest.raises(ConfigError, match="expected finite numbers"):
         BilevelSearch(Parabola(), SPACE, points_to_evaluate=points, evaluated_rewards=[0.5, math.nan])
+
+
+class Scaled(Parabola):
+    def lower_loss(self, model: Any, hyperparameters: Any, batch: Any) -> Any:
+        return hyperparameters["scale"] * super().lower_loss(model, hyperparameters, batch)
+
+
+def test_constants_of_tune_reach_a_search_that_knows_points_already() -> None:
+    search = BilevelSearch(
+        Scaled(), space={**SPACE, "scale": 1.0}, points_to_evaluate=[{"x": {"a": 0.1}}], evaluated_rewards=[0.3]
+    )
+    search.set_search_properties("upper_loss", "min", {"other": 2.0}, num_samples=3)
+    assert search.constants == {"scale": 1.0, "other": 2.0}
+    assert known(search) == [(0.1, 0.3)]
+
+
+def test_a_space_that_could_not_be_saved_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    search = BilevelSearch(Scaled(), space={**SPACE, "scale": 1.0})
+    text = pack(search.space, {"lock": threading.Lock()})
+    assert "the space cannot be saved with the search" in caplog.text
+    assert text is not None
+    with pytest.raises(StateError, match="give the space to BilevelSearch"):
+        unpack(text)
 
 
 def test_a_study_of_optuna() -> None:

@@ -32,6 +32,14 @@ def test_without_failures_there_is_nothing_to_model():
     assert fit_feasibility(trainings(sobol_points(2, 5, 1), fails=0.0), vector(0.5, 0.5)) is None
 
 
+def test_one_failure_does_not_fence_off_the_box():
+    points = sobol_points(2, 4, 1)
+    lowest = points[:, 0].min().item()
+    feasibility = fit_feasibility(trainings(points, fails=lowest + 1e-6), vector(0.5, 0.5))
+    assert feasibility is not None
+    assert feasibility.log_probability(sobol_points(2, 64, 2)).exp().median() > 0.3
+
+
 def test_the_side_that_fails_is_told_from_the_other():
     inside, outside = (found().log_probability(vector(x, 0.5)).exp().item() for x in (0.9, 0.1))
     assert inside > 0.6

@@ -47,6 +47,10 @@ def test_gradient_descent_takes_its_rate() -> None:
     assert trained(sgd(), accumulate=3) == pytest.approx(0.1 * 2)
 
 
+def test_a_rate_of_zero_takes_nothing_from_infinite_time() -> None:
+    assert trained(lambda model: torch.optim.LBFGS(model.parameters(), lr=0.0)) == math.inf
+
+
 def test_a_schedule_counts_with_the_rates_that_it_gave() -> None:
     def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)

@@ -55,3 +55,8 @@ def test_hypergradients_that_say_flat_where_f_is_not_are_not_trusted(factor: flo
     known = promises(descent(factor))
     assert len(known) == 4 and all(promise.kept > 90 for promise in known)
     assert trust(known) == 0.0
+
+
+def test_small_changes_do_not_decide():
+    noise = tuple(Promise(1e-6, -3e-6) for _ in range(9))
+    assert trust((*promises(descent()), *noise)) == pytest.approx(1.0)

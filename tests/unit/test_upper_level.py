@@ -208,6 +208,19 @@ def test_flat_directions_of_f_are_left_alone():
     assert found.gradient.item() == pytest.approx(0.25 - 3, rel=1e-6)
 
 
+def test_an_f_that_is_flat_along_f_does_not_move():
+    problem = Formula(1, 2, lambda x, y: (y[0] - x[0]).square(), lambda y: y[1])  # F follows what f leaves alone
+    found = lagrangian_point(trained_point(problem, vector(0.25)), 0.05, MANY)
+    assert found.gradient.tolist() == [0.0]
+    assert (found.multiplier, found.decrease, found.slack) == (0.0, 0.0, 0.0)
+
+
+def test_many_derivatives_may_cost_a_training():
+    point = trained_point(Logistic(rows=20, batch=8, epochs=8, optimizer=sgd), UNIT)
+    few, many = (Budget.of(point.levels, 10.0, 0.2, point.time, derivatives) for derivatives in (1, 10))
+    assert few.most < 1 and many.unfinished == 3
+
+
 def test_a_negative_curvature_bounds_the_time_of_a_training():
     h = vector(-2.0, 0.0, 1.0)
     assert at_a_minimum(h).tolist() == pytest.approx([1 / (2 + 2 / 3), 3 / 2, 1 / (1 + 2 / 3)])
