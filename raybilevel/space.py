@@ -273,17 +273,21 @@ class Space:
         """
         chosen: dict[int, int] = {}
         found: dict[int, Any] = {}
-        for coordinate, p in enumerate(self.parameters):
-            if not is_met(p.when, chosen):
-                continue
-            if p.switch:
-                chosen[coordinate] = self._alternative(config, coordinate, chosen)
-                found[coordinate] = p.levels[chosen[coordinate]]
-                continue
-            found[coordinate] = self.value(config, p)
-            if coordinate in self._deciding:
-                chosen[coordinate] = nearest(p.levels, p.encode(found[coordinate]))
-        return found
+        before = -1
+        # A condition may be of a choice that comes later: until nothing new is active.
+        while len(found) > before:
+            before = len(found)
+            for coordinate, p in enumerate(self.parameters):
+                if coordinate in found or not is_met(p.when, chosen):
+                    continue
+                if p.switch:
+                    chosen[coordinate] = self._alternative(config, coordinate, chosen)
+                    found[coordinate] = p.levels[chosen[coordinate]]
+                    continue
+                found[coordinate] = self.value(config, p)
+                if coordinate in self._deciding:
+                    chosen[coordinate] = nearest(p.levels, p.encode(found[coordinate]))
+        return dict(sorted(found.items()))
 
     @cached_property
     def _deciding(self) -> frozenset[int]:

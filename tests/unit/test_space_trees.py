@@ -206,6 +206,18 @@ def test_bounds_that_depend_on_a_choice_are_hyperparameters_of_their_own() -> No
     ]  # fmt: skip
 
 
+def test_a_hyperparameter_may_depend_on_a_choice_that_comes_after_it() -> None:
+    def function(trial: Any) -> None:
+        if trial.suggest_categorical("a", ["p", "q"]) == "p" or trial.suggest_categorical("b", ["r", "s"]) == "r":
+            trial.suggest_float("x", 0, 1)
+
+    space, _ = split_param_space(function)
+    config = {"a": "q", "b": "r", "x": 0.3}
+    assert space.names == ("a", "x", "b") and space.part(config) == config
+    assert space.to_config(space.encode(config)) == config
+    assert space.to_unit_gradient(config, {"a": 0.0, "x": 2.0, "b": 0.0})[1] == 2.0
+
+
 def test_what_a_define_by_run_function_may_not_do_is_named() -> None:
     def by_a_value(trial: Any) -> None:
         trial.suggest_float("b", 0, 1 + trial.suggest_float("a", 0, 1))
