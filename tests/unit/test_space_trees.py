@@ -206,6 +206,23 @@ def test_bounds_that_depend_on_a_choice_are_hyperparameters_of_their_own() -> No
     ]  # fmt: skip
 
 
+def test_what_a_define_by_run_function_returns_follows_every_value() -> None:
+    def function(trial: Any) -> dict[str, Any]:
+        n, rate = trial.suggest_int("n", 1, 3), trial.suggest_float("rate", 0, 1)
+        return {"two": n == 2, "big": rate > 0.6, "same": 7}
+
+    space, _ = split_param_space(function)
+    for config in values(space):
+        assert config["two"] == (config["n"] == 2) and config["big"] == (config["rate"] > 0.6)
+        assert config["same"] == 7
+
+    def sometimes(trial: Any) -> dict[str, Any]:
+        return {"m": 1} if trial.suggest_int("n", 1, 3) == 2 else {}
+
+    with pytest.raises(SpaceError, match="m: sometimes returns it at some values only"):
+        split_param_space(sometimes)
+
+
 def test_a_hyperparameter_may_depend_on_a_choice_that_comes_after_it() -> None:
     def function(trial: Any) -> None:
         if trial.suggest_categorical("a", ["p", "q"]) == "p" or trial.suggest_categorical("b", ["r", "s"]) == "r":
