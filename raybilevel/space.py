@@ -370,7 +370,7 @@ def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = 
     wholes = {keys(p.path) for p in searched if p.choices}  # whose values may have parts, too
     wholes |= {keys(f.path) for f in space.fixed if isinstance(f.value, Mapping | list | tuple | Dependent)}
     for number, point in enumerate(points):
-        given = [keys(path) for path in leaves(point)]
+        given = [keys(path) for path in leaves(point) if path]
         unknown = [
             "/".join(path) for path in given
             if path not in paths and not any(path[:length] in wholes for length in range(1, len(path)))
@@ -379,16 +379,23 @@ def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = 
             raise SpaceError(
                 f"{name}[{number}]: {', '.join(sorted(unknown))} not in the space, which has {', '.join(space.names)}"
             )
-        try:
-            values = space.values(point)
-        except SpaceError as error:
-            raise SpaceError(f"{name}[{number}]: {error}") from error
-        for coordinate, value in values.items():
-            parameter = space.parameters[coordinate]
-            if not parameter.switch and not parameter.contains(value):
-                raise SpaceError(
-                    f"{name}[{number}]: {parameter.name} = {value} is outside [{parameter.low}, {parameter.high}]"
-                )
+        check_values(point, space, f"{name}[{number}]")
+
+
+def check_values(config: Mapping[str, Any], space: Space, name: str) -> None:
+    """A config has every hyperparameter of the space, within its bounds. Other entries are ignored.
+
+    Raises:
+        SpaceError: it has not; it is named.
+    """
+    try:
+        values = space.values(config)
+    except SpaceError as error:
+        raise SpaceError(f"{name}: {error}") from error
+    for coordinate, value in values.items():
+        parameter = space.parameters[coordinate]
+        if not parameter.switch and not parameter.contains(value):
+            raise SpaceError(f"{name}: {parameter.name} = {value} is outside [{parameter.low}, {parameter.high}]")
 
 
 def keys(path: Path) -> tuple[str, ...]:

@@ -105,6 +105,7 @@ def test_points_to_evaluate_of_a_conditional_space_are_checked_by_name() -> None
         ({"optimizer": {"kind": "rms", "lr": 0.1}, "decay": 0.1}, r"optimizer: expected one of its 3 alternatives"),
         ({"optimizer": {"lr": 0.1, "momentun": 0.5}, "decay": 0.1}, "optimizer/momentun not in the space"),
         ({"decay": 0.1}, "optimizer: expected one of its 3 alternatives, got nothing"),
+        ({}, "optimizer: expected one of its 3 alternatives, got nothing"),
     ):
         with pytest.raises(SpaceError, match=rf"points_to_evaluate\[0\].*{words}"):
             check_points([point], space)
