@@ -254,10 +254,19 @@ class Space:
         found = {self.parameters[i].path: v for i, v in self.values(config).items() if not self.parameters[i].switch}
         return self._nested(found)
 
-    def to_unit_gradient(self, config: Mapping[str, Any], gradient: Mapping[str, float]) -> Tensor:
+    def to_unit_gradient(
+        self, config: Mapping[str, Any], gradient: Mapping[str, float], unit: Tensor | None = None
+    ) -> Tensor:
         """A gradient by flat name in the hyperparameters' own units -> shape (d,) in the unit cube; NaN where `known`
-        says so."""
-        values = self.values(config)
+        says so.
+
+        unit: the point of the config, shape (d,), where it is known. The config alone does not tell alternatives apart
+            that it fits both.
+        """
+        if unit is None:
+            values = self.values(config)
+        else:
+            values = {coordinate: self.value(config, p) for coordinate, p in self._active_parameters(unit)}
         entries = [
             # df/du = df/dx dx/du
             gradient[p.name] * p.slope(values[i]) if smooth and i in values else math.nan
