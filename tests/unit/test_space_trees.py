@@ -138,6 +138,18 @@ def test_functions_are_given_the_config_in_either_form_and_each_other_s_values()
         assert config["old"] == 2 * x and config["text"] == 3 * x and config["list"] == [x]
 
 
+def test_the_form_of_a_function_is_found_out_once() -> None:
+    given: list[set[str]] = []
+
+    def twice(spec: Any) -> float:
+        given.append(set(spec))
+        return 2.0 * spec.config.deep.items
+
+    space, _ = split_param_space({"deep": {"items": tune.uniform(1, 2)}, "y": tune.sample_from(twice)})
+    assert all(config["y"] == 2 * config["deep"]["items"] for config in values(space, 3))
+    assert given == [{"deep"}, {"config"}, {"config"}, {"config"}]
+
+
 def test_functions_that_draw_give_a_config_the_same_value_wherever_it_is_made() -> None:
     space, _ = split_param_space(
         {"x": tune.uniform(0, 1), "n": tune.sample_from(lambda config: (np.random.rand(), random.random()))}
