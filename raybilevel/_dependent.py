@@ -41,7 +41,7 @@ def resolved(searched: dict[str, Any], around: Mapping[str, Any]) -> dict[str, A
     if not waiting:
         return searched
     plain = sorted((named(path), entry) for path, entry in found.items() if isinstance(entry, PLAIN))
-    with seeded(repr(plain)):
+    with seeded(repr([(name, rounded(entry)) for name, entry in plain])):
         while waiting:
             failed: list[tuple[Path, Exception]] = []
             before = len(waiting)
@@ -60,6 +60,11 @@ def resolved(searched: dict[str, Any], around: Mapping[str, Any]) -> dict[str, A
                     "config, constants included"
                 ) from why
     return searched
+
+
+def rounded(entry: Any) -> Any:
+    """Floats with 12 digits: the last ones may differ once a config has been through the unit cube."""
+    return float(f"{entry:.12g}") if isinstance(entry, float) else entry
 
 
 def without(waiting: Mapping[Any, Any], searched: Mapping[str, Any], around: Mapping[str, Any]) -> dict[str, Any]:

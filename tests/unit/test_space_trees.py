@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from ray import tune
 
+from raybilevel._dependent import Dependent, resolved
 from raybilevel.errors import SpaceError
 from raybilevel.space import Space, check_points
 from raybilevel.tune._domains import split_param_space
@@ -159,6 +161,14 @@ def test_functions_that_draw_give_a_config_the_same_value_wherever_it_is_made() 
     assert space.to_config(one) == space.to_config(one)
     assert space.to_config(one)["n"] != space.to_config(other)["n"]
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before
+
+
+def test_the_last_digit_of_a_value_does_not_change_what_is_drawn() -> None:
+    one, near, other = (
+        resolved({"x": x, "n": Dependent(lambda config: random.random())}, {})
+        for x in (0.3, math.nextafter(0.3, 1), 0.3001)
+    )
+    assert one["n"] == near["n"] != other["n"] and one["x"] != near["x"]
 
 
 def test_a_function_that_fails_is_named() -> None:
