@@ -56,7 +56,7 @@ def resolved(searched: dict[str, Any], around: Mapping[str, Any]) -> dict[str, A
             if len(waiting) == before:
                 path, why = failed[0]
                 raise SpaceError(
-                    f"{named(path)}: its sample_from function raised {type(why).__name__}: {why}. It is given the "
+                    f"{named(path)}: its function raised {type(why).__name__}: {why}. It is given the "
                     "config, constants included"
                 ) from why
     return searched

@@ -173,7 +173,7 @@ def test_the_last_digit_of_a_value_does_not_change_what_is_drawn() -> None:
 
 def test_a_function_that_fails_is_named() -> None:
     space, _ = split_param_space({"x": tune.uniform(0, 1), "y": {"z": tune.sample_from(lambda config: config["w"])}})
-    with pytest.raises(SpaceError, match="y/z: its sample_from function raised KeyError: 'w'"):
+    with pytest.raises(SpaceError, match="y/z: its function raised KeyError: 'w'"):
         space.to_config(points(space, 1)[0])
 
 
