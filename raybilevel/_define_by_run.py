@@ -26,21 +26,27 @@ MOST_CALLS = 5_000
 class AskingTrial:
     """The `trial` of a define-by-run function: it has the `suggest_` methods of Optuna's, and notes what is asked.
 
-    value: of a hyperparameter that is asked for.
+    value:     of a hyperparameter that is asked for.
+    constants: those asked for that have one value only.
     """
 
     def __init__(self, value: Callable[[Parameter], Any]) -> None:
         self._value = value
         self.asked: dict[Path, Parameter] = {}
+        self.constants: dict[Path, Any] = {}
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
+        if low == high:
+            return float(self._constant(name, float(low)))
         if step is not None:
             return float(self._ask_stepped(name, "quniform", low, high, step))
         return float(self._ask(name, "loguniform" if log else "uniform", (low, high)))
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        if low == high:
+            return int(self._constant(name, int(low)))
         if step != 1:
             return int(self._ask_stepped(name, "qrandint", low, high, step))
         return int(self._ask(name, "lograndint" if log else "randint", (low, high + 1)))
@@ -64,11 +70,21 @@ class AskingTrial:
     def suggest_discrete_uniform(self, name: str, low: float, high: float, q: float) -> float:
         return self.suggest_float(name, low, high, step=q)
 
+    def _constant(self, name: str, value: Any) -> Any:
+        self.constants[path_of(name)] = value
+        return value
+
     def _ask(self, name: str, domain: str, arguments: tuple[Any, ...]) -> Any:
-        parameter = Parameter.of(tuple(name.split("/")), domain, arguments)
+        if domain == CHOICE and len(arguments) == 1:
+            return self._constant(name, arguments[0])
+        parameter = Parameter.of(path_of(name), domain, arguments)
         if self.asked.setdefault(parameter.path, parameter) != parameter:
             raise SpaceError(f"{name}: the define-by-run function asks for it twice, with different domains")
         return self._value(parameter)
+
+
+def path_of(name: str) -> Path:
+    return tuple(name.split("/"))
 
 
 Setting = dict[Path, float]
@@ -77,9 +93,10 @@ Setting = dict[Path, float]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a function asked for, and what it returned beside, flat."""
+    """What a function asked for, in `constants` with one value only, and what it returned beside, flat."""
 
     asked: dict[Path, Parameter]
+    constants: dict[Path, Any]
     returned: dict[Path, Any] = field(compare=False)
 
 
@@ -105,7 +122,7 @@ class Learner:
             return p.to_value(setting[p.path])
 
         trial = AskingTrial(value)
-        return Answer(trial.asked, returned_by(self.function, trial))
+        return Answer(trial.asked, trial.constants, returned_by(self.function, trial))
 
     def parts(self, chosen: Setting, generator: random.Random) -> Iterator[tuple[Setting, list[Answer]]]:
         """The parts of the space in which the function always asks for the same, by the choices that lead there, with
@@ -172,7 +189,7 @@ def read_define_by_run(function: SpaceFunction) -> Space:
             coordinate = reader.add(parameter, condition)
             if path in chosen:
                 condition = (*condition, (coordinate, parameter.levels.index(chosen[path])))
-        for path, value in returned_in(answers, function).items():
+        for path, value in {**returned_in(answers, function), **answers[0].constants}.items():
             returns.setdefault((path, repr(value)), (value, []))[1].append(condition)
     for (path, _), (value, conditions) in returns.items():
         when = () if () in conditions else reader.shortest(tuple(conditions))

@@ -246,6 +246,22 @@ def test_what_a_define_by_run_function_returns_follows_every_value() -> None:
         split_param_space(sometimes)
 
 
+def test_what_has_one_value_only_is_a_constant_where_it_is_asked_for() -> None:
+    def function(trial: Any) -> dict[str, Any]:
+        layers, width = trial.suggest_int("layers", 2, 2), trial.suggest_float("deep/width", 0.5, 0.5)
+        if trial.suggest_categorical("kind", ["a", "b"]) == "b":
+            trial.suggest_categorical("only", ["x"])
+            trial.suggest_float("far", 0.5, 1, step=2)
+        return {"sum": layers + width}
+
+    space, _ = split_param_space(function)
+    assert space.names == ("kind",)
+    base = {"layers": 2, "deep": {"width": 0.5}, "sum": 2.5}
+    assert [space.to_config(torch.tensor([unit])) for unit in (0.25, 0.75)] == [
+        {**base, "kind": "a"}, {**base, "kind": "b", "only": "x", "far": 0.5}
+    ]  # fmt: skip
+
+
 def test_a_hyperparameter_may_depend_on_a_choice_that_comes_after_it() -> None:
     def function(trial: Any) -> None:
         if trial.suggest_categorical("a", ["p", "q"]) == "p" or trial.suggest_categorical("b", ["r", "s"]) == "r":
