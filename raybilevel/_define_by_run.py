@@ -13,7 +13,7 @@ from typing import Any
 from raybilevel._dependent import Dependent
 from raybilevel._parameter import CHOICE, Condition, Parameter
 from raybilevel._space_tree import SpaceReader
-from raybilevel._tree import Path, flatten, look_up
+from raybilevel._tree import Path, flatten, look_up, named
 from raybilevel.errors import SpaceError
 from raybilevel.space import Fixed, Space
 
@@ -26,21 +26,27 @@ MOST_CALLS = 5_000
 class AskingTrial:
     """The `trial` of a define-by-run function: it has the `suggest_` methods of Optuna's, and notes what is asked.
 
-    value: of a hyperparameter that is asked for.
+    value:     of a hyperparameter that is asked for.
+    constants: those asked for that have one value only.
     """
 
     def __init__(self, value: Callable[[Parameter], Any]) -> None:
         self._value = value
         self.asked: dict[Path, Parameter] = {}
+        self.constants: dict[Path, Any] = {}
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
+        if low == high:
+            return float(self._constant(name, float(low)))
         if step is not None:
             return float(self._ask_stepped(name, "quniform", low, high, step))
         return float(self._ask(name, "loguniform" if log else "uniform", (low, high)))
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        if low == high:
+            return int(self._constant(name, int(low)))
         if step != 1:
             return int(self._ask_stepped(name, "qrandint", low, high, step))
         # Optuna's `high` belongs to the domain, that of Tune's randint does not.
@@ -66,11 +72,21 @@ class AskingTrial:
     def suggest_discrete_uniform(self, name: str, low: float, high: float, q: float) -> float:
         return self.suggest_float(name, low, high, step=q)
 
+    def _constant(self, name: str, value: Any) -> Any:
+        self.constants[path_of(name)] = value
+        return value
+
     def _ask(self, name: str, domain: str, arguments: tuple[Any, ...]) -> Any:
-        parameter = Parameter.of(tuple(name.split("/")), domain, arguments)
+        if domain == CHOICE and len(arguments) == 1:
+            return self._constant(name, arguments[0])
+        parameter = Parameter.of(path_of(name), domain, arguments)
         if self.asked.setdefault(parameter.path, parameter) != parameter:
             raise SpaceError(f"{name}: the define-by-run function asks for it twice, with different domains")
         return self._value(parameter)
+
+
+def path_of(name: str) -> Path:
+    return tuple(name.split("/"))
 
 
 Setting = dict[Path, float]
@@ -79,9 +95,10 @@ Setting = dict[Path, float]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a function asked for, and what it returned beside, flat."""
+    """What a function asked for, in `constants` with one value only, and what it returned beside, flat."""
 
     asked: dict[Path, Parameter]
+    constants: dict[Path, Any]
     returned: dict[Path, Any] = field(compare=False)
 
 
@@ -107,26 +124,33 @@ class Learner:
             return p.to_value(setting[p.path])
 
         trial = AskingTrial(value)
-        return Answer(trial.asked, returned_by(self.function, trial))
+        return Answer(trial.asked, trial.constants, returned_by(self.function, trial))
 
-    def parts(self, chosen: Setting, generator: random.Random) -> Iterator[tuple[Setting, Answer]]:
-        """The parts of the space in which the function always asks for the same, by the choices that lead there."""
+    def parts(self, chosen: Setting, generator: random.Random) -> Iterator[tuple[Setting, list[Answer]]]:
+        """The parts of the space in which the function always asks for the same, by the choices that lead there, with
+        its answers at several settings."""
         # `ask` completes it, so that all others begin from the setting of the first answer.
         base = dict(chosen)
-        first = self.ask(base, lambda p: p.levels[0] if p.levels else 0.5)
-        branch = self._branch(chosen, base, first, generator)
+        answers = [self.ask(base, lambda p: p.levels[0] if p.levels else 0.5)]
+        branch = self._branch(chosen, base, answers, generator)
         if branch is None:
-            yield chosen, first
+            answers.append(self.ask(dict(chosen), lambda p: p.levels[-1] if p.levels else 0.25))
+            yield chosen, answers
             return
         for level in branch.levels:
             yield from self.parts({**chosen, branch.path: level}, generator)
 
-    def _branch(self, chosen: Setting, base: Setting, first: Answer, generator: random.Random) -> Parameter | None:
+    def _branch(
+        self, chosen: Setting, base: Setting, answers: list[Answer], generator: random.Random
+    ) -> Parameter | None:
         """A choice that changes what is asked for, None if there is none.
+
+        answers: the one at `base`; those that ask for the same are added.
 
         Raises:
             SpaceError: a hyperparameter that is no choice does.
         """
+        first = answers[0]
         open_choices = [p for p in first.asked.values() if p.levels and p.path not in chosen]
         flips: list[Setting] = [{p.path: level} for p in open_choices for level in p.levels[1:]]
         draws: list[Setting] = [
@@ -141,7 +165,9 @@ class Learner:
                 # One more at a time: the answers before were the first one, so the last change is what made another.
                 setting[path] = unit
                 # Of a copy, as `ask` writes into a setting what that lacks.
-                if self.ask(dict(setting), lambda p: p.levels[0] if p.levels else 0.5) == first:
+                answer = self.ask(dict(setting), lambda p: p.levels[0] if p.levels else 0.5)
+                if answer == first:
+                    answers.append(answer)
                     continue
                 parameter = first.asked[path]
                 if not parameter.levels:
@@ -164,24 +190,38 @@ def read_define_by_run(function: SpaceFunction) -> Space:
     # A fixed seed: the coordinates must be the same in every process that reads the function.
     learner, generator, reader = Learner(function), random.Random(0), SpaceReader()
     returns: dict[tuple[Path, str], tuple[Any, list[Condition]]] = {}
-    for chosen, answer in learner.parts({}, generator):
+    for chosen, answers in learner.parts({}, generator):
         condition: Condition = ()
-        for path, parameter in answer.asked.items():
+        for path, parameter in answers[0].asked.items():
             coordinate = reader.add(parameter, condition)
             if path in chosen:
                 condition = (*condition, (coordinate, parameter.levels.index(chosen[path])))
-        # Once more with other values of all that is open: an entry that differs now depends on them.
-        again = learner.ask(dict(chosen), lambda p: p.levels[-1] if p.levels else 0.25).returned
-        for path, value in answer.returned.items():
-            if path in answer.asked:
-                continue
-            if path not in again or repr(again[path]) != repr(value):
-                value = Dependent(partial(returned, function, path))
+        for path, value in {**returned_in(answers, function), **answers[0].constants}.items():
             returns.setdefault((path, repr(value)), (value, []))[1].append(condition)
     for (path, _), (value, conditions) in returns.items():
         when = () if () in conditions else reader.shortest(tuple(conditions))
         reader.fixed.append(Fixed(path, value, when))
     return reader.space
+
+
+def returned_in(answers: Sequence[Answer], function: SpaceFunction) -> dict[Path, Any]:
+    """What a function returns in a part of the space, beside what it asks for: constants, and a `Dependent` where its
+    answers differ.
+
+    Raises:
+        SpaceError: an entry is there in some answers only.
+    """
+    found: dict[Path, Any] = {}
+    for path in dict.fromkeys(path for answer in answers for path in answer.returned if path not in answer.asked):
+        if any(path not in answer.returned for answer in answers):
+            raise SpaceError(
+                f"{named(path)}: {name_of(function)} returns it at some values only; return it always, e.g. as None, "
+                "or ask for a hyperparameter where it is there"
+            )
+        values = [answer.returned[path] for answer in answers]
+        same = len(set(map(repr, values))) == 1
+        found[path] = values[0] if same else Dependent(partial(returned, function, path))
+    return found
 
 
 def returned_by(function: SpaceFunction, trial: AskingTrial) -> dict[Path, Any]:

@@ -42,7 +42,7 @@ def resolved(searched: dict[str, Any], around: Mapping[str, Any]) -> dict[str, A
         return searched
     # Sorted, or the seed would depend on the order in which entries were written.
     plain = sorted((named(path), entry) for path, entry in found.items() if isinstance(entry, PLAIN))
-    with seeded(repr(plain)):
+    with seeded(repr([(name, rounded(entry)) for name, entry in plain])):
         while waiting:
             failed: list[tuple[Path, Exception]] = []
             before = len(waiting)
@@ -58,10 +58,15 @@ def resolved(searched: dict[str, Any], around: Mapping[str, Any]) -> dict[str, A
             if len(waiting) == before:
                 path, why = failed[0]
                 raise SpaceError(
-                    f"{named(path)}: its sample_from function raised {type(why).__name__}: {why}. It is given the "
+                    f"{named(path)}: its function raised {type(why).__name__}: {why}. It is given the "
                     "config, constants included"
                 ) from why
     return searched
+
+
+def rounded(entry: Any) -> Any:
+    """Floats with 12 digits: the last ones may differ once a config has been through the unit cube."""
+    return float(f"{entry:.12g}") if isinstance(entry, float) else entry
 
 
 def without(waiting: Mapping[Any, Any], searched: Mapping[str, Any], around: Mapping[str, Any]) -> dict[str, Any]:

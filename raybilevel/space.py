@@ -257,10 +257,19 @@ class Space:
         found = {self.parameters[i].path: v for i, v in self.values(config).items() if not self.parameters[i].switch}
         return self._nested(found)
 
-    def to_unit_gradient(self, config: Mapping[str, Any], gradient: Mapping[str, float]) -> Tensor:
+    def to_unit_gradient(
+        self, config: Mapping[str, Any], gradient: Mapping[str, float], unit: Tensor | None = None
+    ) -> Tensor:
         """A gradient by flat name in the hyperparameters' own units -> shape (d,) in the unit cube; NaN where `known`
-        says so."""
-        values = self.values(config)
+        says so.
+
+        unit: the point of the config, shape (d,), where it is known. The config alone does not tell alternatives apart
+            that it fits both.
+        """
+        if unit is None:
+            values = self.values(config)
+        else:
+            values = {coordinate: self.value(config, p) for coordinate, p in self._active_parameters(unit)}
         entries = [
             # df/du = df/dx dx/du
             gradient[p.name] * p.slope(values[i]) if smooth and i in values else math.nan
@@ -276,17 +285,21 @@ class Space:
         """
         chosen: dict[int, int] = {}
         found: dict[int, Any] = {}
-        for coordinate, p in enumerate(self.parameters):
-            if not is_met(p.when, chosen):
-                continue
-            if p.switch:
-                chosen[coordinate] = self._alternative(config, coordinate, chosen)
-                found[coordinate] = p.levels[chosen[coordinate]]
-                continue
-            found[coordinate] = self.value(config, p)
-            if coordinate in self._deciding:
-                chosen[coordinate] = nearest(p.levels, p.encode(found[coordinate]))
-        return found
+        before = -1
+        # A condition may be of a choice that comes later: until nothing new is active.
+        while len(found) > before:
+            before = len(found)
+            for coordinate, p in enumerate(self.parameters):
+                if coordinate in found or not is_met(p.when, chosen):
+                    continue
+                if p.switch:
+                    chosen[coordinate] = self._alternative(config, coordinate, chosen)
+                    found[coordinate] = p.levels[chosen[coordinate]]
+                    continue
+                found[coordinate] = self.value(config, p)
+                if coordinate in self._deciding:
+                    chosen[coordinate] = nearest(p.levels, p.encode(found[coordinate]))
+        return dict(sorted(found.items()))
 
     @cached_property
     def _deciding(self) -> frozenset[int]:
@@ -370,7 +383,7 @@ def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = 
     wholes = {keys(p.path) for p in searched if p.choices}  # whose values may have parts, too
     wholes |= {keys(f.path) for f in space.fixed if isinstance(f.value, Mapping | list | tuple | Dependent)}
     for number, point in enumerate(points):
-        given = [keys(path) for path in leaves(point)]
+        given = [keys(path) for path in leaves(point) if path]
         unknown = [
             "/".join(path) for path in given
             if path not in paths and not any(path[:length] in wholes for length in range(1, len(path)))
@@ -379,16 +392,23 @@ def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = 
             raise SpaceError(
                 f"{name}[{number}]: {', '.join(sorted(unknown))} not in the space, which has {', '.join(space.names)}"
             )
-        try:
-            values = space.values(point)
-        except SpaceError as error:
-            raise SpaceError(f"{name}[{number}]: {error}") from error
-        for coordinate, value in values.items():
-            parameter = space.parameters[coordinate]
-            if not parameter.switch and not parameter.contains(value):
-                raise SpaceError(
-                    f"{name}[{number}]: {parameter.name} = {value} is outside [{parameter.low}, {parameter.high}]"
-                )
+        check_values(point, space, f"{name}[{number}]")
+
+
+def check_values(config: Mapping[str, Any], space: Space, name: str) -> None:
+    """A config has every hyperparameter of the space, within its bounds. Other entries are ignored.
+
+    Raises:
+        SpaceError: it has not; it is named.
+    """
+    try:
+        values = space.values(config)
+    except SpaceError as error:
+        raise SpaceError(f"{name}: {error}") from error
+    for coordinate, value in values.items():
+        parameter = space.parameters[coordinate]
+        if not parameter.switch and not parameter.contains(value):
+            raise SpaceError(f"{name}: {parameter.name} = {value} is outside [{parameter.low}, {parameter.high}]")
 
 
 def keys(path: Path) -> tuple[str, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from raybilevel._lower.training import TrainedLowerLevel, load_checkpoint, train
 from raybilevel.errors import ConfigError, NotFiniteError
@@ -16,10 +18,16 @@ from raybilevel.space import Space, flatten, nest
 logger = logging.getLogger(__name__)
 
 
-def observe(space: Space, config: Mapping[str, Any], trained: TrainedLowerLevel) -> Observation:
-    """A training's result in the terms of the search: gradients in the unit cube."""
+def observe(
+    space: Space, config: Mapping[str, Any], trained: TrainedLowerLevel, at: Sequence[float] | None = None
+) -> Observation:
+    """A training's result in the terms of the search: gradients in the unit cube.
+
+    at: the point of the config, shape (d,), where it is known; see `Space.to_unit_gradient`.
+    """
     gradient = {"/".join(path): value for path, value in flatten(trained.lower_gradient).items()}
-    unit = space.to_unit_gradient(config, gradient)
+    point = None if at is None else torch.tensor(at, dtype=torch.double)
+    unit = space.to_unit_gradient(config, gradient, point)
     return Observation(trained.upper_loss, trained.lower_loss, tuple(unit.tolist()), trained.passes)
 
 
@@ -58,5 +66,6 @@ def search(
         except NotFiniteError:
             optimizer.tell(trial, None)
         else:
-            optimizer.tell(trial, observe(space, config, trained))
+            unit = optimizer.state.trainings[optimizer.trials[trial]].unit
+            optimizer.tell(trial, observe(space, config, trained, unit))
     return checkpoints

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -117,7 +118,7 @@ def domain(entry: Domain, path: tuple[Any, ...]) -> Any:
         # Tune wraps the sampler of a quantised domain.
         step, sampler = (float(sampler.q),), sampler.get_sampler()
     if isinstance(entry, Function):
-        return Dependent(partial(sampled, entry))
+        return Dependent(Sampled(entry))
     if isinstance(entry, Categorical):
         return Choice(tuple(as_tree(option, path) for option in entry.categories))
     quantised = "q" if step else ""
@@ -133,9 +134,39 @@ def domain(entry: Domain, path: tuple[Any, ...]) -> Any:
     )
 
 
-def sampled(function: Function, config: Mapping[str, Any]) -> Any:
-    """What a `sample_from` function makes of a config; of the older form, which is given a `spec`, too."""
-    return function.sample(config=config)
+class Spec(dict[str, Any]):
+    """A dict whose entries are attributes as well."""
+
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        super().__init__({key: Spec(e) if isinstance(e, Mapping) else e for key, e in entries.items()})
+        self.__dict__ = self
+
+
+@dataclass
+class Sampled:
+    """A `sample_from` function. It takes the config, in the older form a `spec` around that, or nothing.
+
+    takes_spec: whether it is of the older form, once a call has told. Tune tries both and logs a warning each time.
+    """
+
+    domain: Function
+    takes_spec: bool | None = None
+
+    def __call__(self, config: Mapping[str, Any]) -> Any:
+        if not self.domain.pass_config:
+            return self.domain.func()
+        if not self.takes_spec:
+            try:
+                found = self.domain.func(config)
+            except (AttributeError, KeyError):
+                if self.takes_spec is False:
+                    raise
+            else:
+                self.takes_spec = False
+                return found
+        found = self.domain.func(Spec({"config": config}))
+        self.takes_spec = True
+        return found
 
 
 def evaluated(expression: str, config: Mapping[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from raybilevel._metrics import FINISHED, UPPER_LOSS
 from raybilevel.errors import ConfigError, DataError, SpaceError, StateError
 from raybilevel.problem import BilevelProblem
 from raybilevel.search import BilevelOptimizer, Observation
-from raybilevel.space import check_points, flatten, nest
+from raybilevel.space import check_values
 from raybilevel.tune._points import unflatten
 from raybilevel.tune._results import Objective
 from raybilevel.tune._snapshot import EXPERIMENT_STATE, TrialRecord, parse
@@ -130,10 +130,10 @@ def take(optimizer: BilevelOptimizer, evaluated: Sequence[Evaluated], objective:
         SpaceError: none lies in it.
     """
     reasons = []
-    for point in evaluated:
-        config = in_space(unflatten(point.config), optimizer)
+    for number, point in enumerate(evaluated):
+        config = unflatten(point.config)
         try:
-            check_points([config], optimizer.space, "earlier trials")
+            check_values(config, optimizer.space, f"earlier trials[{number}]")
         except SpaceError as error:
             reasons.append(str(error))
             continue
@@ -148,12 +148,6 @@ def take(optimizer: BilevelOptimizer, evaluated: Sequence[Evaluated], objective:
         "%d of %d earlier trials do not lie in the space of this search and are left out: %s",
         len(reasons), len(evaluated), reasons[0],
     )  # fmt: skip
-
-
-def in_space(config: Mapping[str, Any], optimizer: BilevelOptimizer) -> dict[str, Any]:
-    """The hyperparameters that are searched, of a whole configuration with constants."""
-    known = {parameter.path for parameter in optimizer.space.parameters}
-    return nest({path: value for path, value in flatten(config).items() if path in known})
 
 
 class BeginsFromEarlier:

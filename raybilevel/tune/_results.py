@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from ray.tune.utils.util import flatten_dict
 
 from raybilevel._metrics import FINISHED, GRADIENT, LOWER_LOSS, PASSES, UPPER_LOSS
@@ -37,10 +38,10 @@ class Objective:
     def sign(self) -> float:
         return -1.0 if self.mode == "max" else 1.0
 
-    def observe(self, trial: str, result: Mapping[str, Any], space: Space, config: Mapping[str, Any]) -> Observation:
+    def observe(self, trial: str, result: Mapping[str, Any], space: Space, unit: Sequence[float]) -> Observation:
         """A trial's last result, nested or flat.
 
-        config: the trial's, nested as the space is.
+        unit: the trial's point of the unit cube, shape (d,).
 
         An entry of the gradient that a trainable does not report is NaN: not known.
 
@@ -65,8 +66,9 @@ class Objective:
         if not flat.get(FINISHED, False):
             return Observation(upper, passes=passes, complete=False)
         gradient = {name: number(f"{GRADIENT}/{name}", math.nan) for name in space.names}
-        unit = space.to_unit_gradient(config, gradient)
-        return Observation(upper, lower, tuple(unit.tolist()), passes)
+        point = torch.tensor(unit, dtype=torch.double)
+        in_unit_cube = space.to_unit_gradient(space.to_config(point), gradient, point)
+        return Observation(upper, lower, tuple(in_unit_cube.tolist()), passes)
 
 
 def ran_to_its_end(result: Mapping[str, Any]) -> bool:

@@ -358,7 +358,8 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
             result = None
         try:
             if result is not None:
-                observation = self._objective.observe(trial_id, result, optimizer.space, optimizer.config(trial_id))
+                unit = optimizer.state.trainings[optimizer.trials[trial_id]].unit
+                observation = self._objective.observe(trial_id, result, optimizer.space, unit)
         except MetricError as error:
             logger.error("%s It counts as failed", error)
             if error.metric == LOWER_LOSS and error.missing and not optimizer.state.done:

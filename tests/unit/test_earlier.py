@@ -14,6 +14,11 @@ from ray import tune
 
 from raybilevel import BilevelSearch
 from raybilevel.errors import ConfigError, DataError, SpaceError, StateError
+from raybilevel.methods import Default
+from raybilevel.search import BilevelOptimizer
+from raybilevel.tune._domains import split_param_space
+from raybilevel.tune._earlier import Evaluated, take
+from raybilevel.tune._results import Objective
 from raybilevel.tune._saved_space import pack, unpack
 from tests.tiny_problems import Parabola
 
@@ -65,6 +70,17 @@ def test_trials_elsewhere_are_left_out(tmp_path: Path, caplog: pytest.LogCapture
     experiment(tmp_path, ("TERMINATED", outside, {"upper_loss": 1.0}))
     with pytest.raises(SpaceError, match=r"none of 1 earlier trials lies in the space.*x/a"):
         BilevelSearch.from_experiment(folder, Parabola(), space=SPACE)
+
+
+def test_trials_of_a_space_with_lists_and_alternatives_are_known() -> None:
+    optimizers = [{"name": "adam"}, {"name": "sgd", "momentum": tune.uniform(0, 1)}]
+    space, _ = split_param_space({"w": [tune.uniform(0, 1), 3], "o": tune.choice(optimizers)})
+    configs: list[dict[str, Any]] = [
+        {"w": [0.5, 3], "o": {"name": "adam"}}, {"w": [0.25, 3], "o": {"name": "sgd", "momentum": 0.75}}
+    ]  # fmt: skip
+    optimizer = BilevelOptimizer(space, Default())
+    take(optimizer, [Evaluated({**config, "width": 8}, 1.0) for config in configs], Objective())
+    assert [optimizer.config_of(t) for t in optimizer.state.measured] == configs
 
 
 def test_what_an_experiment_lacks_is_named(tmp_path: Path) -> None:

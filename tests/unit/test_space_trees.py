@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from ray import tune
 
+from raybilevel._dependent import Dependent, resolved
 from raybilevel.errors import SpaceError
 from raybilevel.space import Space, check_points
 from raybilevel.tune._domains import split_param_space
@@ -105,6 +107,7 @@ def test_points_to_evaluate_of_a_conditional_space_are_checked_by_name() -> None
         ({"optimizer": {"kind": "rms", "lr": 0.1}, "decay": 0.1}, r"optimizer: expected one of its 3 alternatives"),
         ({"optimizer": {"lr": 0.1, "momentun": 0.5}, "decay": 0.1}, "optimizer/momentun not in the space"),
         ({"decay": 0.1}, "optimizer: expected one of its 3 alternatives, got nothing"),
+        ({}, "optimizer: expected one of its 3 alternatives, got nothing"),
     ):
         with pytest.raises(SpaceError, match=rf"points_to_evaluate\[0\].*{words}"):
             check_points([point], space)
@@ -137,6 +140,18 @@ def test_functions_are_given_the_config_in_either_form_and_each_other_s_values()
         assert config["old"] == 2 * x and config["text"] == 3 * x and config["list"] == [x]
 
 
+def test_the_form_of_a_function_is_found_out_once() -> None:
+    given: list[set[str]] = []
+
+    def twice(spec: Any) -> float:
+        given.append(set(spec))
+        return 2.0 * spec.config.deep.items
+
+    space, _ = split_param_space({"deep": {"items": tune.uniform(1, 2)}, "y": tune.sample_from(twice)})
+    assert all(config["y"] == 2 * config["deep"]["items"] for config in values(space, 3))
+    assert given == [{"deep"}, {"config"}, {"config"}, {"config"}]
+
+
 def test_functions_that_draw_give_a_config_the_same_value_wherever_it_is_made() -> None:
     space, _ = split_param_space(
         {"x": tune.uniform(0, 1), "n": tune.sample_from(lambda config: (np.random.rand(), random.random()))}
@@ -148,9 +163,17 @@ def test_functions_that_draw_give_a_config_the_same_value_wherever_it_is_made() 
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before
 
 
+def test_the_last_digit_of_a_value_does_not_change_what_is_drawn() -> None:
+    one, near, other = (
+        resolved({"x": x, "n": Dependent(lambda config: random.random())}, {})
+        for x in (0.3, math.nextafter(0.3, 1), 0.3001)
+    )
+    assert one["n"] == near["n"] != other["n"] and one["x"] != near["x"]
+
+
 def test_a_function_that_fails_is_named() -> None:
     space, _ = split_param_space({"x": tune.uniform(0, 1), "y": {"z": tune.sample_from(lambda config: config["w"])}})
-    with pytest.raises(SpaceError, match="y/z: its sample_from function raised KeyError: 'w'"):
+    with pytest.raises(SpaceError, match="y/z: its function raised KeyError: 'w'"):
         space.to_config(points(space, 1)[0])
 
 
@@ -204,6 +227,51 @@ def test_bounds_that_depend_on_a_choice_are_hyperparameters_of_their_own() -> No
     assert [(p.name, p.high, p.when) for p in space.parameters[1:]] == [
         ("rate", 1.0, (((0, 0),),)), ("rate", 10.0, (((0, 1),),))
     ]  # fmt: skip
+
+
+def test_what_a_define_by_run_function_returns_follows_every_value() -> None:
+    def function(trial: Any) -> dict[str, Any]:
+        n, rate = trial.suggest_int("n", 1, 3), trial.suggest_float("rate", 0, 1)
+        return {"two": n == 2, "big": rate > 0.6, "same": 7}
+
+    space, _ = split_param_space(function)
+    for config in values(space):
+        assert config["two"] == (config["n"] == 2) and config["big"] == (config["rate"] > 0.6)
+        assert config["same"] == 7
+
+    def sometimes(trial: Any) -> dict[str, Any]:
+        return {"m": 1} if trial.suggest_int("n", 1, 3) == 2 else {}
+
+    with pytest.raises(SpaceError, match="m: sometimes returns it at some values only"):
+        split_param_space(sometimes)
+
+
+def test_what_has_one_value_only_is_a_constant_where_it_is_asked_for() -> None:
+    def function(trial: Any) -> dict[str, Any]:
+        layers, width = trial.suggest_int("layers", 2, 2), trial.suggest_float("deep/width", 0.5, 0.5)
+        if trial.suggest_categorical("kind", ["a", "b"]) == "b":
+            trial.suggest_categorical("only", ["x"])
+            trial.suggest_float("far", 0.5, 1, step=2)
+        return {"sum": layers + width}
+
+    space, _ = split_param_space(function)
+    assert space.names == ("kind",)
+    base = {"layers": 2, "deep": {"width": 0.5}, "sum": 2.5}
+    assert [space.to_config(torch.tensor([unit])) for unit in (0.25, 0.75)] == [
+        {**base, "kind": "a"}, {**base, "kind": "b", "only": "x", "far": 0.5}
+    ]  # fmt: skip
+
+
+def test_a_hyperparameter_may_depend_on_a_choice_that_comes_after_it() -> None:
+    def function(trial: Any) -> None:
+        if trial.suggest_categorical("a", ["p", "q"]) == "p" or trial.suggest_categorical("b", ["r", "s"]) == "r":
+            trial.suggest_float("x", 0, 1)
+
+    space, _ = split_param_space(function)
+    config = {"a": "q", "b": "r", "x": 0.3}
+    assert space.names == ("a", "x", "b") and space.part(config) == config
+    assert space.to_config(space.encode(config)) == config
+    assert space.to_unit_gradient(config, {"a": 0.0, "x": 2.0, "b": 0.0})[1] == 2.0
 
 
 def test_what_a_define_by_run_function_may_not_do_is_named() -> None:
