@@ -16,8 +16,8 @@ from raybilevel._own_problem import file_of
 from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE, TUNE_FOLDER
 from raybilevel._records.record import Observation, Record, Settings, TrialLog, box
 from raybilevel.errors import DataError, StateError
-from raybilevel.search_state import SearchState, Training
-from raybilevel.space import Space
+from raybilevel.search_state import Training
+from raybilevel.space import Space, flatten, nest
 
 if TYPE_CHECKING:
     from raybilevel.search._state_file import SavedSearch
@@ -85,7 +85,7 @@ def record_of(
     began = min((float(first["timestamp"]) - float(first["time_total_s"]) for first in firsts), default=0.0)
     names = {index: trial for trial, index in saved.trials.items()}
     space = Space(saved.parameters)
-    observations = tuple(observations_of(saved.state, space, names, results, began))
+    observations = tuple(observations_of(saved, space, names, results, began))
     best = summary.get("best") or {}
     refit = best.get("test_loss_refit")
     position = {o.number: place for place, o in enumerate(observations)}
@@ -113,7 +113,7 @@ def record_of(
 
 
 def observations_of(
-    state: SearchState, space: Space, names: Mapping[int, str], results: Mapping[str, Lines], began: float
+    saved: SavedSearch, space: Space, names: Mapping[int, str], results: Mapping[str, Lines], began: float
 ) -> Iterator[Observation]:
     """The ended trainings of a search.
 
@@ -121,7 +121,7 @@ def observations_of(
     results: by trial.
     began:   start of the run, as a Unix time.
     """
-    best: tuple[int, float] | None = None
+    state, best = saved.state, None
     for number, (training, cost) in enumerate(zip(state.told, state.costs(), strict=True)):
         done = training.status == "done"
         if done and (best is None or training.upper_loss < best[1]):
@@ -133,7 +133,7 @@ def observations_of(
             number=state.number(training),
             status=training.status if training.status in ("done", "stopped") else "failed",
             unit=training.unit,
-            hyperparameters=config_of(space, training),
+            hyperparameters=searched_in(saved, lines) or config_of(space, training),
             upper_loss=finite(training.upper_loss) if done else None,
             lower_loss=finite(training.lower_loss) if done else None,
             stopped_upper_loss=finite(training.upper_loss) if training.status == "stopped" else None,
@@ -147,6 +147,15 @@ def observations_of(
             cost=cost,
             spent=cost,
         )
+
+
+def searched_in(saved: SavedSearch, lines: Lines) -> dict[str, Any]:
+    """What a trial's config has beside the constants around the space, nested: of a space that has more than its
+    `parameters`, such as items of lists and alternatives; empty for others, and where the results have no config."""
+    if saved.space is None or not lines:
+        return {}
+    around = flatten(json.loads(saved.constants))
+    return nest({path: value for path, value in flatten(lines[-1].get("config", {})).items() if path not in around})
 
 
 def trial_log(trial: str, lines: Lines, began: float, saved: SavedSearch) -> TrialLog:
