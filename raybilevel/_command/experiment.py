@@ -67,7 +67,7 @@ def run(
     place = locate(storage or out)
     prepare_folder(out, plan.config, resume, place)
     # Absolute: `raybilevel resume` may be called in another directory.
-    keep_options(Options(data and str(Path(data).expanduser().absolute()), address, storage), out)
+    keep_options(Options(data and str(Path(data).expanduser().absolute()), address, storage), out, resume)
     console = console or Console()
     if is_own(plan.config.problem):
         send_along(type(plan.problem))

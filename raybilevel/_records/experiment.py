@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.fs
 from pydantic import TypeAdapter, ValidationError
 
+from raybilevel._metrics import HYPERPARAMETERS
 from raybilevel._records.record import Record, Settings
-from raybilevel._records.run_folder import Lines, record_of, trial_results
+from raybilevel._records.run_folder import Lines, record_of, searched_in, trial_results
 from raybilevel._records.summary import summary_of
 from raybilevel.errors import ConfigError, DataError
 from raybilevel.methods import Method
@@ -116,8 +117,12 @@ def summary_of_saved(
     method: Method,
     test_loss_refit: float | None = None,
 ) -> dict[str, Any]:
-    last = {saved.trials[trial]: lines[-1] for trial, lines in results.items() if trial in saved.trials}
-    # Tune writes no start time. A trial's first result has its time of arrival and the seconds that it took.
+    last = {
+        # Those that a descent found stand in its results.
+        saved.trials[trial]: {HYPERPARAMETERS: searched_in(saved, lines), **lines[-1]}
+        for trial, lines in results.items()
+        if trial in saved.trials
+    }
     began = [float(lines[0]["timestamp"]) - float(lines[0]["time_total_s"]) for lines in results.values()]
     ended = [float(lines[-1]["timestamp"]) for lines in results.values()]
     return summary_of(

@@ -16,8 +16,8 @@ from raybilevel._own_problem import file_of
 from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE, TUNE_FOLDER
 from raybilevel._records.record import Observation, Record, Settings, TrialLog, box
 from raybilevel.errors import DataError, StateError
-from raybilevel.search_state import SearchState, Training
-from raybilevel.space import Space
+from raybilevel.search_state import Training
+from raybilevel.space import Space, flatten, nest
 
 if TYPE_CHECKING:
     from raybilevel.search._state_file import SavedSearch
@@ -85,11 +85,14 @@ def record_of(
     began = min((float(first["timestamp"]) - float(first["time_total_s"]) for first in firsts), default=0.0)
     names = {index: trial for trial, index in saved.trials.items()}
     space = Space(saved.parameters)
-    observations = tuple(observations_of(saved.state, space, names, results, began))
+    observations = tuple(observations_of(saved, space, names, results, began))
     best = summary.get("best") or {}
     refit = best.get("test_loss_refit")
     # A record has trainings in the order of their ends, a search in the order in which they were asked.
-    position = {o.number: place for place, o in enumerate(observations)}
+    position = {o.number: place for place, o in enumerate(observations) if o.number}
+    returned = position.get(best["training"]) if ended and best else None
+    if returned is not None:
+        observations = (*observations[:-1], observations[-1].model_copy(update={"incumbent": returned}))
     return Record(
         kind="run",
         status="done" if ended else "running",
@@ -105,7 +108,7 @@ def record_of(
         seconds=summary.get("wall_seconds", max((o.seconds for o in observations), default=0.0)),
         observations=observations,
         trials=tuple(trial_log(trial, lines, began, saved) for trial, lines in results.items()),
-        refits={} if refit is None or not ended else {position[best["training"]]: {"test_loss": refit}},
+        refits={} if refit is None or returned is None else {returned: {"test_loss": refit}},
         search=search,
         verdict=summary.get("verdict"),
         diagnostics=summary.get("diagnostics", {}),
@@ -114,7 +117,7 @@ def record_of(
 
 
 def observations_of(
-    state: SearchState, space: Space, names: Mapping[int, str], results: Mapping[str, Lines], began: float
+    saved: SavedSearch, space: Space, names: Mapping[int, str], results: Mapping[str, Lines], began: float
 ) -> Iterator[Observation]:
     """The ended trainings of a search.
 
@@ -122,7 +125,7 @@ def observations_of(
     results: by trial.
     began:   start of the run, as a Unix time.
     """
-    best: tuple[int, float] | None = None
+    state, best = saved.state, None
     for number, (training, cost) in enumerate(zip(state.told, state.costs(), strict=True)):
         done = training.status == "done"
         if done and (best is None or training.upper_loss < best[1]):
@@ -134,7 +137,7 @@ def observations_of(
             number=state.number(training),
             status=training.status if training.status in ("done", "stopped") else "failed",
             unit=training.unit,
-            hyperparameters=config_of(space, training),
+            hyperparameters=searched_in(saved, lines) or config_of(space, training),
             upper_loss=finite(training.upper_loss) if done else None,
             lower_loss=finite(training.lower_loss) if done else None,
             stopped_upper_loss=finite(training.upper_loss) if training.status == "stopped" else None,
@@ -148,6 +151,15 @@ def observations_of(
             cost=cost,
             spent=cost,
         )
+
+
+def searched_in(saved: SavedSearch, lines: Lines) -> dict[str, Any]:
+    """What a trial's config has beside the constants around the space, nested: of a space that has more than its
+    `parameters`, such as items of lists and alternatives; empty for others, and where the results have no config."""
+    if saved.space is None or not lines:
+        return {}
+    around = flatten(json.loads(saved.constants))
+    return nest({path: value for path, value in flatten(lines[-1].get("config", {})).items() if path not in around})
 
 
 def trial_log(trial: str, lines: Lines, began: float, saved: SavedSearch) -> TrialLog:

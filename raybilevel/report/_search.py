@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from raybilevel._records.conclusion import in_words
 from raybilevel.report._charts import Chart, Series, Surface
 from raybilevel.search_state import SearchState, Training, or_zero
+from raybilevel.space import Parameter, Space
 
 if TYPE_CHECKING:
     from raybilevel._models.value_function import ValueFunction
@@ -36,7 +39,9 @@ def value_function(saved: SavedSearch, prefix: str) -> list[Chart]:
     # As many rows as the search's own models have by default.
     fitted = fit_value_function(state.done, torch.tensor(best.unit, dtype=torch.double), True, 500)
     found = [predictions(state, prefix)]
-    if dimension == 1:
+    if any(p.choices or p.when for p in saved.parameters):  # neither has a scale of numbers
+        found.append(parallel(saved, prefix))
+    elif dimension == 1:
         found.append(slice_of(saved, fitted, prefix))
     elif dimension == 2:
         found.append(contour(saved, fitted, prefix))
@@ -77,12 +82,11 @@ def predictions(state: SearchState, prefix: str) -> Chart:
 def slice_of(saved: SavedSearch, fitted: ValueFunction, prefix: str) -> Chart:
     """For one hyperparameter: the posterior along it, and the trained values."""
     parameter = saved.parameters[0]
-    units = torch.linspace(0, 1, SLICE_POINTS, dtype=torch.double)
+    units, x = axis(parameter, SLICE_POINTS)
     mean = [fitted.mean(u.unsqueeze(0)).item() for u in units]
     deviation = [fitted.deviation(u.unsqueeze(0)).item() for u in units]
-    x = [parameter.decode(u).item() for u in units]
     done = saved.state.done
-    at = [parameter.decode(torch.tensor(t.unit[0], dtype=torch.double)).item() for t in done]
+    at = [place(parameter, t, 0) for t in done]
     return Chart(
         name=f"{prefix}value-function",
         title="The value function",
@@ -107,8 +111,8 @@ def slice_of(saved: SavedSearch, fitted: ValueFunction, prefix: str) -> Chart:
 def contour(saved: SavedSearch, fitted: ValueFunction, prefix: str) -> Chart:
     """For two hyperparameters: v_hat over the box, and the path of each trust region."""
     first, second = saved.parameters
-    units = torch.linspace(0, 1, GRID_POINTS, dtype=torch.double)
-    z = [[fitted.mean(torch.stack([a, b])).item() for a in units] for b in units]
+    (across, x), (up, y) = axis(first, GRID_POINTS), axis(second, GRID_POINTS)
+    z = [[fitted.mean(torch.stack([a, b])).item() for a in across] for b in up]
     state = saved.state
     at = [(t, place(first, t, 0), place(second, t, 1)) for t in state.done]
     series = [
@@ -134,14 +138,20 @@ def contour(saved: SavedSearch, fitted: ValueFunction, prefix: str) -> Chart:
         x_label=first.name,
         y_label=second.name,
         series=tuple(series),
-        surface=Surface("v_hat", [first.decode(u).item() for u in units], [second.decode(u).item() for u in units], z),
+        surface=Surface("v_hat", x, y, z),
         x_log=first.log,
         y_log=second.log,
     )
 
 
-def place(parameter: Any, training: Training, coordinate: int) -> float:
-    return float(parameter.decode(torch.tensor(training.unit[coordinate], dtype=torch.double)).item())
+def axis(parameter: Parameter, count: int) -> tuple[Tensor, list[float]]:
+    """Coordinates of the unit cube along a range of numbers, at most `count`, and their values, all different."""
+    units = {float(parameter.to_value(u)): u for u in torch.linspace(0, 1, count, dtype=torch.double).tolist()}
+    return torch.tensor(list(units.values()), dtype=torch.double), list(units)
+
+
+def place(parameter: Parameter, training: Training, coordinate: int) -> float:
+    return float(parameter.to_value(training.unit[coordinate]))
 
 
 def trajectories(state: SearchState) -> dict[int, list[Training]]:
@@ -157,7 +167,8 @@ def trajectories(state: SearchState) -> dict[int, list[Training]]:
 def parallel(saved: SavedSearch, prefix: str) -> Chart:
     """For more than two hyperparameters: a line per training, coloured by the rank of its F."""
     best = sorted(saved.state.done, key=lambda t: t.upper_loss)[:MOST_LINES]
-    names = [p.name for p in saved.parameters]
+    space = Space(saved.parameters)
+    names = list(space.names)
     series = []
     for number, training in reversed(list(enumerate(best))):  # the best is drawn last, over the others
         shade = 1 - number / max(1, len(best) - 1)
@@ -165,8 +176,7 @@ def parallel(saved: SavedSearch, prefix: str) -> Chart:
             Series(
                 f"training {training.index}, F {training.upper_loss:.4g}", "line", list(range(len(names))),
                 list(training.unit), shade=0.2 + 0.75 * shade, strong=number == 0, in_legend=number == 0,
-                notes=[f"{name} = {place(p, training, j):.3g}" for j, (name, p) in
-                       enumerate(zip(names, saved.parameters, strict=True))],
+                notes=[f"{name} = {value}" for name, value in zip(names, values_of(space, training), strict=True)],
             )
         )  # fmt: skip
     top = best[: max(1, len(best) // 4)]
@@ -186,6 +196,15 @@ def parallel(saved: SavedSearch, prefix: str) -> Chart:
         ticks=tuple(short(names)),
         bounds=(-0.03, 1.03),
     )
+
+
+def values_of(space: Space, training: Training) -> list[str]:
+    """The value of each hyperparameter in words, "-" for those that are not active."""
+    active = space.active(torch.tensor(training.unit, dtype=torch.double)).tolist()
+    return [
+        in_words(p.to_value(u)) if there else "-"
+        for p, u, there in zip(space.parameters, training.unit, active, strict=True)
+    ]
 
 
 def short(names: Sequence[str]) -> list[str]:

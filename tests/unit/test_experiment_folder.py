@@ -92,3 +92,16 @@ def test_other_folders_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / "experiment_state-1.json").unlink()
     with pytest.raises(DataError, match="nor of a Tune experiment"):
         read_folder(folder)
+
+
+def test_lists_and_alternatives_are_told_whole(folder: Path, saved: state_file.SavedSearch) -> None:
+    searched = {"widths": [8, 0.25], "optimizer": {"name": "adam"}}
+    for path in folder.glob("*/result.json"):
+        result = json.loads(path.read_text()) | {"config": {**searched, "data": {"folder": "here"}}}
+        path.write_text(json.dumps(result) + "\n")
+    state_file.write(
+        folder / "searcher-state-1.pkl", replace(saved, constants='{"data": {"folder": "here"}}', space="")
+    )
+    summary, (record,) = raybilevel.summarise(folder), read_folder(folder).records
+    assert summary["best"]["hyperparameters"] == summary["history"][-1]["hyperparameters"] == searched
+    assert all(o.hyperparameters == searched for o in record.observations)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import math
+from dataclasses import replace
 
 import pytest
+import torch
 
 from raybilevel._config.experiment import ExperimentConfig, SearchConfig
 from raybilevel._records.record import Record
 from raybilevel._records.run_folder import record_of, settings_of
 from raybilevel.methods import make_method
 from raybilevel.problems.ridge import Ridge
+from raybilevel.report import _search as figures
 from raybilevel.report import _single as single
 from raybilevel.report._charts import Chart
 from raybilevel.search import _state_file as state_file
 from raybilevel.search._local import search
 from raybilevel.search._optimizer import BilevelOptimizer
+from raybilevel.search_state import Proposal, SearchState, Training
+from raybilevel.space import Parameter, Space
 
 
 @functools.cache
@@ -78,3 +84,41 @@ def test_the_contour_has_the_paths_of_the_trust_regions() -> None:
     paths = [s for s in chart.series if s.kind == "line"]
     trained = set(zip(chart.series[0].x, chart.series[0].y, strict=True))
     assert paths and all(set(zip(p.x, p.y, strict=True)) <= trained for p in paths)
+
+
+def test_hyperparameters_without_a_scale_are_drawn_by_their_places() -> None:
+    kernel, degree = (
+        Parameter.of(("kernel",), "choice", ["linear", "poly"]),
+        Parameter.of(("degree",), "randint", [1, 6]),
+    )
+    for parameters in ((kernel, replace(degree, when=(((0, 1),),))), (kernel,)):
+        chart = next(c for c in search_charts(parameters) if c.name == "parallel")
+        notes = {note for series in chart.series for note in series.notes or ()}
+        assert {"kernel = linear", "kernel = poly"} <= notes
+        assert len(parameters) == 1 or {"degree = 5", "degree = -"} <= notes
+
+
+def test_whole_numbers_have_their_own_values_on_an_axis() -> None:
+    layers, decay = Parameter.of(("layers",), "randint", [1, 6]), Parameter.of(("decay",), "loguniform", [1e-3, 1.0])
+    (line,) = [c for c in search_charts((layers,)) if c.name == "value-function"]
+    (plane,) = [c for c in search_charts((layers, decay)) if c.name == "value-function"]
+    assert line.series[0].x == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert plane.surface is not None and plane.surface.x == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def search_charts(parameters: tuple[Parameter, ...]) -> list[Chart]:
+    """Figures of a search at five points of the diagonal of the unit cube."""
+    space = Space(parameters)
+    points = [space.rounded(torch.full((space.dimension,), n / 4, dtype=torch.double)).tolist() for n in range(5)]
+    trainings = tuple(
+        Training(n, Proposal(tuple(point), "start"), "done", n, lower_loss=float(n), upper_loss=n + 1.0,
+                 lower_gradient=(math.nan,) * space.dimension)
+        for n, point in enumerate(points)
+    )  # fmt: skip
+    saved = BilevelOptimizer(space, make_method("default"), seed=0).saved()
+    return figures.charts(
+        state_file.SavedSearch(
+            **{**vars(saved), "state": SearchState(trainings)},
+            metric="upper_loss", mode="min", constants="{}", checkpoints={},
+        )
+    )  # fmt: skip
