@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, count
 from typing import TYPE_CHECKING, Any
 
 from raybilevel._metrics import UPPER_LOSS
@@ -70,8 +70,8 @@ def progress(record: Record, prefix: str) -> Chart:
 def running_lowest(record: Record) -> list[int]:
     """At the end of each training the position of the one with the lowest F so far."""
     losses = (math.inf if o.upper_loss is None else o.upper_loss for o in record.observations)
-    found = accumulate(enumerate(losses), lambda best, one: one if one[1] < best[1] else best)
-    return [place for place, _ in found]
+    found: Iterator[tuple[float, int]] = accumulate(zip(losses, count()), min)
+    return [place for _, place in found]
 
 
 def origins_of(record: Record) -> dict[str, str]:
