@@ -73,7 +73,8 @@ class Observation(Stored):
     epochs, extra_passes, seconds, gpu_seconds: totals of the run when the training ended: epochs of all trainings,
         gradient evaluations of f outside of trainings, wall-clock seconds, and GPUs held times seconds.
     cost, spent:  the same total in trainings, and in the unit of the budget.
-    incumbent:    position of the training that the method would return now.
+    incumbent:    position of the training that the method would return now. In the record of a run it is the one
+        with the lowest F so far, except with the last training of a run that has ended.
     trace:        notes of a benchmark's method about the point.
     """
 

@@ -88,7 +88,10 @@ def record_of(
     observations = tuple(observations_of(saved, space, names, results, began))
     best = summary.get("best") or {}
     refit = best.get("test_loss_refit")
-    position = {o.number: place for place, o in enumerate(observations)}
+    position = {o.number: place for place, o in enumerate(observations) if o.number}
+    returned = position.get(best["training"]) if ended and best else None
+    if returned is not None:
+        observations = (*observations[:-1], observations[-1].model_copy(update={"incumbent": returned}))
     return Record(
         kind="run",
         status="done" if ended else "running",
@@ -104,7 +107,7 @@ def record_of(
         seconds=summary.get("wall_seconds", max((o.seconds for o in observations), default=0.0)),
         observations=observations,
         trials=tuple(trial_log(trial, lines, began, saved) for trial, lines in results.items()),
-        refits={} if refit is None or not ended else {position[best["training"]]: {"test_loss": refit}},
+        refits={} if refit is None or returned is None else {returned: {"test_loss": refit}},
         search=search,
         verdict=summary.get("verdict"),
         diagnostics=summary.get("diagnostics", {}),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, count
 from typing import TYPE_CHECKING, Any
 
 from raybilevel._metrics import UPPER_LOSS
@@ -43,7 +43,8 @@ def progress(record: Record, prefix: str) -> Chart:
             Series(origin, "points", [o.cost for _, o in chosen], [o.upper_loss for _, o in chosen], colour=number,
                    notes=notes)
         )  # fmt: skip
-    incumbents = [o.incumbent for _, o in done]
+    lowest = running_lowest(record)
+    incumbents = [lowest[i] for i, _ in done]
     best = [record.observations[i].upper_loss for i in incumbents]
     costs = [o.cost for _, o in done]
     series.append(Series("best so far", "steps", costs, best, strong=True))
@@ -64,6 +65,13 @@ def progress(record: Record, prefix: str) -> Chart:
         series=tuple(series),
         y_log=bool(everything) and min(everything) > 0,
     )
+
+
+def running_lowest(record: Record) -> list[int]:
+    """At the end of each training the position of the one with the lowest F so far."""
+    losses = (math.inf if o.upper_loss is None else o.upper_loss for o in record.observations)
+    found: Iterator[tuple[float, int]] = accumulate(zip(losses, count()), min)
+    return [place for _, place in found]
 
 
 def origins_of(record: Record) -> dict[str, str]:
@@ -202,7 +210,7 @@ def tables(record: Record) -> list[Table]:
         for place, o in enumerate(record.observations, 1)
         if o.upper_loss is not None
     ]
-    return [result(record, done[-1][1].incumbent), improvements(done)] if done else []
+    return [result(record, record.observations[-1].incumbent), improvements(done)] if done else []
 
 
 def result(record: Record, best: int) -> Table:
@@ -220,14 +228,17 @@ def result(record: Record, best: int) -> Table:
     for name, measure in record.diagnostics.items():
         if measure is not None and math.isfinite(measure):
             rows.append((name.replace("_", " "), f"{measure:.3g}"))
-    return Table("result", "Result", ("what", "value"), tuple(rows), "Of the training with the lowest F.")
+    return Table("result", "Result", ("what", "value"), tuple(rows), "Of the training that the method returns.")
 
 
 def improvements(done: Sequence[tuple[int, Observation]]) -> Table:
     """The completed trainings that were better than all before them, with their numbers."""
-    better = [done[0], *(b for a, b in pairwise(done) if b[1].incumbent != a[1].incumbent)]
-    rows = []
-    for number, o in better:
+    rows: list[tuple[str, ...]] = []
+    lowest = math.inf
+    for number, o in done:
+        if o.upper_loss is None or not o.upper_loss < lowest:
+            continue
+        lowest = o.upper_loss
         test_loss = o.metrics.get("test_loss")
         told = "-" if test_loss is None else f"{test_loss:.5g}"
         rows.append((str(number), f"{o.cost:.1f}", f"{o.upper_loss:.5g}", told))

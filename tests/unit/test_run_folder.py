@@ -12,6 +12,7 @@ import yaml
 
 from raybilevel._records.run_folder import read_run, search_of
 from raybilevel.errors import DataError, StateError
+from raybilevel.report import _single as single
 from raybilevel.search import _state_file as state_file
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
 from raybilevel.space import Parameter
@@ -103,6 +104,18 @@ def test_the_summary_ends_a_run(folder: Path) -> None:
     assert record.in_words == ("Found: F",)
     (folder / "summary.json").write_text(json.dumps({**summary, "trainings": 3}))  # of before it was extended
     assert read_run(folder).status == "running"
+
+
+def test_the_last_incumbent_is_the_training_that_was_returned(folder: Path) -> None:
+    summary = {"best": {"training": 2, "test_loss_refit": 0.25}, "trainings": 4}  # its F is 3, the lowest is 2
+    (folder / "summary.json").write_text(json.dumps(summary))
+    record = read_run(folder)
+    assert [o.incumbent for o in record.observations] == [0, 1, 1, 1]
+    charts, (result, improvements) = single.charts(record), single.tables(record)
+    assert ("F (validation loss)", "3") in result.rows and ("test loss after refit", "0.25") in result.rows
+    assert [row[0] for row in improvements.rows] == ["2", "4"]
+    line = next(s for chart in charts if chart.name == "progress" for s in chart.series if s.name == "best so far")
+    assert line.y == [3.0, 2.0]
 
 
 def test_a_descent_is_read_by_its_steps(folder: Path) -> None:
