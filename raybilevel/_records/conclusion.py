@@ -34,9 +34,9 @@ class Conclusion(NamedTuple):
 def conclude(summary: Mapping[str, Any]) -> Conclusion:
     """summary: as in `summary.json`."""
     best, start, sure = summary["best"], summary["start"], HOW_SURE[summary["verdict"]]
-    if best is None or start is None:
+    if best is None:
         return Conclusion("nothing", "no", sure)
-    words = hyperparameters(best["hyperparameters"], start["hyperparameters"])
+    words = hyperparameters(best["hyperparameters"], start and start["hyperparameters"])
     seen, by_model = (None if f is None else f"{f:.4g}" for f in (best["upper_loss"], best.get("expected_upper_loss")))
     luck = "" if by_model in (None, seen) else f" (by the model {by_model})"
     found = f"{name_of(summary)} {seen}{luck} at training {best['training']}, {words}"
@@ -51,8 +51,13 @@ def name_of(summary: Mapping[str, Any]) -> str:
     return "F (validation loss)" if metric == UPPER_LOSS else metric
 
 
-def helped(best: Mapping[str, Any], start: Mapping[str, Any], metric: str) -> str:
-    """Whether the result is better than the start, by the test loss if there is one."""
+def helped(best: Mapping[str, Any], start: Mapping[str, Any] | None, metric: str) -> str:
+    """Whether the result is better than the start, by the test loss if there is one.
+
+    start: None if all trainings were stopped.
+    """
+    if start is None:
+        return "not known; there is no start to compare with"
     at_start = f"training {start['training']}, the start"
     before, after = start["test_loss"], best["test_loss"]
     refit = best["test_loss_refit"]

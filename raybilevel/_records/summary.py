@@ -61,7 +61,7 @@ def summary_of(
         if best is None
         else {
             **result(best),
-            "lower_loss": best.lower_loss,
+            "lower_loss": finite(best.lower_loss),
             "test_loss_refit": test_loss_refit,
             "checkpoint": checkpoints.get(best.index),
         },

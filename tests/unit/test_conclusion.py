@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from raybilevel._records.conclusion import conclude, hyperparameters
+from raybilevel._records.summary import as_text, summary_of
+from raybilevel.methods import make_method
+from raybilevel.search_state import Proposal, SearchState, Training
+from raybilevel.space import Parameter, Space
 
 
 def summary(**changes: Any) -> dict[str, Any]:
@@ -61,6 +66,20 @@ def test_a_run_without_a_result() -> None:
     assert conclude(summary(best={}) | {"best": None, "start": None, "verdict": "no result"}).lines == (
         "Found: nothing.", "Helped: no.", "How sure: no training ran to its end.",
     )  # fmt: skip
+
+
+def test_a_run_of_stopped_trainings_has_a_result_without_a_start() -> None:
+    space = Space((Parameter(("decay",), 0.0, 1.0),))
+    trainings = (Training(0, Proposal((0.25,), "start"), "stopped", 0, upper_loss=0.5),)
+    found = json.loads(
+        as_text(summary_of(SearchState(trainings), space, make_method("default"), {}, {}, {}, None, 1.0))
+    )
+    assert found["best"]["lower_loss"] is None
+    assert found["in_words"] == [
+        "Found: F (validation loss) 0.5 at training 1, decay 0.25.",
+        "Helped: not known; there is no start to compare with.",
+        "How sure: no training ran to its end.",
+    ]
 
 
 def test_choices_and_whole_numbers_are_written_as_they_are() -> None:
