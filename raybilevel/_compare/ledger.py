@@ -13,6 +13,7 @@ from raybilevel._compare.config import Budget
 from raybilevel._metrics import EPOCH, FINISHED, GPUS, LOWER_LOSS, PASSES, UPPER_LOSS, problem_metrics
 from raybilevel._records.incumbents import lowest
 from raybilevel._records.record import Observation, Spent, TrainingStatus, TrialLog
+from raybilevel._tree import MISSING, leaves, look_up, replaced
 from raybilevel.space import Space
 
 
@@ -149,14 +150,13 @@ class Ledger(Callback):  # type: ignore[misc]
     def _observe(self, trial: Any, status: TrainingStatus, **seen: Any) -> None:
         """Note that a training has ended. Its cost in trainings is known only at the end of the run."""
         self._log(trial, status=status)
-        config = searched(self.space, trial.config)
         losses = [*(o.upper_loss for o in self.observed), seen.get("upper_loss")]
         self.observed.append(
             Observation(
                 trial=trial.trial_id,
                 status=status,
-                unit=tuple(self.space.encode(config).tolist()),
-                hyperparameters=config,
+                unit=tuple(self.space.encode(trial.config).tolist()),
+                hyperparameters=searched(self.space, trial.config),
                 epochs=self.epochs,
                 extra_passes=self.steps()[0],
                 seconds=round(self.seconds, 3),
@@ -211,8 +211,13 @@ class BudgetStopper(Stopper):  # type: ignore[misc]
 
 
 def searched(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The searched hyperparameters of a trial's config, nested."""
-    return space.part(config)
+    """What a trial's config has of a space: the active hyperparameters, with the constants beside them in lists and
+    alternatives."""
+    shape = space.to_config(space.encode(config))
+    # Values as the trial had them: those of a coordinate may differ in the last digit.
+    had = {path: look_up(config, path) for path in leaves(shape) if path}
+    found: dict[str, Any] = replaced(shape, {path: value for path, value in had.items() if value is not MISSING})
+    return found
 
 
 def finite(value: float) -> float | None:

@@ -10,7 +10,8 @@ import pytest
 from ray.tune.experiment import Trial
 
 from raybilevel._compare.config import Budget
-from raybilevel._compare.ledger import BudgetStopper, Ledger
+from raybilevel._compare.ledger import BudgetStopper, Ledger, searched
+from raybilevel._config.space import read_space
 from raybilevel.space import Parameter, Space
 
 SPACE = Space((Parameter(("decay", "a"), 1e-2, 1.0, log=True),))
@@ -163,3 +164,13 @@ def test_a_population_member_that_copies_another_is_charged_for_its_own_epochs()
         report(book, who, epoch)
     assert book.observations()[0].epochs == 6
     assert book.cost(book.epochs, 0) == pytest.approx(1.5)
+
+
+def test_lists_and_alternatives_are_recorded_whole() -> None:
+    rate, beta = {"uniform": [0.0, 1.0]}, {"uniform": [0.5, 1.0]}
+    optimizer = {"choice": [{"name": "sgd"}, {"name": "adam", "beta": beta}]}
+    space, constants = read_space({"rates": [rate, 3, rate], "optimizer": optimizer, "epochs": 3})
+    assert space is not None
+    for had in ({"rates": [0.1, 3, 0.7], "optimizer": {"name": "sgd"}},
+                {"rates": [0.3, 3, 0.9], "optimizer": {"name": "adam", "beta": 0.6}}):  # fmt: skip
+        assert searched(space, {**had, **constants}) == had
