@@ -310,7 +310,7 @@ def run_comparison(
     absolute = None if data is None else str(Path(data).expanduser().absolute())
     runs = comparison.runs(absolute)
     command.prepare(comparison, folder, resume)
-    keep_options(Options(absolute, address, storage), folder)
+    keep_options(Options(absolute, address, storage), folder, resume)
     bad, interrupted = command.run_all(runs, folder, address, comparison.cpus, console, storage)
     if interrupted:
         show(console, "stopped; every run that ended is kept. To go on:")

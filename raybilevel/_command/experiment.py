@@ -66,7 +66,7 @@ def run(
     plan = resolve(config, data, this_machine() if local else None)
     place = locate(storage or out)
     prepare_folder(out, plan.config, resume, place)
-    keep_options(Options(data and str(Path(data).expanduser().absolute()), address, storage), out)
+    keep_options(Options(data and str(Path(data).expanduser().absolute()), address, storage), out, resume)
     console = console or Console()
     if is_own(plan.config.problem):
         send_along(type(plan.problem))

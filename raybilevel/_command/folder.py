@@ -28,9 +28,12 @@ class Options:
     storage: str | None = None
 
 
-def keep_options(options: Options, out: Path) -> None:
+def keep_options(options: Options, out: Path, resume: bool = False) -> None:
+    """Keep the options of a command; one that resumes a run keeps earlier ones that it does not give."""
+    before = asdict(read_options(out) if resume else Options())
+    kept = {name: value or before[name] for name, value in asdict(options).items()}
     out.mkdir(parents=True, exist_ok=True)
-    (out / COMMAND_FILE).write_text(json.dumps(asdict(options)) + "\n", encoding="utf-8")
+    (out / COMMAND_FILE).write_text(json.dumps(kept) + "\n", encoding="utf-8")
 
 
 def read_options(out: Path) -> Options:

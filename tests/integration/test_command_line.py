@@ -187,6 +187,14 @@ def test_resume_takes_the_options_with_which_a_run_began(tmp_path: Path) -> None
     assert read_options(tmp_path) == Options()
 
 
+def test_a_run_that_goes_on_keeps_the_options_that_it_is_not_given(tmp_path: Path) -> None:
+    keep_options(Options("/data", "auto"), tmp_path)
+    keep_options(Options(address="ray://head:10001"), tmp_path, resume=True)
+    assert read_options(tmp_path) == Options("/data", "ray://head:10001")
+    keep_options(Options(), tmp_path)
+    assert read_options(tmp_path) == Options()
+
+
 def test_a_line_is_there_before_anything_slow_is_imported() -> None:
     code = "import sys; sys.modules['torch'] = sys.modules['ray'] = None; import raybilevel.cli as c; " \
         "c.say_what_starts(c.Console(), None)"  # fmt: skip
