@@ -212,11 +212,11 @@ def experiment_of(name: str, entry: ProblemEntry, resources: ResourcesConfig) ->
         try:
             # "." for the folder of data files, which some problems require. No file is read for a box.
             box = make_problem(entry.problem, entry.options, ".").space
+            space = None if box is None else write_space(box)
         except RaybilevelError as error:
             raise of_problem(name, error) from error
-        if box is None:
+        if space is None:
             raise ConfigError(f"problem {name!r}: {entry.problem} has no box of its own; give its `space`")
-        space = write_space(box)
     raw = {
         "problem": entry.problem,
         "options": entry.options,

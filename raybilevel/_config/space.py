@@ -65,7 +65,16 @@ def has_domains(entry: Any) -> bool:
 
 
 def write_space(space: Space) -> dict[str, Any]:
-    """A box as the `space` of a config."""
+    """A box as the `space` of a config.
+
+    Raises:
+        SpaceError: it is no box, but has lists, alternatives or functions.
+    """
+    if space.conditional or space.fixed or any(isinstance(key, int) for p in space.parameters for key in p.path):
+        raise SpaceError(
+            "the problem's own space has lists, alternatives or functions, which are not taken over into a config; "
+            "write the hyperparameters to search as its `space` there"
+        )
     return nest({p.path: {p.domain: list(p.arguments)} for p in space.parameters})
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,20 @@ def test_domains_become_the_box_and_the_rest_constants(tmp_path: Path) -> None:
     )
     assert config.constants == {"nested": {"constant": 1e-3}}
     assert read_space(write_space(Space(config.parameters))) == (Space(config.parameters), {})
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"weights": [{"uniform": [0.0, 1.0]}, {"uniform": [0.0, 1.0]}]},
+        {"optimizer": {"choice": [{"name": "sgd"}, {"name": "adam", "beta": {"uniform": [0.5, 1.0]}}]}},
+    ],
+)
+def test_only_a_box_is_written_as_a_config(tree: dict[str, Any]) -> None:
+    space, _ = read_space(tree)
+    assert space is not None
+    with pytest.raises(SpaceError, match=r"own space has lists, alternatives or functions.* as its `space`"):
+        write_space(space)
 
 
 def test_lists_and_parts_of_a_choice_may_have_domains_in_them(tmp_path: Path) -> None:
