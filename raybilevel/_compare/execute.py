@@ -32,6 +32,7 @@ from raybilevel._compare.methods import (
     Parts,
     Setting,
     UnavailableError,
+    check_space,
     grid,
     make_scheduler,
     make_searcher,
@@ -167,6 +168,7 @@ def probe_parts(parts: Parts, setting: Setting) -> None:
     Raises:
         UnavailableError: a part cannot be run. The message has the reason.
     """
+    check_space(parts, setting.space)
     if not parts.own:
         probe(parts.searcher, setting)
     if parts.searcher == "grid":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from raybilevel._tree import Path
 from raybilevel.errors import ConfigError
 from raybilevel.methods import make_method
 from raybilevel.problem import BilevelProblem
-from raybilevel.space import Space
+from raybilevel.space import Parameter, Space
 
 METRIC, TIME = "upper_loss", "epoch"
 LARGEST_GRID = 4096
@@ -106,6 +105,22 @@ def check_settings(parts: Parts, searcher: Mapping[str, Any], scheduler: Mapping
         raise ConfigError(f"the searcher {parts.searcher!r} has no settings")
     if scheduler and parts.scheduler is None:
         raise ConfigError("settings of a scheduler, but the method has none")
+
+
+def check_space(parts: Parts, space: Space) -> None:
+    """Check that a method of others can search a space.
+
+    Raises:
+        UnavailableError: it cannot.
+    """
+    population = parts.scheduler in ("pbt", "pb2")
+    if (parts.own or parts.searcher == "random") and not population:
+        return
+    name = parts.scheduler if population else parts.searcher
+    if space.conditional or any(isinstance(key, int) for p in space.parameters for key in p.path):
+        raise UnavailableError(f"{name} cannot search lists and alternatives")
+    if name == "pb2" and any(p.levels for p in space.parameters):
+        raise UnavailableError("pb2 searches ranges of numbers, and no choices or few whole numbers")
 
 
 def make_searcher(name: str, setting: Setting) -> Any:
@@ -202,8 +217,9 @@ def bounds(space: Space) -> dict[str, Any]:
     return nest({p.path: [p.low, p.high] for p in space.parameters})
 
 
-def grid(space: Space, trainings: float | None) -> dict[Path, list[float]]:
-    """Values of each hyperparameter by path, bounds included. The full grid is about as large as the budget.
+def grid(space: Space, trainings: float | None) -> dict[Path, list[Any]]:
+    """Values of each hyperparameter by path, bounds included. The full grid is about as large as the budget. Of choices
+    and whole numbers there are as many values, or all where these are fewer.
 
     Raises:
         UnavailableError: a grid of two values each is already far too large.
@@ -213,10 +229,17 @@ def grid(space: Space, trainings: float | None) -> dict[Path, list[float]]:
     wanted = 100 if trainings is None else trainings
     # The largest grid within the budget. 1e-9, since 1000 ** (1 / 3) is 9.999999999999998.
     side = max(2, math.floor(wanted ** (1 / space.dimension) + 1e-9))
-    return {
-        p.path: [p.round(p.low * (p.high / p.low) ** u if p.log else p.low + u * (p.high - p.low)) for u in units]
-        for p, units in zip(space.parameters, itertools.repeat([i / (side - 1) for i in range(side)]), strict=False)
-    }
+    return {p.path: values_along(p, [i / (side - 1) for i in range(side)]) for p in space.parameters}
+
+
+def values_along(parameter: Parameter, places: Sequence[float]) -> list[Any]:
+    """Values of a hyperparameter at these shares of the way from its lower bound to its upper one, each once."""
+    p, levels = parameter, parameter.levels
+    if levels:
+        numbers = dict.fromkeys(round(place * (len(levels) - 1)) for place in places)
+        return [p.to_value(levels[number]) for number in numbers]
+    values = [p.round(p.low * (p.high / p.low) ** u if p.log else p.low + u * (p.high - p.low)) for u in places]
+    return list(dict.fromkeys(map(int, values) if p.integer else values))
 
 
 def _optuna(setting: Setting, **given: Any) -> Any:

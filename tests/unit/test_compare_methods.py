@@ -20,11 +20,13 @@ from raybilevel._compare.methods import (
     parse,
 )
 from raybilevel._compare.searchers import TimedSearcher
+from raybilevel._config.space import read_space
 from raybilevel._records.names import OWN_METHODS
 from raybilevel.errors import ConfigError
 from raybilevel.methods import METHODS
 from raybilevel.problems.ridge import Ridge
 from raybilevel.space import Parameter, Space
+from raybilevel.tune._domains import to_param_space
 
 PACKAGES = {
     "optuna": "optuna", "optuna-gp": "optuna", "hyperopt": "hyperopt", "bayesopt": "bayes_opt", "bohb": "hpbandster",
@@ -73,6 +75,32 @@ def test_a_grid_has_about_as_many_points_as_the_budget_pays_for() -> None:
     assert values[("b",)] == pytest.approx([0.0, 2.0, 4.0])
     with pytest.raises(UnavailableError, match="13 hyperparameters make 8,192"):
         grid(Space(tuple(Parameter((f"p{i}",), 0.0, 1.0) for i in range(13))), trainings=10)
+
+
+def test_a_grid_has_the_values_of_choices_and_whole_numbers() -> None:
+    kinds = Parameter.of(("kind",), "choice", ["a", {"b": 1}, None])
+    layers, width = Parameter.of(("layers",), "randint", [1, 3]), Parameter.of(("width",), "lograndint", [1, 1001])
+    values = grid(Space((kinds, layers, width)), trainings=27)
+    assert values == {("kind",): ["a", {"b": 1}, None], ("layers",): [1, 2], ("width",): [1, 32, 1000]}
+    assert all(isinstance(value, int) for path in (("layers",), ("width",)) for value in values[path])
+
+
+@pytest.mark.parametrize(("name", "words"), [("grid", "grid cannot"), ("pbt", "pbt cannot"), ("optuna", "optuna can")])
+def test_lists_and_alternatives_are_for_those_that_can_search_them(name: str, words: str) -> None:
+    rate = {"uniform": [0.0, 1.0]}
+    for tree in ({"rates": [rate, rate]}, {"optimizer": {"choice": [{"name": "sgd", "rate": rate}, {"name": "adam"}]}}):
+        space, constants = read_space(tree)
+        assert space is not None
+        there = setting(space=space, param_space=to_param_space(space, constants))
+        with pytest.raises(UnavailableError, match=words):
+            probe_parts(parse(name), there)
+        for able in ("random", "raybilevel", "asha"):
+            probe_parts(parse(able), there)
+
+
+def test_pb2_searches_ranges() -> None:
+    with pytest.raises(UnavailableError, match="no choices or few whole numbers"):
+        probe_parts(parse("pb2"), setting(space=Space((Parameter.of(("layers",), "randint", [1, 3]),))))
 
 
 def test_bounds_are_nested_as_the_space_is() -> None:
