@@ -114,11 +114,9 @@ def check_saved(saved: SavedSearch, space: Space | None, metric: str | None, mod
     Raises:
         StateError: naming what differs.
     """
-    if space is not None and as_saved(space.parameters) != as_saved(saved.parameters):
-        raise StateError(
-            f"the state is of the space {', '.join(map(str, saved.parameters))}; this search is of "
-            f"{', '.join(map(str, space.parameters))}"
-        )
+    if space is not None and (now := as_saved(space.parameters)) != (before := as_saved(saved.parameters)):
+        saved_words, words = told_apart(before, now)
+        raise StateError(f"the state is of the space with {saved_words}; this search is of one with {words}")
     if metric not in (None, saved.metric) or mode not in (None, saved.mode):
         raise StateError(
             f"the state is of metric {saved.metric!r}, mode {saved.mode!r}; this search is of metric {metric!r}, mode "
@@ -129,6 +127,17 @@ def check_saved(saved: SavedSearch, space: Space | None, metric: str | None, mod
 def as_saved(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
     """Hyperparameters as a state file has them, without the objects among their choices."""
     return tuple(replace(p, choices=readable(p.choices)) for p in parameters)
+
+
+def told_apart(one: Sequence[Parameter], other: Sequence[Parameter]) -> tuple[str, str]:
+    """In words, what either of two spaces has and the other has not."""
+    only = [p for p in one if p not in other], [p for p in other if p not in one]
+    if not any(only):
+        only = list(one), list(other)  # in another order
+    words = [[f"{p.name}: {p.domain}({', '.join(map(repr, p.arguments))})" for p in found] for found in only]
+    if words[0] == words[1]:  # they differ in something else, such as conditions
+        words = [list(map(str, found)) for found in only]
+    return ", ".join(words[0]) or "nothing else", ", ".join(words[1]) or "nothing else"
 
 
 def adopt_records(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from raybilevel._lower.training import load_checkpoint, train
+from raybilevel.errors import StateError
 from raybilevel.methods import Default, Paper
 from raybilevel.search import _local as local
 from raybilevel.search import _state_file as state_file
 from raybilevel.search._optimizer import BilevelOptimizer
 from raybilevel.search._state_file import SavedSearch
+from raybilevel.space import Parameter, Space
+from raybilevel.tune._resume import check_saved
 from tests.problems_for_tests import Ridge
 from tests.tiny_problems import Means
 
@@ -60,6 +65,24 @@ def test_a_restored_search_asks_as_the_uninterrupted_one(tmp_path: Path, name: s
     assert drive(search, checkpoints, total) == drive(restored, kept, total)
     assert restored.state == search.state
     assert any(t.proposal.origin == "region" for t in search.state.trainings)
+
+
+def test_of_another_space_what_differs_is_named(tmp_path: Path):
+    def box(*parameters: Parameter) -> Space:
+        return Space((*(Parameter((f"kept{i}",), 0.0, 1.0) for i in range(30)), *parameters))
+
+    before, now = Parameter(("rate",), 1e-3, 1.0, log=True), Parameter(("rate",), 0.0, 1.0)
+    save(BilevelOptimizer(box(before), Default()), tmp_path / "state.json")
+    saved = state_file.read(tmp_path / "state.json")
+    check_saved(saved, box(before), None, None)
+    for other, words in (
+        (box(now), "the space with rate: loguniform(0.001, 1.0); this search is of one with rate: uniform(0.0, 1.0)"),
+        (box(), "the space with rate: loguniform(0.001, 1.0); this search is of one with nothing else"),
+        (box(replace(before, smooth=False)), "smooth=True"),
+    ):
+        with pytest.raises(StateError, match=re.escape(words)) as caught:
+            check_saved(saved, other, None, None)
+        assert "kept" not in str(caught.value)
 
 
 def test_a_search_saved_with_a_step_under_way_takes_it_again(tmp_path: Path):
