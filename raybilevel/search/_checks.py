@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from raybilevel._dependent import Dependent
 from raybilevel._lower.hooks import schedule_of_a_training
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.random_numbers import forked_random
 from raybilevel._lower.settings import check_settings
 from raybilevel._lower.variables import ModuleVariables
-from raybilevel._tree import MISSING, Path, leaves, look_up, replaced
+from raybilevel._tree import Path, leaves, replaced
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
 from raybilevel.problem import (
@@ -41,6 +40,7 @@ from raybilevel.search._fresh import (
     optimizer_of_a_training,
     warn_of_scheduler,
 )
+from raybilevel.search._functions import followed_by_functions, read_by_functions
 from raybilevel.search._measured import Probe
 from raybilevel.search._rehearsal import check_evaluate, rehearse
 from raybilevel.search._repeatable import WatchedLevel, check_level_names, check_same_data
@@ -73,7 +73,7 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
     Constants that nothing reads are warned of, and so is a hyperparameter in which the gradient of f is exactly zero.
 
     Returns the space, with the hyperparameters marked in which f is differentiable (`Parameter.smooth`). The others are
-    searched by values of F, and so are those that `sample_from` functions read.
+    searched by values of F, and so are those that `sample_from` functions follow.
 
     Raises:
         ProblemError: a part of the problem fails, is not the same at each call, or keeps something of a training; a
@@ -110,10 +110,8 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
             "optimizer(self, model, hyperparameters)", ", ".join(p.name for p in space.parameters if p.name in dead),
             name,
         )  # fmt: skip
-    marked = (
-        replace(p, smooth=p.smooth and p.name in smooth and in_dicts(p.path) not in of_functions)
-        for p in space.parameters
-    )
+    followed = followed_by_functions(space, constants or {})
+    marked = (replace(p, smooth=p.smooth and p.name in smooth and p.path not in followed) for p in space.parameters)
     return replace(space, parameters=tuple(marked))
 
 
@@ -134,18 +132,6 @@ class Looked:
 def in_dicts(path: Path) -> Path:
     """The part of a path that leads through dicts: who reads a list has read what is in it."""
     return tuple(itertools.takewhile(lambda key: isinstance(key, str), path))
-
-
-def read_by_functions(space: Space, constants: Mapping[str, Any]) -> set[Path]:
-    """What the functions of a space read of its configs."""
-    read = set[Path]()
-    functions = {f.path: f.value for f in space.fixed if isinstance(f.value, Dependent)}
-    for point in space.representatives() if functions else ():
-        config = Given(nest({**flatten(constants), **flatten(space.to_config(point))}), read=read)
-        for path, dependent in functions.items():
-            if look_up(space.to_config(point), path) is not MISSING:
-                dependent.function(config)
-    return read
 
 
 def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], point: Tensor) -> Looked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,9 +72,39 @@ def test_gradients_of_lists_are_found_and_reported_by_place() -> None:
     assert [g == g for g in seen.lower_gradient] == [True, True, False, False, False]
 
 
-def test_what_a_function_reads_is_searched_by_values() -> None:
-    space, _ = split_param_space({**TREE, "twice": tune.sample_from(lambda config: 2 * config["aims"][0])})
-    assert not any(check_problem(Aims(), space).smooth)
+@pytest.mark.parametrize(
+    "function",
+    [
+        tune.sample_from(lambda config: 2 * config["aims"][0]),
+        tune.sample_from(lambda spec: 2 * spec.config.aims[0]),
+        tune.sample_from(lambda config: random.random() + sum(dict(config)["aims"][:1])),
+        {"eval": "2 * spec.config.aims[0]"},
+    ],
+)
+def test_what_a_function_follows_is_searched_by_values(function: Any) -> None:
+    space, _ = split_param_space({**TREE, "twice": function})
+    before = random.getstate()
+    checked = check_problem(Aims(), space)
+    assert [p.name for p in checked.parameters if p.smooth] == ["aims/1"]
+    assert random.getstate() == before
+
+
+def test_what_a_function_only_asks_for_keeps_its_gradient() -> None:
+    def function(trial: Any) -> dict[str, Any]:
+        aims = [trial.suggest_float(f"aim{number}", -1, 1) for number in range(2)]
+        return {"aims": aims, "optimizer": None, "size": 2 ** trial.suggest_int("k", 1, 3)}
+
+    class Separate(Aims):
+        def lower_loss(self, model: nn.Module, hyperparameters: Any, batch: Any) -> Tensor:
+            aims = torch.stack([hyperparameters["aim0"], hyperparameters["aim1"]])
+            return (model.weight[0] - aims).square().sum() + 0 * hyperparameters["aims"][0]
+
+    space, _ = split_param_space(function)
+    assert space.names == ("aim0", "aim1", "k")
+    # `aims` follows the first two.
+    assert not any(check_problem(Separate(), space).smooth)
+    without, _ = split_param_space(lambda trial: {**function(trial), "aims": [0.0, 0.0]})
+    assert [p.name for p in check_problem(Separate(), without).parameters if p.smooth] == ["aim0", "aim1"]
 
 
 def test_a_part_that_fails_is_found_before_anything_is_trained() -> None:
