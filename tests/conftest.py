@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import settings
@@ -20,9 +23,14 @@ settings.load_profile("raybilevel")
 WITHOUT_RAY = ("unit", "property", "contract", "convergence")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray run one after the other, beside the others, which are distributed by module."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if folder in WITHOUT_RAY else "ray"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that start Ray run one after the other, in one process. The others are distributed by module."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneForRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = PurePosixPath(nodeid.split("::")[0])
+            return str(module) if module.parent.name in WITHOUT_RAY else "ray"
+
+    return OneForRay(config, log)
