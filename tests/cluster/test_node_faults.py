@@ -58,7 +58,8 @@ def test_a_node_lost_in_trainings_and_in_a_step_costs_no_observation(cluster: Cl
     nodes = {node.node_id: node for node in added}
     ray.init(address=cluster.address, log_to_driver=False)
     problem = Slow(str(tmp_path), lost_at=12, step_seconds=120)
-    search = BilevelSearch(problem, max_concurrent=2, upper_resources={"step": 1})
+    method = Default(upper_share=2.0)  # trainings of eight epochs are else too short for a step that differentiates
+    search = BilevelSearch(problem, method=method, max_concurrent=2, upper_resources={"step": 1})
     trainable = tune.with_resources(lower_level_trainable(problem, checkpoint_every=1), {"cpu": 1, "training": 1})
     lost: list[str] = []
 
