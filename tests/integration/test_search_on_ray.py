@@ -290,6 +290,8 @@ def test_a_run_whose_steps_all_fail_is_stopped_and_its_trainings_stay_good(tmp_p
     class Forbidding(Parabola):
         """Only a step differentiates F."""
 
+        epochs = 12  # long enough for hypergradients to pay
+
         def upper_loss(self, model: Any, batch: Any) -> Any:
             if torch.is_grad_enabled() and os.getpid() != driver:
                 raise RuntimeError("not here")
