@@ -14,6 +14,7 @@ from ray.tune.schedulers import ASHAScheduler
 from raybilevel import BilevelSearch, conclude, lower_level_trainable
 from raybilevel._lower.training import CHECKPOINT_FILE, load_checkpoint
 from raybilevel.errors import ConfigError, ProblemError
+from raybilevel.methods import Default
 from tests.tiny_problems import OwnLoop, Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -70,13 +71,15 @@ def test_a_tune_function_with_one_call_at_its_end_is_searched_with_hypergradient
 
 def test_a_problem_that_trains_itself_goes_on_after_a_fault(tmp_path: Path) -> None:
     problem = OwnLoop(fault=3)
-    search = BilevelSearch(problem, max_concurrent=2)
+    # Four steps are else too short for hypergradients.
+    search = BilevelSearch(problem, method=Default(upper_share=2.0), max_concurrent=2)
     results = fit(lower_level_trainable(problem), search, tmp_path, num_samples=4)
     assert not results.errors
     for result in results:
         assert result.metrics["lower_level_finished"]
         assert result.metrics["lower_passes"] == 5.0  # four steps, and df/dx
         assert result.metrics["training_iteration"] == 5  # reports, with the one of the end; none of them twice
+    assert any(training.hypergradient for training in search.state.trainings)
 
 
 def test_a_scheduler_stops_loops_of_ones_own(tmp_path: Path) -> None:
