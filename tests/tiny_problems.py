@@ -45,6 +45,13 @@ class Parabola(BilevelProblem):
         return {"test_loss": (weight - self.target).square().sum().item(), "score": -float(weight.abs().sum())}
 
 
+def parabola(**attributes: Any) -> Parabola:
+    """A parabola with other attributes than its own."""
+    problem = Parabola()
+    vars(problem).update(attributes)
+    return problem
+
+
 class Unlucky(Parabola):
     """Trainings with x/a above a limit have a loss that is not finite."""
 
@@ -129,6 +136,20 @@ class Means(BilevelProblem):
         """What F is on average over validation examples, at these weights."""
         d = len(self.truth)
         return {"test_loss": ((model.weight[0] - self.truth).square().sum().item() + d) / 2}
+
+
+class TwoWeights(BilevelProblem):
+    """Two weights, which gradient descent from zero takes to the minimiser of f."""
+
+    dtype = torch.double
+
+    def model(self) -> nn.Module:
+        model = nn.Linear(2, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        return model
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.3)
 
 
 class OwnLoop(Parabola):

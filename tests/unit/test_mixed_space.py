@@ -12,28 +12,20 @@ from torch import Tensor, nn
 
 from raybilevel.errors import ConfigError
 from raybilevel.methods import Default, make_method
-from raybilevel.problem import BilevelProblem, Hyperparameters, Level
+from raybilevel.problem import Hyperparameters, Level
 from raybilevel.search import BilevelOptimizer, check_problem, search
 from raybilevel.space import Parameter, Space
+from tests.tiny_problems import TwoWeights
 
 SHIFTS = {"low": -0.5, "middle": 0.1, "high": 0.9}
 
 
-class Mixed(BilevelProblem):
+class Mixed(TwoWeights):
     """f = |y - (a, b)|^2 + decay |y|^2, whose minimiser is (a, b) / (1 + decay); F = |y - (0.3, 0.6)|^2 + a shift by
     the kind + (n - 3)^2 / 10 + (log10 rate + 2)^2 / 10, which is least at kind "low", n = 3, rate = 0.01, decay = 0,
     a = 0.3 and b = 0.6."""
 
     epochs = 30
-    dtype = torch.double
-
-    def model(self) -> nn.Module:
-        model = nn.Linear(2, 1, bias=False)
-        nn.init.zeros_(model.weight)
-        return model
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=0.3)
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Tensor) -> Tensor:
         aim = torch.stack([hyperparameters["a"], hyperparameters["b"]])

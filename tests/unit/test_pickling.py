@@ -13,13 +13,7 @@ from torch import nn
 from raybilevel._cluster.pickling import check_can_be_sent
 from raybilevel.errors import ProblemError
 from raybilevel.tune import BilevelSearch, hypergradient_trainable, lower_level_trainable
-from tests.tiny_problems import Parabola
-
-
-def problem(**attributes: Any) -> Parabola:
-    made = Parabola()
-    vars(made).update(attributes)
-    return made
+from tests.tiny_problems import Parabola, parabola
 
 
 @pytest.mark.parametrize(
@@ -33,7 +27,7 @@ def problem(**attributes: Any) -> Parabola:
 )
 def test_the_attribute_is_named(attribute: Any, path: str) -> None:
     with pytest.raises(ProblemError, match=f"^{path}.*cannot be pickled"):
-        check_can_be_sent(problem(kept=attribute))
+        check_can_be_sent(parabola(kept=attribute))
 
 
 def test_what_a_method_refers_to_is_no_attribute() -> None:
@@ -50,7 +44,7 @@ def test_what_a_method_refers_to_is_no_attribute() -> None:
 
 def test_data_models_functions_and_cycles_can_be_sent() -> None:
     module = nn.Linear(2, 2)
-    sound = problem(data=torch.zeros(2), array=np.zeros(2), module=module, shift=lambda x: x + 1)
+    sound = parabola(data=torch.zeros(2), array=np.zeros(2), module=module, shift=lambda x: x + 1)
     sound.itself = sound
     check_can_be_sent(sound)
 
@@ -58,4 +52,4 @@ def test_data_models_functions_and_cycles_can_be_sent() -> None:
 @pytest.mark.parametrize("enter", [BilevelSearch, lower_level_trainable, hypergradient_trainable])
 def test_it_is_refused_where_it_enters(enter: Any) -> None:
     with pytest.raises(ProblemError, match=r"Parabola\.kept"):
-        enter(problem(kept=threading.Lock()))
+        enter(parabola(kept=threading.Lock()))

@@ -14,25 +14,17 @@ from torch import Tensor, nn
 from raybilevel._lower.training import train
 from raybilevel._models.discrete import all_active
 from raybilevel.methods import Default
-from raybilevel.problem import BilevelProblem, Level
+from raybilevel.problem import Level
 from raybilevel.search import BilevelOptimizer, check_problem, observe, search
 from raybilevel.tune._domains import split_param_space
+from tests.tiny_problems import TwoWeights
 
 
-class Aims(BilevelProblem):
+class Aims(TwoWeights):
     """f = |y - aims|^2 with aims searched, and F = |y - 0.3|^2 + a cost of the optimizer, which is least, 0, with sgd
     at a momentum of 0.6."""
 
     epochs = 20
-    dtype = torch.double
-
-    def model(self) -> nn.Module:
-        model = nn.Linear(2, 1, bias=False)
-        nn.init.zeros_(model.weight)
-        return model
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=0.3)
 
     def lower_loss(self, model: nn.Module, hyperparameters: Any, batch: Any) -> Tensor:
         return (model.weight[0] - torch.stack(hyperparameters["aims"])).square().sum()
