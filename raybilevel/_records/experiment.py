@@ -13,8 +13,9 @@ import pyarrow.fs
 from pydantic import TypeAdapter, ValidationError
 
 from raybilevel._metrics import HYPERPARAMETERS
+from raybilevel._records.names import SEARCH_STATE
 from raybilevel._records.record import Record, Settings
-from raybilevel._records.run_folder import Lines, record_of, searched_in, trial_results
+from raybilevel._records.run_folder import Lines, newest_state, record_of, searched_in, start_of, trial_results
 from raybilevel._records.summary import summary_of
 from raybilevel.errors import ConfigError, DataError
 from raybilevel.methods import Method
@@ -24,8 +25,6 @@ from raybilevel.space import Space
 
 if TYPE_CHECKING:
     from raybilevel.search._state_file import SavedSearch
-
-SEARCH_STATE = "searcher-state-*.pkl"
 
 
 def summarise(results: Any, method: Method | None = None, test_loss_refit: float | None = None) -> dict[str, Any]:
@@ -60,8 +59,6 @@ def read_experiment(folder: Path) -> Record:
     Raises:
         DataError, StateError: as `summarise`.
     """
-    from raybilevel.search import _state_file as state_file  # imports botorch, which takes seconds
-
     saved, results = read_search(folder), trial_results(folder)
     name = folder.resolve().name
     try:
@@ -80,7 +77,6 @@ def read_experiment(folder: Path) -> Record:
             budget=float(len(state)),
         ),
         saved,
-        state_file.ADAPTER.dump_python(saved, mode="json"),
         results,
         # A record without a summary is that of an experiment that still runs.
         {} if any(training.status == "pending" for training in state) else summary,
@@ -99,15 +95,13 @@ def read_search(folder: Path) -> SavedSearch:
         DataError: there is none.
         StateError: it cannot be read, e.g. since it is of another searcher.
     """
-    from raybilevel.search import _state_file as state_file  # imports botorch, which takes seconds
-
-    states = sorted(path for path in folder.glob(SEARCH_STATE) if not path.name.startswith("previous-"))
-    if not states:
+    saved = newest_state(folder)
+    if saved is None:
         raise DataError(
             f"{folder}: no state of a search in it; is it the folder of a Tune experiment, and its search_alg a "
             "BilevelSearch? Tune writes the first state within seconds"
         )
-    return state_file.read(states[-1])
+    return saved
 
 
 def summary_of_saved(
@@ -117,14 +111,13 @@ def summary_of_saved(
     method: Method,
     test_loss_refit: float | None = None,
 ) -> dict[str, Any]:
+    began = start_of(results)
     last = {
         # Those that a descent found stand in its results.
         saved.trials[trial]: {HYPERPARAMETERS: searched_in(saved, lines), **lines[-1]}
         for trial, lines in results.items()
         if trial in saved.trials
     }
-    began = [float(lines[0]["timestamp"]) - float(lines[0]["time_total_s"]) for lines in results.values()]
-    ended = [float(lines[-1]["timestamp"]) for lines in results.values()]
     return summary_of(
         saved.state,
         Space(saved.parameters),
@@ -133,7 +126,7 @@ def summary_of_saved(
         saved.checkpoints,
         {**about, "metric": saved.metric, "mode": saved.mode},
         test_loss_refit,
-        max(ended) - min(began) if ended else 0.0,
+        max((float(lines[-1]["timestamp"]) for lines in results.values()), default=began) - began,
     )
 
 
@@ -167,7 +160,7 @@ def local_folder(results: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, path.rstrip("/").rpartition("/")[2])
         for file in filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True)):
-            if file.base_name == "result.json" or file.base_name.startswith("searcher-state-"):
+            if file.base_name == "result.json" or file.base_name.startswith(SEARCH_STATE):
                 target = folder / file.path.removeprefix(path).lstrip("/")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with filesystem.open_input_stream(file.path) as stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TUNE_FOLDER = "tune"
 TUNE_STATE = "experiment_state-*.json"
+SEARCH_STATE = "searcher-state-"
 CONFIG_FILE = "config.yaml"
 COMMAND_FILE = "command.json"
 SUMMARY_FILE = "summary.json"

@@ -13,7 +13,7 @@ import torch
 from raybilevel._config.experiment import ExperimentConfig, read_config
 from raybilevel._metrics import EPOCH, FINISHED, GPUS, STEP, problem_metrics
 from raybilevel._own_problem import file_of
-from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE, TUNE_FOLDER
+from raybilevel._records.names import CONFIG_FILE, SEARCH_STATE, SUMMARY_FILE, TUNE_FOLDER
 from raybilevel._records.record import Observation, Record, Settings, TrialLog, box
 from raybilevel.errors import DataError, StateError
 from raybilevel.search_state import Training
@@ -37,20 +37,28 @@ def read_run(folder: Path) -> Record:
         DataError: it has no search state yet.
         StateError: the search state cannot be read.
     """
-    from raybilevel.search import _state_file as state_file  # imports botorch, which takes seconds
-
-    states = sorted((folder / TUNE_FOLDER).glob("searcher-state-*.pkl"))
-    if not states:
+    saved = newest_state(folder / TUNE_FOLDER)
+    if saved is None:
         raise DataError(f"{folder}: no search state in {TUNE_FOLDER}/ yet; Tune writes the first within seconds")
-    # Tune has the time in the names.
-    saved = state_file.read(states[-1])
     return record_of(
         settings_of(read_config(folder / CONFIG_FILE)),
         saved,
-        state_file.ADAPTER.dump_python(saved, mode="json"),
         trial_results(folder / TUNE_FOLDER),
         read_json(folder / SUMMARY_FILE),
     )
+
+
+def newest_state(folder: Path) -> SavedSearch | None:
+    """The newest state of a search in the folder of an experiment; None where there is none.
+
+    Raises:
+        StateError: it cannot be read.
+    """
+    from raybilevel.search import _state_file as state_file  # imports botorch, which takes seconds
+
+    # Tune has the time in the names.
+    states = sorted(folder.glob(f"{SEARCH_STATE}*.pkl"))
+    return state_file.read(states[-1]) if states else None
 
 
 def settings_of(config: ExperimentConfig) -> Settings:
@@ -69,20 +77,18 @@ def settings_of(config: ExperimentConfig) -> Settings:
 def record_of(
     settings: Settings,
     saved: SavedSearch,
-    search: dict[str, Any],
     results: Mapping[str, Lines],
     summary: Mapping[str, Any],
 ) -> Record:
     """The record of a run.
 
-    search:  `saved` as plain values.
     results: by trial.
     summary: empty while the run is under way.
     """
+    from raybilevel.search import _state_file as state_file  # imports botorch, which takes seconds
+
     ended = summary.get("trainings") == len(saved.state.told)  # else the run has gone on since
-    # Tune writes no start time. A trial's first result has its time of arrival and the seconds that it took.
-    firsts = [lines[0] for lines in results.values()]
-    began = min((float(first["timestamp"]) - float(first["time_total_s"]) for first in firsts), default=0.0)
+    began = start_of(results)
     names = {index: trial for trial, index in saved.trials.items()}
     space = Space(saved.parameters)
     observations = tuple(observations_of(saved, space, names, results, began))
@@ -109,11 +115,18 @@ def record_of(
         observations=observations,
         trials=tuple(trial_log(trial, lines, began, saved) for trial, lines in results.items()),
         refits={} if refit is None or returned is None else {returned: {"test_loss": refit}},
-        search=search,
+        search=state_file.ADAPTER.dump_python(saved, mode="json"),
         verdict=summary.get("verdict"),
         diagnostics=summary.get("diagnostics", {}),
         in_words=summary.get("in_words", ()) if ended else (),
     )
+
+
+def start_of(results: Mapping[str, Lines]) -> float:
+    """Of an experiment, as a Unix time; 0 before any trial has reported."""
+    # Tune writes no start time. A trial's first result has its time of arrival and the seconds that it took.
+    firsts = [lines[0] for lines in results.values()]
+    return min((float(first["timestamp"]) - float(first["time_total_s"]) for first in firsts), default=0.0)
 
 
 def observations_of(

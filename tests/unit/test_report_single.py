@@ -33,7 +33,7 @@ def record(groups: int, cost: int = 9) -> Record:
         **vars(optimizer.saved()), metric="upper_loss", mode="min", constants="{}", checkpoints={}
     )
     config = ExperimentConfig(problem="ridge", search=SearchConfig(trainings=cost, method="default"))
-    return record_of(settings_of(config), saved, state_file.ADAPTER.dump_python(saved, mode="json"), {}, {})
+    return record_of(settings_of(config), saved, {}, {})
 
 
 @pytest.fixture(scope="module", params=[1, 2, 5])
