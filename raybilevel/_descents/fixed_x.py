@@ -92,12 +92,10 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
     """
     upper = point.here.upper
     if not upper.in_y.any():  # F does not depend on y
-        return LagrangianPoint(Hypergradient(upper.in_x, upper.value), 0.0, 0.0, 0.0, point.still)
+        return unmoved(point, Hypergradient(upper.in_x, upper.value))
     found = response(point, budget)
     if not found.vector.any():  # f is flat along all that F follows
-        return LagrangianPoint(
-            Hypergradient(upper.in_x, upper.value, products=found.products), 0.0, 0.0, 0.0, point.still
-        )
+        return unmoved(point, Hypergradient(upper.in_x, upper.value, products=found.products))
     gradient = upper.in_x - point.products.mixed(found.vector)
     fall = inner(upper.in_y, found.vector)  # of F, linearised, along y_m - y_i = -q / m, times m
     # F falls by fall / m in all. Choose m so that this is `decrease` |F|.
@@ -112,9 +110,14 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
         )
     )
     if not fall > 0:  # no multiplier lowers F to first order
-        return LagrangianPoint(hypergradient, 0.0, 0.0, 0.0, point.still)
+        return unmoved(point, hypergradient)
     # slack: f rises by <q, H q> / (2 m^2), and H q = dF/dy.
     return LagrangianPoint(hypergradient, multiplier, decrease, fall / (2 * multiplier**2), -found.vector / multiplier)
+
+
+def unmoved(point: TrainedPoint, hypergradient: Hypergradient) -> LagrangianPoint:
+    """Where F does not fall from the trained weights, to first order."""
+    return LagrangianPoint(hypergradient, 0.0, 0.0, 0.0, point.still)
 
 
 def response(point: TrainedPoint, budget: Budget) -> Filtered:

@@ -347,19 +347,19 @@ class Default(Method):
         model.load_state_dict(checkpoint["model"])
         levels = Levels(problem, model, variables, config)
         time = per_weight(checkpoint.get("time"), model)
-        slopes = sum(space.smooth)
-        if Budget.of(levels, state.passes_per_training, self.upper_share, time, slopes).most < 1:
-            say_too_short(type(problem).__name__)
-            return Looked()
+
+        def budget() -> Budget:
+            training, slopes = state.passes_per_training, sum(space.smooth)
+            return Budget.of(levels, training, self.upper_share, time, slopes)
+
         try:
             with full_precision():
-                point = TrainedPoint(levels, unit, time)
-                # Once more: how many draws a loss takes is known when it was evaluated.
-                budget = Budget.of(levels, state.passes_per_training, self.upper_share, time, slopes)
-                if budget.most < 1:
+                point = TrainedPoint(levels, unit, time) if budget().most >= 1 else None
+                # Asked again: how many draws a loss takes is known when it was evaluated.
+                if point is None or budget().most < 1:
                     say_too_short(type(problem).__name__)
                     return Looked(passes=levels.passes)
-                descent = lagrangian_point(point, self.decrease, budget)
+                descent = lagrangian_point(point, self.decrease, budget())
         except (NotFiniteError, NoisyError) as error:
             logger.warning("no hypergradient at training %d: %s", index, error)
             return Looked(passes=levels.passes)
