@@ -86,8 +86,3 @@ def nest_lists(flat: Mapping[Path, Any], tuples: frozenset[Path] = frozenset()) 
         return tuple(items) if path in tuples else items
 
     return {key: visit(value, (key,)) for key, value in nest(flat).items()}
-
-
-def shown(value: Any, digits: int = 6) -> str:
-    """A value of a config in a table: a number with so many digits, anything else as Python writes it."""
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
