@@ -103,7 +103,9 @@ def test_slots_share_the_time(slots: int) -> None:
     mean = sum(o.passes for o in observations) / len(observations)
     assert 0.6 * slots * times[-1] < spent / mean <= slots * (times[-1] + 3)  # few slots stand idle
     best = [observations[o.incumbent].upper_loss for o in observations]
-    assert best == [min(o.upper_loss for o in observations[: i + 1]) for i in range(len(observations))]
+    lowest = [min(o.upper_loss for o in observations[: i + 1]) for i in range(len(observations))]
+    # The method may return a training whose F is a trifle higher, where its model says that luck lowered the other.
+    assert best == pytest.approx(lowest, rel=1e-4)
 
 
 def test_seeds_and_ablations_make_a_difference() -> None:
