@@ -4,8 +4,8 @@
 
 Each problem is run on ten splits of its data at a cost of 25 trainings. The first table has the test loss of the
 trained weights and after a refit, and the paired difference of the refit to raybilevel's. The second holds the loss
-that a search expects on new data against the test loss. DIR gets generalisation.md and, in records/, every run. Those
-there are not run again.
+that a search expects on new data against the test loss. A figure for each problem has the test loss after a refit over
+the cost. DIR gets generalisation.md, figures/ and, in records/, every run. Those there are not run again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from raybilevel._models.shrinkage import expected_loss
 from raybilevel._records import store as records
 from raybilevel._records.incumbents import incumbent_at
 from raybilevel._records.record import Record
+from raybilevel.report._charts import Chart, Series
+from raybilevel.report._static import write_figures
 from raybilevel.report._statistics import Interval, bootstrap
 
 COST = 25.0
+MARKS = (2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, 22.0, 24.0, 25.0)
+"""Costs at which figures have the refit of the result so far."""
 SPLITS = 10
 OURS, LOWEST, SHARED = "raybilevel", "raybilevel, lowest F", "one shared value"
 
@@ -38,6 +42,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "cleaning-20": ("cleaning", {}),
     "income-20": ("income", {}),
     "long-tail-20": ("long_tail", {}),
+    "newsgroups-15": ("newsgroups", {}),
     "banded-ridge-4": ("banded_ridge", {"groups": 4}),
     "banded-ridge-20": ("banded_ridge", {"groups": 20}),
 }
@@ -46,6 +51,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     LOWEST: ("default", {"generalise": False}),
     SHARED: ("diagonal", {}),
     "Optuna TPE": ("optuna-tpe", {}),
+    "Optuna GP": ("optuna-gp", {}),
     "random": ("random", {}),
 }
 
@@ -75,7 +81,7 @@ def runs(data: str | None, splits: int, problems: Sequence[str]) -> list[Run]:
             entry = ProblemEntry(problem=name, options={**options, seed: split + 1})  # split 0 is the other benchmark's
             for method, (kind, settings) in METHODS.items():
                 searched = MethodEntry.model_validate({"method": kind, "settings": settings})
-                found.append(Run(problem, entry, method, searched, split, COST, (COST,), data))
+                found.append(Run(problem, entry, method, searched, split, COST, MARKS, data))
     return found
 
 
@@ -89,8 +95,7 @@ def outcome(record: Record) -> Outcome:
     predicted = expected_loss(learned[-1], result.unit, upper) - upper if learned else None
     # Less the same for the first training: validation and test examples differ by chance as well.
     measured = result.metrics["test_loss"] - upper - (first.metrics["test_loss"] - upper_of_first)
-    refitted = record.refits.get(index, {}).get("test_loss")
-    return Outcome(upper, result.metrics["test_loss"], refitted, predicted, measured)
+    return Outcome(upper, result.metrics["test_loss"], refit_at(record, COST), predicted, measured)
 
 
 def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
@@ -133,6 +138,44 @@ def judged(difference: Interval) -> str:
     return f"{shown(difference)} {'win' if low > 0 else 'loss' if high < 0 else 'tie'}"
 
 
+def figure(problem: str, methods: Mapping[str, Sequence[Record]]) -> Chart | None:
+    """Test loss after a refit over the cost, from where every split has a result; None for a problem without refits.
+
+    methods: the records of a problem, by method; a record for each split.
+    """
+    series, told = [], []
+    for method, found in methods.items():
+        points = []
+        for mark in MARKS:
+            values = [value for record in found if (value := refit_at(record, mark)) is not None]
+            if len(values) == len(found):
+                points.append((mark, bootstrap(values)))
+        if points:
+            low, high = ([interval.ends[side] for _, interval in points] for side in (0, 1))
+            marks, means = [mark for mark, _ in points], [interval.mean for _, interval in points]
+            colour = list(METHODS).index(method)
+            series.append(Series(method, "steps", marks, means, low, high, colour=colour, strong=method == OURS))
+            told.append(f"{method} {means[-1]:.3f}")
+    if not series:
+        return None
+    splits = max(len(found) for found in methods.values())
+    dimension = len(next(iter(methods.values()))[0].space)
+    return Chart(
+        name=problem,
+        title=f"{problem}: {dimension} hyperparameters, {splits} splits of the data",
+        caption="The result so far, trained on all data. Bands are 95 % bootstrap intervals of the mean.",
+        alt=f"Test loss after a refit at cost {COST:g}: " + ", ".join(told) + ".",
+        x_label="cost, in training runs (gradients of the search are charged)",
+        y_label="test loss after a refit",
+        series=tuple(series),
+    )
+
+
+def refit_at(record: Record, mark: float) -> float | None:
+    index = incumbent_at(record.observations, mark)
+    return None if index is None else record.refits.get(index, {}).get("test_loss")
+
+
 def mean(splits: Mapping[int, Outcome], value: Callable[[Outcome], float | None]) -> str:
     known = [found for outcome in splits.values() if (found := value(outcome)) is not None]
     return shown(bootstrap(known)) if known else "-"
@@ -171,15 +214,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = str(Path(options.data).expanduser().absolute()) if options.data else None
     wanted = runs(data, options.splits, problems)
     run_all(wanted, options.out, options.workers)
-    outcomes: dict[str, dict[str, dict[int, Outcome]]] = {}
+    done: dict[str, dict[str, dict[int, Record]]] = {}
     failed = 0
     for run in wanted:
         record = records.read(options.out / run.path)
         if record.status == "done":
-            outcomes.setdefault(run.problem_name, {}).setdefault(run.method_name, {})[run.seed] = outcome(record)
+            done.setdefault(run.problem_name, {}).setdefault(run.method_name, {})[run.seed] = record
         else:
             failed += 1
-    text = report(outcomes)
+    text = report(
+        {
+            problem: {method: {s: outcome(r) for s, r in splits.items()} for method, splits in methods.items()}
+            for problem, methods in done.items()
+        }
+    )
+    drawn = [figure(name, {m: list(found.values()) for m, found in methods.items()}) for name, methods in done.items()]
+    write_figures([chart for chart in drawn if chart is not None], options.out / "figures")
     (options.out / "generalisation.md").write_text(text, encoding="utf-8")
     print(text)
     if failed:

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from benchmarks import peers, reference
+from benchmarks.newsgroups import Newsgroups
 from benchmarks.objective import BudgetSpent, Objective
 from benchmarks.ours import bilevel, configured
 from raybilevel._config.files import read_mapping, validated
@@ -47,6 +48,7 @@ PROBLEMS: dict[str, Callable[..., BilevelProblem]] = {
     "many_minimisers": ManyMinimisers,
     "mnist_1k": Mnist1K,
     "mnist_1k_kinds": Mnist1KKinds,
+    "newsgroups": Newsgroups,
     "ridge": Ridge,
     "several_optima": SeveralOptima,
 }

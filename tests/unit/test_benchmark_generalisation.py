@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from benchmarks.generalisation import (
@@ -82,5 +83,8 @@ def test_a_benchmark_is_resumed(
     found, wrong = records.read_all(tmp_path)
     assert len(found) == 2 and not wrong
     assert "| digits-8 | one shared value | 1 |" in (tmp_path / "generalisation.md").read_text()
+    assert (tmp_path / "figures" / "digits-8.svg").exists()
+    drawn = pd.read_csv(tmp_path / "figures" / "digits-8.csv").groupby("series")["y"].last()
+    assert dict(drawn) == {r.method_name: r.refits[r.observations[-1].incumbent]["test_loss"] for r in found}
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--only", "nothing"])
