@@ -21,16 +21,18 @@ settings.register_profile("raybilevel", deadline=None, derandomize=True, max_exa
 settings.load_profile("raybilevel")
 
 WITHOUT_RAY = ("unit", "property", "contract", "convergence")
+BESIDE = ("test_step_dispatch.py", "test_tune_changes_on_ray.py")
+"""Modules that start a Ray of their own, and may beside another one. They make both processes end together."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests that start Ray run one after the other, in one process. The others are distributed by module."""
+    """Most tests that start Ray run one after the other, in one process. The others are distributed by module."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneForRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             module = PurePosixPath(nodeid.split("::")[0])
-            return str(module) if module.parent.name in WITHOUT_RAY else "ray"
+            return str(module) if module.parent.name in WITHOUT_RAY or module.name in BESIDE else "ray"
 
     return OneForRay(config, log)

@@ -53,6 +53,7 @@ def wait_for(path: Path, seconds: float = 500) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_node_lost_in_trainings_and_in_a_step_costs_no_observation(cluster: Cluster, tmp_path: Path) -> None:
     added = [cluster.add_node(num_cpus=1, resources={"training": 1, "step": 1}) for _ in range(4)]
     nodes = {node.node_id: node for node in added}

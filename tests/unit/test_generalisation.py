@@ -185,6 +185,10 @@ def test_pending_points_keep_proposals_of_one_region_apart() -> None:
     assert (first - later).abs().max() > 1e-3
 
 
+SHORT = 12
+"""Cost of a search in which the penalty has begun to hold."""
+
+
 def run(problem: Means, cost: float = 20, seed: int = 0, slots: int = 1, **settings: bool) -> BilevelOptimizer:
     optimizer = BilevelOptimizer(problem.space, Default(**settings), seed, slots)  # type: ignore[arg-type]
     search(problem, optimizer, cost)
@@ -221,9 +225,9 @@ def proposals(optimizer: BilevelOptimizer) -> list[Proposal]:
 def test_switched_off_the_search_is_that_of_a_loss_that_is_no_likelihood() -> None:
     problem, plain = Means((0.4,) * 5), Means((0.4,) * 5)
     plain.upper_likelihood = "none"
-    off = run(problem, generalise=False)
-    assert proposals(off) == proposals(run(plain, generalise=False)) == proposals(run(plain))
-    assert proposals(off) != proposals(run(problem))
+    off = run(problem, SHORT, generalise=False)
+    assert proposals(off) == proposals(run(plain, SHORT, generalise=False)) == proposals(run(plain, SHORT))
+    assert proposals(off) != proposals(run(problem, SHORT))
     assert off.method.incumbent(off.state) is off.state.best
     # what the examples determine is said all the same
     assert off.state.shrinkage is not None and off.state.shrinkage.strength > 0
@@ -233,7 +237,7 @@ def test_a_loss_that_is_no_likelihood_is_named_once(caplog: pytest.LogCaptureFix
     problem = Means((0.4,) * 4)
     problem.upper_likelihood = "auto"  # the loss ends in a division
     say_once.cache_clear()
-    run(problem)
+    run(problem, SHORT)
     assert [record.getMessage()[:25] for record in caplog.records if "generalise" in record.getMessage()] == [
         "Means: hyperparameters of"
     ]
@@ -241,12 +245,12 @@ def test_a_loss_that_is_no_likelihood_is_named_once(caplog: pytest.LogCaptureFix
     problem = Means((0.4,) * 4)
     problem.upper_likelihood = "none"
     say_once.cache_clear()
-    run(problem)
+    run(problem, SHORT)
     assert not caplog.records
 
 
 def test_the_first_steps_are_plain() -> None:
-    known = [step.shrinkage is not None for step in run(Means((0.4,) * 5)).state.steps]
+    known = [step.shrinkage is not None for step in run(Means((0.4,) * 5), SHORT).state.steps]
     assert known == [False] * PLAIN_STEPS + [True] * (len(known) - PLAIN_STEPS)
 
 
