@@ -5,7 +5,7 @@
 # make compare  compares methods under one budget             (COMPARE=configs/compare/..., DATA=, OUT=, ARGS=)
 
 PYTHON ?= python3
-CONFIG ?= configs/digits.yaml
+CONFIG ?= configs/wrong_labels.yaml
 DATA ?=
 OUT ?=
 ARGS ?=

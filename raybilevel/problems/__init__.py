@@ -12,7 +12,7 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.problems.architecture import Architecture
 from raybilevel.problems.banded_ridge import BandedRidge
 from raybilevel.problems.cifar import CifarLenet
-from raybilevel.problems.cleaning import HyperCleaning
+from raybilevel.problems.cleaning import DigitsCleaning, HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
 from raybilevel.problems.equilibrium import EquilibriumDigits
 from raybilevel.problems.few_shot import FewShot
@@ -31,6 +31,7 @@ __all__ = [
     "PROBLEMS",
     "Architecture",
     "CifarLenet",
+    "DigitsCleaning",
     "DigitsLogistic",
     "DigitsPerceptron",
     "EquilibriumDigits",
@@ -59,6 +60,7 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
     "cifar_lenet": CifarLenet,
     "cleaning": HyperCleaning,
     "digits": DigitsPerceptron,
+    "digits_cleaning": DigitsCleaning,
     "digits_logistic": DigitsLogistic,
     "equilibrium": EquilibriumDigits,
     "few_shot": FewShot,

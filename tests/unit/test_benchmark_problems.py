@@ -13,7 +13,7 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.problems import _datasets as datasets
 from raybilevel.problems import income
 from raybilevel.problems._datasets import Images
-from raybilevel.problems.cleaning import HyperCleaning
+from raybilevel.problems.cleaning import DigitsCleaning, HyperCleaning
 from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
@@ -56,7 +56,7 @@ def income_small(**options: Any) -> Income:
     return Income(**{"data": "data", "train": 40, "validation": 30, "groups": 3, **options})
 
 
-MAKERS = [cleaning, long_tail, income_small, Ridge, SeveralOptima, ManyMinimisers]
+MAKERS = [cleaning, DigitsCleaning, long_tail, income_small, Ridge, SeveralOptima, ManyMinimisers]
 
 
 @pytest.mark.parametrize("make", MAKERS)
