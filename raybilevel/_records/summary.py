@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from raybilevel._metrics import HYPERPARAMETERS, UPPER_LOSS, problem_metrics
-from raybilevel._models.shrinkage import judged
+from raybilevel._models.constraints import judged
 from raybilevel._records.conclusion import conclude
 from raybilevel._records.run_folder import config_of, finite
 from raybilevel._records.versions import versions
