@@ -84,7 +84,9 @@ def judged(state: SearchState) -> SearchState:
 def feasible_first(state: SearchState) -> SearchState:
     """The search with every F of a training that breaks a constraint replaced by one above all F seen, the higher the
     further it is beyond its bounds: the order of Deb (2000), An efficient constraint handling method for genetic
-    algorithms. The replaced F stay within the range of F above its highest, so that they are of its scale."""
+    algorithms. The replaced F stay within the range of F above its highest, so that they are of its scale. They have no
+    prediction to be compared with: that was of F itself.
+    """
     best = state.best
     # The best of all keeps the constraints only if there are any to keep.
     if best is None or not best.excesses:
@@ -97,6 +99,7 @@ def feasible_first(state: SearchState) -> SearchState:
             return training
         # From 0 to 1; an unknown excess is taken for an infinite one.
         share = 1 - 1 / (1 + training.excess)
-        return replace(training, upper_loss=high + width * share)
+        proposal = replace(training.proposal, predicted_upper_loss=None)
+        return replace(training, upper_loss=high + width * share, proposal=proposal)
 
     return replace(state, trainings=tuple(behind(t) for t in state.trainings))

@@ -90,9 +90,9 @@ class OnADisc(Formula):
 def test_the_optimum_under_a_constraint_from_starts_that_break_it():
     problem, best = OnADisc(), 1 + ((OnADisc.target - OnADisc.centre).norm().item() - OnADisc.radius) ** 2
     search = BilevelOptimizer(problem.space, Default(), seed=0)
-    local.search(problem, search, cost=14, constraints={"distance": "<= 0.25"})
+    local.search(problem, search, cost=12, constraints={"distance": "<= 0.25"})
     first, found = search.state.trainings[0], search.best
-    # Of 14 random points three keep it, and the best of them is about 0.2 above the optimum.
+    # Of 12 random points two keep it, and the best of those is 0.23 above the optimum in the median.
     assert found is not None and found.feasible and best - 1e-6 <= found.upper_loss < best + 0.03
     assert not first.feasible and first.upper_loss < best
     # Where nothing is feasible a step promises nothing of F.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from raybilevel._models.acquisition import fit_upper_model, most_feasible
 from raybilevel._models.constraints import Feasible, MetricProcess, feasible_first, fit_metrics
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.methods import Default, Paper
+from raybilevel.methods._trust_region import TrustRegionRule
 from raybilevel.search import BilevelOptimizer, Observation, search
 from raybilevel.search_state import Proposal, SearchState, Status, Training
 from raybilevel.space import Parameter, Space, sobol_points
@@ -80,6 +82,17 @@ def test_trainings_that_break_a_constraint_are_judged_behind_all_others():
     # The highest F is 3, the range of F is 2: 3 + 2 e / (1 + e).
     assert upper[:4] == pytest.approx([3 + 2 / 3, 3.0, 5.0, 3.4])
     assert feasible_first(found).best == found.best == found.trainings[1]
+
+
+def test_a_training_that_breaks_a_constraint_is_no_failure_of_the_model_of_f():
+    # Predicted was 1.5: the ratio test would halve the radius of a region if F had risen.
+    def region(excess: float) -> SearchState:
+        second = training(1, 2.5, (excess,))
+        proposal = Proposal(second.unit, "region", 0, predicted_upper_loss=1.5)
+        return feasible_first(state(training(0, 2.0, (-0.1,)), replace(second, proposal=proposal)))
+
+    kept, broken = (TrustRegionRule().replay(region(excess), (0,))[0] for excess in (-0.1, 0.1))
+    assert kept.radius < broken.radius == TrustRegionRule().initial and broken.centre == 0
 
 
 def test_without_constraints_a_search_is_judged_as_it_is():
