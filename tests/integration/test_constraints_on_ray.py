@@ -11,7 +11,7 @@ from ray.tune.logger import JsonLoggerCallback
 
 import raybilevel
 from raybilevel import BilevelSearch, lower_level_trainable
-from raybilevel.errors import RaybilevelError
+from raybilevel.errors import ConfigError, RaybilevelError
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -53,3 +53,10 @@ def test_the_result_keeps_the_constraints(tmp_path: Path, caplog: pytest.LogCapt
 def test_a_metric_that_no_trial_reports_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(RaybilevelError, match="reported no 'latency_ms'; constraints has a bound on it: return it"):
         fit(BilevelSearch(Parabola(), constraints={"latency_ms": "<= 5"}, max_concurrent=1), tmp_path, 4)
+
+
+def test_what_cannot_be_searched_is_refused_before_a_run() -> None:
+    with pytest.raises(ConfigError, match="constraints: Paper takes none"):
+        BilevelSearch(Parabola(), SPACE, method="paper", constraints=CONSTRAINTS)
+    with pytest.raises(ConfigError, match="score: expected '<= NUMBER' or '>= NUMBER', got '= 5'"):
+        BilevelSearch(Parabola(), constraints={"score": "= 5"})
