@@ -21,11 +21,12 @@ SMALLEST_DEVIATION = 1e-9
 
 @dataclass(frozen=True)
 class MetricProcess:
-    """A Gaussian process of asinh(e / s), with e the excess of a metric over its bound and s the median |e|.
+    """A Gaussian process of asinh(e / s), with e the excess of a metric over its bound and s the mean |e|.
 
     Like the transform of Eriksson & Poloczek (2021), Scalable Constrained Bayesian Optimization, sign(e) log(1 + |e|),
     it keeps the sign and flattens what is far from the bound. Theirs is not smooth at the bound, where the process is
-    to be exact, and the search came less close to optima there.
+    to be exact, and the search came less close to optima there. Nor did the median |e|, which shrinks as points gather
+    at the bound.
     """
 
     process: FittedGP
@@ -33,7 +34,7 @@ class MetricProcess:
     @classmethod
     def of(cls, x: Tensor, excess: Tensor, categorical: Sequence[int] = ()) -> MetricProcess:
         """x: points of the unit cube, shape (n, d). excess: finite, shape (n,)."""
-        scale = excess.abs().median().item() or 1.0
+        scale = excess.abs().mean().item() or 1.0
         return cls(fit(x, torch.asinh(excess / scale), {}, categorical=categorical))
 
     def log_probability(self, x: Tensor) -> Tensor:
