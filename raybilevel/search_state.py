@@ -83,6 +83,8 @@ class Training(PickledOnce):
     passes:         what it cost, in gradient evaluations of f.
     hypergradient: dF(x, y*(x))/dx there from an upper-level step, shape (d,), in the unit cube; empty where the step
         found none.
+    excesses: how far each constrained metric is beyond its bound, shape (constraints,), see `MetricBound.excess`; NaN
+        where the metric was not reported.
     """
 
     index: int
@@ -94,10 +96,28 @@ class Training(PickledOnce):
     lower_gradient: Unit = ()
     passes: float = 0.0
     hypergradient: Unit | None = None
+    excesses: tuple[float, ...] = ()
 
     @property
     def unit(self) -> Unit:
         return self.proposal.unit
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it keeps every constraint; of a search without constraints, every training does."""
+        return all(excess <= 0 for excess in self.excesses)
+
+    @property
+    def excess(self) -> float:
+        """How far it is beyond its bounds in all: 0 where it is feasible, infinite where that is not known."""
+        if any(map(math.isnan, self.excesses)):
+            return math.inf
+        return sum((excess for excess in self.excesses if excess > 0), 0.0)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The lower the better: a feasible training before any other, then by F."""
+        return self.excess, self.upper_loss
 
 
 @dataclass(frozen=True)
@@ -244,8 +264,8 @@ class SearchState:
 
     @cached_property
     def best(self) -> Training | None:
-        """The incumbent: the lowest F at trained weights."""
-        return min(self.done, key=lambda t: t.upper_loss, default=None)
+        """The incumbent: the lowest F at trained weights; of those that keep the constraints, if any does."""
+        return min(self.done, key=lambda t: t.rank, default=None)
 
     @cached_property
     def passes_per_training(self) -> float:
@@ -322,6 +342,7 @@ class SearchState:
         same = (
             before.status == after.status
             and before.upper_loss == after.upper_loss
+            and before.excesses == after.excesses
             and before.finished == after.finished
         )
         if same and self.told[before.finished : before.finished + 1] == (before,):
@@ -341,7 +362,7 @@ class SearchState:
         sorted_upper = self.sorted_upper.copy()
         bisect.insort(sorted_upper, after.upper_loss)
         # Of equals the earlier one, as `min` takes.
-        best = self.best if self.best is not None and self.best.upper_loss <= after.upper_loss else after
+        best = self.best if self.best is not None and self.best.rank <= after.rank else after
         return known | {"done": (*self.done, after), "sorted_upper": sorted_upper, "best": best}
 
     def _with_more(self, before: Training, after: Training) -> dict[str, Any]:

@@ -121,7 +121,12 @@ def conclude(plan: Plan, searcher: BilevelSearch, analysis: Any, began: float) -
         searcher.method,
         results,
         {t.index: path for t in searcher.state.done if (path := searcher.checkpoint_of(t))},
-        {"problem": plan.config.problem, "method": plan.config.search.method, "seed": plan.seed},
+        {
+            "problem": plan.config.problem,
+            "method": plan.config.search.method,
+            "seed": plan.seed,
+            "constraints": dict(plan.constraints),
+        },
         test_loss_refit,
         time.monotonic() - began,
     )

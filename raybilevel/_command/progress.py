@@ -67,8 +67,9 @@ class Shown:
         best, start = state.best, start_of(state)
         if best is None or start is None:
             return "none yet"
-        text = f"F {best.upper_loss:.4g} at training {state.number(best)}"
-        if best.index != start.index:
+        text = f"F {best.upper_loss:.4g} at training {state.number(best)}{broken(best)}"
+        # Of a training that breaks constraints F says little of how far the search has come.
+        if best.index != start.index and best.feasible == start.feasible:
             text += f", {gain(start.upper_loss, best.upper_loss)} below training {state.number(start)}"
         return text
 
@@ -78,6 +79,11 @@ class Shown:
         if best is None or start is None or self.config_of is None:
             return ""
         return hyperparameters(self.config_of(best), self.config_of(start))
+
+
+def broken(training: Training) -> str:
+    """That it breaks a constraint, if so."""
+    return "" if training.feasible else ", not feasible"
 
 
 def start_of(state: SearchState) -> Training | None:
@@ -113,8 +119,10 @@ class PlainView:
         # Several may have ended since the last look, and each has its line.
         for training in told[self.counted :]:
             self._count(training)
-            outcome = f"F {training.upper_loss:.4f}" if training.status == "done" else training.status
-            best = f"{self.best.upper_loss:.4f} (training {state.number(self.best)})" if self.best else "none"
+            outcome = f"F {training.upper_loss:.4f}{broken(training)}" if training.status == "done" else training.status
+            best = "none"
+            if self.best:
+                best = f"{self.best.upper_loss:.4f} (training {state.number(self.best)}{broken(self.best)})"
             line = f"[{self.counted}/{self.shown.trainings}] training {state.number(training)}  {outcome}  best {best}"
             if self.shown.verbose:
                 line += f"  {training.proposal.origin}"
@@ -139,7 +147,7 @@ class PlainView:
         self.counted += 1
         if training.status == "done":
             self.done += 1
-            if self.best is None or training.upper_loss < self.best.upper_loss:
+            if self.best is None or training.rank < self.best.rank:
                 self.best = training
 
     def _print(self, line: str) -> None:

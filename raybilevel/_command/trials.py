@@ -38,6 +38,7 @@ def searcher_of(plan: Plan, place: Storage) -> BilevelSearch:
         seed=plan.seed,
         max_concurrent=plan.max_concurrent,
         points_to_evaluate=plan.points,
+        constraints=plan.constraints,
         upper_resources=plan.step,
         lower_resources=for_tune(plan.training),
         storage_filesystem=place.filesystem,

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from raybilevel._config.files import Checked, apply_override, read_mapping, validated
 from raybilevel._config.resources import ResourcesConfig
 from raybilevel._config.space import read_space
+from raybilevel._metric_bounds import read_bounds
 from raybilevel._own_problem import file_of, located
 from raybilevel.errors import ConfigError
 from raybilevel.space import Parameter, Space, flatten
@@ -27,6 +28,8 @@ class SearchConfig(Checked):
     settings:       of the method, where they differ from its defaults.
     seed:           of initial weights, the order of batches and all random numbers of the search.
     points_to_evaluate: hyperparameters to train first, nested like the space.
+    constraints:    bounds on what the problem's `evaluate` returns, e.g. {latency_ms: "<= 5"}. The result is the best
+        training that keeps them all.
     max_concurrent: limit of concurrent trainings and upper-level steps. The default is as many trainings as fit into
         the cluster, but at most 16, or a quarter of all trainings if that is more.
     epoch_time_limit, step_time_limit: timeouts in seconds. An epoch of a training, or an upper-level step, that takes
@@ -40,9 +43,16 @@ class SearchConfig(Checked):
     seed: int = 0
     max_concurrent: int | None = Field(default=None, ge=1)
     points_to_evaluate: list[dict[str, Any]] = Field(default_factory=list)
+    constraints: dict[str, str] = Field(default_factory=dict)
     epoch_time_limit: float | None = Field(default=None, gt=0)
     step_time_limit: float | None = Field(default=None, gt=0)
     max_failures: int = Field(default=0, ge=-1)
+
+    @field_validator("constraints")
+    @classmethod
+    def bounds(cls, constraints: dict[str, str]) -> dict[str, str]:
+        read_bounds(constraints)
+        return constraints
 
 
 class ExperimentConfig(Checked):

@@ -11,9 +11,10 @@ import torch
 
 from raybilevel._config.experiment import ExperimentConfig
 from raybilevel._config.resources import TrainingResources
+from raybilevel._metric_bounds import read_bounds
 from raybilevel.errors import ConfigError, ProblemError, RaybilevelError, SpaceError
 from raybilevel.methods import make_method
-from raybilevel.methods._base import Method
+from raybilevel.methods._base import Method, check_constraints
 from raybilevel.methods._registry import name_for
 from raybilevel.problem import BilevelProblem, LargeUpperLevel
 from raybilevel.problems import make_problem
@@ -31,6 +32,7 @@ class Plan:
     space:     the box to search, or `STARTS`.
     constants: the rest of a trial's config, nested.
     points:    configurations to train first.
+    constraints: bounds on metrics, by their names.
     training, step: resources of a lower-level training and of an upper-level step, by Ray's names.
     seed:      of the search, and of every training's initial weights and order of batches.
     trainings: the number of lower-level trainings, or of descents.
@@ -45,6 +47,7 @@ class Plan:
     space: Space
     constants: Mapping[str, Any]
     points: tuple[Mapping[str, Any], ...]
+    constraints: Mapping[str, str]
     training: TrainingResources
     step: Mapping[str, float]
     seed: int
@@ -98,6 +101,7 @@ def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine 
     if space is None:
         raise mistakes.as_one()
     mistakes.made_by(lambda: check_points(search.points_to_evaluate, space, "search.points_to_evaluate"))
+    mistakes.made_by(lambda: check_constraints(method, read_bounds(search.constraints)))
     checked = mistakes.made_by(lambda: check_levels(problem, space, config.constants, method))
     if checked is None or mistakes.found:
         raise mistakes.as_one()
@@ -108,6 +112,7 @@ def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine 
         space=checked,
         constants=config.constants,
         points=tuple(search.points_to_evaluate),
+        constraints=search.constraints,
         training=config.resources.of_training(config.on_gpu),
         step=config.resources.of_step(config.on_gpu),
         seed=search.seed,

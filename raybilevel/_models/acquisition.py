@@ -15,8 +15,8 @@ from botorch.optim import optimize_acqf
 from torch import Tensor
 
 from raybilevel._models import leave_one_out
+from raybilevel._models.constraints import Feasible
 from raybilevel._models.discrete import NONE, AtRest, Levels, all_active, promising, snapped, widened, with_setting
-from raybilevel._models.feasibility import Feasibility
 from raybilevel._models.gaussian_process import FittedGP, differs, exact, fit, value_rows
 from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.value_function import nearest, thinned
@@ -67,11 +67,14 @@ class Warp:
 
 @dataclass(frozen=True)
 class UpperModel:
-    """The posterior of warped F at trained weights, conditioned on pending points at their own mean."""
+    """The posterior of warped F at trained weights, conditioned on pending points at their own mean.
+
+    best: the lowest F of trainings that keep the constraints, in the units of the process; None where none does.
+    """
 
     process: FittedGP
     warp: Warp
-    best: float
+    best: float | None
 
     def mean(self, unit: Tensor) -> float:
         """F expected at a point of the unit cube, shape (d,)."""
@@ -114,6 +117,7 @@ def fit_upper_model(
     unordered: coordinates of choices without an order.
     trust:     what hypergradients are multiplied by; with too little they are left out.
     """
+    feasible = [t.upper_loss for t in trainings if t.feasible]
     # Of all trainings, before rows are thinned: `low` is the lowest F of all.
     steepest = max((abs(or_zero(g)) for t in trainings for g in t.hypergradient or ()), default=0.0)
     warp = Warp.of(torch.tensor([t.upper_loss for t in trainings], dtype=torch.double), steepest)
@@ -142,8 +146,10 @@ def fit_upper_model(
         # strict=False lets the number of rows change.
         process.model.set_train_data(rows, torch.cat([process.model.train_targets, believed]), strict=False)
     # In the units of the process, whose posterior the acquisitions see.
-    lowest = (warp(torch.tensor(warp.low, dtype=torch.double)) - process.shift) / process.scale
-    return UpperModel(process, warp, lowest.item())
+    best = None
+    if feasible:
+        best = (warp(torch.tensor(min(feasible), dtype=torch.double)) - process.shift).item() / process.scale
+    return UpperModel(process, warp, best)
 
 
 def typical_error(process: FittedGP) -> float:
@@ -161,12 +167,12 @@ def minimise_in_box(
     penalty: GroupPenalty | None = None,
     discrete: Levels = NONE,
     at_rest: AtRest = all_active,
-    feasibility: Feasibility | None = None,
+    feasibility: Feasible | None = None,
 ) -> Tensor:
     """The point of a box with the lowest mean - sqrt(beta) * deviation, with a penalty if there is one, shape (d,).
 
-    feasibility: of trainings, where some have failed; the point then has the largest product of the probability of
-        success and of what that bound falls to below its value at the first of `starts`.
+    feasibility: of trainings, where some have failed or there are constraints; the point then has the largest product
+        of its probability and of what that bound falls to below its value at the first of `starts`.
     """
     acquisition: AcquisitionFunction = UpperConfidenceBound(model.process.model, beta=beta, maximize=False)
     if penalty is not None:
@@ -202,7 +208,7 @@ class FeasibleDecrease(AcquisitionFunction):  # type: ignore[misc]
     the model in place of expected improvement.
     """
 
-    def __init__(self, acquisition: AcquisitionFunction, feasibility: Feasibility, centre: Tensor) -> None:
+    def __init__(self, acquisition: AcquisitionFunction, feasibility: Feasible, centre: Tensor) -> None:
         super().__init__(acquisition.model)
         self.acquisition, self.feasibility = acquisition, feasibility
         with torch.no_grad():
@@ -217,9 +223,9 @@ class FeasibleDecrease(AcquisitionFunction):  # type: ignore[misc]
 
 
 class FeasibleImprovement(LogExpectedImprovement):  # type: ignore[misc]
-    """log EI + log p: expected improvement times the probability that a training succeeds (Gardner et al. 2014)."""
+    """log EI + log p: expected improvement times the probability of a feasible training (Gardner et al. 2014)."""
 
-    feasibility: Feasibility | None = None
+    feasibility: Feasible | None = None
 
     def forward(self, X: Tensor) -> Tensor:
         improvement: Tensor = super().forward(X)
@@ -234,12 +240,41 @@ def expected_improvement(
     seed: int,
     discrete: Levels = NONE,
     at_rest: AtRest = all_active,
-    feasibility: Feasibility | None = None,
+    feasibility: Feasible | None = None,
 ) -> Tensor:
-    """The point of the unit cube with the largest (log) expected improvement over the incumbent, shape (d,)."""
+    """The point of the unit cube with the largest (log) expected improvement over the incumbent, shape (d,).
+
+    The model has an incumbent, i.e. a `best`.
+    """
     acquisition = FeasibleImprovement(model.process.model, best_f=model.best, maximize=False)
     acquisition.feasibility = feasibility
     low, high = torch.zeros(dimension).double(), torch.ones(dimension).double()
+    return maximise(acquisition, low, high, starts, seed, discrete=discrete, at_rest=at_rest)
+
+
+class LogFeasibility(AcquisitionFunction):  # type: ignore[misc]
+    """log p of a feasible training."""
+
+    def __init__(self, model: UpperModel, feasibility: Feasible) -> None:
+        super().__init__(model.process.model)
+        self.feasibility = feasibility
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.feasibility.log_probability(X.squeeze(-2))
+
+
+def most_feasible(
+    model: UpperModel,
+    feasibility: Feasible,
+    low: Tensor,
+    high: Tensor,
+    starts: Sequence[Tensor],
+    seed: int,
+    discrete: Levels = NONE,
+    at_rest: AtRest = all_active,
+) -> Tensor:
+    """The point of a box where a training is most likely to be feasible, shape (d,)."""
+    acquisition = LogFeasibility(model, feasibility)
     return maximise(acquisition, low, high, starts, seed, discrete=discrete, at_rest=at_rest)
 
 

@@ -64,9 +64,9 @@ class GroupPenalty:
         return off_mean(x, self.groups).square().sum(-1)
 
 
-def judged(state: SearchState) -> SearchState:
-    """The search with F, seen and predicted, replaced by what it is judged by: its penalised form, with the strength in
-    use. The search itself where there is none."""
+def penalised(state: SearchState) -> SearchState:
+    """The search with F, seen and predicted, replaced by its penalised form, with the strength in use; the search
+    itself where there is none."""
     shrinkage = state.shrinkage
     if shrinkage is None or not shrinkage.applied or shrinkage.strength == 0:
         return state
@@ -74,7 +74,7 @@ def judged(state: SearchState) -> SearchState:
     x = torch.tensor([t.unit for t in state.trainings], dtype=torch.double)
     seen = torch.tensor([[t.upper_loss, _predicted(t)] for t in state.trainings], dtype=torch.double)
     # One x for two values of F, seen and predicted: (n, d) -> (n, 2, d).
-    penalised = penalty.in_units_of_upper(seen, x.unsqueeze(1).expand(-1, 2, -1)).tolist()
+    merits = penalty.in_units_of_upper(seen, x.unsqueeze(1).expand(-1, 2, -1)).tolist()
     trainings = tuple(
         replace(
             t,
@@ -83,7 +83,7 @@ def judged(state: SearchState) -> SearchState:
             if t.proposal.predicted_upper_loss is None
             else replace(t.proposal, predicted_upper_loss=predicted),
         )
-        for t, (upper, predicted) in zip(state.trainings, penalised, strict=True)
+        for t, (upper, predicted) in zip(state.trainings, merits, strict=True)
     )
     return replace(state, trainings=trainings)
 

@@ -16,6 +16,7 @@ HOW_SURE = {
     "budget exhausted": "the search ended with its trainings, and more may find better",
     "surrogate too poor": "not very; the models predicted poorly what trainings gave, so other points may be as good",
     "validation set overfitted": "not very; the test loss rose while F fell, so the validation data are overfitted",
+    "not feasible": "no training kept every constraint; this one is nearest to that",
     "no result": "no training ran to its end",
 }
 """By the verdict."""
@@ -39,11 +40,23 @@ def conclude(summary: Mapping[str, Any]) -> Conclusion:
     words = hyperparameters(best["hyperparameters"], start and start["hyperparameters"])
     seen, by_model = (None if f is None else f"{f:.4g}" for f in (best["upper_loss"], best.get("expected_upper_loss")))
     luck = "" if by_model in (None, seen) else f" (by the model {by_model})"
-    found = f"{name_of(summary)} {seen}{luck} at training {best['training']}, {words}"
+    found = f"{name_of(summary)} {seen}{luck} at training {best['training']}, {words}{kept(summary)}"
     if (expected := summary["new_data"]) is not None:
         # `capitalize` would write an F within the words as f.
         sure += f". {expected['in_words'][:1].upper()}{expected['in_words'][1:]}"
     return Conclusion(found, helped(best, start, name_of(summary)), sure)
+
+
+def kept(summary: Mapping[str, Any]) -> str:
+    """Which constraints the best training keeps, and which it breaks, with its metrics; empty without constraints."""
+    # Summaries of earlier versions have none.
+    shown, breaks = [], not summary["best"].get("feasible", True)
+    for metric, bound in summary.get("constraints", {}).items():
+        value = summary["metrics"].get(metric)
+        shown.append(f"{metric} {bound}" + ("" if value is None else f" ({value:.4g})"))
+    if not shown:
+        return ""
+    return f"; {'not ' if breaks else ''}feasible: {', '.join(shown)}"
 
 
 def name_of(summary: Mapping[str, Any]) -> str:
@@ -60,6 +73,8 @@ def helped(best: Mapping[str, Any], start: Mapping[str, Any] | None, metric: str
     if start is None:
         return "not known; there is no start to compare with"
     at_start = f"training {start['training']}, the start"
+    if not start.get("feasible", True):
+        at_start += ", which is not feasible"
     before, after = start["test_loss"], best["test_loss"]
     refit = best["test_loss_refit"]
     then = "" if refit is None else f"; test loss {refit:.4g} after a refit on all data"

@@ -69,6 +69,7 @@ class Observation(Stored):
     upper_loss, lower_loss: F and f at the trained weights; None unless the training completed.
     stopped_upper_loss: F when a scheduler stopped it.
     metrics:      from the problem's `evaluate`.
+    feasible:     whether they keep the constraints; None where F is not known or there are no constraints.
     passes:       gradient evaluations of f in the training.
     epochs, extra_passes, seconds, gpu_seconds: totals of the run when the training ended: epochs of all trainings,
         gradient evaluations of f outside of trainings, wall-clock seconds, and GPUs held times seconds.
@@ -87,6 +88,7 @@ class Observation(Stored):
     lower_loss: float | None = None
     stopped_upper_loss: float | None = None
     metrics: dict[str, float] = {}
+    feasible: bool | None = None
     passes: float = 0.0
     epochs: int = 0
     extra_passes: float = 0.0

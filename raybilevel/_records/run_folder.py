@@ -141,8 +141,8 @@ def observations_of(
     state, best = saved.state, None
     for number, (training, cost) in enumerate(zip(state.told, state.costs(), strict=True)):
         done = training.status == "done"
-        if done and (best is None or training.upper_loss < best[1]):
-            best = (number, training.upper_loss)
+        if done and (best is None or training.rank < best[1]):
+            best = (number, training.rank)
         trial = names.get(training.index, "")
         lines = results.get(trial, ())
         yield Observation(
@@ -155,6 +155,7 @@ def observations_of(
             lower_loss=finite(training.lower_loss) if done else None,
             stopped_upper_loss=finite(training.upper_loss) if training.status == "stopped" else None,
             metrics=problem_metrics(lines[-1]) if lines else {},
+            feasible=training.feasible if training.excesses else None,
             passes=training.passes,
             # Of the steps that were heard of before this training ended.
             extra_passes=sum(step.passes for step in state.steps if step.finished <= number),

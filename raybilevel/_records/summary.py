@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from raybilevel._metrics import HYPERPARAMETERS, UPPER_LOSS, problem_metrics
-from raybilevel._models.shrinkage import judged
+from raybilevel._models.constraints import judged
 from raybilevel._records.conclusion import conclude
 from raybilevel._records.run_folder import config_of, finite
 from raybilevel._records.versions import versions
@@ -36,12 +36,13 @@ def summary_of(
     first that ran to its end.
 
     trial_results: what each training last reported, by its index.
-    about:         problem, method and seed, and of a search of another metric than F, metric and mode.
+    about:         problem, method and seed, of a search of another metric than F, metric and mode, and bounds on other
+        metrics, by their names, as constraints.
     """
     best, lowest = method.incumbent(state), state.best
     start = min(state.done, key=lambda training: training.index, default=None)
     expected, by_model = new_data(state, best), state.expected
-    about = {"metric": UPPER_LOSS, "mode": "min", **about}
+    about = {"metric": UPPER_LOSS, "mode": "min", "constraints": {}, **about}
     # The search minimises, so its F is the metric with the sign turned where that is maximised.
     sign = -1.0 if about["mode"] == "max" else 1.0
     test_losses = {index: r["test_loss"] for index, r in trial_results.items() if "test_loss" in r}
@@ -53,6 +54,7 @@ def summary_of(
             "upper_loss": sign * training.upper_loss,
             "expected_upper_loss": sign * by_model[training.index] if training.index in by_model else None,
             "test_loss": test_losses.get(training.index),
+            "feasible": training.feasible,
         }
 
     summary = {
@@ -100,10 +102,10 @@ def history(
 
     sign: of the metric that is searched, -1 if it is maximised.
     """
-    entries, best = [], math.inf
+    entries, best = [], (math.inf, math.inf)
     for training, cost in zip(state.told, state.costs(), strict=True):
         if training.status == "done":
-            best = min(best, training.upper_loss)
+            best = min(best, training.rank)
         entries.append(
             {
                 "training": state.number(training),
@@ -112,8 +114,9 @@ def history(
                 "hyperparameters": found(trial_results or {}, training) or config_of(space, training),
                 "lower_loss": finite(training.lower_loss),
                 "upper_loss": finite(sign * training.upper_loss),
-                "best_upper_loss": finite(sign * best),
+                "best_upper_loss": finite(sign * best[1]),
                 "test_loss": test_losses.get(training.index),
+                "feasible": training.feasible if training.status in ("done", "stopped") else None,
             }
         )
     return entries

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
+from raybilevel._metric_bounds import Bounds
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import DescentSettings, check_smooth
 from raybilevel.problem import BilevelProblem
@@ -84,6 +85,7 @@ class Method(Protocol):
 
     most_hyperparameters: that it is meant for; None for any number.
     searches_by_values: whether it takes hyperparameters in which the lower level's loss is not differentiable.
+    takes_constraints: whether it searches for the lowest F among trainings that keep bounds on other metrics.
     fills_slots: whether a slot that is free until the first step can be planned may train a space-filling point.
     enough_stopped: after so many trainings that were stopped before their end, and none that was not, it plans steps
         by their values; None if it never does.
@@ -93,6 +95,7 @@ class Method(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
     most_hyperparameters: ClassVar[int | None] = 100
     searches_by_values: ClassVar[bool] = False
+    takes_constraints: ClassVar[bool] = False
     fills_slots: ClassVar[bool] = False
     enough_stopped: ClassVar[int | None] = None
 
@@ -133,8 +136,8 @@ class Method(Protocol):
 
     def incumbent(self, state: SearchState) -> Training | None:
         """The training whose hyperparameters the method recommends so far: by default the one with the lowest F, of
-        those that ran to their end if any did."""
-        return state.best or min(state.measured, key=lambda t: t.upper_loss, default=None)
+        those that ran to their end if any did, and of those that keep the constraints if any does."""
+        return state.best or min(state.measured, key=lambda t: t.rank, default=None)
 
     def converged(self, state: SearchState) -> bool:
         """Whether it expects no better training than the incumbent."""
@@ -143,3 +146,13 @@ class Method(Protocol):
     def exhausted(self, state: SearchState) -> bool:
         """Whether the method has nothing more to do, whatever the budget."""
         return False
+
+
+def check_constraints(method: Method, bounds: Bounds) -> None:
+    """Refuse constraints on metrics where a method takes none.
+
+    Raises:
+        ConfigError: it takes none, and there are some.
+    """
+    if bounds and not method.takes_constraints:
+        raise ConfigError(f"constraints: {type(method).__name__} takes none; use method='default', or leave them out")

@@ -29,11 +29,13 @@ from raybilevel._models.acquisition import (
     expected_improvement,
     fit_upper_model,
     minimise_in_box,
+    most_feasible,
 )
+from raybilevel._models.constraints import Feasible, fit_metrics, judged
 from raybilevel._models.discrete import covering
-from raybilevel._models.feasibility import Feasibility, fit_feasibility
+from raybilevel._models.feasibility import fit_feasibility
 from raybilevel._models.generalisation import Surface, learn
-from raybilevel._models.shrinkage import GroupPenalty, judged
+from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.trust import promises, trust
 from raybilevel._models.value_function import ValueFunction, fit_value_function
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError
@@ -78,6 +80,7 @@ class Default(Method):
     """
 
     searches_by_values: ClassVar[bool] = True
+    takes_constraints: ClassVar[bool] = True
     fills_slots: ClassVar[bool] = True
     enough_stopped: ClassVar[int | None] = ENOUGH_TO_BEGIN
 
@@ -281,12 +284,12 @@ class Default(Method):
                 "violation": 0.0,
                 "decrease": looked.descent.decrease,
             }
-        # The models: of F, of where trainings fail, of how far groups may differ, and of v.
+        # The models: of F, of where trainings are feasible, of how far groups may differ, and of v.
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
         trusted = trust(promises(state))
         model_of_upper = fit_upper_model(state.measured, pending, centre, self.max_rows, space.unordered, trusted)
-        feasibility = fit_feasibility(state.told, centre)
+        feasibility = self._feasibility(state, centre, space)
         shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
         value_function = None
         if state.done:
@@ -313,16 +316,27 @@ class Default(Method):
         if asked.origin == "region" and step is not asked:
             record["settled"] = asked.region
         proposal = Proposal(
-            tuple(unit.tolist()), step.origin, step.region, model_of_upper.mean(unit),
+            tuple(unit.tolist()), step.origin, step.region,
+            # Around a training that breaks constraints a step seeks to keep them, and promises nothing of F.
+            model_of_upper.mean(unit) if state.trainings[step.centre].feasible else None,
             None if value_function is None else value_function.mean(unit).item(),
             None if value_function is None else value_function.deviation(unit).item(),
             gain=model_of_upper.gain(unit),
         )  # fmt: skip
+        candidates = [t for t in state.done if t.feasible] or state.done
         taken = StepRecord(
             step.number, step.centre, passes, shrinkage=shrinkage, trust=trusted, seen=len(state.told),
-            expected=model_of_upper.lowest(state.done, penalty) if state.done else (), **record,
+            expected=model_of_upper.lowest(candidates, penalty) if candidates else (), **record,
         )  # fmt: skip
         return UpperResult(taken, proposal, found, unreadable=unreadable)
+
+    def _feasibility(self, state: SearchState, centre: Tensor, space: Space) -> Feasible | None:
+        """Where trainings succeed and keep the constraints; None where none has failed and there are no constraints."""
+        succeeds = fit_feasibility(state.told, centre)
+        kept = fit_metrics(state.measured, centre, self.max_rows, space.unordered)
+        if succeeds is None:
+            return Feasible(kept) if kept else None
+        return Feasible((*kept, succeeds))
 
     def _look_at(
         self,
@@ -401,7 +415,7 @@ class Default(Method):
         step: UpperStep,
         space: Space,
         model: UpperModel,
-        feasibility: Feasibility | None,
+        feasibility: Feasible | None,
         centre: Tensor,
         starts: list[Tensor],
         penalty: GroupPenalty | None = None,
@@ -411,11 +425,15 @@ class Default(Method):
             return farthest(torch.tensor(known, dtype=torch.double), step.seed, feasibility)
         cell = space.next_cell([t.unit for t in step.state.trainings])
         discrete = {**space.discrete, **{coordinate: (value,) for coordinate, value in cell.items()}}
+        low, high = torch.zeros_like(centre), torch.ones_like(centre)
+        if step.origin != "global":
+            low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
+            # A coordinate at rest stands for none. Where a choice makes it active, all of its range is open.
+            low[~space.active(centre)], high[~space.active(centre)] = 0.0, 1.0
+        if feasibility is not None and not step.state.trainings[step.centre].feasible:
+            return most_feasible(model, feasibility, low, high, starts, step.seed, discrete, space.at_rest)
         if step.origin == "global":
             return expected_improvement(model, len(centre), starts, step.seed, discrete, space.at_rest, feasibility)
-        low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
-        # A coordinate at rest stands for none. Where a choice makes it active, all of its range is open.
-        low[~space.active(centre)], high[~space.active(centre)] = 0.0, 1.0
         # The deviation is small beside pending points, so that weight on it leads away from them.
         beta = self.beta + 0.25 * step.rank
         return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, discrete, space.at_rest, feasibility)
@@ -467,9 +485,9 @@ def say_too_short(problem: str) -> None:
     )
 
 
-def farthest(known: Tensor, seed: int, feasibility: Feasibility | None = None) -> Tensor:
-    """Of 64 scrambled Sobol points the one farthest from all that are known, shape (d,); where trainings have failed,
-    distances count times the probability of success."""
+def farthest(known: Tensor, seed: int, feasibility: Feasible | None = None) -> Tensor:
+    """Of 64 scrambled Sobol points the one farthest from all that are known, shape (d,); where trainings have failed or
+    there are constraints, distances count times the probability of a feasible one."""
     points = sobol_points(known.shape[1], 64, seed)
     # Such points become dense in the box, which is what global convergence rests on (method.md, guarantees).
     distances = torch.cdist(points, known).amin(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, count
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from raybilevel._metrics import UPPER_LOSS
@@ -68,10 +68,13 @@ def progress(record: Record, prefix: str) -> Chart:
 
 
 def running_lowest(record: Record) -> list[int]:
-    """At the end of each training the position of the one with the lowest F so far."""
-    losses = (math.inf if o.upper_loss is None else o.upper_loss for o in record.observations)
-    found: Iterator[tuple[float, int]] = accumulate(zip(losses, count()), min)
-    return [place for _, place in found]
+    """At the end of each training the position of the one with the lowest F so far; of the feasible ones, if any is."""
+    ranks = (
+        (o.feasible is False, math.inf if o.upper_loss is None else o.upper_loss, place)
+        for place, o in enumerate(record.observations)
+    )
+    found: Iterator[tuple[bool, float, int]] = accumulate(ranks, min)
+    return [place for _, _, place in found]
 
 
 def origins_of(record: Record) -> dict[str, str]:
@@ -218,6 +221,8 @@ def result(record: Record, best: int) -> Table:
     incumbent = record.observations[best]
     name = "F (validation loss)" if record.metric == UPPER_LOSS else record.metric
     rows = [(name, f"{incumbent.upper_loss:.6g}")]
+    if incumbent.feasible is not None:
+        rows.append(("keeps the constraints", "yes" if incumbent.feasible else "no"))
     rows += [(name.replace("_", " "), f"{value:.6g}") for name, value in incumbent.metrics.items()]
     refit = record.refits.get(best, {})
     rows += [(f"{name.replace('_', ' ')} after refit", f"{value:.6g}") for name, value in refit.items()]
@@ -232,11 +237,12 @@ def result(record: Record, best: int) -> Table:
 
 
 def improvements(done: Sequence[tuple[int, Observation]]) -> Table:
-    """The completed trainings that were better than all before them, with their numbers."""
+    """The completed trainings that were better than all before them, with their numbers; of those that keep the
+    constraints, if there are any."""
     rows: list[tuple[str, ...]] = []
     lowest = math.inf
     for number, o in done:
-        if o.upper_loss is None or not o.upper_loss < lowest:
+        if o.feasible is False or o.upper_loss is None or not o.upper_loss < lowest:
             continue
         lowest = o.upper_loss
         test_loss = o.metrics.get("test_loss")

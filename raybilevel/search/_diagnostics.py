@@ -11,7 +11,9 @@ from typing import Literal
 from raybilevel._models.trust import Promise, promises
 from raybilevel.search_state import SearchState, StepRecord, Training, or_zero
 
-Verdict = Literal["converged", "budget exhausted", "surrogate too poor", "validation set overfitted", "no result"]
+Verdict = Literal[
+    "converged", "budget exhausted", "surrogate too poor", "validation set overfitted", "not feasible", "no result"
+]
 ENOUGH_STEPS = 3
 """Before anything is said of hypergradients."""
 NEWEST = 5
@@ -111,6 +113,8 @@ def verdict(
     """
     if state.best is None:
         return "no result"
+    if not state.best.feasible:
+        return "not feasible"
     if overfitted(state, test_losses, refit_loss):
         return "validation set overfitted"
     # First: a search that has nothing better to propose is not misled by its last predictions.
@@ -135,6 +139,8 @@ def overfitted(state: SearchState, test_losses: Mapping[int, float], refit_loss:
     that of an earlier incumbent, by more than a hundredth of itself and more than half of what F has gained since."""
     incumbents: list[Training] = []
     for training in state.done:
+        if not training.feasible:
+            continue
         if training.index in test_losses and (not incumbents or training.upper_loss < incumbents[-1].upper_loss):
             incumbents.append(training)
     if not incumbents:

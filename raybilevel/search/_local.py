@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from raybilevel._lower.training import TrainedLowerLevel, load_checkpoint, train
-from raybilevel.errors import ConfigError, NotFiniteError
+from raybilevel._metric_bounds import Bounds, read_bounds
+from raybilevel.errors import ConfigError, NotFiniteError, ProblemError
+from raybilevel.methods._base import check_constraints
 from raybilevel.problem import BilevelProblem
 from raybilevel.search._checks import check_search
 from raybilevel.search._optimizer import BilevelOptimizer, Observation
@@ -19,28 +21,47 @@ logger = logging.getLogger(__name__)
 
 
 def observe(
-    space: Space, config: Mapping[str, Any], trained: TrainedLowerLevel, at: Sequence[float] | None = None
+    space: Space,
+    config: Mapping[str, Any],
+    trained: TrainedLowerLevel,
+    at: Sequence[float] | None = None,
+    bounds: Bounds = (),
 ) -> Observation:
     """A training's result in the terms of the search: gradients in the unit cube.
 
     at: the point of the config, shape (d,), where it is known; see `Space.to_unit_gradient`.
+
+    Raises:
+        ProblemError: a metric that has a bound is not among those of `evaluate`.
     """
+    lacking = [bound.metric for bound in bounds if bound.metric not in trained.metrics]
+    if lacking:
+        raise ProblemError(f"constraints: evaluate does not return {', '.join(lacking)}; return it with the others")
+    excesses = tuple(bound.excess(trained.metrics[bound.metric]) for bound in bounds)
     gradient = {"/".join(path): value for path, value in flatten(trained.lower_gradient).items()}
     point = None if at is None else torch.tensor(at, dtype=torch.double)
     unit = space.to_unit_gradient(config, gradient, point)
-    return Observation(trained.upper_loss, trained.lower_loss, tuple(unit.tolist()), trained.passes)
+    return Observation(trained.upper_loss, trained.lower_loss, tuple(unit.tolist()), trained.passes, excesses=excesses)
 
 
 def search(
-    problem: BilevelProblem, optimizer: BilevelOptimizer, cost: float, constants: Mapping[str, Any] | None = None
+    problem: BilevelProblem,
+    optimizer: BilevelOptimizer,
+    cost: float,
+    constants: Mapping[str, Any] | None = None,
+    constraints: Mapping[str, str] | None = None,
 ) -> dict[int, bytes]:
     """Train until the cost (in trainings, upper-level steps included) is spent; the checkpoints by training.
 
+    constraints: bounds on what the problem's `evaluate` returns, such as {"latency_ms": "<= 5"}.
+
     Raises:
-        ConfigError: the method's trials are descents.
-        ProblemError, NotFiniteError: before anything is trained; see `check_problem`.
+        ConfigError: the method's trials are descents, or it takes no constraints.
+        ProblemError, NotFiniteError: before anything is trained; see `check_problem`. After the first training, where a
+            metric that has a bound is not returned.
     """
-    constants = constants or {}
+    constants, bounds = constants or {}, read_bounds(constraints)
+    check_constraints(optimizer.method, bounds)
     space = optimizer.space = check_search(problem, optimizer.space, constants, optimizer.method)
     if optimizer.method.descent is not None:
         raise ConfigError(f"the trials of {type(optimizer.method).__name__} are descents, which are not run here")
@@ -67,5 +88,5 @@ def search(
             optimizer.tell(trial, None)
         else:
             unit = optimizer.state.trainings[optimizer.trials[trial]].unit
-            optimizer.tell(trial, observe(space, config, trained, unit))
+            optimizer.tell(trial, observe(space, config, trained, unit, bounds))
     return checkpoints

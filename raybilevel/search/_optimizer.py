@@ -25,7 +25,8 @@ class Observation:
     """What an ended training reports; see `TrainedLowerLevel`.
 
     lower_gradient: df/dx in the unit cube, shape (d,); NaN where it is not known.
-    complete: it ran to its end; otherwise only `upper_loss` and `passes` count.
+    complete: it ran to its end; otherwise only `upper_loss`, `passes` and `excesses` count.
+    excesses: how far each constrained metric is beyond its bound; see `Training`.
     """
 
     upper_loss: float
@@ -33,10 +34,12 @@ class Observation:
     lower_gradient: tuple[float, ...] = ()
     passes: float = 0.0
     complete: bool = True
+    excesses: tuple[float, ...] = ()
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.upper_loss) and (not self.complete or math.isfinite(self.lower_loss))
+        known = not self.complete or all(map(math.isfinite, (self.lower_loss, *self.excesses)))
+        return math.isfinite(self.upper_loss) and known
 
 
 class BilevelOptimizer:
@@ -164,7 +167,7 @@ class BilevelOptimizer:
     def tell(self, trial: str, observation: Observation | None) -> None:
         """A training's result; None if it failed. Unknown trials and repeated results are ignored.
 
-        A result whose F or f is not finite counts as a failure. An infinite entry of a gradient is not known.
+        A result whose F, f or excess is not finite counts as a failure. An infinite entry of a gradient is not known.
         A failed training may succeed when it is tried again.
         """
         index = self.trials.get(trial)
@@ -184,6 +187,7 @@ class BilevelOptimizer:
             upper_loss=observation.upper_loss,
             lower_gradient=tuple(g if math.isfinite(g) else math.nan for g in observation.lower_gradient),
             passes=observation.passes,
+            excesses=observation.excesses,
         )
 
     def add(self, trial: str, config: Mapping[str, Any], observation: Observation | None) -> None:

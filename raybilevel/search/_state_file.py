@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from raybilevel._metric_bounds import Bounds
 from raybilevel.errors import StateError
 from raybilevel.search_state import Proposal, SearchState
 from raybilevel.space import Parameter, flatten
@@ -47,6 +48,7 @@ class SavedOptimizer:
 class SavedSearch(SavedOptimizer):
     """The same, of a search on Ray.
 
+    constraints: bounds on metrics, to refuse a state that has others.
     constants:   around the space, as JSON.
     checkpoints: index of a training -> where its weights lie.
     space:       the whole space and the constants, pickled, where functions or objects belong to them.
@@ -57,6 +59,7 @@ class SavedSearch(SavedOptimizer):
     constants: str
     checkpoints: dict[int, str]
     space: str | None = None
+    constraints: Bounds = ()
 
 
 ADAPTER: TypeAdapter[SavedSearch] = TypeAdapter(SavedSearch)

@@ -6,7 +6,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -15,6 +15,7 @@ import pyarrow.fs
 from ray.tune.utils.util import flatten_dict
 
 from raybilevel._cluster.storage import locate
+from raybilevel._metric_bounds import Bounds, MetricBound
 from raybilevel._metrics import FINISHED, UPPER_LOSS
 from raybilevel.errors import ConfigError, DataError, SpaceError, StateError
 from raybilevel.problem import BilevelProblem
@@ -29,10 +30,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A configuration, nested or flat, and its metric as it was reported."""
+    """A configuration, nested or flat, and its metric as it was reported, with others beside it."""
 
     config: Mapping[str, Any]
     value: float
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def observation(self, objective: Objective, bounds: Bounds) -> Observation:
+        """Not complete: without f and weights it is nothing for the model of v or a hypergradient."""
+
+        def excess(bound: MetricBound) -> float:
+            value = self.metrics.get(bound.metric)
+            return bound.excess(float(value)) if value is not None and is_number(value) else math.nan
+
+        excesses = tuple(map(excess, bounds))
+        return Observation(objective.sign * self.value, complete=False, excesses=excesses)
 
 
 class Study(Protocol):
@@ -55,7 +67,7 @@ def of_experiment(folder: str | Path, metric: str) -> list[Evaluated]:
     # Trainables that are not ours report nothing of the kind, and Tune's status has to do.
     ended = [t for t in read_experiment(folder) if t.status == "TERMINATED" and t.result.get(FINISHED, True)]
     results = [(trial.config, flatten_dict(dict(trial.result))) for trial in ended]
-    found = [Evaluated(config, float(result[metric])) for config, result in results if is_number(result.get(metric))]
+    found = [Evaluated(c, float(result[metric]), result) for c, result in results if is_number(result.get(metric))]
     if not found:
         names = sorted({name for _, result in results for name in result if is_number(result[name])})
         reported = f"they reported {', '.join(names)}" if names else "no trial of it ended well"
@@ -123,7 +135,9 @@ def read_experiment(folder: str | Path) -> list[TrialRecord]:
     return trials
 
 
-def take(optimizer: BilevelOptimizer, evaluated: Sequence[Evaluated], objective: Objective) -> None:
+def take(
+    optimizer: BilevelOptimizer, evaluated: Sequence[Evaluated], objective: Objective, bounds: Bounds = ()
+) -> None:
     """Have a search know the points that lie in its space. The others are left out, with a warning.
 
     Raises:
@@ -137,9 +151,7 @@ def take(optimizer: BilevelOptimizer, evaluated: Sequence[Evaluated], objective:
         except SpaceError as error:
             reasons.append(str(error))
             continue
-        # Not complete: without f and weights it is nothing for the model of v or a hypergradient.
-        observation = Observation(objective.sign * point.value, complete=False)
-        optimizer.add(f"evaluated-{len(optimizer.state.trainings)}", config, observation)
+        optimizer.add(f"evaluated-{len(optimizer.state.trainings)}", config, point.observation(objective, bounds))
     if not reasons:
         return
     if len(reasons) == len(evaluated):
@@ -154,6 +166,7 @@ class BeginsFromEarlier:
     """A search that may begin with the trials of earlier work."""
 
     _optimizer: BilevelOptimizer | None
+    _bounds: Bounds = ()
     _earlier: Sequence[Evaluated] = ()
 
     @property
@@ -206,4 +219,4 @@ class BeginsFromEarlier:
     def _take_earlier(self) -> None:
         """Once the space is known, and not before."""
         if self._optimizer is not None:
-            take(self._optimizer, self._earlier, self._objective)
+            take(self._optimizer, self._earlier, self._objective, self._bounds)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from ray.tune.utils.util import flatten_dict
 
+from raybilevel._metric_bounds import Bounds
 from raybilevel._metrics import FINISHED, GRADIENT, LOWER_LOSS, PASSES, UPPER_LOSS
 from raybilevel.errors import RaybilevelError
 from raybilevel.search import Observation
@@ -38,21 +39,28 @@ class Objective:
     def sign(self) -> float:
         return -1.0 if self.mode == "max" else 1.0
 
-    def observe(self, trial: str, result: Mapping[str, Any], space: Space, unit: Sequence[float]) -> Observation:
+    def observe(
+        self, trial: str, result: Mapping[str, Any], space: Space, unit: Sequence[float], bounds: Bounds = ()
+    ) -> Observation:
         """A trial's last result, nested or flat.
 
-        unit: the trial's point of the unit cube, shape (d,).
+        unit:   the trial's point of the unit cube, shape (d,).
+        bounds: of metrics that the trial is to report. One that was stopped early need not have reported them yet.
 
         An entry of the gradient that a trainable does not report is NaN: not known.
 
         Raises:
-            MetricError: the metric or the lower-level loss is missing, or a value is no number.
+            MetricError: the metric, the lower-level loss or a metric that has a bound is missing, or a value is no
+                number.
         """
         flat = flatten_dict(dict(result))
 
         def number(name: str, default: float | None = None) -> float:
             if name not in flat and default is None:
-                why = f"trial {trial} reported no {name!r}; is its trainable lower_level_trainable(problem)?"
+                hint = "is its trainable lower_level_trainable(problem)?"
+                if name in (bound.metric for bound in bounds):
+                    hint = "constraints has a bound on it: return it from evaluate, or give it to raybilevel.conclude"
+                why = f"trial {trial} reported no {name!r}; {hint}"
                 raise MetricError(why, name, missing=True)
             value = flat.get(name, default)
             try:
@@ -63,12 +71,15 @@ class Objective:
 
         upper, lower, passes = self.sign * number(self.metric), number(LOWER_LOSS), number(PASSES, 0.0)
         # Tune's own "done" is true after a scheduler's stop as well.
-        if not flat.get(FINISHED, False):
-            return Observation(upper, passes=passes, complete=False)
+        finished = flat.get(FINISHED, False)
+        metrics = [number(bound.metric, None if finished else math.nan) for bound in bounds]
+        excesses = tuple(bound.excess(metric) for bound, metric in zip(bounds, metrics, strict=True))
+        if not finished:
+            return Observation(upper, passes=passes, complete=False, excesses=excesses)
         gradient = {name: number(f"{GRADIENT}/{name}", math.nan) for name in space.names}
         point = torch.tensor(unit, dtype=torch.double)
         in_unit_cube = space.to_unit_gradient(space.to_config(point), gradient, point)
-        return Observation(upper, lower, tuple(in_unit_cube.tolist()), passes)
+        return Observation(upper, lower, tuple(in_unit_cube.tolist()), passes, excesses=excesses)
 
 
 def ran_to_its_end(result: Mapping[str, Any]) -> bool:

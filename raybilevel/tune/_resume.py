@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from raybilevel._metric_bounds import Bounds, as_written
 from raybilevel._parameter import readable
 from raybilevel.errors import RaybilevelError, StateError
 from raybilevel.search import BilevelOptimizer
@@ -108,8 +109,11 @@ def newest_first(folder: str, pattern: str, since: float) -> list[Path]:
     return [path for path in candidates if path in there]
 
 
-def check_saved(saved: SavedSearch, space: Space | None, metric: str | None, mode: str | None) -> None:
-    """Refuse the state of another search than one with this space, metric and mode, as far as they are known.
+def check_saved(
+    saved: SavedSearch, space: Space | None, metric: str | None, mode: str | None, bounds: Bounds = ()
+) -> None:
+    """Refuse the state of another search than one with this space, metric and mode, as far as they are known, and with
+    these constraints.
 
     Raises:
         StateError: naming what differs.
@@ -121,6 +125,10 @@ def check_saved(saved: SavedSearch, space: Space | None, metric: str | None, mod
         raise StateError(
             f"the state is of metric {saved.metric!r}, mode {saved.mode!r}; this search is of metric {metric!r}, mode "
             f"{mode!r}"
+        )
+    if bounds != saved.constraints:
+        raise StateError(
+            f"the state is of constraints {as_written(saved.constraints)}; this search has {as_written(bounds)}"
         )
 
 

@@ -21,17 +21,18 @@ from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps
 from raybilevel._define_by_run import SpaceFunction
 from raybilevel._lower.checkpoint import without_numpy
+from raybilevel._metric_bounds import as_written, read_bounds
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel._tune_changes.placeholders import filled, table_of_tune_run, take_over
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.methods import Method, make_method
 from raybilevel.problem import BilevelProblem
-from raybilevel.search import BilevelOptimizer, Observation
+from raybilevel.search import BilevelOptimizer
 from raybilevel.search import _state_file as state_file
 from raybilevel.search._calls import HyperparameterNotGivenError
 from raybilevel.space import check_points, flatten, nest
 from raybilevel.tune._checkpoints import Checkpoints
-from raybilevel.tune._earlier import BeginsFromEarlier, evaluated
+from raybilevel.tune._earlier import BeginsFromEarlier, Evaluated, evaluated
 from raybilevel.tune._points import reported_config, trained_in_the_space, unflatten
 from raybilevel.tune._results import MetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
@@ -78,6 +79,9 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         takes the place of a training, so it finds a CPU. With reuse_actors=True idle workers keep their GPUs. Then
         leave a step its share, e.g. trainings {"gpu": 0.8}, steps {"gpu": 0.2}.
     storage_filesystem: the pyarrow filesystem of the experiment's storage, where it is not a local or shared folder.
+    constraints: bounds on metrics that trials report, e.g. {"latency_ms": "<= 5", "recall": ">= 0.9"}. The best is the
+        best of the trainings that keep them all; see `Training.feasible`. A trial that was stopped early and has not
+        reported them is not known to.
     step_time_limit: seconds that an upper-level step may run. One that runs for longer is treated as hung: its
         worker is killed, and after three retries it counts as failed. None for no limit.
 
@@ -102,6 +106,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         storage_filesystem: pyarrow.fs.FileSystem | None = None,
         step_time_limit: float | None = None,
         evaluated_rewards: Sequence[float] | None = None,
+        constraints: Mapping[str, str] | None = None,
     ) -> None:
         check_arguments(problem, mode, max_concurrent, step_time_limit)
         super().__init__(metric=metric, mode=mode)
@@ -116,6 +121,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         self._step_options = step_options(upper_resources, problem)
         self._step_time_limit = step_time_limit
         self._filesystem = storage_filesystem
+        self._bounds = read_bounds(constraints)
         self._slots = Slots(max_concurrent, bundles_of(lower_resources, problem))
         self._checkpoints = Checkpoints(storage_filesystem)
         self._optimizer: BilevelOptimizer | None = None
@@ -255,7 +261,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
     ) -> None:
         nested = without_numpy(unflatten(parameters))
         check_points([nested], optimizer.space, "evaluated points")
-        observation = None if error else Observation(self._objective.sign * float(value), complete=False)
+        observation = None if error else Evaluated(nested, float(value)).observation(self._objective, self._bounds)
         optimizer.add(f"evaluated-{len(optimizer.state.trainings)}", nested, observation)
 
     def save(self, checkpoint_path: str) -> None:
@@ -267,6 +273,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
             constants=json.dumps(self.constants, default=str),
             checkpoints=dict(self._checkpoints.paths),
             space=pack(self.space, self.constants),
+            constraints=self._bounds,
         )
         state_file.write(checkpoint_path, saved)
 
@@ -276,7 +283,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
 
     def load(self, path: str | Path) -> None:
         saved = state_file.read(path)
-        check_saved(saved, None if self._optimizer is None else self.space, self._metric, self._mode)
+        check_saved(saved, None if self._optimizer is None else self.space, self._metric, self._mode, self._bounds)
         # As `set_up` made it when that search began.
         method = self.method if saved.metric == UPPER_LOSS else self.method.for_metric(saved.metric)
         space, constants = None if self._optimizer is None else self.space, self.constants
@@ -329,7 +336,16 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
             param_space = filled(param_space, table)
         if table is not None and constants:
             constants = filled(constants, table)
-        found = set_up(self.problem, param_space, constants or {}, objective, self.method, self._points, self._samples)
+        found = set_up(
+            self.problem,
+            param_space,
+            constants or {},
+            objective,
+            self.method,
+            self._points,
+            self._samples,
+            self._bounds,
+        )
         # A space of the search's own is not in Tune's table, which has constants alone then.
         if table is not None and self._space is None:
             take_over(table, flatten(found.constants))
@@ -359,11 +375,14 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         try:
             if result is not None:
                 unit = optimizer.state.trainings[optimizer.trials[trial_id]].unit
-                observation = self._objective.observe(trial_id, result, optimizer.space, unit)
+                observation = self._objective.observe(trial_id, result, optimizer.space, unit, self._bounds)
         except MetricError as error:
             logger.error("%s It counts as failed", error)
-            if error.metric == LOWER_LOSS and error.missing and not optimizer.state.done:
-                self._session.fatal = RaybilevelError(f"{error} A Repeater passes on means of the metric alone")
+            if error.missing and not optimizer.state.done:
+                if error.metric == LOWER_LOSS:
+                    self._session.fatal = RaybilevelError(f"{error} A Repeater passes on means of the metric alone")
+                elif error.metric in as_written(self._bounds):
+                    self._session.fatal = error
         optimizer.tell(trial_id, observation)
         index = optimizer.trials[trial_id]
         if observation is not None and observation.complete and result is not None:

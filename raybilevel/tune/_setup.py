@@ -10,10 +10,12 @@ from typing import Any
 
 from raybilevel._cluster.identity import is_other
 from raybilevel._define_by_run import SpaceFunction
+from raybilevel._metric_bounds import Bounds
 from raybilevel._metrics import PROBLEM, UPPER_LOSS
 from raybilevel._tree import flatten, nest
 from raybilevel.errors import ConfigError
 from raybilevel.methods import Method
+from raybilevel.methods._base import check_constraints
 from raybilevel.problem import BilevelProblem
 from raybilevel.search._checks import check_search
 from raybilevel.search_state import SearchState
@@ -42,14 +44,16 @@ def set_up(
     method: Method,
     points: Sequence[Mapping[str, Any]],
     samples: int | None = None,
+    bounds: Bounds = (),
 ) -> SetUp:
     """Check everything that can be wrong with a search once its space is known.
 
     more_constants: that are not in `param_space`.
     samples:        trials that there will be, if that is known.
+    bounds:         of other metrics.
 
     Raises:
-        ConfigError: the method cannot search this metric, problem or space.
+        ConfigError: the method cannot search this metric, problem or space, or takes no constraints.
         SpaceError: the space cannot be searched, or points are not in it.
         ProblemError, NotFiniteError: see `check_search`.
     """
@@ -57,6 +61,7 @@ def set_up(
     constants = nest({**flatten(constants), **flatten(more_constants)})
     if objective == Objective(UPPER_LOSS, "max"):
         raise ConfigError("mode='max' with metric='upper_loss': the upper-level loss is minimised; use mode='min'")
+    check_constraints(method, bounds)
     # The space that comes back says in which hyperparameters f is differentiable.
     space = check_search(problem, space, constants, method)
     check_points(points, space)

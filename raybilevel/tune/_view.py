@@ -34,7 +34,7 @@ class SearchView:
     @property
     def best(self) -> Training | None:
         """The training expected to be best on new data, which need not be the one with the lowest F, `state.best`; None
-        before one has ended."""
+        before one has ended. With constraints it is of those that keep them, if any does: see its `feasible`."""
         return self._ready().best
 
     @property

@@ -55,6 +55,16 @@ def test_a_gain_in_f_alone_is_not_sold_as_one(best: dict[str, Any], words: str) 
     assert conclude(summary(best=best)).helped.startswith(words)
 
 
+def test_whether_the_constraints_are_kept_is_said() -> None:
+    kept = summary(constraints={"ms": "<= 5", "size": "<= 2"}, metrics={"ms": 4.5}, best={"feasible": True})
+    assert conclude(kept).found.endswith("decay/a 0.25; feasible: ms <= 5 (4.5), size <= 2")
+    broken = summary(constraints={"ms": "<= 5"}, metrics={"ms": 6.0}, best={"feasible": False}, verdict="not feasible")
+    broken["start"] = {**broken["start"], "feasible": False}
+    assert conclude(broken).found.endswith("; not feasible: ms <= 5 (6)")
+    assert "training 1, the start, which is not feasible" in conclude(broken).helped
+    assert conclude(broken).sure == "no training kept every constraint; this one is nearest to that"
+
+
 def test_what_the_search_expects_of_new_data_is_said() -> None:
     expected = {"in_words": "expected on new data about 0.45"}
     assert conclude(summary(new_data=expected, verdict="budget exhausted")).sure == (

@@ -134,3 +134,9 @@ def test_each_mistake_has_a_line_of_its_own(tmp_path: Path) -> None:
 
 def test_numbers_with_an_exponent_are_numbers() -> None:
     assert parse_yaml("[1e-6, 1E3, -2.5e-3, 1, 0.5, e5, 1e]") == [1e-6, 1e3, -2.5e-3, 1, 0.5, "e5", "1e"]
+
+
+def test_a_constraint_that_is_no_bound_is_named_with_its_key(tmp_path: Path) -> None:
+    assert read_config(config_file(tmp_path), ["search.constraints={ms: '<= 5'}"]).search.constraints == {"ms": "<= 5"}
+    with pytest.raises(ConfigError, match=r"search\.constraints: .*ms: expected '<= NUMBER' or '>= NUMBER', got '5'"):
+        read_config(config_file(tmp_path), ["search.constraints={ms: '5'}"])

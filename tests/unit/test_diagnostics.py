@@ -121,12 +121,10 @@ def test_the_summary_is_json_with_failures_in_its_history() -> None:
     assert again["best"] == {
         "training": 5, "hyperparameters": {"a": 1.0}, "lower_loss": pytest.approx(0.02),
         "upper_loss": pytest.approx(0.01), "expected_upper_loss": None,
-        "test_loss": 0.5, "test_loss_refit": 0.25, "checkpoint": "/there",
+        "test_loss": 0.5, "feasible": True, "test_loss_refit": 0.25, "checkpoint": "/there",
     }  # fmt: skip
-    assert again["lowest"] == {
-        key: again["best"][key]
-        for key in ("training", "hyperparameters", "upper_loss", "expected_upper_loss", "test_loss", "checkpoint")
-    }
+    assert again["lowest"] == {key: again["best"][key] for key in again["lowest"]}
+    assert again["lowest"].keys() == again["best"].keys() - {"lower_loss", "test_loss_refit"}
     assert again["start"]["training"] == again["history"][0]["training"] == 1
     assert again["start"]["upper_loss"] == again["history"][0]["upper_loss"]
     assert again["new_data"] is None
@@ -157,3 +155,15 @@ def test_what_is_expected_of_new_data() -> None:
     found = new_data(SearchState(trainings, (plain,)), trainings[1])
     assert found is not None and found.in_words == "F 0.21, expected on new data about 0.31"
     assert new_data(SearchState(trainings), trainings[0]) is None
+
+
+def test_a_result_that_breaks_a_constraint_is_not_feasible() -> None:
+    states = [SearchState((training(0, 0.9, 1.0, excesses=(excess,)),)) for excess in (0.5, -0.5)]
+    assert [verdict(state, True, {}) for state in states] == ["not feasible", "converged"]
+
+
+def test_trainings_that_break_a_constraint_do_not_tell_of_overfitting() -> None:
+    # The first has the lower test loss, but was never the incumbent.
+    found = SearchState((training(0, 0.9, 1.0, excesses=(0.5,)), training(1, 0.5, 0.5, excesses=(-0.5,))))
+    assert verdict(found, False, {0: 0.1, 1: 0.9}) == "budget exhausted"
+    assert verdict(found.change(0, excesses=(-0.5,)), False, {0: 0.1, 1: 0.9}) == "validation set overfitted"

@@ -103,6 +103,19 @@ def test_rewards_of_points_that_need_no_training() -> None:
         BilevelSearch(Parabola(), SPACE, points_to_evaluate=points, evaluated_rewards=[0.5, math.nan])
 
 
+def test_what_earlier_trials_say_of_constrained_metrics_is_known(tmp_path: Path) -> None:
+    folder = experiment(
+        tmp_path,
+        ("TERMINATED", {"x": {"a": 0.1}}, {"upper_loss": 0.3, "size": 3.0}),
+        ("TERMINATED", {"x": {"a": 1.0}}, {"upper_loss": 0.2}),
+    )
+    search = BilevelSearch.from_experiment(folder, Parabola(), space=SPACE, constraints={"size": "<= 2"})
+    search.add_evaluated_point({"x": {"a": 10.0}}, 0.1)
+    excesses = [t.excesses[0] for t in search.state.measured]
+    assert excesses == pytest.approx([0.5, math.nan, math.nan], nan_ok=True)
+    assert not any(t.feasible for t in search.state.measured)
+
+
 class Scaled(Parabola):
     def lower_loss(self, model: Any, hyperparameters: Any, batch: Any) -> Any:
         return hyperparameters["scale"] * super().lower_loss(model, hyperparameters, batch)

@@ -34,14 +34,14 @@ def test_a_plan_holds_what_the_config_says() -> None:
     point = {"x": {"a": 0.5}}
     search = {
         "trainings": 3, "seed": 7, "max_concurrent": 2, "points_to_evaluate": [point], "epoch_time_limit": 4,
-        "step_time_limit": 5, "max_failures": -1, "settings": {"decrease": 0.1},
+        "step_time_limit": 5, "max_failures": -1, "settings": {"decrease": 0.1}, "constraints": {"score": ">= -1"},
     }  # fmt: skip
     plan = resolve(config(search=search, resources={"lower": {"cpu": 2}, "upper": {"disk": 1}}), machine=SMALL)
     assert isinstance(plan.problem, Parabola) and plan.method == Default(decrease=0.1)
     assert plan.config.search.method == "default"  # as it is kept with the run
     assert plan.space.parameters == (Parameter(("x", "a"), 1e-4, 1e2, log=True),)
     assert plan.constants == {"x": {"kept": 3}}
-    assert plan.points == (point,)
+    assert plan.points == (point,) and plan.constraints == {"score": ">= -1"}
     assert plan.training.bundles == ({"CPU": 2},) and plan.step == {"disk": 1}
     assert (plan.seed, plan.trainings, plan.max_concurrent) == (7, 3, 2)
     assert (plan.epoch_time_limit, plan.step_time_limit, plan.max_failures) == (4, 5, -1)
@@ -87,6 +87,10 @@ def test_without_a_box_the_starts_of_descents_are_searched() -> None:
         (
             {"space": {"x": {"uniform": [0, 1]}}},
             ["Parabola.lower_loss raised IndexError"],
+        ),
+        (
+            {"search": {"trainings": 1, "method": "paper", "constraints": {"score": ">= -1"}}},
+            ["constraints: Paper takes none"],
         ),
         ({"options": {"device": "cuda"}}, ["options.device: 'cuda', and this machine has no GPU"]),
     ],

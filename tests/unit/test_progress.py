@@ -53,6 +53,19 @@ def test_plain_lines_one_for_each_training_and_no_escape_codes() -> None:
     assert "\x1b" not in out.getvalue()
 
 
+def test_trainings_that_break_a_constraint_are_marked_and_not_the_best_if_another_keeps_it() -> None:
+    out = io.StringIO()
+    broken = state(2).change(1, excesses=(0.1,))
+    one, both = broken.change(0, excesses=(-0.1,)), broken.change(0, excesses=(0.2,))
+    for found in (one, both):
+        plain(make_view(shown(), Console(file=out, width=100)), found)
+    lines = out.getvalue().splitlines()
+    assert "training 2  F 0.5000, not feasible  best 1.0000 (training 1)" in lines[2]
+    assert "training 2  F 0.5000, not feasible  best 0.5000 (training 2, not feasible)" in lines[6]
+    assert Shown("title", 4).best(one) == "F 1 at training 1"
+    assert Shown("title", 4).best(both).startswith("F 0.5 at training 2, not feasible, 0.5 (50%) below training 1")
+
+
 def test_the_inside_of_the_method_is_for_those_who_ask() -> None:
     out = io.StringIO()
     plain(make_view(shown(), Console(file=out)), state(2))

@@ -122,3 +122,15 @@ def search_charts(parameters: tuple[Parameter, ...]) -> list[Chart]:
             metric="upper_loss", mode="min", constants="{}", checkpoints={},
         )
     )  # fmt: skip
+
+
+def test_the_best_of_a_search_with_constraints_keeps_them() -> None:
+    found = record(2)
+    lowest = min(range(len(found.observations)), key=lambda i: found.observations[i].upper_loss or math.inf)
+    marked = tuple(o.model_copy(update={"feasible": i != lowest}) for i, o in enumerate(found.observations))
+    constrained = found.model_copy(update={"observations": marked})
+    assert lowest not in single.running_lowest(constrained)[lowest:] and lowest in single.running_lowest(found)
+    assert len(single.tables(constrained)[1].rows) == len(single.tables(found)[1].rows) - 1
+    assert ("keeps the constraints", "no") in single.result(constrained, lowest).rows
+    assert ("keeps the constraints", "yes") in single.result(constrained, lowest - 1).rows
+    assert "keeps the constraints" not in dict(single.result(found, lowest).rows)

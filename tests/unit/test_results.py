@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from raybilevel._metric_bounds import read_bounds
 from raybilevel.search import Observation
 from raybilevel.space import Parameter, Space
 from raybilevel.tune._results import MetricError, Objective, ran_to_its_end
@@ -63,3 +64,18 @@ def test_what_is_missing_is_named(missing: str) -> None:
     with pytest.raises(MetricError, match=f"trial t reported no '{missing}'") as caught:
         Objective().observe("t", report, SPACE, UNIT)
     assert caught.value.metric == missing
+
+
+BOUNDS = read_bounds({"score": ">= 1", "size": "<= 2"})
+
+
+def test_metrics_with_a_bound_are_observed() -> None:
+    found = Objective().observe("t", {**REPORT, "size": 3.0}, SPACE, UNIT, BOUNDS)
+    assert found.excesses == pytest.approx((0.1, 0.5))
+
+
+def test_a_whole_training_without_a_metric_that_has_a_bound_is_an_error_and_a_stopped_one_is_not() -> None:
+    with pytest.raises(MetricError, match="reported no 'size'; constraints has a bound on it: return it from evaluate"):
+        Objective().observe("t", REPORT, SPACE, UNIT, BOUNDS)
+    found = Objective().observe("t", {**REPORT, "lower_level_finished": False}, SPACE, UNIT, BOUNDS)
+    assert found.excesses == pytest.approx((0.1, math.nan), nan_ok=True)

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from raybilevel._lower.training import load_checkpoint, train
+from raybilevel._metric_bounds import read_bounds
 from raybilevel.errors import StateError
 from raybilevel.methods import Default, Paper
 from raybilevel.search import _local as local
 from raybilevel.search import _state_file as state_file
-from raybilevel.search._optimizer import BilevelOptimizer
+from raybilevel.search._optimizer import BilevelOptimizer, Observation
 from raybilevel.search._state_file import SavedSearch
 from raybilevel.space import Parameter, Space
 from raybilevel.tune._resume import check_saved
@@ -65,6 +66,23 @@ def test_a_restored_search_asks_as_the_uninterrupted_one(tmp_path: Path, name: s
     assert drive(search, checkpoints, total) == drive(restored, kept, total)
     assert restored.state == search.state
     assert any(t.proposal.origin == "region" for t in search.state.trainings)
+
+
+def test_of_other_constraints_both_are_named(tmp_path: Path):
+    bounds, other = read_bounds({"ms": "<= 5", "size": ">= -0.5"}), read_bounds({"ms": "<= 4"})
+    search = BilevelOptimizer(Space((Parameter(("a",), 0.0, 1.0),)), Default())
+    search.ask("t")
+    search.tell("t", Observation(1.0, 1.0, (0.0,), 1.0, excesses=(0.2, -0.3)))
+    more = {"metric": "upper_loss", "mode": "min", "constants": "{}", "checkpoints": {}}
+    state_file.write(tmp_path / "state.json", SavedSearch(**vars(search.saved()), **more, constraints=bounds))
+    saved = state_file.read(tmp_path / "state.json")
+    assert saved.constraints == bounds and saved.state == search.state
+    check_saved(saved, None, None, None, bounds)
+    for now, words in ((other, r"this search has \{'ms': '<= 4'\}"), ((), r"this search has \{\}")):
+        with pytest.raises(
+            StateError, match=r"the state is of constraints \{'ms': '<= 5', 'size': '>= -0.5'\}; " + words
+        ):
+            check_saved(saved, None, None, None, now)
 
 
 def test_of_another_space_what_differs_is_named(tmp_path: Path):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raybilevel._models.shrinkage import GroupPenalty, expected_loss, judged, off_mean
+from raybilevel._models.shrinkage import GroupPenalty, expected_loss, off_mean, penalised
 from raybilevel.search_state import Likelihood, Proposal, SearchState, Shrinkage, StepRecord, Training
 
 GROUPS = ((0, 2), (1, 3, 4))
@@ -71,7 +71,7 @@ def test_a_search_is_judged_by_f_with_the_penalty() -> None:
     apart, alike = [0.1, 0.9], [0.5, 0.5]
     state = search([apart, alike], [1.0, 1.1], 2.0)  # |P x|^2 = 0.32 and 0
     assert state.best is state.trainings[0]
-    seen = judged(state)
+    seen = penalised(state)
     assert [t.upper_loss for t in seen.trainings] == pytest.approx([1.32, 1.1])
     assert [t.proposal.predicted_upper_loss for t in seen.trainings] == pytest.approx([1.32, 1.1])
     assert seen.best is not None and seen.best.index == 1
@@ -80,12 +80,12 @@ def test_a_search_is_judged_by_f_with_the_penalty() -> None:
 
 def test_without_a_penalty_a_search_is_judged_as_it_is() -> None:
     for state in (SearchState(), search([[0.1, 0.9]], [1.0], 0.0), search([[0.1, 0.9]], [1.0], 2.0, applied=False)):
-        assert judged(state) is state
+        assert penalised(state) is state
 
 
 def test_trainings_without_f_stay_without() -> None:
     state = search([[0.1, 0.9]], [1.0], 2.0).add(Proposal((0.2, 0.4), "region"))
-    waiting = judged(state).trainings[1]
+    waiting = penalised(state).trainings[1]
     assert waiting.status == "pending" and math.isnan(waiting.upper_loss)
     assert waiting.proposal.predicted_upper_loss is None
 
