@@ -44,7 +44,7 @@ def check_settings(problem: BilevelProblem) -> None:
             raise ProblemError(f"{name}.{setting} must be {listed}, got {given!r}")
     metric = problem.upper_metric
     if not isinstance(metric, str) or not metric or (metric != UPPER_LOSS and is_reserved(metric)):
-        raise ProblemError(f"{name}.upper_metric must be a name that neither raybilevel nor Tune has, got {metric!r}")
+        raise ProblemError(f"{name}.upper_metric must be a name that is not taken, e.g. 'val_loss', got {metric!r}")
     if not isinstance(problem.dtype, torch.dtype) or not problem.dtype.is_floating_point:
         raise ProblemError(
             f"{name}.dtype must be a floating-point type of torch, e.g. torch.float32, got {problem.dtype!r}"
