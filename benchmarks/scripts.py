@@ -2,9 +2,11 @@
 
     python -m benchmarks.scripts --out DIR [--scripts NAME ...] [--searchers NAME ...] [--trials N] [--seeds N]
 
-Every searcher has the same number of trials, on a local Ray. OUT/records.jsonl gets a line for each run, and a run that
-has one is not run again. The table is made from these lines alone: the lowest validation loss that a search has seen,
-its test loss, and the difference from random search with the same seeds, each as a mean over seeds with its interval.
+Every searcher has the same number of trials, on a local Ray. raybilevel's upper-level steps are charged, in trials, and
+what it finds beyond the others' cost does not count. OUT/records.jsonl gets a line for each run, and a run that has one
+is not run again. The table is made from these lines alone: the lowest validation loss that a search has seen, its test
+loss, and the difference from random search with the same seeds, each as a mean over seeds with its interval. A second
+one says what the ports to raybilevel take.
 """
 
 from __future__ import annotations
@@ -23,15 +25,18 @@ from typing import Any
 
 import ray
 
+from benchmarks import ports
 from benchmarks.families import shown, table, wide_console
+from benchmarks.ports import FOLDER, PORTED
+from raybilevel._records.experiment import read_search
 from raybilevel.report._statistics import bootstrap, paired_test
 
-FOLDER = Path(__file__).parents[1] / "examples" / "scripts"
 SCRIPTS = (
     "cifar_cnn", "mnist_step_lr", "char_gpt", "lightning_digits", "hf_bert", "sgd_classifier", "graph_network",
     "tabular_mlp", "timm_recipe", "torchvision_recipe",
 )  # fmt: skip
-SEARCHERS = ("random", "optuna-tpe", "optuna-gp")
+OURS = "raybilevel"
+SEARCHERS = ("random", "optuna-tpe", "optuna-gp", OURS)
 REFERENCE = "random"
 
 
@@ -47,12 +52,16 @@ class Key:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial reported last; test_accuracy is None of a regression. `seconds` are those of its training."""
+    """What a trial reported last; test_accuracy is None of a regression. `seconds` are those of its training.
+
+    cost: that the search had when it ended, in trials; None where that is its place among the trials.
+    """
 
     val_loss: float
     test_loss: float
     test_accuracy: float | None
     seconds: float
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,15 @@ class Run:
 
     @property
     def best(self) -> Trial | None:
-        """The trial of the lowest validation loss; None where all failed."""
-        return min(self.trials, key=lambda trial: trial.val_loss, default=None)
+        """The trial of the lowest validation loss within the cost of so many trials; None where all failed."""
+        paid = (trial for trial in self.trials if trial.cost is None or trial.cost <= self.key.trials)
+        return min(paid, key=lambda trial: trial.val_loss, default=None)
+
+    @property
+    def cost(self) -> float:
+        """Of all, in trials."""
+        charged = (trial.cost for trial in self.trials if trial.cost is not None)
+        return max(charged, default=float(len(self.trials) + self.failed))
 
 
 def read(file: Path) -> list[Run]:
@@ -95,18 +111,34 @@ def append(file: Path, run: Run) -> None:
 def performed(key: Key) -> Run:
     """A run of a script, whose folder is on the path."""
     begun = time.monotonic()
-    results = importlib.import_module(key.script).main(searcher=key.searcher, num_samples=key.trials, seed=key.seed)
+    if key.searcher == OURS:
+        results = importlib.import_module(f"{key.script}_bilevel").main(num_samples=key.trials, seed=key.seed)
+        costs = costs_of(Path(results.experiment_path))
+    else:
+        results = importlib.import_module(key.script).main(searcher=key.searcher, num_samples=key.trials, seed=key.seed)
+        costs = {}
     seconds = time.monotonic() - begun
     shutil.rmtree(results.experiment_path)  # under ~/ray_results, where scripts leave it
     ended = sorted((result for result in results if result.error is None), key=lambda one: one.metrics["timestamp"])
     versions = {"python": sys.version.split()[0], "ray": ray.__version__}
-    trials = tuple(trial_of(result.metrics) for result in ended)
+    trials = tuple(trial_of(result.metrics, costs) for result in ended)
     return Run(key, trials, len(results) - len(trials), seconds, versions)
 
 
-def trial_of(metrics: Mapping[str, Any]) -> Trial:
+def costs_of(experiment: Path) -> dict[str, float]:
+    """What raybilevel had spent when each trial ended, by the trial's id."""
+    saved = read_search(experiment)
+    spent = dict(zip((training.index for training in saved.state.told), saved.state.costs(), strict=True))
+    return {trial: spent[index] for trial, index in saved.trials.items() if index in spent}
+
+
+def trial_of(metrics: Mapping[str, Any], costs: Mapping[str, float]) -> Trial:
     return Trial(
-        metrics["val_loss"], metrics["test_loss"], metrics.get("test_accuracy"), seconds=metrics["time_total_s"]
+        metrics["val_loss"],
+        metrics["test_loss"],
+        metrics.get("test_accuracy"),
+        seconds=metrics["time_total_s"],
+        cost=costs[metrics["trial_id"]] if costs else None,
     )
 
 
@@ -131,6 +163,7 @@ def rows(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
                 f"{script}, {searcher}",
                 str(len(given)),
                 str(sum(run.failed for run in given)),
+                mean([run.cost for run in given], digits=1),
                 mean([trial.seconds for trial in trials], digits=1),
                 mean([trial.val_loss for trial in best]),
                 mean([trial.test_loss for trial in best]),
@@ -140,8 +173,8 @@ def rows(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
 
 
 COLUMNS = (
-    "script, searcher", "runs", "failed trials", "s/trial", "best val loss", "its test loss", "its test accuracy",
-    f"less {REFERENCE}",
+    "script, searcher", "runs", "failed trials", "cost", "s/trial", "best val loss", "its test loss",
+    "its test accuracy", f"less {REFERENCE}",
 )  # fmt: skip
 
 
@@ -164,7 +197,6 @@ def arguments() -> argparse.ArgumentParser:
 
 def start_ray(cpus: int | None) -> None:
     """A local Ray, whose workers find the scripts."""
-    sys.path.insert(0, str(FOLDER))
     # Ray's workers take the path from here, not from sys.path.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
@@ -178,15 +210,20 @@ def main(given: Sequence[str] | None = None) -> None:
         for script in options.scripts
         for seed in range(options.seeds)
         for searcher in options.searchers
+        if searcher != OURS or script in PORTED
     ]
     known = {run.key for run in read(file)}
     missing = [key for key in wanted if key not in known]
+    sys.path.insert(0, str(FOLDER))
     if missing:
         start_ray(options.cpus)
     for key in missing:
         append(file, performed(key))
     runs = [run for run in read(file) if run.key in set(wanted)]
     console.print(table(COLUMNS, list(rows(runs))), highlight=False)
+    if OURS in options.searchers:
+        ported = [ports.port_of(script) for script in options.scripts if script in PORTED]
+        console.print(table(ports.COLUMNS, list(ports.rows(ported))), highlight=False)
     console.print(f"records in {file}", highlight=False)
 
 

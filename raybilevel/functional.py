@@ -4,7 +4,7 @@ Those of `torch.nn.functional` refuse them: `cross_entropy` a tensor for `label_
 `weight`, `binary_cross_entropy_with_logits` a gradient for `weight` and `pos_weight`, `huber_loss`, `smooth_l1_loss`,
 `dropout` and `leaky_relu` a tensor for `delta`, `beta`, `p` and `negative_slope`. The functions here have torch's
 names, arguments and values, up to rounding. They are differentiable in these too, twice except where said. They take
-numbers as well.
+numbers as well. `weight_decay` is what torch has as an option of optimizers only.
 
 Not here is what torch differentiates already: class probabilities as targets, `prelu`, `lerp`, and mixup, whose share
 is `torch.distributions.Beta(alpha, alpha).rsample()`.
@@ -15,7 +15,8 @@ search space within the range.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ __all__ = [
     "huber_loss",
     "leaky_relu",
     "smooth_l1_loss",
+    "weight_decay",
 ]
 
 Reduction = Literal["none", "mean", "sum"]
@@ -254,6 +256,26 @@ def gaussian_dropout(
         return input
     noise = torch.empty_like(input).normal_(generator=generator)
     return input * (1 + (p / (1 - p)) ** 0.5 * noise)
+
+
+def weight_decay(params: Iterable[Tensor] | Iterable[Mapping[str, Any]], decay: Tensor | float = 0.0) -> Tensor:
+    """What the option `weight_decay` of SGD, Adam and most optimizers of torch adds to a training loss.
+
+        decay / 2 |y|^2,    summed over groups
+
+    The decay of AdamW is no part of a loss, and neither is that of other optimizers with `decoupled_weight_decay`.
+
+    params: as an optimizer takes them: weights, or groups {"params": weights, "weight_decay": decay}.
+    decay:  of what has none of its own.
+
+    Raises:
+        ValueError: there are no weights.
+    """
+    groups: list[Mapping[str, Any]] = [entry if isinstance(entry, Mapping) else {"params": [entry]} for entry in params]
+    terms = [group.get("weight_decay", decay) / 2 * y.square().sum() for group in groups for y in group["params"]]
+    if not terms:
+        raise ValueError("params has no weights")
+    return torch.stack(terms).sum()
 
 
 def huber(residual: Tensor, delta: Tensor | float) -> Tensor:

@@ -77,6 +77,8 @@ class BilevelProblem(ABC):
         None for the weights themselves.
     own_loop: training runs are by a Tune function of your own, which ends with `raybilevel.conclude` and may read
         hyperparameters that no method of the problem reads.
+    upper_metric: the name under which a script of your own reports F, e.g. "val_loss". A search of this metric has
+        hypergradients, and F is reported under this name, too.
     evaluate_every: epochs between evaluations of F, f and `evaluate`, each a pass over the data without gradients.
         A training run reports, and may be stopped or saved, after these epochs and the last.
     device, dtype: where and in which precision a training run computes. Batches are moved and cast to them.
@@ -95,6 +97,7 @@ class BilevelProblem(ABC):
     patience: int | None = None
     ema: float | None = None
     own_loop: bool = False
+    upper_metric: str = "upper_loss"
     evaluate_every: int = 1
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32

@@ -17,7 +17,10 @@ import generate
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "sh", ".toml": "toml", ".txt": "text", ".svg": "xml"}
-FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "constraints.txt", "examples/*.py", "configs/**/*.*")
+FILES = (
+    "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "constraints.txt", "examples/*.py", "examples/scripts/*.*",
+    "configs/**/*.*",
+)  # fmt: skip
 """What documents may link to beside the pages: shown under files/."""
 
 

@@ -115,7 +115,7 @@ def evaluate(model, codes):
         return cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
 
 
-def trainable(config):
+def fit(config):
     codes, vocabulary = load_data()
     model = build_model(config, vocabulary)
     optimizer = build_optimizer(model, config)
@@ -131,6 +131,11 @@ def trainable(config):
         scheduler.step()
         if step % 100 == 0 or step == config["steps"]:
             tune.report({"val_loss": evaluate(model, codes["val"]), "test_loss": evaluate(model, codes["test"])})
+    return model
+
+
+def trainable(config):
+    fit(config)
 
 
 def main(searcher="random", num_samples=20, seed=0):

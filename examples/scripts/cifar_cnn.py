@@ -74,7 +74,7 @@ def evaluate(model, data):
     return metrics
 
 
-def trainable(config):
+def fit(config):
     data = load_data(config.get("data"))
     model = build_model(config, data["train"][0])
     optimizer = torch.optim.SGD(
@@ -98,6 +98,11 @@ def trainable(config):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
             torch.save(state, Path(folder) / "state.pt")
             tune.report(evaluate(model, data), checkpoint=tune.Checkpoint.from_directory(folder))
+    return model
+
+
+def trainable(config):
+    fit(config)
 
 
 def main(searcher="random", num_samples=20, seed=0, data=None):

@@ -1,5 +1,6 @@
 """A graph convolutional or attention network that labels nodes, full batch, in the style of PyTorch Geometric."""
 
+import copy
 from itertools import pairwise
 
 import torch
@@ -101,11 +102,12 @@ def evaluate(model, data):
     return metrics
 
 
-def trainable(config):
+def fit(config):
+    """The trained model, and how many epochs it took."""
     data = load_data(config.get("data"))
     model = build_model(config, data)
     optimizer = torch.optim.Adam(parameter_groups(model, config), lr=config["lr"])
-    best, best_epoch = {"val_loss": torch.inf}, 0
+    best, best_epoch, best_weights = {"val_loss": torch.inf}, 0, None
     for epoch in range(1, config["epochs"] + 1):
         model.train()
         optimizer.zero_grad()
@@ -113,10 +115,16 @@ def trainable(config):
         optimizer.step()
         metrics = evaluate(model, data)
         if metrics["val_loss"] < best["val_loss"]:
-            best, best_epoch = metrics, epoch
+            best, best_epoch, best_weights = metrics, epoch, copy.deepcopy(model.state_dict())
         if epoch - best_epoch == PATIENCE:
             break
     tune.report({**best, "epochs": epoch})
+    model.load_state_dict(best_weights)
+    return model, epoch
+
+
+def trainable(config):
+    fit(config)
 
 
 def main(searcher="random", num_samples=20, seed=0, data=None):

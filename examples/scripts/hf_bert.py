@@ -107,7 +107,7 @@ class Report(TrainerCallback):
             self.metrics = {}
 
 
-def trainable(config):
+def fit(config):
     data = load_data()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -130,6 +130,11 @@ def trainable(config):
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    return trainer.model
+
+
+def trainable(config):
+    fit(config)
 
 
 def main(searcher="random", num_samples=20, seed=0):

@@ -90,7 +90,8 @@ class Report(Callback):
             tune.report({name: value.item() for name, value in trainer.callback_metrics.items()})
 
 
-def trainable(config):
+def fit(config):
+    """The trained model, and how many epochs it took."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     model = build_model(config)
@@ -105,6 +106,11 @@ def trainable(config):
         enable_model_summary=False,
     )
     trainer.fit(model, Digits(config["batch_size"]))
+    return model, trainer.current_epoch
+
+
+def trainable(config):
+    fit(config)
 
 
 def main(searcher="random", num_samples=20, seed=0):

@@ -82,7 +82,7 @@ def test(model, data):
     return metrics
 
 
-def trainable(config):
+def fit(config):
     data = load_data(config.get("data"))
     model = build_model(config, data["train"][0])
     optimizer = torch.optim.Adadelta(parameter_groups(model, config), lr=config["lr"], rho=config["rho"])
@@ -91,6 +91,11 @@ def trainable(config):
         train(model, config, data, optimizer, epoch)
         scheduler.step()
         tune.report(test(model, data))
+    return model
+
+
+def trainable(config):
+    fit(config)
 
 
 def main(searcher="random", num_samples=20, seed=0, data=None):

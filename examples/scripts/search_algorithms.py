@@ -23,7 +23,8 @@ def search_algorithm(name, seed=0):
 def command_line(main):
     """Run a script's `main` with the arguments of the command line, and print its best trial."""
     parser = argparse.ArgumentParser(description=inspect.getmodule(main).__doc__.split("\n")[0])
-    parser.add_argument("--searcher", choices=SEARCHERS, default="random")
+    if "searcher" in inspect.signature(main).parameters:
+        parser.add_argument("--searcher", choices=SEARCHERS, default="random")
     parser.add_argument("--num-samples", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     if "data" in inspect.signature(main).parameters:

@@ -54,7 +54,7 @@ def evaluate(model, data):
     return metrics
 
 
-def trainable(config):
+def fit(config):
     data = load_data()
     model = build_model(config)
     rng = np.random.default_rng(config.get("seed", 0))
@@ -64,6 +64,11 @@ def trainable(config):
         model.partial_fit(x[rows], y[rows], classes=[0, 1])
         if epoch % 5 == 0 or epoch == config["epochs"]:
             tune.report(evaluate(model, data))
+    return model
+
+
+def trainable(config):
+    fit(config)
 
 
 def main(searcher="random", num_samples=20, seed=0):

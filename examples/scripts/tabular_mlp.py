@@ -73,7 +73,8 @@ def evaluate(model, x, y):
         return l1_loss(model(x), y).item()
 
 
-def trainable(config):
+def fit(config):
+    """The trained model, and how many epochs it took."""
     data = load_data()
     model = build_model(config)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config["ema_decay"]))
@@ -94,6 +95,11 @@ def trainable(config):
             break
     average.load_state_dict(best_weights)
     tune.report({"val_loss": best_loss, "test_loss": evaluate(average, *data["test"]), "epochs": epoch})
+    return average.module, epoch
+
+
+def trainable(config):
+    fit(config)
 
 
 def main(searcher="random", num_samples=20, seed=0):

@@ -102,7 +102,7 @@ def validate(model, data):
     return metrics
 
 
-def trainable(config):
+def fit(config):
     data = load_data(config.get("data"))
     model = build_model(config, data["train"][0])
     optimizer = build_optimizer(model, config)
@@ -115,6 +115,11 @@ def trainable(config):
             optimizer.step()
         scheduler.step()
         tune.report(validate(model, data))
+    return model
+
+
+def trainable(config):
+    fit(config)
 
 
 def main(searcher="random", num_samples=20, seed=0, data=None):

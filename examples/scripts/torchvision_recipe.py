@@ -79,7 +79,7 @@ def evaluate(model, data):
     return metrics
 
 
-def trainable(config):
+def fit(config):
     data = load_data(config.get("data"))
     x, labels = data["train"]
     model = build_model(config, x)
@@ -101,6 +101,11 @@ def trainable(config):
                 optimizer.zero_grad()
                 scheduler.step()
         tune.report(evaluate(model, data))
+    return model
+
+
+def trainable(config):
+    fit(config)
 
 
 def main(searcher="random", num_samples=20, seed=0, data=None):

@@ -54,11 +54,8 @@ class Observed:
             ProblemError: `evaluate` returned something else than numbers, or one under a reserved name.
         """
         metrics, x, y = self.metrics(), self.variables.x, self.levels.y
-        return {
-            LOWER_LOSS: finite("lower", self.levels.value("lower", x, y)),
-            UPPER_LOSS: self.upper(),
-            **metrics,
-        }
+        lower, upper = finite("lower", self.levels.value("lower", x, y)), self.upper()
+        return {LOWER_LOSS: lower, UPPER_LOSS: upper, **metrics, self.problem.upper_metric: upper}
 
     def gradient(self) -> dict[str, Any]:
         """df/dx at the present weights, by Danskin's theorem dv/dx; nested as the config is, in the hyperparameters'

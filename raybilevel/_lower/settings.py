@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from raybilevel._metrics import UPPER_LOSS, is_reserved
 from raybilevel.errors import ProblemError
 from raybilevel.problem import BilevelProblem
 
@@ -41,6 +42,9 @@ def check_settings(problem: BilevelProblem) -> None:
         if not any(type(given := getattr(problem, setting)) is type(choice) and given == choice for choice in choices):
             listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
             raise ProblemError(f"{name}.{setting} must be {listed}, got {given!r}")
+    metric = problem.upper_metric
+    if not isinstance(metric, str) or not metric or (metric != UPPER_LOSS and is_reserved(metric)):
+        raise ProblemError(f"{name}.upper_metric must be a name that is not taken, e.g. 'val_loss', got {metric!r}")
     if not isinstance(problem.dtype, torch.dtype) or not problem.dtype.is_floating_point:
         raise ProblemError(
             f"{name}.dtype must be a floating-point type of torch, e.g. torch.float32, got {problem.dtype!r}"

@@ -16,7 +16,7 @@ from ray.tune.utils.util import flatten_dict
 
 from raybilevel._cluster.storage import locate
 from raybilevel._metric_bounds import Bounds, MetricBound
-from raybilevel._metrics import FINISHED, UPPER_LOSS
+from raybilevel._metrics import FINISHED
 from raybilevel.errors import ConfigError, DataError, SpaceError, StateError
 from raybilevel.problem import BilevelProblem
 from raybilevel.search import BilevelOptimizer, Observation
@@ -193,7 +193,8 @@ class BeginsFromEarlier:
             ConfigError: no trial reported the metric.
             SpaceError: when the space becomes known, and no trial lies in it.
         """
-        return cls._knowing(of_experiment(folder, reported_as or options.get("metric") or UPPER_LOSS), problem, options)
+        metric = reported_as or options.get("metric") or problem.upper_metric
+        return cls._knowing(of_experiment(folder, metric), problem, options)
 
     @classmethod
     def from_study(cls, study: Study, problem: BilevelProblem, **options: Any) -> Self:

@@ -10,9 +10,9 @@ import ray
 from ray.tune.search.variant_generator import parse_spec_vars
 
 from raybilevel._define_by_run import SpaceFunction
-from raybilevel._metrics import UPPER_LOSS
 from raybilevel._tune_changes.run import TuneRun, tune_run
 from raybilevel.errors import ConfigError
+from raybilevel.problem import BilevelProblem
 from raybilevel.tune._results import Objective
 from raybilevel.tune._session import job_of_ray
 from raybilevel.tune._setup import other_objective
@@ -23,6 +23,7 @@ from raybilevel.tune._view import SearchView
 class FollowsRuns(SearchView):
     """The part of a search that knows which run it serves."""
 
+    problem: BilevelProblem
     _metric: str | None
     _mode: str | None
     _objective_given: bool
@@ -44,7 +45,7 @@ class FollowsRuns(SearchView):
 
     @property
     def _objective(self) -> Objective:
-        return Objective(self._metric or UPPER_LOSS, self._mode or "min")
+        return Objective(self._metric or self.problem.upper_metric, self._mode or "min")
 
     def _take(self, metric: str | None, mode: str | None, param_space: Mapping[str, Any]) -> None:
         """Tune's metric, mode and constants, where the space was known before them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from raybilevel._cluster.step_call import SharedBySteps
 from raybilevel._define_by_run import SpaceFunction
 from raybilevel._lower.checkpoint import without_numpy
 from raybilevel._metric_bounds import as_written, read_bounds
-from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
+from raybilevel._metrics import LOWER_LOSS
 from raybilevel._tune_changes.placeholders import filled, table_of_tune_run, take_over
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.methods import Method, make_method
@@ -39,7 +40,7 @@ from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_save
 from raybilevel.tune._runs import FollowsRuns
 from raybilevel.tune._saved_space import pack, unpack
 from raybilevel.tune._session import Session
-from raybilevel.tune._setup import other_objective, set_up, warn_of_another_problem, warn_of_stops
+from raybilevel.tune._setup import method_for, other_objective, set_up, warn_of_another_problem, warn_of_stops
 from raybilevel.tune._slots import Slots
 from raybilevel.tune._snapshot import TrialRecord
 from raybilevel.tune._steps import StepRunner
@@ -61,8 +62,8 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
     problem: what is searched, the same as the trainable's.
     space: the search space, for those who do not give it to Tune as `param_space`; or a define-by-run function, which
         asks a trial for its hyperparameters, as `OptunaSearch` takes it.
-    metric, mode: likewise; "upper_loss" and "min" unless given. Another metric is searched by its values alone, as
-        hypergradients are those of the upper-level loss.
+    metric, mode: likewise; the problem's `upper_metric`, which is "upper_loss", and "min" unless given. A metric other
+        than F is searched by its values alone, as hypergradients are those of F.
     method: "default", "paper" (arXiv:2208.12118), "hypergradient" (with `hypergradient_trainable`: a trial is a whole
         descent), or a method object with settings of your own.
     seed: of everything the search draws.
@@ -153,7 +154,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
             self._take(metric, mode, config or {})
             self._begin_run()
             return False
-        asked = Objective(metric or self._metric or UPPER_LOSS, mode or self._mode or "min")
+        asked = Objective(metric or self._metric or self.problem.upper_metric, mode or self._mode or "min")
         if self._objective_given and asked != self._objective:
             raise ConfigError(other_objective(asked, self._objective))
         self._metric, self._mode = metric or self._metric, mode or self._mode
@@ -285,7 +286,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         saved = state_file.read(path)
         check_saved(saved, None if self._optimizer is None else self.space, self._metric, self._mode, self._bounds)
         # As `set_up` made it when that search began.
-        method = self.method if saved.metric == UPPER_LOSS else self.method.for_metric(saved.metric)
+        method = method_for(self.method, self.problem, saved.metric)
         space, constants = None if self._optimizer is None else self.space, self.constants
         if space is None:  # else they are what they are
             constants = json.loads(saved.constants)
@@ -372,6 +373,9 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         observation = None
         if result is not None and not trained_in_the_space(optimizer, trial_id, result):
             result = None
+        if result is not None and self.problem.own_loop:
+            # A loop that was stopped before `conclude` reports what its user does.
+            result = {LOWER_LOSS: math.nan, **result}
         try:
             if result is not None:
                 unit = optimizer.state.trainings[optimizer.trials[trial_id]].unit

@@ -59,8 +59,10 @@ def set_up(
     """
     space, constants = split_param_space(param_space)
     constants = nest({**flatten(constants), **flatten(more_constants)})
-    if objective == Objective(UPPER_LOSS, "max"):
-        raise ConfigError("mode='max' with metric='upper_loss': the upper-level loss is minimised; use mode='min'")
+    if objective.mode == "max" and is_upper_loss(problem, objective.metric):
+        raise ConfigError(
+            f"mode='max' with metric={objective.metric!r}: the upper-level loss is minimised; use mode='min'"
+        )
     check_constraints(method, bounds)
     # The space that comes back says in which hyperparameters f is differentiable.
     space = check_search(problem, space, constants, method)
@@ -72,8 +74,8 @@ def set_up(
         )  # fmt: skip
     if not all(space.smooth) and not space.of_starts:
         logger.warning("%s", in_words(space))
-    if objective.metric != UPPER_LOSS:
-        method = method.for_metric(objective.metric)
+    method = method_for(method, problem, objective.metric)
+    if not is_upper_loss(problem, objective.metric):
         logger.warning(
             "searching %r by its values alone: hypergradients are those of 'upper_loss', not of this metric",
             objective.metric,
@@ -85,6 +87,20 @@ def set_up(
             "hypergradient_trainable follows gradients without one", space.dimension,
         )  # fmt: skip
     return SetUp(space, constants, method)
+
+
+def is_upper_loss(problem: BilevelProblem, metric: str) -> bool:
+    """Whether a metric is F, by its own name or by that of the problem."""
+    return metric in (UPPER_LOSS, problem.upper_metric)
+
+
+def method_for(method: Method, problem: BilevelProblem, metric: str) -> Method:
+    """The method as it searches a metric.
+
+    Raises:
+        ConfigError: it searches F only.
+    """
+    return method if is_upper_loss(problem, metric) else method.for_metric(metric)
 
 
 def in_words(space: Space) -> str:
@@ -110,6 +126,13 @@ def warn_of_stops(state: SearchState, problem: BilevelProblem, method: Method) -
     stopped = len(state.measured) - len(state.done)
     if state.done or stopped < ALIKE_AT_MOST:
         return False
+    if problem.own_loop:
+        logger.warning(
+            "%d trainings ended without raybilevel.conclude(problem, model, config), and none with it: without trained "
+            "weights there is no hypergradient, and the search %s. Make it the last call of the Tune function",
+            stopped, instead,
+        )  # fmt: skip
+        return True
     logger.warning(
         "%d trainings were stopped before their last epoch (%s.epochs = %d), and none ran to it: without trained "
         "weights there is no hypergradient, and the search %s. Let trainings end (a scheduler's max_t and stop's "

@@ -57,14 +57,23 @@ def test_the_best_trial_has_the_lowest_validation_loss() -> None:
     assert replace(found, trials=()).best is None
 
 
+def test_what_was_found_beyond_the_cost_of_the_trials_does_not_count() -> None:
+    found = run("raybilevel", 0, 0.3, 0.2, 0.1)
+    costs = (1.0, 2.5, 3.5)
+    charged = replace(found, trials=tuple(replace(t, cost=c) for t, c in zip(found.trials, costs, strict=True)))
+    assert charged.best == charged.trials[1]
+    (row,) = rows([charged])
+    assert row[3:6] == ("3.5", "2.0 [2.0, 2.0]", "0.2000")
+
+
 def test_rows_compare_searchers_on_the_seeds_that_both_have() -> None:
     records = [run("random", 0, 0.5, 0.4), run("random", 1, 0.3, 0.6), run("optuna-tpe", 1, 0.2, 0.9)]
     failed = Run(Key("timm_recipe", "optuna-gp", 0, 1), (), 1, 1.0, {})
     random, tpe, gp = rows([*records, failed])
-    assert random[:4] == ("timm_recipe, random", "2", "0", "2.0 [2.0, 2.0]") and random[4].startswith("0.3500 [")
+    assert random[:4] == ("timm_recipe, random", "2", "0", "2.0 [2.0, 2.0]") and random[5].startswith("0.3500 [")
     assert random[-1] == ""
-    assert tpe == ("timm_recipe, optuna-tpe", "1", "0", "2.0 [2.0, 2.0]", "0.2000", "2.0000", "", "-0.1000")
-    assert gp == ("timm_recipe, optuna-gp", "1", "1", "", "", "", "", "")
+    assert tpe == ("timm_recipe, optuna-tpe", "1", "0", "2.0", "2.0 [2.0, 2.0]", "0.2000", "2.0000", "", "-0.1000")
+    assert gp == ("timm_recipe, optuna-gp", "1", "1", "1.0", "", "", "", "", "")
 
 
 def test_runs_that_have_a_record_are_not_run_again(

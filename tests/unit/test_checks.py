@@ -114,6 +114,7 @@ def test_frozen_parameters_are_no_parameters_to_train():
         ("ema", [0, 1, "0.9"]),
         ("schedule_interval", ["epochs", None]),
         ("upper_likelihood", ["gauss"]),
+        ("upper_metric", ["", None, "lower_loss", "config/lr"]),
         ("optimistic", ["yes", 1]),
         ("dtype", ["float32", torch.int64, float]),
         ("device", ["gpu", None]),

@@ -42,7 +42,8 @@ def differentiable_twice(function: Callable[..., Tensor], *inputs: Tensor) -> bo
 
 def test_the_public_names_are_the_functions_for_users() -> None:
     assert all(inspect.isfunction(getattr(ours, name)) for name in ours.__all__)
-    assert [name for name in ours.__all__ if not hasattr(reference, name)] == ["focal_loss", "gaussian_dropout"]
+    others = [name for name in ours.__all__ if not hasattr(reference, name)]
+    assert others == ["focal_loss", "gaussian_dropout", "weight_decay"]
 
 
 @pytest.mark.parametrize(
@@ -287,3 +288,24 @@ def test_errors_name_what_was_wrong(call: Callable[[], Tensor], message: str) ->
 def test_a_class_out_of_range_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="out of bounds"):
         ours.cross_entropy(normal(2, 3), torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adadelta])
+def test_weight_decay_is_that_of_optimizers(optimizer: type[torch.optim.Optimizer]) -> None:
+    def stepped(by_optimizer: bool) -> list[Tensor]:
+        first, second = (torch.linspace(-1, k, 4, dtype=torch.double, requires_grad=True) for k in (1, 2))
+        groups = [{"params": [first], "weight_decay": 0.3}, {"params": [second], "weight_decay": 0.02}]
+        loss = (first * second).sin().sum() + (0.0 if by_optimizer else ours.weight_decay(groups))
+        loss.backward()
+        optimizer(groups if by_optimizer else [first, second], lr=0.1).step()
+        return [first.detach(), second.detach()]
+
+    torch.testing.assert_close(stepped(True), stepped(False), rtol=1e-12, atol=0)
+
+
+def test_weight_decay_has_a_gradient_in_the_decay() -> None:
+    decay, y = torch.tensor(0.1, requires_grad=True), torch.tensor([1.0, 2.0])
+    (slope,) = torch.autograd.grad(ours.weight_decay([y, y], decay), decay)
+    assert slope == 5.0
+    with pytest.raises(ValueError, match="params has no weights"):
+        ours.weight_decay([], decay)

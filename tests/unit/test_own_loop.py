@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from ray import tune
 from torch import nn
 
+from raybilevel import BilevelSearch
 from raybilevel._lower.own_loop import OwnTraining, train_itself
 from raybilevel._lower.training import LowerLevelTraining, load_checkpoint, observed, refit, train
 from raybilevel.errors import CheckpointError, ConfigError, ProblemError
@@ -21,7 +23,7 @@ from raybilevel.space import Parameter, Space
 from raybilevel.tune._data_parallel import data_parallel_trainable
 from raybilevel.tune._trainable import lower_level_trainable
 from tests.problems_for_tests import Network, Ridge, vector
-from tests.tiny_problems import OwnLoop, Parabola
+from tests.tiny_problems import OwnLoop, Parabola, parabola
 
 CONFIG, SEED = {"decay": 0.01}, 3
 POINT = {"x": {"a": 0.1}}
@@ -171,3 +173,30 @@ def test_what_a_loop_of_its_own_cannot_have_is_refused() -> None:
         lower_level_trainable(OwnLoop(), epoch_time_limit=5.0)
     with pytest.raises(ProblemError, match=r"OwnLoop\.train: data_parallel_trainable does not have it"):
         data_parallel_trainable(OwnLoop(), scaling=None)  # type: ignore[arg-type]
+
+
+def test_f_has_the_name_that_the_script_gives_it() -> None:
+    problem = parabola(upper_metric="val_loss")
+    found = OwnTraining(problem, POINT, problem.model(), 1.0).losses()
+    assert found["val_loss"] == found["upper_loss"] == 1.0
+
+
+def test_a_search_by_that_name_has_hypergradients_and_one_by_another_has_none() -> None:
+    problem = parabola(upper_metric="val_loss")
+    space = {"x": {"a": tune.loguniform(1e-4, 1e2)}}
+    assert BilevelSearch(problem, space).metric == "val_loss"
+    for metric, hypergradients in (("val_loss", True), ("upper_loss", True), ("score", False)):
+        assert BilevelSearch(problem, space, metric=metric).method.hypergradients == hypergradients
+    with pytest.raises(ConfigError, match="mode='max' with metric='val_loss': the upper-level loss is minimised"):
+        BilevelSearch(problem, space, metric="val_loss", mode="max")
+
+
+def test_a_loop_that_is_stopped_before_its_end_has_an_f_only(caplog: pytest.LogCaptureFixture) -> None:
+    problem = parabola(upper_metric="val_loss", own_loop=True)
+    search = BilevelSearch(problem, max_concurrent=1)
+    search.set_search_properties("val_loss", "min", {"x": {"a": tune.loguniform(1e-4, 1e2)}}, num_samples=5)
+    for trial in ("a", "b", "c"):
+        assert search.suggest(trial) is not None
+        search.on_trial_complete(trial, {"val_loss": 2.0, "lower_passes": 3})
+    assert [(t.status, t.upper_loss, t.passes) for t in search.state.trainings] == 3 * [("stopped", 2.0, 3.0)]
+    assert "3 trainings ended without raybilevel.conclude(problem, model, config), and none with it" in caplog.text

@@ -21,7 +21,8 @@ from ray.tune.utils import flatten_dict
 
 FOLDER = Path(__file__).parents[2] / "examples" / "scripts"
 NOT_SCRIPTS = {"sample_data", "search_algorithms"}
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NOT_SCRIPTS)
+PORTS = sorted(path.stem.removesuffix("_bilevel") for path in FOLDER.glob("*_bilevel.py"))
+SCRIPTS = sorted({path.stem.removesuffix("_bilevel") for path in FOLDER.glob("*.py")} - NOT_SCRIPTS)
 NEEDS = {"lightning_digits": "lightning", "hf_bert": "transformers"}
 SHORT = {"epochs": 1, "steps": 5, "warmup": 1, "num_train_epochs": 1}
 DATA = os.environ.get("RAYBILEVEL_TEST_DATA")
@@ -40,12 +41,12 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def folder_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(FOLDER)
     yield
-    for name in {*SCRIPTS, *NOT_SCRIPTS} & set(sys.modules):
+    for name in {*SCRIPTS, *NOT_SCRIPTS, *(f"{script}_bilevel" for script in PORTS)} & set(sys.modules):
         del sys.modules[name]
 
 
 def imported(script: str) -> ModuleType:
-    for library in ("optuna", NEEDS.get(script, "torch")):
+    for library in ("optuna", NEEDS.get(script.removesuffix("_bilevel"), "torch")):
         pytest.importorskip(library, reason=f"{library} is not installed")
     return importlib.import_module(script)
 
