@@ -378,6 +378,25 @@ def test_a_difference_is_as_long_as_the_noise_of_gradients_asks(
     assert (found[1] - found[0]).norm() <= error * found[0].norm()
 
 
+@pytest.mark.parametrize("time", [500.0, math.inf])
+def test_a_hypergradient_that_coarse_gradients_shorten_is_left_out(time: float):
+    """A long training answers along curvatures that such gradients cannot tell from 0."""
+    scales = torch.tensor([1.0, 1e-4])
+
+    def lower(x: Tensor, y: Tensor) -> Tensor:
+        return (scales * (y.bfloat16().float() - x[0]).square()).sum() / 2
+
+    problem = Formula(1, 2, lower, lambda y: y.sum())
+    problem.dtype = torch.float32
+    model = problem.model()
+    with torch.no_grad():
+        model.get_parameter("weight").copy_(torch.tensor([[1.3, 0.7]]))
+    point = point_at(problem, model, vector(0.5))
+    point.time = torch.full_like(point.y, time)
+    with pytest.raises(NoisyError, match=r"computed in torch\.bfloat16, whose noise makes the hypergradient \d+ % too"):
+        lagrangian_point(point, 0.05, MANY)
+
+
 def test_kinks_within_the_usual_length_make_a_difference_shorter():
     # |y| has a kink at 0, which a step of the usual length in float32 passes, 3.5e-4 of |y| = 1
     problem = Formula(1, 2, lambda x, y: (y[0] - 1).square() + (y[1] - 1e-5).abs(), lambda y: y[0] - y[1])
