@@ -73,6 +73,8 @@ class BilevelProblem(ABC):
     patience: evaluations of F in a row without a new lowest one after which a training run ends. It ends with the
         weights of the lowest F, which then have seen the upper level's data, so judge them by other data. None for
         training runs of `epochs`.
+    autocast: torch.bfloat16 or torch.float16, in which the steps of a training run compute, as under `torch.autocast`;
+        with float16 gradients are scaled. None for `dtype`. F, f, `evaluate` and hypergradients are taken in `dtype`.
     ema: decay of an exponential moving average of the weights, which is what is evaluated, differentiated and kept;
         None for the weights themselves.
     own_loop: training runs are by a Tune function of your own, which ends with `raybilevel.conclude` and may read
@@ -93,6 +95,7 @@ class BilevelProblem(ABC):
     accumulate: int = 1
     schedule_interval: Literal["epoch", "step"] = "epoch"
     patience: int | None = None
+    autocast: torch.dtype | None = None
     ema: float | None = None
     own_loop: bool = False
     evaluate_every: int = 1

@@ -1,4 +1,4 @@
-"""What a problem adds to the loop of a training: a schedule, averaged weights, early stopping."""
+"""What a problem adds to the loop of a training: a schedule, averaged weights, mixed precision, early stopping."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from raybilevel._lower.mixed_precision import MixedPrecision
 from raybilevel._lower.settings import check_settings
 from raybilevel.errors import ProblemError
 from raybilevel.problem import BilevelProblem, make_schedule
@@ -23,7 +24,8 @@ class Hooks:
     refit: early stopping is off, as F is then taken on data that the model is trained on.
 
     Raises:
-        ProblemError: a setting of the problem is out of range, or the schedule is of another optimizer.
+        ProblemError: a setting of the problem is out of range, or the schedule is of another optimizer, or autocast
+            does not go with the optimizer.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Hooks:
         self.problem, self.raw = problem, model
         self.patience = None if refit else problem.patience
         self.schedule = schedule_of_a_training(problem, optimizer, config)
+        self.mixed = MixedPrecision(problem, optimizer)
         self.averaged: AveragedModel | None = None
         if problem.ema is not None:
             # Torch copies buffers, e.g. the statistics of batch norm, from the raw model and does not average them.
@@ -84,6 +87,7 @@ class Hooks:
             # With 0 the next update would replace the average, and not add to it.
             "averaged": None if self.averaged is None else self.averaged.n_averaged,
             "raw": None if self.averaged is None else self.raw.state_dict(),
+            "scaler": self.mixed.scaler.state_dict(),  # empty where it is not enabled
             "lowest": self.lowest,
             "best": self.best,
             "waited": self.waited,
@@ -96,6 +100,8 @@ class Hooks:
         if self.averaged is not None:
             self.averaged.n_averaged.copy_(state["averaged"])
             self.raw.load_state_dict(state["raw"])
+        if self.mixed.scaler.is_enabled():
+            self.mixed.scaler.load_state_dict(state["scaler"])
         self.lowest, self.best, self.waited = state["lowest"], dict(state["best"]), state["waited"]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from raybilevel._lower import checkpoint
 from raybilevel._lower.hooks import Hooks
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.mixed_precision import MixedPrecision
 from raybilevel._lower.observed import Observed
 from raybilevel._lower.optimistic import select_minimiser
 from raybilevel._lower.own_loop import train_itself
@@ -66,6 +67,7 @@ def train_epoch(
     where: str,
     number: Callable[[Tensor], float] = Tensor.item,
     after_step: Callable[[float], None] = lambda clipped: None,
+    mixed: MixedPrecision | None = None,
 ) -> None:
     """One step of the optimizer for each batch, or for each few where the problem accumulates; every gradient that it
     asks for is charged.
@@ -74,6 +76,7 @@ def train_epoch(
     where:   in the search this is, for errors.
     number:  a loss as the number that a line search compares.
     after_step: is called after each step, with the factor by which gradients were clipped.
+    mixed:   of the training run, whose scaler goes on from epoch to epoch.
 
     Raises:
         NotFiniteError: a loss is NaN or infinite; training on would waste the rest.
@@ -81,6 +84,7 @@ def train_epoch(
     # `Levels` leaves the model in eval mode after each evaluation.
     model.train()
     count, clipped = 0, 1.0
+    mixed = mixed or MixedPrecision(problem, optimizer)
     for group in groups(batches, problem.accumulate):
         parts = [(move(raw, problem.device, problem.dtype), problem.batch_size(raw)) for raw in group]
         total = sum(size for _, size in parts)
@@ -92,21 +96,25 @@ def train_epoch(
             value = 0.0
             for batch, size in parts:
                 # Weighted by examples: a group of batches has the gradient that one large batch would have.
-                found = loss(batch) if len(parts) == 1 else loss(batch) * (size / total)
-                found.backward()
+                with mixed.autocast():
+                    found = loss(batch) if len(parts) == 1 else loss(batch) * (size / total)
+                mixed.scaler.scale(found).backward()
                 ledger.charge(size)
                 value += number(found)
+            mixed.scaler.unscale_(optimizer)
             # After all parts: the limit is one on the gradient of the step.
             if problem.clip is not None:
                 norm = nn.utils.clip_grad_norm_(model.parameters(), problem.clip)
                 clipped = min(1.0, problem.clip / (norm.item() or 1.0))
             return value
 
-        # L-BFGS, which takes several losses a step, returns the first.
-        value = float(optimizer.step(closure))
+        scaled = mixed.scaler.is_enabled()
+        # L-BFGS, which takes several losses a step, returns the first. A scaler takes no closure.
+        value = closure() if scaled else float(optimizer.step(closure))
         if not math.isfinite(value):
             raise NotFiniteError(f"the lower-level loss is {value} {where}")
-        after_step(clipped)
+        if not scaled or mixed.step(optimizer):
+            after_step(clipped)
         count += total
     # Where no evaluation has counted the examples yet.
     if not ledger.whole:
@@ -160,6 +168,7 @@ class LowerLevelTraining(Observed):
             train_epoch(
                 self.problem, self.model, self.optimizer, self._batches(), self.batch_loss, self.levels.ledger,
                 f"in epoch {self.epoch + 1} at {self.config}", self.number, self._after_step,
+                self.hooks.mixed,
             )  # fmt: skip
         self.epoch += 1
         self.time.after_epoch()
