@@ -22,7 +22,6 @@ from raybilevel._lower.optimistic import select_minimiser
 from raybilevel._lower.own_loop import train_itself
 from raybilevel._lower.passes import Passes
 from raybilevel._lower.random_numbers import forked_random
-from raybilevel._lower.trained_time import TrainedTime
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.problem import (
@@ -145,7 +144,6 @@ class LowerLevelTraining(Observed):
             self.model = make_model(problem, self.config)
             self.optimizer = make_optimizer(problem, self.model, self.config)
             self.hooks = Hooks(problem, self.model, self.optimizer, self.config, refit)
-        self.time = TrainedTime(self.model, self.optimizer)
         # With averaged weights F, f and df/dx are those of the average.
         self.levels = Levels(problem, self.hooks.model, self.variables, self.config)
 
@@ -167,17 +165,12 @@ class LowerLevelTraining(Observed):
         with self._random():
             train_epoch(
                 self.problem, self.model, self.optimizer, self._batches(), self.batch_loss, self.levels.ledger,
-                f"in epoch {self.epoch + 1} at {self.config}", self.number, self._after_step,
+                f"in epoch {self.epoch + 1} at {self.config}", self.number, self.hooks.after_step,
                 self.hooks.mixed,
             )  # fmt: skip
         self.epoch += 1
-        self.time.after_epoch()
         # After the count: `reports` and `finished` are asked about the epoch that has just ended.
         self.hooks.after_epoch(self.upper, self.reports, self.finished)
-
-    def _after_step(self, clipped: float) -> None:
-        self.time.after_step(clipped)  # before the schedule changes the rate
-        self.hooks.after_step()
 
     def run(self) -> None:
         """All epochs that are left."""
@@ -207,7 +200,7 @@ class LowerLevelTraining(Observed):
             "model": self.hooks.model.state_dict(),
             "hooks": self.hooks.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "time": self.time.state_dict(),
+            "time": self.hooks.time.state_dict(),
             "generator": self.generator.get_state(),
             "random": self._random_state,
         }
@@ -216,7 +209,7 @@ class LowerLevelTraining(Observed):
         # Without averaged weights this is the trained model itself. With them `hooks` has the raw one.
         self.hooks.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.time.load_state_dict(state["time"])
+        self.hooks.time.load_state_dict(state["time"])
         self.hooks.load_state_dict(state["hooks"])
         self.generator.set_state(state["generator"])
         self._random_state = dict(state["random"])

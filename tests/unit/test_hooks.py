@@ -191,7 +191,7 @@ def test_autocast(kind: torch.dtype) -> None:
         found = LowerLevelTraining(unclipped, CONFIG, SEED)
         found.run()
         steps = problem.epochs * ROWS / SIZE / 2
-        assert found.time.state_dict()["0.weight"].item() == pytest.approx(0.06 * (steps - skipped), rel=1e-3)
+        assert found.hooks.time.state_dict()["0.weight"].item() == pytest.approx(0.06 * (steps - skipped), rel=1e-3)
 
 
 def test_what_autocast_cannot_do_with_is_said() -> None:
