@@ -131,6 +131,7 @@ class CrossValidated(BilevelProblem):
         seed, problems = torch.initial_seed(), self._placed()
         model = make_model(self, config)
         losses = [float(loss) for loss in checkpoint["losses"]] if checkpoint else []
+        times: dict[str, Tensor] = dict(checkpoint["times"]) if checkpoint else {}
         for fold, state in enumerate(trained):
             fold_of(model, fold).load_state_dict(state)
         for fold in range(len(trained), len(problems)):
@@ -140,9 +141,10 @@ class CrossValidated(BilevelProblem):
             fold_of(model, fold).load_state_dict(trained[-1])
             # A pass over this problem's lower level is one over that of each fold.
             passes, losses = passes + training.passes / len(problems), [*losses, training.upper()]
+            times |= {f"{fold}.{name}": time for name, time in training.hooks.time.state_dict().items()}
             # Whole folds alone are kept: one that is interrupted is trained again.
-            saved = {"folds": trained, "passes": passes, "losses": losses}
-            report({UPPER_LOSS: statistics.fmean(losses), PASSES: passes}, checkpoint=saved)
+            saved = {"folds": trained, "passes": passes, "losses": losses, "times": times}
+            report({UPPER_LOSS: statistics.fmean(losses), PASSES: passes}, checkpoint=saved, trained_time=times)
         return model
 
     def on_all_examples(self) -> BilevelProblem:

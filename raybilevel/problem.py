@@ -196,6 +196,7 @@ class Report(Protocol):
         metrics: Mapping[str, Any],
         model: nn.Module | None = None,
         checkpoint: Mapping[str, Any] | None = None,
+        trained_time: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Report metrics by name; a scheduler of Tune may end the training here. "lower_passes" are the gradient
         evaluations of f so far, over all data, where the problem takes its batches elsewhere than of `batches`.
@@ -203,6 +204,9 @@ class Report(Protocol):
         model:      F, f and the problem's `evaluate` at its weights are added. A search for the lowest `upper_loss`
             needs either the model or a metric of this name.
         checkpoint: tensors and plain values that `train` is given again after a fault.
+        trained_time: for how long each tensor of weights was trained so far, by its name; shape () or that of the
+            tensor. A step of gradient descent takes its rate, with momentum m 1 / (1 - m) times that. Hypergradients
+            go by the last that is reported, and without any as if the training ended at a minimum.
         """
 
 
