@@ -108,8 +108,8 @@ def train_epoch(
             return value
 
         scaled = mixed.scaler.is_enabled()
-        # L-BFGS, which takes several losses a step, returns the first. A scaler takes no closure.
-        value = closure() if scaled else float(optimizer.step(closure))
+        # A scaler takes no closure.
+        value = closure() if scaled else loss_of_step(optimizer, closure)
         if not math.isfinite(value):
             raise NotFiniteError(f"the lower-level loss is {value} {where}")
         if not scaled or mixed.step(optimizer):
@@ -118,6 +118,24 @@ def train_epoch(
     # Where no evaluation has counted the examples yet.
     if not ledger.whole:
         ledger.whole = count
+
+
+def loss_of_step(optimizer: torch.optim.Optimizer, closure: Callable[[], float]) -> float:
+    """Take a step. Of the losses of L-BFGS, which takes several, it is the first; NaN if that ends at a NaN."""
+    last = 0.0
+
+    def noted() -> float:
+        nonlocal last
+        last = closure()
+        return last
+
+    try:
+        return float(optimizer.step(noted))
+    except IndexError:
+        # Torch's line search has no bracket left if a loss is NaN and its slope is not.
+        if math.isnan(last):
+            return last
+        raise
 
 
 def groups(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
