@@ -85,6 +85,7 @@ class CrossValidated(BilevelProblem):
         if len(splits) < 2:
             raise ConfigError(f"folds must be at least two splits into (train, held out), got {len(splits)}")
         self.make, self.examples = make, examples
+        self.upper_repeats = times_held_out(splits)
         self.problems = [make(np.asarray(train), np.asarray(held_out)) for train, held_out in splits]
         first = self.problems[0]
         if first.optimistic or trains_itself(first):
@@ -170,6 +171,12 @@ class CrossValidated(BilevelProblem):
             size = problem.batch_size(raw)
             total, examples = total + loss.item() * size, examples + size
         return total / examples
+
+
+def times_held_out(splits: Iterable[tuple[Indices, Indices]]) -> float:
+    """How often an example is held out, on average of those that are."""
+    held_out = np.concatenate([np.asarray(held) for _, held in splits])
+    return len(held_out) / len(np.unique(held_out))
 
 
 def fold_of(model: nn.Module, fold: int) -> nn.Module:

@@ -26,6 +26,7 @@ __all__ = [
     "Report",
     "SupportsAllExamples",
     "SupportsLowerMap",
+    "SupportsRepeats",
     "SupportsShards",
     "SupportsTraining",
     "evaluate",
@@ -186,6 +187,16 @@ class SupportsLowerMap(Protocol):
     def lower_map(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
         """g at the model's parameters y: shape (rows, n / rows), the parameters in their order; rows are independent of
         each other, e.g. examples."""
+
+
+@runtime_checkable
+class SupportsRepeats(Protocol):
+    """A problem whose upper level has its examples several times, as repeated cross-validation has.
+
+    upper_repeats: how often each, on average. Chance in F is that of the examples, however often they are taken.
+    """
+
+    upper_repeats: float
 
 
 class Report(Protocol):

@@ -111,6 +111,12 @@ def test_folds_are_those_of_a_splitter(folds: Any, groups: Any, count: int) -> N
     assert train(problem, CONFIG)[0].upper_loss == pytest.approx(torch.cat(expected).mean().item(), rel=1e-6)
 
 
+def test_an_example_that_is_held_out_twice_is_one_example() -> None:
+    problem = CrossValidated(Line, EXAMPLES, RepeatedKFold(n_splits=3, n_repeats=2, random_state=0))
+    known = upper_likelihood(problem, {"decay": {"a": torch.tensor(0.1), "b": torch.tensor(0.1)}}, CONFIG)
+    assert known.examples == EXAMPLES
+
+
 def test_each_fold_is_reported_and_not_trained_again() -> None:
     problem = CrossValidated(Line, EXAMPLES, folds=4)
     told: list[tuple[dict[str, Any], bytes | None]] = []
