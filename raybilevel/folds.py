@@ -63,7 +63,8 @@ class CrossValidated(BilevelProblem):
             be sent to workers, it must be picklable by Ray.
         examples: how many there are.
         folds: a number, a splitter of scikit-learn, or an iterable of (train, held out).
-        targets, groups: of each example, for splitters that ask for them, e.g. `StratifiedKFold` or `GroupKFold`.
+        targets: of each example, for splitters that ask for them, e.g. `StratifiedKFold`.
+        groups: likewise, e.g. for `GroupKFold`.
 
     Raises:
         ConfigError: there are fewer than two folds.

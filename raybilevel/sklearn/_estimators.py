@@ -126,7 +126,9 @@ class GroupPenaltyClassifier(ClassifierMixin, GroupPenalty):  # type: ignore[mis
     Args:
         groups: the group of each feature, shape (n_features,); any labels. None: all features are one group.
         cv: folds, a splitter of scikit-learn or an iterable of (train, test). A number stands for stratified folds.
-        generalise, backend, trials: as of `GroupPenaltyRegressor`.
+        generalise: as of `GroupPenaltyRegressor`, like those that follow.
+        backend: "local" or "ray".
+        trials: of a search on Ray.
 
     Attributes:
         penalties_: of each group, shape (n_groups,), in the order of `groups_`.
