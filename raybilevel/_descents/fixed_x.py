@@ -30,6 +30,8 @@ STAYED = 3.0
 
 MOST_SHORTENED = 0.2
 """Of an answer, by coarse gradients."""
+OTHER_VECTORS, VECTORS_A_PRODUCT = 30, 2
+"""Of the size of the weights, at the peak of a step (measured)."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,14 @@ class Budget:
     @property
     def unfinished(self) -> int:
         return min(UNFINISHED_PRODUCTS, max(self.usual, min(FEW_PRODUCTS, self.most)))
+
+    def within(self, memory: float | None, weights: Tensor) -> Budget:
+        """As many of them as so many bytes hold, beside the other vectors of the size of the weights."""
+        if memory is None or weights.device.type != "cpu":
+            return self
+        vectors = memory / (weights.numel() * weights.element_size())
+        fit = int(max(0.0, vectors - OTHER_VECTORS) / VECTORS_A_PRODUCT)
+        return Budget(min(self.usual, fit), min(self.most, fit))
 
 
 @dataclass(frozen=True)

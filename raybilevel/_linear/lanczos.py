@@ -70,6 +70,7 @@ def filtered(operator: Operator, right: Tensor, phi: Filter, tolerance: float, l
             return Filtered(vector, residual, len(diagonal), values, q[0].square())
         beside.append(beta)
         basis.append(image / beta)
+        del vectors  # a copy of the basis, which would be there beside the next one
 
 
 def tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:

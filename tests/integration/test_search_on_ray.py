@@ -448,6 +448,13 @@ def test_steps_have_the_only_gpu_when_no_training_has_it(tmp_path: Path, caplog:
     assert "not having enough resources" not in caplog.text
 
 
+def test_steps_keep_to_the_memory_that_they_ask_of_ray(tmp_path: Path) -> None:
+    search = BilevelSearch(Parabola(), max_concurrent=1, upper_resources={"memory": 31 * 8})
+    fit(search, tmp_path, 6)
+    assert any(training.hypergradient == () for training in search.state.done)
+    assert not any(training.hypergradient for training in search.state.done)
+
+
 @pytest.mark.usefixtures("impatient_tune")
 def test_tune_warns_of_a_training_that_asks_for_more_than_there_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -215,6 +215,14 @@ def test_an_f_that_is_flat_along_f_does_not_move():
     assert (found.multiplier, found.decrease, found.slack) == (0.0, 0.0, 0.0)
 
 
+def test_products_are_as_many_as_the_memory_holds():
+    weights = torch.zeros(1000)  # 4 kB a vector, 30 vectors beside two a product
+    assert Budget(5, 40).within(None, weights) == Budget(5, 40)
+    assert Budget(5, 40).within(4000 * 50, weights) == Budget(5, 10)
+    assert Budget(20, 40).within(4000 * 30.5, weights) == Budget(0, 0)
+    assert Budget(5, 40).within(1.0, torch.zeros(1000, device="meta")) == Budget(5, 40)  # a device with its own memory
+
+
 def test_many_derivatives_may_cost_a_training():
     point = trained_point(Logistic(rows=20, batch=8, epochs=8, optimizer=sgd), UNIT)
     few, many = (Budget.of(point.levels, 10.0, 0.2, point.time, derivatives) for derivatives in (1, 10))
