@@ -112,7 +112,8 @@ class Hooks:
         if self.mixed.scaler.is_enabled():
             self.mixed.scaler.load_state_dict(state["scaler"])
         self.lowest, self.best, self.waited = state["lowest"], dict(state["best"]), state["waited"]
-        self.best_time = dict(state["best_time"])
+        if self.patience is not None:
+            self.best_time = dict(state["best_time"])
 
 
 def schedule_of_a_training(
