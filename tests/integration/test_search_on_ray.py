@@ -448,6 +448,7 @@ def test_steps_have_the_only_gpu_when_no_training_has_it(tmp_path: Path, caplog:
     assert "not having enough resources" not in caplog.text
 
 
+@pytest.mark.slow
 def test_steps_keep_to_the_memory_that_they_ask_of_ray(tmp_path: Path) -> None:
     search = BilevelSearch(Parabola(), max_concurrent=1, upper_resources={"memory": 31 * 8})
     fit(search, tmp_path, 6)
