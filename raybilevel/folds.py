@@ -63,7 +63,8 @@ class CrossValidated(BilevelProblem):
             be sent to workers, it must be picklable by Ray.
         examples: how many there are.
         folds: a number, a splitter of scikit-learn, or an iterable of (train, held out).
-        targets, groups: of each example, for splitters that ask for them, e.g. `StratifiedKFold` or `GroupKFold`.
+        targets: of each example, for splitters that ask for them, e.g. `StratifiedKFold`.
+        groups: likewise, e.g. for `GroupKFold`.
 
     Raises:
         ConfigError: there are fewer than two folds.
@@ -85,6 +86,7 @@ class CrossValidated(BilevelProblem):
         if len(splits) < 2:
             raise ConfigError(f"folds must be at least two splits into (train, held out), got {len(splits)}")
         self.make, self.examples = make, examples
+        self.upper_repeats = times_held_out(splits)
         self.problems = [make(np.asarray(train), np.asarray(held_out)) for train, held_out in splits]
         first = self.problems[0]
         if first.optimistic or trains_itself(first):
@@ -131,6 +133,7 @@ class CrossValidated(BilevelProblem):
         seed, problems = torch.initial_seed(), self._placed()
         model = make_model(self, config)
         losses = [float(loss) for loss in checkpoint["losses"]] if checkpoint else []
+        times: dict[str, Tensor] = dict(checkpoint["times"]) if checkpoint else {}
         for fold, state in enumerate(trained):
             fold_of(model, fold).load_state_dict(state)
         for fold in range(len(trained), len(problems)):
@@ -140,9 +143,10 @@ class CrossValidated(BilevelProblem):
             fold_of(model, fold).load_state_dict(trained[-1])
             # A pass over this problem's lower level is one over that of each fold.
             passes, losses = passes + training.passes / len(problems), [*losses, training.upper()]
+            times |= {f"{fold}.{name}": time for name, time in training.hooks.time.state_dict().items()}
             # Whole folds alone are kept: one that is interrupted is trained again.
-            saved = {"folds": trained, "passes": passes, "losses": losses}
-            report({UPPER_LOSS: statistics.fmean(losses), PASSES: passes}, checkpoint=saved)
+            saved = {"folds": trained, "passes": passes, "losses": losses, "times": times}
+            report({UPPER_LOSS: statistics.fmean(losses), PASSES: passes}, checkpoint=saved, trained_time=times)
         return model
 
     def on_all_examples(self) -> BilevelProblem:
@@ -168,6 +172,12 @@ class CrossValidated(BilevelProblem):
             size = problem.batch_size(raw)
             total, examples = total + loss.item() * size, examples + size
         return total / examples
+
+
+def times_held_out(splits: Iterable[tuple[Indices, Indices]]) -> float:
+    """How often an example is held out, on average of those that are."""
+    held_out = np.concatenate([np.asarray(held) for _, held in splits])
+    return len(held_out) / len(np.unique(held_out))
 
 
 def fold_of(model: nn.Module, fold: int) -> nn.Module:

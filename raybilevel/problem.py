@@ -26,6 +26,7 @@ __all__ = [
     "Report",
     "SupportsAllExamples",
     "SupportsLowerMap",
+    "SupportsRepeats",
     "SupportsShards",
     "SupportsTraining",
     "evaluate",
@@ -73,6 +74,8 @@ class BilevelProblem(ABC):
     patience: evaluations of F in a row without a new lowest one after which a training run ends. It ends with the
         weights of the lowest F, which then have seen the upper level's data, so judge them by other data. None for
         training runs of `epochs`.
+    autocast: torch.bfloat16 or torch.float16, in which the steps of a training run compute, as under `torch.autocast`;
+        with float16 gradients are scaled. None for `dtype`. F, f, `evaluate` and hypergradients are taken in `dtype`.
     ema: decay of an exponential moving average of the weights, which is what is evaluated, differentiated and kept;
         None for the weights themselves.
     own_loop: training runs are by a Tune function of your own, which ends with `raybilevel.conclude` and may read
@@ -95,6 +98,7 @@ class BilevelProblem(ABC):
     accumulate: int = 1
     schedule_interval: Literal["epoch", "step"] = "epoch"
     patience: int | None = None
+    autocast: torch.dtype | None = None
     ema: float | None = None
     own_loop: bool = False
     upper_metric: str = "upper_loss"
@@ -188,6 +192,16 @@ class SupportsLowerMap(Protocol):
         each other, e.g. examples."""
 
 
+@runtime_checkable
+class SupportsRepeats(Protocol):
+    """A problem whose upper level has its examples several times, as repeated cross-validation has.
+
+    upper_repeats: how often each, on average. Chance in F is that of the examples, however often they are taken.
+    """
+
+    upper_repeats: float
+
+
 class Report(Protocol):
     """What a problem that trains itself calls to tell of a training in progress, as often as it likes."""
 
@@ -196,6 +210,7 @@ class Report(Protocol):
         metrics: Mapping[str, Any],
         model: nn.Module | None = None,
         checkpoint: Mapping[str, Any] | None = None,
+        trained_time: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Report metrics by name; a scheduler of Tune may end the training here. "lower_passes" are the gradient
         evaluations of f so far, over all data, where the problem takes its batches elsewhere than of `batches`.
@@ -203,6 +218,9 @@ class Report(Protocol):
         model:      F, f and the problem's `evaluate` at its weights are added. A search for the lowest `upper_loss`
             needs either the model or a metric of this name.
         checkpoint: tensors and plain values that `train` is given again after a fault.
+        trained_time: for how long each tensor of weights was trained so far, by its name; shape () or that of the
+            tensor. A step of gradient descent takes its rate, with momentum m 1 / (1 - m) times that. Hypergradients
+            go by the last that is reported, and without any as if the training ended at a minimum.
         """
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._linear.lanczos import Filtered, filtered
 from raybilevel._lower.hypergradient import Hypergradient, checked
 from raybilevel._lower.levels import Levels
-from raybilevel._lower.linearisation import inner
+from raybilevel._lower.linearisation import Differences, NoisyError, inner
 
 UNFINISHED_TOLERANCE, UNFINISHED_PRODUCTS = 0.1, 10
 """Of a training of finite time: more products answer for directions that such a training has not followed."""
@@ -26,6 +27,11 @@ FLAT = 1e-4
 """Curvatures below this share of the largest are those of directions along which f is flat."""
 STAYED = 3.0
 """Of an unknown time of training, in units of 1 / c, where -c is the lowest curvature at its end."""
+
+MOST_SHORTENED = 0.2
+"""Of an answer, by coarse gradients."""
+OTHER_VECTORS, VECTORS_A_PRODUCT = 30, 2
+"""Of the size of the weights, at the peak of a step (measured)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,14 @@ class Budget:
     @property
     def unfinished(self) -> int:
         return min(UNFINISHED_PRODUCTS, max(self.usual, min(FEW_PRODUCTS, self.most)))
+
+    def within(self, memory: float | None, weights: Tensor) -> Budget:
+        """As many of them as so many bytes hold, beside the other vectors of the size of the weights."""
+        if memory is None or weights.device.type != "cpu":
+            return self
+        vectors = memory / (weights.numel() * weights.element_size())
+        fit = int(max(0.0, vectors - OTHER_VECTORS) / VECTORS_A_PRODUCT)
+        return Budget(min(self.usual, fit), min(self.most, fit))
 
 
 @dataclass(frozen=True)
@@ -133,24 +147,53 @@ def response(point: TrainedPoint, budget: Budget) -> Filtered:
 
     Where the training ended at a minimum, or if nobody knows, S is infinite (`at_a_minimum`). Curvatures below the
     noise of products are not divided by.
+
+    Raises:
+        NoisyError: gradients are so coarse that q is far too short for that.
     """
     force, products = point.here.upper.in_y, point.products
     if point.time is None or bool(point.time.isinf().any()):
-        return filtered(
+        found = filtered(
             products.hessian, force, lambda h: at_a_minimum(h, products.noise), FINISHED_TOLERANCE, budget.most
         )
+        check_length(products, found, at_a_minimum)
+        return found
     # Both sides scaled, so that the operator is symmetric, as Lanczos needs it.
     root = point.time.sqrt()
     if not (root * force).any():  # no optimizer moves the weights that F depends on
-        return Filtered(torch.zeros_like(force), 0.0, 0, torch.zeros(0, dtype=torch.double))
+        nothing = torch.zeros(0, dtype=torch.double)
+        return Filtered(torch.zeros_like(force), 0.0, 0, nothing, nothing)
     found = filtered(
         lambda v: root * products.hessian(root * v),
         root * force,
-        lambda h: 1 / (h.abs() + max(1.0, products.noise * h.abs().max().item())),
+        lambda h: after_a_time(h, products.noise),
         UNFINISHED_TOLERANCE,
         budget.unfinished,
     )
-    return Filtered(root * found.vector, found.residual, found.products, found.values)
+    check_length(products, found, after_a_time)
+    return replace(found, vector=root * found.vector)
+
+
+def check_length(products: Differences, found: Filtered, phi: Callable[[Tensor, float], Tensor]) -> None:
+    """Refuse an answer to which the noise of coarse gradients leaves too little; it would be far too short.
+
+    Raises:
+        NoisyError: so it is.
+    """
+    if not products.coarse:
+        return
+    whole, left = (inner(found.weights, phi(found.values, noise)) for noise in (0.0, products.noise))
+    if left < (1 - MOST_SHORTENED) * whole:
+        raise NoisyError(
+            f"the lower-level loss is computed in {products.precision}, whose noise makes the hypergradient "
+            f"{100 * (1 - left / whole):.0f} % too short; leave autocast out of the losses and set that of the problem"
+        )
+
+
+def after_a_time(h: Tensor, noise: float = 0.0) -> Tensor:
+    """phi of curvatures, shape (k,), in units of the time of training: 1 / (|h| + 1), and no more than noise, relative
+    to the largest, lets one tell."""
+    return 1 / (h.abs() + max(1.0, noise * h.abs().max().item()))
 
 
 def at_a_minimum(h: Tensor, noise: float = 0.0) -> Tensor:

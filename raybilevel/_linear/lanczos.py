@@ -24,12 +24,14 @@ class Filtered:
     residual: how much of the response to b the Krylov space leaves out, relative to |b| (see `filtered`).
     products: with A.
     values:   the Ritz values, ascending: eigenvalues of A as the Krylov space of b sees them, shape (products,).
+    weights:  how much of b lies along each, shape (products,): <b, phi(A) b> = |b|^2 <weights, phi(values)>.
     """
 
     vector: Tensor
     residual: float
     products: int
     values: Tensor
+    weights: Tensor
 
 
 def filtered(operator: Operator, right: Tensor, phi: Filter, tolerance: float, limit: int) -> Filtered:
@@ -64,9 +66,11 @@ def filtered(operator: Operator, right: Tensor, phi: Filter, tolerance: float, l
         # The Krylov space is invariant then, and the next vector would be rounding, scaled up.
         exhausted = beta <= 1e-12 * values.abs().max().item()
         if residual <= tolerance or len(diagonal) >= limit or exhausted:
-            return Filtered(size * (vectors.T @ coefficients.to(vectors)), residual, len(diagonal), values)
+            vector = size * (vectors.T @ coefficients.to(vectors))
+            return Filtered(vector, residual, len(diagonal), values, q[0].square())
         beside.append(beta)
         basis.append(image / beta)
+        del vectors  # a copy of the basis, which would be there beside the next one
 
 
 def tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from raybilevel.errors import ProblemError
-from raybilevel.problem import BilevelProblem, Hyperparameters, make_batches, make_model, move, on_cpu, upper_loss
+from raybilevel.problem import (
+    BilevelProblem,
+    Hyperparameters,
+    SupportsRepeats,
+    make_batches,
+    make_model,
+    move,
+    on_cpu,
+    upper_loss,
+)
 from raybilevel.search_state import Likelihood
 
 KINDS = ("auto", "log_likelihood", "squared_error", "none")
@@ -21,7 +30,7 @@ LOG_LIKELIHOODS = ("NllLossBackward", "BinaryCrossEntropyBackward", "BinaryCross
 
 @dataclass(frozen=True)
 class UpperLikelihood:
-    """kind: None where F is not known to be a likelihood. examples: n."""
+    """kind: None where F is not known to be a likelihood. examples: n, each counted once."""
 
     kind: Likelihood | None
     examples: int
@@ -43,7 +52,9 @@ def upper_likelihood(
     """
     if id(problem) not in _KNOWN:
         sizes = [problem.batch_size(batch) for batch in make_batches(problem, "upper", None, config or {})]
-        _KNOWN[id(problem)] = UpperLikelihood(_kind(problem, hyperparameters, config or {}), sum(sizes))
+        repeats = problem.upper_repeats if isinstance(problem, SupportsRepeats) else 1.0
+        kind = _kind(problem, hyperparameters, config or {})
+        _KNOWN[id(problem)] = UpperLikelihood(kind, round(sum(sizes) / repeats))
         weakref.finalize(problem, _KNOWN.pop, id(problem), None)
     return _KNOWN[id(problem)]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raybilevel._lower import checkpoint
 from raybilevel._lower.levels import Levels
@@ -17,7 +17,7 @@ from raybilevel._metrics import EPOCH, FINISHED, PASSES
 from raybilevel.errors import ProblemError
 from raybilevel.problem import Batch, BilevelProblem, Level, make_model
 
-OWN_FORMAT = 2
+OWN_FORMAT = 3
 OWN_FILE = "own_loop.pt"
 
 
@@ -27,6 +27,7 @@ class OwnTraining(Observed):
     It keeps a copy of the weights in a model that the problem makes of the config, as an upper-level step will.
 
     trained: passes over the lower-level data with gradients that the loop took.
+    time:    for how long each tensor of weights was trained, by its name; None if nobody knows.
 
     Raises:
         ProblemError: the model that the problem makes of the config has other weights than the one that was trained, or
@@ -42,6 +43,7 @@ class OwnTraining(Observed):
             )
         self.levels = Levels(problem, rebuilt(problem, self.config, model), self.variables, self.config)
         self.trained = trained
+        self.time: Mapping[str, Tensor] | None = None
 
     @property
     def passes(self) -> float:
@@ -49,9 +51,8 @@ class OwnTraining(Observed):
 
     def dump(self) -> bytes:
         """A checkpoint that an upper-level step reads as it reads those of our loop."""
-        return checkpoint.dump(
-            {"format": checkpoint.LOWER_LEVEL_FORMAT, "finished": True, "model": self.levels.model.state_dict()}
-        )
+        state = {"format": checkpoint.LOWER_LEVEL_FORMAT, "finished": True, "model": self.levels.model.state_dict()}
+        return checkpoint.dump(state if self.time is None else {**state, "time": dict(self.time)})
 
 
 def rebuilt(problem: BilevelProblem, config: Mapping[str, Any], model: nn.Module) -> nn.Module:
@@ -111,6 +112,7 @@ class Reported:
     examples: so many.
     reports:  so far.
     passes:   that it says it took; None while it says nothing.
+    time:     for which it says that weights were trained; likewise.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Reported:
         self.problem, self.config, self.tell = problem, dict(config), tell
         self.examples = self.reports = 0
         self.passes: float | None = None
+        self.time: Mapping[str, Tensor] | None = None
         # Shallow, so that the data is shared. The original's `batches` stay uncounted, for evaluations.
         self.counted: Any = copy.copy(problem)
         self.counted.batches = self.batches  # type: ignore[method-assign]
@@ -131,8 +134,10 @@ class Reported:
         metrics: Mapping[str, Any],
         model: nn.Module | None = None,
         checkpoint: Mapping[str, Any] | None = None,
+        trained_time: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.reports += 1
+        self.time = self.time if trained_time is None else trained_time
         self.passes = metrics.get(PASSES, self.passes)
         found: dict[str, Any] = {EPOCH: self.reports, **metrics}
         if model is not None:
@@ -150,6 +155,9 @@ class Reported:
                 # Only a pass over the data tells how many examples it has. Without gradients it is free.
                 training.levels.value("lower", training.variables.x, training.levels.y)
                 training.trained = self.examples / training.levels.examples["lower"]
+        if self.time is not None:
+            check_times(type(self.problem).__name__, self.time, training.levels.model)
+            training.time = self.time
         return training
 
     def batches(self, level: Level, generator: torch.Generator | None, *args: Any, **kwargs: Any) -> Iterator[Batch]:
@@ -166,6 +174,7 @@ class Reported:
             "examples": self.examples,
             "reports": self.reports,
             "passes": self.passes,
+            "time": None if self.time is None else dict(self.time),
         }
         return checkpoint.dump(saved)
 
@@ -173,6 +182,21 @@ class Reported:
         """The problem's own part of it."""
         found = checkpoint.load(saved, "training loop's", OWN_FORMAT)
         self.examples, self.reports = found["examples"], found["reports"]
-        self.passes = found["passes"]
+        self.passes, self.time = found["passes"], found["time"]
         state: dict[str, Any] = found["state"]
         return state
+
+
+def check_times(problem: str, time: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse trained times that are not those of a model's weights.
+
+    Raises:
+        ProblemError: a tensor of weights has none, or one of another shape.
+    """
+    for name, weight in model.named_parameters():
+        shape = tuple(time[name].shape) if name in time else None
+        if weight.requires_grad and shape not in ((), tuple(weight.shape)):
+            raise ProblemError(
+                f"{problem}: trained_time needs a tensor of shape () or {tuple(weight.shape)} for the weights {name}, "
+                f"got {'nothing' if shape is None else f'shape {shape}'}"
+            )

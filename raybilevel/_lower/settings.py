@@ -49,6 +49,12 @@ def check_settings(problem: BilevelProblem) -> None:
         raise ProblemError(
             f"{name}.dtype must be a floating-point type of torch, e.g. torch.float32, got {problem.dtype!r}"
         )
+    if problem.autocast not in (None, torch.bfloat16, torch.float16):
+        raise ProblemError(f"{name}.autocast must be torch.bfloat16, torch.float16 or None, got {problem.autocast!r}")
+    if problem.autocast is not None and problem.dtype != torch.float32:
+        raise ProblemError(
+            f"{name}.autocast needs weights in torch.float32, and {name}.dtype is {problem.dtype!r}; leave out one"
+        )
 
 
 def is_count(value: Any) -> bool:

@@ -59,10 +59,11 @@ class TrainedTime:
 def rates(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[Tensor, Tensor]:
     """How far a step of rate 1 moves weights along a gradient of 1, in the end, by the tensor of weights."""
     # SGD and RMSprop have it. Adam's first moment is a mean, which moves weights no further in the end.
-    slowed = 1 / (1 - float(group.get("momentum", 0.0)))
+    momentum = float(group.get("momentum", 0.0))
+    slowed = 1 / (1 - momentum)
     if isinstance(optimizer, torch.optim.SGD):
-        # What a gradient adds to the momentum is multiplied by 1 - dampening.
-        rate = slowed * (1 - float(group["dampening"]))
+        # What a gradient adds to the momentum is multiplied by 1 - dampening. Without momentum torch ignores it.
+        rate = slowed * (1 - float(group["dampening"])) if momentum else 1.0
         return {parameter: torch.tensor(rate, device=parameter.device) for parameter in group["params"]}
     moments = {parameter: second_moment(optimizer.state[parameter], group) for parameter in group["params"]}
     # The others have not been moved, so their time does not grow.
@@ -72,7 +73,15 @@ def rates(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[Tensor, Tensor
         return {parameter: torch.tensor(math.inf, device=parameter.device) for parameter in group["params"]}
     mean = sum(float(moment.sum()) for moment in known.values()) / sum(moment.numel() for moment in known.values())
     least, eps = math.sqrt(mean) / LARGEST_RATIO, float(group.get("eps", 0.0))
-    return {parameter: slowed / (moment.sqrt().clamp_min(least) + eps) for parameter, moment in known.items()}
+    return {
+        parameter: slowed * numerator(optimizer.state[parameter], eps) / (moment.sqrt().clamp_min(least) + eps)
+        for parameter, moment in known.items()
+    }
+
+
+def numerator(state: Mapping[str, Any], eps: float) -> Tensor | float:
+    """What a step is multiplied by beside its rate: with Adadelta the root mean square of past steps."""
+    return (state["acc_delta"] + eps).sqrt() if "acc_delta" in state else 1.0
 
 
 def second_moment(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:

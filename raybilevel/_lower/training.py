@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from raybilevel._lower import checkpoint
 from raybilevel._lower.hooks import Hooks
 from raybilevel._lower.levels import Levels
+from raybilevel._lower.mixed_precision import MixedPrecision
 from raybilevel._lower.observed import Observed
 from raybilevel._lower.optimistic import select_minimiser
 from raybilevel._lower.own_loop import train_itself
 from raybilevel._lower.passes import Passes
 from raybilevel._lower.random_numbers import forked_random
-from raybilevel._lower.trained_time import TrainedTime
 from raybilevel._metrics import LOWER_LOSS, UPPER_LOSS
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.problem import (
@@ -66,6 +66,7 @@ def train_epoch(
     where: str,
     number: Callable[[Tensor], float] = Tensor.item,
     after_step: Callable[[float], None] = lambda clipped: None,
+    mixed: MixedPrecision | None = None,
 ) -> None:
     """One step of the optimizer for each batch, or for each few where the problem accumulates; every gradient that it
     asks for is charged.
@@ -74,6 +75,7 @@ def train_epoch(
     where:   in the search this is, for errors.
     number:  a loss as the number that a line search compares.
     after_step: is called after each step, with the factor by which gradients were clipped.
+    mixed:   of the training run, whose scaler goes on from epoch to epoch.
 
     Raises:
         NotFiniteError: a loss is NaN or infinite; training on would waste the rest.
@@ -81,6 +83,7 @@ def train_epoch(
     # `Levels` leaves the model in eval mode after each evaluation.
     model.train()
     count, clipped = 0, 1.0
+    mixed = mixed or MixedPrecision(problem, optimizer)
     for group in groups(batches, problem.accumulate):
         parts = [(move(raw, problem.device, problem.dtype), problem.batch_size(raw)) for raw in group]
         total = sum(size for _, size in parts)
@@ -92,25 +95,47 @@ def train_epoch(
             value = 0.0
             for batch, size in parts:
                 # Weighted by examples: a group of batches has the gradient that one large batch would have.
-                found = loss(batch) if len(parts) == 1 else loss(batch) * (size / total)
-                found.backward()
+                with mixed.autocast():
+                    found = loss(batch) if len(parts) == 1 else loss(batch) * (size / total)
+                mixed.scaler.scale(found).backward()
                 ledger.charge(size)
                 value += number(found)
+            mixed.scaler.unscale_(optimizer)
             # After all parts: the limit is one on the gradient of the step.
             if problem.clip is not None:
                 norm = nn.utils.clip_grad_norm_(model.parameters(), problem.clip)
                 clipped = min(1.0, problem.clip / (norm.item() or 1.0))
             return value
 
-        # L-BFGS, which takes several losses a step, returns the first.
-        value = float(optimizer.step(closure))
+        scaled = mixed.scaler.is_enabled()
+        # A scaler takes no closure.
+        value = closure() if scaled else loss_of_step(optimizer, closure)
         if not math.isfinite(value):
             raise NotFiniteError(f"the lower-level loss is {value} {where}")
-        after_step(clipped)
+        if not scaled or mixed.step(optimizer):
+            after_step(clipped)
         count += total
     # Where no evaluation has counted the examples yet.
     if not ledger.whole:
         ledger.whole = count
+
+
+def loss_of_step(optimizer: torch.optim.Optimizer, closure: Callable[[], float]) -> float:
+    """Take a step. Of the losses of L-BFGS, which takes several, it is the first; NaN if that ends at a NaN."""
+    last = 0.0
+
+    def noted() -> float:
+        nonlocal last
+        last = closure()
+        return last
+
+    try:
+        return float(optimizer.step(noted))
+    except IndexError:
+        # Torch's line search has no bracket left if a loss is NaN and its slope is not.
+        if math.isnan(last):
+            return last
+        raise
 
 
 def groups(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
@@ -137,7 +162,6 @@ class LowerLevelTraining(Observed):
             self.model = make_model(problem, self.config)
             self.optimizer = make_optimizer(problem, self.model, self.config)
             self.hooks = Hooks(problem, self.model, self.optimizer, self.config, refit)
-        self.time = TrainedTime(self.model, self.optimizer)
         # With averaged weights F, f and df/dx are those of the average.
         self.levels = Levels(problem, self.hooks.model, self.variables, self.config)
 
@@ -159,16 +183,12 @@ class LowerLevelTraining(Observed):
         with self._random():
             train_epoch(
                 self.problem, self.model, self.optimizer, self._batches(), self.batch_loss, self.levels.ledger,
-                f"in epoch {self.epoch + 1} at {self.config}", self.number, self._after_step,
+                f"in epoch {self.epoch + 1} at {self.config}", self.number, self.hooks.after_step,
+                self.hooks.mixed,
             )  # fmt: skip
         self.epoch += 1
-        self.time.after_epoch()
         # After the count: `reports` and `finished` are asked about the epoch that has just ended.
         self.hooks.after_epoch(self.upper, self.reports, self.finished)
-
-    def _after_step(self, clipped: float) -> None:
-        self.time.after_step(clipped)  # before the schedule changes the rate
-        self.hooks.after_step()
 
     def run(self) -> None:
         """All epochs that are left."""
@@ -198,7 +218,7 @@ class LowerLevelTraining(Observed):
             "model": self.hooks.model.state_dict(),
             "hooks": self.hooks.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "time": self.time.state_dict(),
+            "time": self.hooks.time.state_dict(),
             "generator": self.generator.get_state(),
             "random": self._random_state,
         }
@@ -207,7 +227,7 @@ class LowerLevelTraining(Observed):
         # Without averaged weights this is the trained model itself. With them `hooks` has the raw one.
         self.hooks.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.time.load_state_dict(state["time"])
+        self.hooks.time.load_state_dict(state["time"])
         self.hooks.load_state_dict(state["hooks"])
         self.generator.set_state(state["generator"])
         self._random_state = dict(state["random"])

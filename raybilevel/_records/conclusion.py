@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from raybilevel._metrics import UPPER_LOSS
-from raybilevel.space import flatten
+from raybilevel._tree import leaves, named
 
 MOST_SHOWN = 5
 """Hyperparameters that are written out on one line."""
@@ -90,14 +90,14 @@ def helped(best: Mapping[str, Any], start: Mapping[str, Any] | None, metric: str
 
 def hyperparameters(best: Mapping[str, Any], start: Mapping[str, Any] | None = None, most: int = MOST_SHOWN) -> str:
     """Hyperparameters in their own units. Of many, those that are furthest from the start, and the number of others."""
-    flat = flatten(best)
-    before = flatten(start or {})
+    flat = leaves(best)  # an entry of a list is a hyperparameter, too
+    before = leaves(start or {})
     names = list(flat)
     if len(names) > most:
         furthest = sorted(names, key=lambda name: -distance(before.get(name), flat[name]))[:most]
         # In the order of the space again.
         names = [name for name in names if name in furthest]
-    shown = ", ".join(f"{'/'.join(name)} {in_words(flat[name])}" for name in names)
+    shown = ", ".join(f"{named(name)} {in_words(flat[name])}" for name in names)
     others = len(flat) - len(names)
     return shown + (f" and {others} more" if others else "")
 

@@ -28,6 +28,7 @@ class UpperStep:
     region, radius: the trust region; for "region" steps.
     pending: points being trained or about to be.
     rank:    how many other proposals the same region has under way.
+    most_memory: bytes beside the problem that it may take on the CPU; None for no bound.
     """
 
     number: int
@@ -40,6 +41,7 @@ class UpperStep:
     radius: float = 0.0
     pending: tuple[Unit, ...] = ()
     rank: int = 0
+    most_memory: float | None = None
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ class Default(Method):
         point = descent = None
         # Hypergradients, each at the weights of its training.
         for index in step.targets:
-            looked = self._look_at(problem, space, constants, step.state, index, load)
+            looked = self._look_at(problem, space, constants, step, index, load)
             found[index], passes = looked.gradient, passes + looked.passes
             if looked.unreadable is not None:
                 unreadable[index] = looked.unreadable
@@ -343,7 +343,7 @@ class Default(Method):
         problem: BilevelProblem,
         space: Space,
         constants: Mapping[str, Any],
-        state: SearchState,
+        step: UpperStep,
         index: int,
         load: LoadCheckpoint,
     ) -> Looked:
@@ -354,6 +354,7 @@ class Default(Method):
             checkpoint = load(index)
         except CheckpointError as error:
             return Looked(unreadable=str(error))
+        state = step.state
         unit = torch.tensor(state.trainings[index].unit, dtype=torch.double)
         variables = BoxVariables(space, constants)
         config = variables.config(unit)
@@ -364,8 +365,12 @@ class Default(Method):
 
         def budget() -> Budget:
             training, slopes = state.passes_per_training, sum(space.smooth)
-            return Budget.of(levels, training, self.upper_share, time, slopes)
+            found = Budget.of(levels, training, self.upper_share, time, slopes)
+            return found.within(step.most_memory, levels.y)
 
+        if Budget(1, 1).within(step.most_memory, levels.y).most < 1:
+            say_too_large(type(problem).__name__, levels.y.numel(), step.most_memory)
+            return Looked()
         try:
             with full_precision():
                 point = TrainedPoint(levels, unit, time) if budget().most >= 1 else None
@@ -483,6 +488,15 @@ def say_too_short(problem: str) -> None:
         "more epochs, or raise the setting upper_share",
         problem,
     )
+
+
+@lru_cache
+def say_too_large(problem: str, weights: int, memory: float | None) -> None:
+    """That the memory of a step holds no hypergradient, once in a process."""
+    logger.warning(
+        "%s: hypergradients: off, %d weights are too many for the %.3g bytes of memory that an upper-level step asks "
+        "for; the search goes by values of F; let steps ask for more", problem, weights, memory,
+    )  # fmt: skip
 
 
 def farthest(known: Tensor, seed: int, feasibility: Feasible | None = None) -> Tensor:

@@ -31,8 +31,11 @@ class Choice:
     supported: float
 
 
-def choose(loss: FoldLoss, generalise: bool) -> Choice:
-    """What is expected to be best on new data; without `generalise`, a local minimum of F."""
+def choose(loss: FoldLoss, generalise: bool, repeats: float = 1.0) -> Choice:
+    """What is expected to be best on new data; without `generalise`, a local minimum of F.
+
+    repeats: how often an example is held out. Chance in F is that of the examples, however often.
+    """
     d = loss.penalties.dimension
     shared = best_shared(loss, d)
     if d == 1:
@@ -43,7 +46,7 @@ def choose(loss: FoldLoss, generalise: bool) -> Choice:
         return Choice(x, shared, float(d))
     seen = off_mean(torch.eye(d, dtype=torch.double), group)
     found: list[Mode] = []
-    for mode in modes(loss, group, loss.examples, shared, seen, STRENGTHS, reach=1.0):
+    for mode in modes(loss, group, round(loss.examples / repeats), shared, seen, STRENGTHS, reach=1.0):
         found.append(mode)
         if mode.evidence < max(m.evidence for m in found) - BEHIND:
             break

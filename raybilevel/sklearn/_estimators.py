@@ -15,6 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from raybilevel.errors import ConfigError
+from raybilevel.folds import times_held_out
 from raybilevel.sklearn._choice import choose
 from raybilevel.sklearn._folds import Array, Fold, FoldLoss, Penalties
 from raybilevel.sklearn._logistic import LogisticFolds, all_logits, fit_logistic
@@ -56,7 +57,7 @@ class GroupPenalty(BaseEstimator):  # type: ignore[misc]
             return np.asarray(self.penalties_[group])
         folds = [Fold(inputs[a], targets[a], inputs[b], targets[b]) for a, b in splits]
         loss: FoldLoss = kind(folds, penalties)
-        chosen = choose(loss, self.generalise)
+        chosen = choose(loss, self.generalise, times_held_out(splits))
         self.penalties_ = penalties.at(chosen.x)
         self.shared_penalty_ = float(penalties.at(chosen.shared)[0])
         self.cv_loss_ = loss.upper(chosen.x)
@@ -125,7 +126,9 @@ class GroupPenaltyClassifier(ClassifierMixin, GroupPenalty):  # type: ignore[mis
     Args:
         groups: the group of each feature, shape (n_features,); any labels. None: all features are one group.
         cv: folds, a splitter of scikit-learn or an iterable of (train, test). A number stands for stratified folds.
-        generalise, backend, trials: as of `GroupPenaltyRegressor`.
+        generalise: as of `GroupPenaltyRegressor`, like those that follow.
+        backend: "local" or "ray".
+        trials: of a search on Ray.
 
     Attributes:
         penalties_: of each group, shape (n_groups,), in the order of `groups_`.

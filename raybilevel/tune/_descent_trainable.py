@@ -54,13 +54,14 @@ def hypergradient_trainable(
         no limit.
 
     Raises:
-        ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, sets `schedule`, `patience` or
-            `ema`, has neither a space nor `upper_variables`, or cannot be divided into the settings' shards.
+        ProblemError: `problem` is not a `BilevelProblem` instance, is `optimistic`, sets `schedule`, `patience`,
+            `autocast` or `ema`, has neither a space nor `upper_variables`, or cannot be divided into the settings'
+            shards.
         ConfigError: `checkpoint_every` or `epoch_time_limit` is not positive.
     """
     check_arguments("hypergradient_trainable", problem, checkpoint_every, epoch_time_limit)
     check_not_optimistic("hypergradient_trainable", problem)
-    check_no_hooks("hypergradient_trainable", problem, "schedule", "patience", "ema")
+    check_no_hooks("hypergradient_trainable", problem, "schedule", "patience", "autocast", "ema")
     if space is not None and not isinstance(space, Space):
         space, _ = split_param_space(space)
     space = space or STARTS

@@ -105,7 +105,8 @@ class StepRunner:
             try:
                 # Whole states would be n^2 records for n steps; see `SentState`.
                 newest, blocks = self.sent.parts(step.state)
-                sent = replace(step, state=newest, targets=tuple(paths))
+                most = self._options.get("memory")  # of its node, which Ray counts and does not enforce
+                sent = replace(step, state=newest, targets=tuple(paths), most_memory=most)
                 call = StepCall(sent, paths, optimizer.memory, self._time_limit)
                 self.dispatch.begin(self._options, call, self._stored(), blocks)
             except ray.exceptions.RayError as error:  # the object store is full, for instance

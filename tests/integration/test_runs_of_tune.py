@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,10 @@ from torch import Tensor, nn
 
 from raybilevel import BilevelSearch, lower_level_trainable
 from raybilevel.errors import ConfigError
+from raybilevel.methods._base import UpperResult, UpperStep
+from raybilevel.methods._default import Default
 from raybilevel.problem import Hyperparameters
+from tests.processes import ends
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -50,6 +56,27 @@ class UntilFour(tune.Stopper):  # type: ignore[misc]
     def stop_all(self) -> bool:
         search = type(self).search
         return search is not None and len(search.state.done) >= 4
+
+
+class BreaksAtFour(UntilFour):
+    """Ends it with an error."""
+
+    def stop_all(self) -> bool:
+        if super().stop_all():
+            raise RuntimeError("the driver breaks")
+        return False
+
+
+@dataclass(frozen=True)
+class Endless(Default):
+    """Steps never end, and leave the numbers of their processes in a folder."""
+
+    folder: str = ""
+
+    def run(self, problem: Any, space: Any, constants: Any, step: UpperStep, load: Any, memory: Any = None) -> Any:
+        Path(self.folder, str(os.getpid())).touch()
+        time.sleep(600)
+        return UpperResult(None, None)
 
 
 def tuner(search: BilevelSearch, folder: Path, samples: int, **options: Any) -> tune.Tuner:
@@ -105,6 +132,49 @@ def test_a_run_that_a_stopper_ends_cancels_its_steps(tmp_path: Path, monkeypatch
     told = len(search.state.told)
     assert 4 <= told < 9
     assert cancelled == [told] and search.steps_under_way == 0
+
+
+def test_a_restored_run_that_is_given_its_space_keeps_its_number_of_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune tells a search of one trial then, after which its steps would be cancelled."""
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")  # the state is saved after each event
+    search = BilevelSearch(Parabola(), max_concurrent=1)
+    monkeypatch.setattr(BreaksAtFour, "search", search)
+    with pytest.raises(RuntimeError, match="the driver breaks"):
+        tuner(search, tmp_path, 8, param_space=SPACE, run_config={"stop": BreaksAtFour()}).fit()
+
+    cancelled: list[tuple[int, int | None]] = []
+
+    def cancel(self: BilevelSearch, timeout: float = 0.0) -> None:
+        cancelled.append((len(self.state.told), self._samples))
+        upstream(self, timeout)
+
+    upstream = BilevelSearch.cancel_steps
+    monkeypatch.setattr(BreaksAtFour, "search", None)
+    monkeypatch.setattr(BilevelSearch, "cancel_steps", cancel)
+    trainable = tune.with_resources(lower_level_trainable(Parabola()), {"cpu": 1})
+    results = tune.Tuner.restore(str(tmp_path / "run"), trainable, param_space=SPACE).fit()
+    assert len(results) == 8 and not results.errors
+    assert cancelled and set(cancelled) == {(8, 8)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resources", [None, {"num_cpus": 0.5}], ids=["workers", "tasks"])
+def test_no_step_outlives_a_time_budget(resources: dict[str, float] | None, tmp_path: Path) -> None:
+    processes: list[int] = []
+    budget = 8.0
+    while not processes:  # on a busy machine the first step may begin late
+        folder = tmp_path / str(budget)
+        folder.mkdir()
+        search = BilevelSearch(
+            Parabola(), method=Endless(folder=str(folder)), max_concurrent=1, upper_resources=resources
+        )
+        tuner(search, folder / "storage", 100, param_space=SPACE, tune_config={"time_budget_s": budget}).fit()
+        processes = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+        budget *= 2
+    assert search.steps_under_way == 0
+    assert all(ends(process) for process in processes)
 
 
 @pytest.mark.slow

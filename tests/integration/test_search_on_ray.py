@@ -39,7 +39,7 @@ from raybilevel.search_state import Proposal, StepRecord
 from raybilevel.tune._scheduler import WORKER_START_S, PatientFIFO
 from raybilevel.tune._snapshot import prepare_resume
 from tests.processes import ends
-from tests.tiny_problems import Parabola, Unlucky
+from tests.tiny_problems import Means, Parabola, Unlucky
 from tests.unit.test_mixed_space import SHIFTS, Mixed
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -446,6 +446,16 @@ def test_steps_have_the_only_gpu_when_no_training_has_it(tmp_path: Path, caplog:
     assert len(analysis.trials) == len(search.state.done) == 5
     assert len(search.state.steps) >= 2
     assert "not having enough resources" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vectors", [31, 60])
+def test_steps_keep_to_the_memory_that_they_ask_of_ray(vectors: int, tmp_path: Path) -> None:
+    problem = Means((0.1, 0.2))
+    search = BilevelSearch(problem, max_concurrent=1, upper_resources={"memory": vectors * 2 * 8})
+    space = {"mean": {"m0": tune.uniform(-2, 2), "m1": tune.uniform(-2, 2)}}
+    fit(search, tmp_path, 5, space)
+    assert any(training.hypergradient for training in search.state.done) == (vectors == 60)
 
 
 @pytest.mark.usefixtures("impatient_tune")

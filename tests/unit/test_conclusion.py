@@ -94,3 +94,9 @@ def test_a_run_of_stopped_trainings_has_a_result_without_a_start() -> None:
 
 def test_choices_and_whole_numbers_are_written_as_they_are() -> None:
     assert hyperparameters({"depth": 3, "kind": "relu", "rate": 0.123456}) == "depth 3, kind relu, rate 0.1235"
+
+
+def test_of_a_list_the_entries_that_moved_are_written() -> None:
+    start = {"decay": [1.0] * 20, "rate": 0.1}
+    best = {"decay": [1.0] * 17 + [0.5, 0.25, 0.123456], "rate": 0.1}
+    assert hyperparameters(best, start, 3) == "decay/17 0.5, decay/18 0.25, decay/19 0.1235 and 18 more"

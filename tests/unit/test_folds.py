@@ -14,7 +14,7 @@ from torch.nn.functional import mse_loss
 from raybilevel import BilevelProblem, CrossValidated
 from raybilevel._lower.likelihood import upper_likelihood
 from raybilevel._lower.own_loop import train_itself
-from raybilevel._lower.training import refit, train
+from raybilevel._lower.training import load_checkpoint, refit, train
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.methods import Default
 from raybilevel.search import BilevelOptimizer, search
@@ -111,6 +111,12 @@ def test_folds_are_those_of_a_splitter(folds: Any, groups: Any, count: int) -> N
     assert train(problem, CONFIG)[0].upper_loss == pytest.approx(torch.cat(expected).mean().item(), rel=1e-6)
 
 
+def test_an_example_that_is_held_out_twice_is_one_example() -> None:
+    problem = CrossValidated(Line, EXAMPLES, RepeatedKFold(n_splits=3, n_repeats=2, random_state=0))
+    known = upper_likelihood(problem, {"decay": {"a": torch.tensor(0.1), "b": torch.tensor(0.1)}}, CONFIG)
+    assert known.examples == EXAMPLES
+
+
 def test_each_fold_is_reported_and_not_trained_again() -> None:
     problem = CrossValidated(Line, EXAMPLES, folds=4)
     told: list[tuple[dict[str, Any], bytes | None]] = []
@@ -125,6 +131,26 @@ def test_each_fold_is_reported_and_not_trained_again() -> None:
     resumed = train_itself(problem, CONFIG, 0, begun=told[3][1])
     assert resumed.losses() == whole.losses()
     assert resumed.trained == whole.trained
+
+
+class Stepped(Line):
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+
+
+def test_weights_of_each_fold_have_the_time_that_they_were_trained() -> None:
+    problem = CrossValidated(Stepped, EXAMPLES, folds=3)
+    saved: list[bytes | None] = []
+    whole = train_itself(problem, CONFIG, 0, lambda _, checkpoint: saved.append(checkpoint))
+    for training in (
+        whole,
+        train_itself(problem, CONFIG, 0, begun=saved[0]),
+        train_itself(problem, CONFIG, 0, begun=saved[2]),
+    ):
+        found = load_checkpoint(training.dump())["time"]
+        assert {name: time.item() for name, time in found.items()} == pytest.approx(
+            {f"{fold}.weight": 0.1 / (1 - 0.5) * Line.epochs for fold in range(3)}
+        )
 
 
 def test_a_refit_trains_on_all_examples() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from raybilevel._lower.precision import Narrowest
 from raybilevel._lower.training import LowerLevelTraining, dump_checkpoint, load_checkpoint, refit, train
 from raybilevel.errors import ProblemError
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level, minibatches
@@ -146,6 +147,66 @@ def test_clipped_gradients() -> None:
     assert same(trained(problem), model.state_dict())
 
 
+class Large(Noisy):
+    """Its gradients overflow float16 at the first scales that torch tries."""
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        return 50 * super().lower_loss(model, hyperparameters, batch)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.006, momentum=0.9)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_autocast(kind: torch.dtype) -> None:
+    problem = Large(autocast=kind, clip=20.0, accumulate=2)
+    model, optimizer, generator = begun(problem)
+    scaler, skipped = torch.amp.GradScaler("cpu", enabled=kind is torch.float16), 0
+    for _ in range(problem.epochs):
+        batches = iter(problem.batches("lower", generator))
+        for pair in zip(batches, batches, strict=True):
+            optimizer.zero_grad()
+            for batch in pair:
+                with torch.autocast("cpu", kind):
+                    loss = loss_of(problem, model, batch) / 2
+                scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 20.0)
+            before = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            skipped += scaler.get_scale() < before
+    training = LowerLevelTraining(problem, CONFIG, SEED)
+    training.run()
+    assert same(training.model.state_dict(), model.state_dict())
+    assert (skipped > 0) == (kind is torch.float16)
+    assert not same(trained(Large(clip=20.0, accumulate=2)), model.state_dict())
+    # The losses that are reported are those of float32.
+    assert training.upper() == pytest.approx(upper_of(problem, model), rel=1e-6)
+    with Narrowest(torch.float32) as computed:
+        training.levels.lower(training.variables.x, training.levels.y)
+    assert computed.dtype == torch.float32
+    if skipped:  # such a step moves no weights
+        unclipped = Large(autocast=kind, accumulate=2)
+        found = LowerLevelTraining(unclipped, CONFIG, SEED)
+        found.run()
+        steps = problem.epochs * ROWS / SIZE / 2
+        assert found.hooks.time.state_dict()["0.weight"].item() == pytest.approx(0.06 * (steps - skipped), rel=1e-3)
+
+
+def test_what_autocast_cannot_do_with_is_said() -> None:
+    class Minimised(Noisy):
+        def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(model.parameters())
+
+    with pytest.raises(ProblemError, match="float16 scales gradients, which L-BFGS cannot do with"):
+        LowerLevelTraining(Minimised(autocast=torch.float16), CONFIG)
+    with pytest.raises(
+        ProblemError, match=r"autocast needs weights in torch\.float32, and Noisy\.dtype is torch\.float64"
+    ):
+        LowerLevelTraining(Noisy(autocast=torch.bfloat16, dtype=torch.double), CONFIG)
+
+
 def test_accumulated_gradients_and_what_they_cost() -> None:
     problem = Noisy(accumulate=2)
     model, optimizer, generator = begun(problem)
@@ -226,9 +287,11 @@ def test_a_refit_is_not_stopped_by_data_that_it_is_trained_on() -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 5])
-@pytest.mark.parametrize("kind", [Stepped, Annealed, Plateau])
+@pytest.mark.parametrize("kind", [Stepped, Annealed, Plateau, Large])
 def test_a_resumed_training_is_bitwise_the_uninterrupted_one(kind: type[Noisy], stop: int) -> None:
     settings: dict[str, Any] = {"clip": 0.5, "accumulate": 2, "ema": 0.8, "patience": 4}
+    if kind is Large:  # whose scale is not what it was at first
+        settings |= {"autocast": torch.float16, "patience": None}
     whole, stopped, resumed = (LowerLevelTraining(kind(**settings), CONFIG, SEED) for _ in range(3))
     whole.run()
     for _ in range(stop):
@@ -245,7 +308,14 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(kind: type[Noisy], 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("accumulate", 0), ("patience", 1.5), ("clip", 0.0), ("ema", 1.0), ("schedule_interval", "batch")],
+    [
+        ("accumulate", 0),
+        ("patience", 1.5),
+        ("clip", 0.0),
+        ("ema", 1.0),
+        ("schedule_interval", "batch"),
+        ("autocast", True),
+    ],
 )
 def test_a_setting_out_of_range_is_an_error(setting: str, value: Any) -> None:
     with pytest.raises(ProblemError, match=rf"Noisy\.{setting} must be .*, got {value!r}"):

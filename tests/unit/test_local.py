@@ -15,7 +15,9 @@ from raybilevel.methods import Default, Paper
 from raybilevel.problem import Hyperparameters
 from raybilevel.search import _local as local
 from raybilevel.search._optimizer import BilevelOptimizer
+from raybilevel.space import Parameter, Space
 from tests.problems_for_tests import Recorder, Ridge, vector
+from tests.tiny_problems import Parabola
 
 SEED = 3  # not 0, at whose initial weights check_problem looks
 
@@ -165,3 +167,16 @@ def test_what_a_search_trained_is_what_training_alone_gives(searched: Searched):
         trained, checkpoint = train(problem, search.config_of(training), SEED)
         assert (trained.lower_loss, trained.upper_loss) == (training.lower_loss, training.upper_loss)
         assert checkpoint == checkpoints[training.index]
+
+
+def test_a_training_by_lbfgs_whose_loss_is_nan_fails_and_the_search_goes_on():
+    """The gradient is finite there, and torch's line search ends in an IndexError of its own."""
+
+    class Hidden(Parabola):
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            loss = super().lower_loss(model, hyperparameters, batch)
+            return loss + math.nan if hyperparameters["x"]["a"].item() > 1.0 else loss
+
+    search = BilevelOptimizer(Space((Parameter(("x", "a"), 1e-4, 1e2, log=True),)), Default(), SEED)
+    local.search(Hidden(), search, cost=6)
+    assert {training.status for training in search.state.trainings} == {"done", "failed"}

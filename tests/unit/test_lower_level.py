@@ -132,8 +132,8 @@ def test_every_public_function_of_the_module_is_known():
     """A new way into a training must be looked at here: could it start from weights that have seen validation data?"""
     own = {n for n, v in vars(lower_level).items() if getattr(v, "__module__", "") == lower_level.__name__}
     assert own == {
-        "TrainedLowerLevel", "LowerLevelTraining", "groups", "train_epoch", "train", "observed", "refit",
-        "dump_checkpoint", "load_checkpoint",
+        "TrainedLowerLevel", "LowerLevelTraining", "loss_of_step", "groups", "train_epoch", "train", "observed",
+        "refit", "dump_checkpoint", "load_checkpoint",
     }  # fmt: skip
 
 

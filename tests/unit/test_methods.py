@@ -392,6 +392,20 @@ def test_trainings_that_are_too_short_for_hypergradients_have_none(caplog: pytes
     assert caplog.messages[0].startswith("Ridge: hypergradients: off, trainings are too short for them to pay")
 
 
+def test_a_step_keeps_to_the_memory_that_it_asks_for(caplog: pytest.LogCaptureFixture):
+    problem = Ridge(dimension=6)
+    found, checkpoints = trained_state(problem, 6)
+    step = plan(found)
+    assert step is not None
+    whole = run(METHOD, step, problem, checkpoints).record.passes
+    vector_bytes = 8 * 6
+    less = run(METHOD, replace(step, most_memory=32 * vector_bytes), problem, checkpoints)  # one product
+    assert less.hypergradients[step.centre] and less.record.passes < whole
+    none = run(METHOD, replace(step, most_memory=31 * vector_bytes), problem, checkpoints)
+    assert (none.hypergradients, none.record.passes) == ({step.centre: ()}, 0) and none.proposal is not None
+    assert "Ridge: hypergradients: off, 6 weights are too many for the 1.49e+03 bytes" in caplog.messages[-1]
+
+
 def test_the_precision_of_torch_is_full_within_a_step():
     class Coarse(Ridge):
         def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:

@@ -130,6 +130,25 @@ def test_metrics_are_reported_as_they_are_where_no_model_is_given() -> None:
     assert training.passes == Brief.epochs  # nothing was taken of its batches
 
 
+def test_a_reported_time_is_that_of_the_weights_or_refused() -> None:
+    class Timed(OwnLoop):
+        time: Mapping[str, Any] = {"weight": torch.tensor(2.0)}
+
+        def train(self, config: Mapping[str, Any], report: Report, checkpoint: Mapping[str, Any] | None) -> nn.Module:
+            report({}, trained_time=self.time)
+            return self.model()
+
+    problem = Timed()
+    assert load_checkpoint(train(problem, POINT)[1])["time"] == {"weight": torch.tensor(2.0)}
+    assert "time" not in load_checkpoint(train(OwnLoop(), POINT)[1])
+    problem.time = {"weights": torch.tensor(2.0)}
+    with pytest.raises(ProblemError, match=r"of shape \(\) or \(1, 1\) for the weights weight, got nothing"):
+        train(problem, POINT)
+    problem.time = {"weight": torch.ones(3)}
+    with pytest.raises(ProblemError, match=r"got shape \(3,\)"):
+        train(problem, POINT)
+
+
 def test_a_training_that_was_interrupted_goes_on_from_its_checkpoint() -> None:
     saved: list[bytes] = []
     with pytest.raises(RuntimeError, match="a fault"):

@@ -175,6 +175,15 @@ def test_folds_are_split_by_scikit_learn() -> None:
     assert fitted[0].penalties_.tolist() == fitted[1].penalties_.tolist() != fitted[2].penalties_.tolist()
 
 
+def test_folds_that_are_repeated_support_no_more_penalties() -> None:
+    """The same folds three times have the F, and the examples, of those folds once."""
+    groups, inputs, targets, *_ = banded(1, groups=6)
+    splits = list(KFold(3).split(inputs))
+    once, thrice = (GroupPenaltyRegressor(groups, cv=cv).fit(inputs, targets) for cv in (splits, 3 * splits))
+    assert thrice.cv_loss_ == pytest.approx(once.cv_loss_)
+    assert thrice.n_supported_ == pytest.approx(once.n_supported_)
+
+
 def test_targets_of_several_columns_share_the_penalties() -> None:
     inputs, targets = data(targets=2)
     fitted = GroupPenaltyRegressor(GROUPS).fit(inputs, targets)

@@ -33,7 +33,7 @@ def trained(optimizer: Callable[[nn.Module], torch.optim.Optimizer], **settings:
 
 
 def time_of(training: LowerLevelTraining) -> torch.Tensor:
-    return training.time.state_dict()["weight"]
+    return training.hooks.time.state_dict()["weight"]
 
 
 def sgd(**settings: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -44,6 +44,7 @@ def test_gradient_descent_takes_its_rate() -> None:
     assert trained(sgd()) == pytest.approx(0.1 * STEPS)
     assert trained(sgd(momentum=0.9)) == pytest.approx(STEPS)
     assert trained(sgd(momentum=0.9, dampening=0.5)) == pytest.approx(STEPS / 2)
+    assert trained(sgd(dampening=0.5)) == pytest.approx(0.1 * STEPS)  # of a momentum that is not there
     assert trained(sgd(), accumulate=3) == pytest.approx(0.1 * 2)
 
 
@@ -87,6 +88,44 @@ def test_adam_by_hand() -> None:
     gradient = found.model.get_parameter("weight").grad
     assert gradient is not None
     torch.testing.assert_close(time_of(found), 0.01 / gradient.abs(), rtol=1e-6, atol=0)
+
+
+def test_adadelta_moves_weights_as_far_as_its_rate_says() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    adadelta = torch.optim.Adadelta(model.parameters(), lr=1.0)
+    for _ in range(50):  # a constant gradient of 2
+        adadelta.zero_grad()
+        (2 * model.weight).sum().backward()
+        before = model.weight.item()
+        adadelta.step()
+    (rate,) = rates(adadelta, adadelta.param_groups[0]).values()
+    assert rate.item() * 2 == pytest.approx(before - model.weight.item(), rel=0.05)  # the mean follows the step
+
+
+def test_weights_of_the_lowest_f_have_the_time_that_they_were_trained() -> None:
+    class Rising(Logistic):
+        """F rises from the second epoch on."""
+
+        def lower_loss(self, model: nn.Module, hyperparameters: Any, batch: Any) -> torch.Tensor:
+            return Logistic.upper_loss(self, model, batch)
+
+        def upper_loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+            return (model.get_parameter("weight").norm() - self.at).abs()
+
+    problem = Rising(rows=12, batch=4, epochs=9, optimizer=sgd())
+    problem.at = 0.0
+    alone = LowerLevelTraining(problem, problem.space.to_config(UNIT))
+    for _ in range(2):
+        alone.run_epoch()
+    problem.at, problem.patience = alone.model.get_parameter("weight").norm().item(), 3
+    found = LowerLevelTraining(problem, problem.space.to_config(UNIT))
+    for _ in range(4):
+        found.run_epoch()
+    resumed = LowerLevelTraining(problem, problem.space.to_config(UNIT))
+    resumed.load_state_dict(load_checkpoint(dump_checkpoint(found)))
+    for one in (found, resumed):
+        one.run()
+        assert one.epoch == 5 and time_of(one).item() == pytest.approx(0.1 * 3 * 2)
 
 
 def test_a_minimiser_takes_infinite_time() -> None:

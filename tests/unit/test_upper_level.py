@@ -215,6 +215,14 @@ def test_an_f_that_is_flat_along_f_does_not_move():
     assert (found.multiplier, found.decrease, found.slack) == (0.0, 0.0, 0.0)
 
 
+def test_products_are_as_many_as_the_memory_holds():
+    weights = torch.zeros(1000)  # 4 kB a vector, 30 vectors beside two a product
+    assert Budget(5, 40).within(None, weights) == Budget(5, 40)
+    assert Budget(5, 40).within(4000 * 50, weights) == Budget(5, 10)
+    assert Budget(20, 40).within(4000 * 30.5, weights) == Budget(0, 0)
+    assert Budget(5, 40).within(1.0, torch.zeros(1000, device="meta")) == Budget(5, 40)  # a device with its own memory
+
+
 def test_many_derivatives_may_cost_a_training():
     point = trained_point(Logistic(rows=20, batch=8, epochs=8, optimizer=sgd), UNIT)
     few, many = (Budget.of(point.levels, 10.0, 0.2, point.time, derivatives) for derivatives in (1, 10))
@@ -376,6 +384,25 @@ def test_a_difference_is_as_long_as_the_noise_of_gradients_asks(
         found.append(lagrangian_point(point, 0.05, MANY).gradient)
     assert point.products.apart >= length * point.y.norm()
     assert (found[1] - found[0]).norm() <= error * found[0].norm()
+
+
+@pytest.mark.parametrize("time", [500.0, math.inf])
+def test_a_hypergradient_that_coarse_gradients_shorten_is_left_out(time: float):
+    """A long training answers along curvatures that such gradients cannot tell from 0."""
+    scales = torch.tensor([1.0, 1e-4])
+
+    def lower(x: Tensor, y: Tensor) -> Tensor:
+        return (scales * (y.bfloat16().float() - x[0]).square()).sum() / 2
+
+    problem = Formula(1, 2, lower, lambda y: y.sum())
+    problem.dtype = torch.float32
+    model = problem.model()
+    with torch.no_grad():
+        model.get_parameter("weight").copy_(torch.tensor([[1.3, 0.7]]))
+    point = point_at(problem, model, vector(0.5))
+    point.time = torch.full_like(point.y, time)
+    with pytest.raises(NoisyError, match=r"computed in torch\.bfloat16, whose noise makes the hypergradient \d+ % too"):
+        lagrangian_point(point, 0.05, MANY)
 
 
 def test_kinks_within_the_usual_length_make_a_difference_shorter():
