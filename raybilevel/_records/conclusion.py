@@ -6,19 +6,22 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from raybilevel._metrics import UPPER_LOSS
+from raybilevel._records.record import Observation, Record
 from raybilevel.space import flatten
 
 MOST_SHOWN = 5
 """Hyperparameters that are written out on one line."""
 
+UNDER_WAY = "under way"
 HOW_SURE = {
     "converged": "the search had nothing better to propose",
     "budget exhausted": "the search ended with its trainings, and more may find better",
     "surrogate too poor": "not very; the models predicted poorly what trainings gave, so other points may be as good",
     "validation set overfitted": "not very; the test loss rose while F fell, so the validation data are overfitted",
     "no result": "no training ran to its end",
+    UNDER_WAY: "not yet; the run has not ended, or was stopped",
 }
-"""By the verdict."""
+"""By the verdict; of a run without one, `UNDER_WAY`."""
 
 
 class Conclusion(NamedTuple):
@@ -44,6 +47,35 @@ def conclude(summary: Mapping[str, Any]) -> Conclusion:
         # `capitalize` would write an F within the words as f.
         sure += f". {expected['in_words'][:1].upper()}{expected['in_words'][1:]}"
     return Conclusion(found, helped(best, start, name_of(summary)), sure)
+
+
+def so_far(record: Record) -> Conclusion:
+    """What a run has found that has no summary yet."""
+    known = [
+        (place if o.number is None else o.number, o)
+        for place, o in enumerate(record.observations, 1)
+        if o.upper_loss is not None
+    ]
+    sign, metric = (-1.0, record.metric[1:]) if record.metric.startswith("-") else (1.0, record.metric)
+
+    def told(number: int, o: Observation) -> dict[str, Any]:
+        return {
+            "training": number,
+            "hyperparameters": o.hyperparameters,
+            "upper_loss": sign * (o.upper_loss or 0.0),
+            "test_loss": o.metrics.get("test_loss"),
+            "test_loss_refit": None,
+        }
+
+    best = min(known, key=lambda found: found[1].upper_loss or 0.0, default=None)
+    start = min(known, key=lambda found: found[0], default=None)
+    return conclude({
+        "metric": metric,
+        "best": best and told(*best),
+        "start": start and told(*start),
+        "verdict": UNDER_WAY,
+        "new_data": None,
+    })  # fmt: skip
 
 
 def name_of(summary: Mapping[str, Any]) -> str:
