@@ -6,13 +6,19 @@ import warnings
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from raybilevel._records.record import Observation, Record, TrialLog
 from raybilevel._records.run_folder import search_of
 from raybilevel._tree import leaves, named
 from raybilevel.errors import ConfigError
 from raybilevel.report._sources import check, read_folder
+from raybilevel.space import Space
+
+if TYPE_CHECKING:
+    from raybilevel.search._state_file import SavedSearch
 
 
 def export(folder: Path, path: Path) -> list[str]:
@@ -57,25 +63,27 @@ def write_study(record: Record, storage: Any, name: str) -> str:
         study.set_metric_names([metric])
     for key, value in (("problem", record.problem_name), ("method", record.method_name), ("verdict", record.verdict)):
         study.set_user_attr(key, value)
-    space, logs = distributions(record), {log.trial: log for log in record.trials}
+    saved = search_of(record)
+    space, logs = distributions(record, saved), {log.trial: log for log in record.trials}
     # A record has no date: its end stands for now.
     began = datetime.now() - timedelta(seconds=record.seconds)
-    study.add_trials([trial_of(o, space, logs.get(o.trial), sign, began) for o in record.observations])
+    trials = [
+        trial_of(o, parameters_of(o, space, saved), space, logs.get(o.trial), sign, began) for o in record.observations
+    ]
+    study.add_trials(trials)
     return name
 
 
-def distributions(record: Record) -> dict[str, Any]:
+def distributions(record: Record, saved: SavedSearch | None) -> dict[str, Any]:
     """Optuna's distributions by the names of hyperparameters."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    saved = search_of(record)
     if saved is None:
         return {p.name: FloatDistribution(p.low, p.high, log=p.log) for p in record.space}
     found: dict[str, Any] = {}
     for p in saved.parameters:
         if p.choices:
-            # As texts, since Optuna stores only plain values.
-            found[p.name] = CategoricalDistribution([str(choice) for choice in p.choices])
+            found[p.name] = CategoricalDistribution([plain(choice) for choice in p.choices])
         elif p.integer:
             found[p.name] = IntDistribution(int(p.low), int(p.high), log=p.log)
         else:
@@ -83,21 +91,43 @@ def distributions(record: Record) -> dict[str, Any]:
     return found
 
 
-def trial_of(o: Observation, space: Mapping[str, Any], log: TrialLog | None, sign: float, began: datetime) -> Any:
+def plain(choice: Any) -> Any:
+    """A choice as Optuna can store it: other than plain values become texts."""
+    return choice if choice is None or isinstance(choice, bool | int | float | str) else str(choice)
+
+
+def parameters_of(o: Observation, space: Mapping[str, Any], saved: SavedSearch | None) -> dict[str, Any]:
+    """The hyperparameters of a training that are active in it, by their names."""
+    values = {named(path): value for path, value in leaves(o.hyperparameters).items()}
+    # Rounding may leave a number just outside of its interval, which Optuna refuses.
+    found = {
+        name: min(max(values[name], bounds.low), bounds.high)
+        for name, bounds in space.items()
+        if name in values and hasattr(bounds, "low")
+    }
+    if saved is None:
+        return found
+    # Not as in the config: JSON has made lists of tuples there.
+    active = Space(saved.parameters).active(torch.tensor(o.unit, dtype=torch.double)).tolist()
+    chosen = {
+        p.name: plain(p.to_value(unit))
+        for p, unit, there in zip(saved.parameters, o.unit, active, strict=True)
+        if there and p.choices
+    }
+    return found | chosen
+
+
+def trial_of(
+    o: Observation,
+    parameters: Mapping[str, Any],
+    space: Mapping[str, Any],
+    log: TrialLog | None,
+    sign: float,
+    began: datetime,
+) -> Any:
     """A training as a trial: F, its hyperparameters, F after each epoch, and what else is known as attributes."""
-    from optuna.distributions import CategoricalDistribution
     from optuna.trial import TrialState, create_trial
 
-    values = {named(path): value for path, value in leaves(o.hyperparameters).items()}
-    parameters: dict[str, Any] = {}
-    for name, distribution in space.items():
-        if name not in values:
-            continue
-        if isinstance(distribution, CategoricalDistribution):
-            parameters[name] = str(values[name])
-        else:
-            # Rounding may leave a value just outside of its interval, which Optuna refuses.
-            parameters[name] = min(max(values[name], distribution.low), distribution.high)
     # Unlike F of a training, those after an epoch are as the trial reported them, whatever the mode.
     steps = {} if log is None else dict(zip(log.epochs, log.upper_losses, strict=True))
     about = {"training": o.number, "cost": o.cost, "lower_loss": o.lower_loss, **o.metrics}
@@ -105,7 +135,7 @@ def trial_of(o: Observation, space: Mapping[str, Any], log: TrialLog | None, sig
     trial = create_trial(
         state={"done": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}[o.status],
         value=None if o.upper_loss is None else sign * o.upper_loss,
-        params=parameters,
+        params=dict(parameters),
         distributions={name: space[name] for name in parameters},
         user_attrs={name: value for name, value in about.items() if value is not None},
         intermediate_values={epoch: value for epoch, value in steps.items() if value is not None},

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from raybilevel import cli
+from raybilevel._config.experiment import ExperimentConfig, SearchConfig
 from raybilevel._records import store as records
 from raybilevel._records.record import Hyperparameter, Observation, Record, Settings, TrialLog
+from raybilevel._records.run_folder import record_of, settings_of
 from raybilevel.errors import ConfigError
+from raybilevel.methods import make_method
+from raybilevel.search import _state_file as state_file
+from raybilevel.search._optimizer import BilevelOptimizer
+from raybilevel.search_state import Proposal, SearchState, Training
+from raybilevel.space import Parameter, Space
 
 
 @pytest.fixture
@@ -53,6 +62,28 @@ def test_trainings_are_trials(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert study.best_trial.number == 0
     with pytest.raises(ConfigError, match=r"optuna\.db exists; name a file that does not"):
         cli.export(folder, path)
+
+
+def test_choices_and_conditions_are_kept(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna", reason="optuna is not installed")
+    widths = Parameter.of(("widths",), "choice", [(8, 8), (64,)])
+    degree = replace(Parameter.of(("degree",), "randint", [1, 6]), when=(((0, 1),),))
+    space = Space((widths, degree))
+    points = [(0.0, 0.0), space.rounded(torch.tensor([1.0, 0.5], dtype=torch.double)).tolist()]
+    trainings = tuple(
+        Training(n, Proposal(tuple(point), "start"), "done", n, lower_loss=1.0, upper_loss=2.0 - n)
+        for n, point in enumerate(points)
+    )
+    saved = state_file.SavedSearch(
+        **{**vars(BilevelOptimizer(space, make_method("default"), seed=0).saved()), "state": SearchState(trainings)},
+        metric="upper_loss", mode="min", constants="{}", checkpoints={},
+    )  # fmt: skip
+    record = record_of(settings_of(ExperimentConfig(problem="ridge", search=SearchConfig(trainings=2))), saved, {}, {})
+    records.write(tmp_path / "records" / "ridge" / "default.json", record)
+    cli.export(tmp_path, tmp_path / "optuna.db")
+    first, second = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'optuna.db'}").trials
+    assert first.params == {"widths": "(8, 8)"}
+    assert second.params == {"widths": "(64,)", "degree": 3}
 
 
 def test_an_export_without_optuna_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
