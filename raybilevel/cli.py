@@ -1,4 +1,4 @@
-"""The command line: run, resume, check, new, problems, compare, report."""
+"""The command line: run, resume, check, new, problems, compare, report, watch, export."""
 
 from __future__ import annotations
 
@@ -338,6 +338,45 @@ def report(
     typer.echo(str(page))
     if open_it:
         webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, a comparison or a Tune experiment.", metavar="DIR")],
+    port: Annotated[int, typer.Option(help="Of the page; by default a free one.", metavar="N")] = 0,
+    open_it: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+) -> None:
+    """Serve the report's page on this machine, and bring it up to date while the run is on. Ctrl-C ends it."""
+    import webbrowser
+
+    from raybilevel.report._watch import Server
+
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    try:
+        server = Server(folder, port)
+    except OSError as error:
+        raise ConfigError(f"--port {port}: {error.strerror}; name another one, or none for a free one") from error
+    with server:
+        typer.echo(server.url)
+        if open_it:
+            webbrowser.open(server.url)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            typer.echo("stopped")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, a comparison or a Tune experiment.", metavar="DIR")],
+    to: Annotated[Path, typer.Option(help="The SQLite file to write, e.g. optuna.db.", metavar="FILE")],
+) -> None:
+    """Write a run as a study of Optuna, which its dashboard opens. A comparison gives a study for each run."""
+    from raybilevel.report._optuna import export as write_studies
+
+    for name in write_studies(folder, to):
+        typer.echo(f"{to}: study {name!r}")
 
 
 def as_text(path: Path | None) -> str | None:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from raybilevel._metrics import UPPER_LOSS
+from raybilevel._records.record import Observation, Record
 from raybilevel._tree import leaves, named
 
 MOST_SHOWN = 5
 """Hyperparameters that are written out on one line."""
 
+UNDER_WAY = "under way"
 HOW_SURE = {
     "converged": "the search had nothing better to propose",
     "budget exhausted": "the search ended with its trainings, and more may find better",
@@ -18,8 +20,9 @@ HOW_SURE = {
     "validation set overfitted": "not very; the test loss rose while F fell, so the validation data are overfitted",
     "not feasible": "no training kept every constraint; this one is nearest to that",
     "no result": "no training ran to its end",
+    UNDER_WAY: "not yet; the run has not ended, or was stopped",
 }
-"""By the verdict."""
+"""By the verdict; of a run without one, `UNDER_WAY`."""
 
 
 class Conclusion(NamedTuple):
@@ -57,6 +60,36 @@ def kept(summary: Mapping[str, Any]) -> str:
     if not shown:
         return ""
     return f"; {'not ' if breaks else ''}feasible: {', '.join(shown)}"
+
+
+def so_far(record: Record) -> Conclusion:
+    """What a run has found that has no summary yet."""
+    known = [
+        (place if o.number is None else o.number, o)
+        for place, o in enumerate(record.observations, 1)
+        if o.upper_loss is not None
+    ]
+    sign, metric = (-1.0, record.metric[1:]) if record.metric.startswith("-") else (1.0, record.metric)
+
+    def told(number: int, o: Observation) -> dict[str, Any]:
+        return {
+            "training": number,
+            "hyperparameters": o.hyperparameters,
+            "upper_loss": sign * (o.upper_loss or 0.0),
+            "test_loss": o.metrics.get("test_loss"),
+            "test_loss_refit": None,
+            "feasible": o.feasible is not False,
+        }
+
+    best = min(known, key=lambda found: (found[1].feasible is False, found[1].upper_loss or 0.0), default=None)
+    start = min(known, key=lambda found: found[0], default=None)
+    return conclude({
+        "metric": metric,
+        "best": best and told(*best),
+        "start": start and told(*start),
+        "verdict": UNDER_WAY,
+        "new_data": None,
+    })  # fmt: skip
 
 
 def name_of(summary: Mapping[str, Any]) -> str:

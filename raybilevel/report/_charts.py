@@ -8,6 +8,8 @@ from typing import Any, Literal
 import pandas as pd
 
 Kind = Literal["steps", "line", "points", "spans"]
+Bounds = tuple[float, float]
+"""Of an axis, in its own unit: the lower one, then the upper one."""
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
 """Okabe and Ito's colours, which colour-blind readers can tell apart; yellow, unreadable on white, is replaced."""
@@ -76,7 +78,7 @@ class Chart:
     y_log: bool = False
     ticks: tuple[str, ...] = ()
     lanes: tuple[str, ...] = ()
-    bounds: tuple[float, float] | None = field(default=None)
+    bounds: Bounds | None = field(default=None)
 
     def data(self) -> pd.DataFrame:
         """All data of the figure, one row per point."""

@@ -12,6 +12,7 @@ from raybilevel._records.names import OWN_METHODS
 from raybilevel._records.record import Record
 from raybilevel.report import _frames as frames
 from raybilevel.report._charts import Chart, Series
+from raybilevel.report._range import from_start
 from raybilevel.report._statistics import Interval, PairedTest, holm, paired_test, rank
 from raybilevel.report._tables import Table
 
@@ -72,18 +73,24 @@ def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis:
     over = "one seed" if seeds == 1 else f"mean over {seeds} seeds with a 95 % bootstrap interval"
     told = ", ".join(f"{m} {v:.4g}" for m, v in sorted(ends.items(), key=lambda item: item[1]))
     everything = [y for s in series for y in s.y]
+    # F need not be positive.
+    log = bool(everything) and min(everything) > 0
+    # From the median of what methods begin with; what stays above that is named, as its curve is not seen.
+    bounds = from_start([s.y[0] for s in series], everything, log)
+    above = [f"{m} ({v:.4g})" for m, v in ends.items() if bounds is not None and v > bounds[1]]
+    outside = f" Above the axis to the end: {', '.join(above)}." if above else ""
     return Chart(
         name=f"{problem}-{'cost' if axis == 'spent' else 'time'}",
         title=f"{problem}: best F so far against {what}",
         caption=f"Validation loss F of the best training that ran to its end, {over}; a curve begins where every seed "
-        f"has one. {charged(axis)}",
+        f"has one. {charged(axis)}{outside}",
         alt=f"Curves of the best validation loss of {len(series)} methods against {what}. At the end the lowest is "
         f"{best}. Final values: {told}.",
         x_label=label,
         y_label="best F so far",
         series=tuple(series),
-        # F need not be positive.
-        y_log=bool(everything) and min(everything) > 0,
+        y_log=log,
+        bounds=bounds,
     )
 
 
@@ -154,38 +161,33 @@ def tables(records: Sequence[Record], everything: Sequence[Record]) -> list[Tabl
 
 
 def winners(problem: str, records: Sequence[Record], order: Sequence[str]) -> Table:
-    """F at the marks, test loss, refit, trainings and overhead of each method. The best F is bold."""
+    """Test loss, refit, F at the marks, trainings and overhead of each method. The lowest losses are bold."""
     end = max(r.settings.budget for r in records)
     marks = [m for m in sorted(records[0].marks or [end / 2]) if m < end] + [end]
     loss = loss_name(records)
     has_refit = loss is not None and any(r.refits for r in records)
     unit = unit_name(records)
-    headers = ["method", *(f"F at {m:g}" for m in marks)]
-    headers += [loss.replace("_", " ")] if loss else []
-    headers += ["after refit"] if has_refit else []
+    tests = {} if loss is None else {loss.replace("_", " "): frames.metric(loss)}
+    if has_refit and loss is not None:
+        tests["after refit"] = frames.refitted(loss)
+    headers = ["method", *tests, *(f"F at {m:g}" for m in marks)]
     headers += ["trainings", "stopped", "searcher s", "upper steps s", "wall s", "seeds"]
     by_method = grouped(records, "method_name")
-    best = {m: lowest({k: frames.at(v, frames.upper_loss, m) for k, v in by_method.items()}) for m in marks}
+    columns = [(value, end) for value in tests.values()] + [(frames.upper_loss, mark) for mark in marks]
+    found = [{m: frames.at(members, value, mark) for m, members in by_method.items()} for value, mark in columns]
+    best = [lowest(column) for column in found]
     rows = []
     for method in (m for m in order if m in by_method):
-        members = by_method[method]
-        row = [method]
-        for mark in marks:
-            text = cell(frames.at(members, frames.upper_loss, mark))
-            row.append(f"**{text}**" if method == best[mark] else text)
-        if loss:
-            row.append(cell(frames.at(members, frames.metric(loss), end)))
-        if has_refit and loss:
-            row.append(cell(frames.at(members, frames.refitted(loss), end)))
-        row += counts(members)
-        rows.append(tuple(row))
+        texts = [cell(column[method]) for column in found]
+        row = [f"**{text}**" if method == first else text for text, first in zip(texts, best, strict=True)]
+        rows.append((method, *row, *counts(by_method[method])))
     dimension = len(records[0].space)
     return Table(
         f"{problem}-winners",
         f"{problem}: {dimension} hyperparameter{'s' if dimension > 1 else ''}, budget {end:g} {unit}",
         tuple(headers),
         tuple(rows),
-        "Mean over seeds [95 % bootstrap interval]; the lowest F at each mark in bold. F is the validation loss of the "
+        "Mean over seeds [95 % bootstrap interval]; the lowest of each column in bold. F is the validation loss of the "
         "best training that ran to its end, the test loss is that of the same weights, and after refit that of its "
         "hyperparameters trained on training plus validation data. trainings: run to their end; stopped: by a "
         "scheduler. searcher s: CPU seconds within it; upper steps s: from start to result.",
@@ -330,3 +332,25 @@ def cell(interval: Interval | None) -> str:
 
 def digits(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "-"
+
+
+# Words.
+
+
+def conclusion(records: Sequence[Record]) -> list[str]:
+    """For each problem which method did best on test data, and how sure that is."""
+    found = []
+    for problem, members in grouped(records, "problem_name").items():
+        loss = loss_name(members)
+        end = max(r.settings.budget for r in members)
+        refit = loss is not None and any(r.refits for r in members)
+        value = frames.upper_loss if loss is None else frames.refitted(loss) if refit else frames.metric(loss)
+        what = "F" if loss is None else loss.replace("_", " ") + (" after the refit" if refit else "")
+        means = {m: i.mean for m, runs in grouped(members, "method_name").items() if (i := frames.at(runs, value, end))}
+        if means:
+            ranked = [f"{m} {digits(mean)}" for m, mean in sorted(means.items(), key=lambda item: item[1])]
+            found.append(f"{problem}: the lowest {what} is that of {', then '.join(ranked[:3])}.")
+    least = [c.test.least for c in comparisons(records) if c.test.least is not None]
+    if least and min(least) > 0.05:
+        found.append("How sure: with so few seeds no test can tell methods apart.")
+    return found

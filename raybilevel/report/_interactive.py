@@ -12,7 +12,7 @@ from plotly.colors import sample_colorscale
 from raybilevel.report._charts import PALETTE, Chart, Series
 
 DASHES = ("solid", "dash", "dot", "dashdot")
-MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
+MARKERS = ("circle", "square", "diamond", "cross", "x", "triangle-up")
 
 
 def plotly_figure(chart: Chart) -> Any:
@@ -24,20 +24,22 @@ def plotly_figure(chart: Chart) -> Any:
         figure.add_trace(
             go.Contour(x=s.x, y=s.y, z=s.z, colorscale="Cividis", colorbar={"title": {"text": s.name}}, name=s.name)
         )
+    everything = [y for s in chart.series for y in s.y]
     for series in chart.series:
         for trace in traces(series):
             figure.add_trace(trace)
     figure.update_layout(
         xaxis={**axis(chart.x_label, chart.x_log, [x for s in chart.series for x in s.x]), "automargin": True},
-        yaxis={**axis(chart.y_label, chart.y_log, [y for s in chart.series for y in s.y]), "automargin": True},
-        margin={"l": 60, "r": 16, "t": 12, "b": 48},
+        yaxis={**axis(chart.y_label, chart.y_log, chart.bounds or everything), "automargin": True},
+        # At the top there is room for the toolbar, which would cover data.
+        margin={"l": 60, "r": 16, "t": 36, "b": 48},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         template="none",
         barmode="overlay",
         hovermode="closest",
         # 70 pixels below the plot, of whose height plotly takes shares.
-        legend={"orientation": "h", "y": -70 / (height - 60), "yanchor": "top"},
+        legend={"orientation": "h", "y": -70 / (height - 84), "yanchor": "top"},
         height=height,
     )
     # Plotly counts categories upwards, lanes go from top to bottom.
@@ -48,7 +50,8 @@ def plotly_figure(chart: Chart) -> Any:
     if chart.ticks:
         figure.update_xaxes(tickvals=list(range(len(chart.ticks))), ticktext=list(chart.ticks))
     if chart.bounds is not None:
-        figure.update_yaxes(range=list(chart.bounds))
+        # Plotly takes the exponents of a logarithmic axis.
+        figure.update_yaxes(range=[math.log10(bound) if chart.y_log else bound for bound in chart.bounds])
     return figure
 
 

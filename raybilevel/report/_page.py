@@ -11,11 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raybilevel._records.conclusion import so_far
 from raybilevel._records.record import Record
 from raybilevel._version import __version__
 from raybilevel.errors import ConfigError
 from raybilevel.report import _comparison as comparison
 from raybilevel.report import _frames as frames
+from raybilevel.report import _result as result
 from raybilevel.report import _single as single
 from raybilevel.report._charts import Chart
 from raybilevel.report._sources import Source, check, read_folder
@@ -25,12 +27,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
+FOLDS = {
+    "run": ("Inside of the method", "The numbers of the method itself, for a search that did not find what it should."),
+    "comparison": ("Single runs", "Of each method on each problem the run with the lowest seed."),
+}
+"""By the kind of folder, the heading of the folded sections and a sentence below it."""
 
 
 @dataclass(frozen=True)
 class Section:
     """A part of the page.
 
+    last:   tables below the figures.
     folded: whether a click is needed to open it. Its figures are drawn only then.
     files:  whether its figures are also written as files.
     """
@@ -39,6 +47,7 @@ class Section:
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
     words: str = ""
+    last: Sequence[Table] = ()
     folded: bool = False
     files: bool = True
 
@@ -82,7 +91,7 @@ def load(folder: str | Path) -> Loaded:
     return Loaded(
         frames.observations(source.good),
         {chart.name: plotly_figure(chart) for section in sections for chart in section.charts},
-        {t.name: pd.DataFrame(t.rows, columns=list(t.headers)) for section in sections for t in section.tables},
+        {t.name: pd.DataFrame(t.plain_rows, columns=list(t.headers)) for s in sections for t in (*s.tables, *s.last)},
         source.wrong,
     )
 
@@ -105,7 +114,7 @@ def write(folder: str | Path) -> Path:
     page = render(source, sections, plotly_figure)
     (folder / PAGE).write_text(page, encoding="utf-8")
     write_figures((chart for section in sections if section.files for chart in section.charts), folder / FIGURES)
-    tables = [table for section in sections for table in section.tables]
+    tables = [table for section in sections for table in (*section.tables, *section.last)]
     write_tables(tables, frames.observations(source.good), folder / TABLES)
     return folder / PAGE
 
@@ -126,8 +135,7 @@ def drawing() -> Any:
 def sections_of(source: Source) -> list[Section]:
     """The sections of the page in their order."""
     if source.kind == "run":
-        record = source.records[0]
-        return [Section("Result", single.charts(record), single.tables(record), about_run(record))]
+        return sections_of_run(source.records[0])
     good, counted, sections = source.good, source.done, []
     problems = comparison.charts(counted)
     tables = comparison.tables(counted, source.records)
@@ -146,10 +154,33 @@ def sections_of(source: Source) -> list[Section]:
     for record in first_seeds(good):
         head = f"{record.problem_name}: {record.method_name}, seed {record.settings.seed}"
         note = "" if record.status == "done" else f"This run is {record.status}; it is in no table."
-        charts = single.charts(record, file_name(head) + "-")
+        prefix = file_name(head) + "-"
+        charts = [c for kind in (single.charts, single.inside_charts, single.cost_charts) for c in kind(record, prefix)]
         # Files only for raybilevel's own methods: those of all methods would be hundreds, and the page has them.
         sections.append(Section(head, charts, (), note, folded=True, files=record.search is not None))
     return sections
+
+
+def sections_of_run(record: Record) -> list[Section]:
+    sections = [
+        Section("Result", single.charts(record), result.tables(record), last=[result.improvements(record)]),
+        Section("Time and cost", single.cost_charts(record)),
+        Section(
+            "Multipliers, violation, errors of the models",
+            single.inside_charts(record),
+            [t for t in [result.diagnostics(record)] if t.rows],
+            folded=True,
+        ),
+    ]
+    return [section for section in sections if section.charts or section.tables]
+
+
+def conclusion(source: Source) -> list[str]:
+    """What to make of it, in a few sentences."""
+    if source.kind == "comparison":
+        return comparison.conclusion(source.done)
+    record = source.records[0]
+    return list(record.in_words or so_far(record).lines)
 
 
 def first_seeds(records: Sequence[Record]) -> list[Record]:
@@ -162,12 +193,17 @@ def first_seeds(records: Sequence[Record]) -> list[Record]:
     return sorted(found.values(), key=lambda r: (problems.index(r.problem_name), order.index(r.method_name)))
 
 
-def about_run(record: Record) -> str:
-    names = ", ".join(p.name for p in record.space[:12]) + (", ..." if len(record.space) > 12 else "")
-    told = "" if record.status == "done" else " It has not ended yet, or was stopped."
-    head = f"{record.problem_name}, method {record.method_name}, {len(record.space)} hyperparameters ({names})"
-    counted = f"{head}: {len(record.observations)} of {record.settings.budget:g} trainings.{told}"
-    return " ".join([*record.in_words, counted])
+def about(source: Source) -> str:
+    """What was run, in a line."""
+    if source.kind == "comparison":
+        return ""
+    record = source.records[0]
+    cost = f"{record.observations[-1].cost:.1f}" if record.observations else "0"
+    told = f"verdict: {record.verdict}" if record.verdict else "it has not ended yet, or was stopped"
+    return (
+        f"{record.problem_name}, method {record.method_name}, {len(record.space)} hyperparameters. "
+        f"{len(record.observations)} of {record.settings.budget:g} trainings, cost {cost} trainings; {told}."
+    )
 
 
 def about_problem(records: Sequence[Record]) -> str:
@@ -178,8 +214,11 @@ def about_problem(records: Sequence[Record]) -> str:
     return f"Problem {settings.problem}{f' ({options})' if options else ''}; tuned: {shown}."
 
 
-def render(source: Source, sections: Sequence[Section], plotly_figure: Any) -> str:
-    """The HTML of the page, with data, scripts and styles inside."""
+def render(source: Source, sections: Sequence[Section], plotly_figure: Any, stamp: str = "") -> str:
+    """The HTML of the page, with data, scripts and styles inside.
+
+    stamp: of a page that is served: it is loaded again when the server has another one.
+    """
     import jinja2
     from plotly.offline import get_plotlyjs
 
@@ -191,6 +230,10 @@ def render(source: Source, sections: Sequence[Section], plotly_figure: Any) -> s
     data = frames.observations(source.good)
     page: str = template.render(
         title=title,
+        stamp=stamp,
+        conclusion=[line.partition(": ") for line in conclusion(source)],
+        about=about(source),
+        folds=FOLDS[source.kind],
         sections=[
             {
                 "title": s.title,
@@ -198,6 +241,7 @@ def render(source: Source, sections: Sequence[Section], plotly_figure: Any) -> s
                 "words": s.words,
                 "folded": s.folded,
                 "tables": [{"table": t, "csv": link(table_csv(t))} for t in s.tables],
+                "last": [{"table": t, "csv": link(table_csv(t))} for t in s.last],
                 "charts": [
                     {"chart": c, "csv": link(c.data().to_csv(index=False)), "json": script_json(plotly_figure(c))}
                     for c in s.charts

@@ -1,9 +1,10 @@
-"""Figures of a search by one of raybilevel's own methods: its models and its upper-level steps."""
+"""Figures of a search by one of raybilevel's own methods: hyperparameters, models and upper-level steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from raybilevel._records.conclusion import in_words
 from raybilevel.report._charts import Chart, Series, Surface
-from raybilevel.search_state import SearchState, Training, or_zero
+from raybilevel.search_state import SearchState, Training
 from raybilevel.space import Parameter, Space
 
 if TYPE_CHECKING:
@@ -21,34 +22,37 @@ if TYPE_CHECKING:
 GRID_POINTS, SLICE_POINTS = 41, 101
 MOST_LINES = 60
 """Lines in parallel coordinates. More cannot be told apart."""
+MOST_BARS = 24
 
 
 def charts(saved: SavedSearch, prefix: str = "") -> list[Chart]:
-    """All figures of a search. `prefix` distinguishes the files of several runs."""
+    """Figures of the hyperparameters. `prefix` distinguishes the files of several runs."""
     if len(saved.state.done) < 2:
         return []
-    return [*value_function(saved, prefix), multipliers(saved.state, prefix), surrogate_error(saved.state, prefix)]
+    return [slopes(saved, prefix), trained(saved, prefix)]
 
 
-def value_function(saved: SavedSearch, prefix: str) -> list[Chart]:
-    """Figures of v_hat and the trained values. The dimension decides which."""
+def inside_charts(saved: SavedSearch, prefix: str = "") -> list[Chart]:
+    """Figures of the models and the multipliers."""
+    state = saved.state
+    if len(state.done) < 2:
+        return []
+    return [predictions(state, prefix), multipliers(state, prefix), surrogate_error(state, prefix)]
+
+
+def trained(saved: SavedSearch, prefix: str) -> Chart:
+    """All trainings over their hyperparameters, with v_hat where there are one or two of these."""
+    if len(saved.parameters) > 2 or any(
+        p.choices or p.when for p in saved.parameters
+    ):  # those have no scale of numbers
+        return parallel(saved, prefix)
     from raybilevel._models.value_function import fit_value_function  # imports botorch, which takes seconds
 
-    state, dimension = saved.state, len(saved.parameters)
+    state = saved.state
     best = state.best or state.done[0]
     # As many rows as the search's own models have by default.
     fitted = fit_value_function(state.done, torch.tensor(best.unit, dtype=torch.double), True, 500)
-    found = [predictions(state, prefix)]
-    if any(p.choices or p.when for p in saved.parameters):  # neither has a scale of numbers
-        found.append(parallel(saved, prefix))
-    elif dimension == 1:
-        found.append(slice_of(saved, fitted, prefix))
-    elif dimension == 2:
-        found.append(contour(saved, fitted, prefix))
-    else:
-        found.append(parallel(saved, prefix))
-    found.append(sensitivities(saved, prefix))
-    return found
+    return slice_of(saved, fitted, prefix) if len(saved.parameters) == 1 else contour(saved, fitted, prefix)
 
 
 def predictions(state: SearchState, prefix: str) -> Chart:
@@ -168,14 +172,19 @@ def parallel(saved: SavedSearch, prefix: str) -> Chart:
     """For more than two hyperparameters: a line per training, coloured by the rank of its F."""
     best = sorted(saved.state.done, key=lambda t: t.upper_loss)[:MOST_LINES]
     space = Space(saved.parameters)
-    names = list(space.names)
+    names, first = list(space.names), saved.parameters[0]
+    # One axis serves all if they have one interval, and then it has its unit.
+    own_unit = not any(p.choices or p.when for p in saved.parameters) and all(
+        (p.low, p.high, p.log) == (first.low, first.high, first.log) for p in saved.parameters
+    )
     series = []
     for number, training in reversed(list(enumerate(best))):  # the best is drawn last, over the others
         shade = 1 - number / max(1, len(best) - 1)
+        numbers = [place(p, training, j) for j, p in enumerate(saved.parameters)] if own_unit else list(training.unit)
         series.append(
             Series(
-                f"training {training.index}, F {training.upper_loss:.4g}", "line", list(range(len(names))),
-                list(training.unit), shade=0.2 + 0.75 * shade, strong=number == 0, in_legend=number == 0,
+                f"training {saved.state.number(training)}, F {training.upper_loss:.4g}", "line",
+                list(range(len(names))), numbers, shade=0.2 + 0.75 * shade, strong=number == 0, in_legend=number == 0,
                 notes=[f"{name} = {value}" for name, value in zip(names, values_of(space, training), strict=True)],
             )
         )  # fmt: skip
@@ -184,17 +193,19 @@ def parallel(saved: SavedSearch, prefix: str) -> Chart:
         f"{name} {min(t.unit[j] for t in top):.2f} to {max(t.unit[j] for t in top):.2f}"
         for j, name in enumerate(names[:16])
     )
+    how = "" if own_unit else ", from 0 at a hyperparameter's lower bound to 1 at its upper bound"
     return Chart(
         name=f"{prefix}parallel",
         title="Hyperparameters of all trainings",
-        caption="Parallel coordinates: each line is a training, from 0 at a hyperparameter's lower bound to 1 at its "
-        "upper bound; yellow is the lowest F, blue the highest (by rank).",
-        alt=f"Lines of {len(best)} trainings. The best quarter has {told}.",
+        caption=f"Parallel coordinates: each line is a training{how}. Yellow is the lowest F, blue the highest (by "
+        "rank).",
+        alt=f"Lines of {len(best)} trainings. In shares of the intervals the best quarter has {told}.",
         x_label="",
-        y_label="place in its interval",
+        y_label="value" if own_unit else "place in its interval",
         series=tuple(series),
         ticks=tuple(short(names)),
-        bounds=(-0.03, 1.03),
+        y_log=own_unit and first.log,
+        bounds=None if own_unit else (-0.03, 1.03),
     )
 
 
@@ -213,35 +224,63 @@ def short(names: Sequence[str]) -> list[str]:
     return [name.rpartition("/")[2] for name in names] if len(heads) == 1 else list(names)
 
 
-def sensitivities(saved: SavedSearch, prefix: str) -> Chart:
-    """The change of F, or without hypergradients of f, with each hyperparameter, across its interval."""
+def mean_slopes(saved: SavedSearch) -> tuple[dict[str, float], int, bool]:
+    """The mean |dF/dx| of each hyperparameter per interval, over trainings with a hypergradient; of f if there is none.
+
+    Trainings above the median F are left out as far as others are there: far from the result a slope says little.
+
+    Returns the slopes by name, the number of trainings, and whether they are of F. A hyperparameter without a gradient,
+    e.g. a choice, is not among them.
+    """
     done = saved.state.done
+    middle = median(t.upper_loss for t in done)
     with_hypergradient = [t for t in done if t.hypergradient]
-    names = tuple(short([p.name for p in saved.parameters]))
-    series = []
-    if with_hypergradient:
-        sizes = [fmean(abs(or_zero(t.hypergradient[j])) for t in with_hypergradient if t.hypergradient)
-                 for j in range(len(names))]  # fmt: skip
-        series.append(
-            Series("|dF/dx|, hypergradients", "spans", [0.0] * len(names), list(names), length=sizes, colour=0)
-        )
-    else:
-        sizes = [fmean(abs(or_zero(t.lower_gradient[j])) for t in done if t.lower_gradient) for j in range(len(names))]
-        series.append(
-            Series("|df/dx|, Danskin gradients", "spans", [0.0] * len(names), list(names), length=sizes, colour=2)
-        )
-    most = max(range(len(names)), key=lambda j: sizes[j])
-    return Chart(
-        name=f"{prefix}sensitivities",
-        title="Sensitivities",
-        caption="Mean size of the gradient over the trainings that have one, per interval of each hyperparameter: "
-        "how much the loss would change from bound to bound at that slope.",
-        alt=f"The loss is most sensitive to {names[most]}, with {sizes[most]:.3g} per interval.",
-        x_label="mean absolute gradient",
-        y_label="",
-        series=tuple(series),
-        lanes=names,
+    of_upper = bool(with_hypergradient)
+    used = with_hypergradient if of_upper else [t for t in done if t.lower_gradient]
+    used = [t for t in used if t.upper_loss <= middle] or used
+    rows = [t.hypergradient or () if of_upper else t.lower_gradient for t in used]
+    found = {}
+    for j, parameter in enumerate(saved.parameters):
+        sizes = [abs(row[j]) for row in rows if not math.isnan(row[j])]
+        if sizes:
+            found[parameter.name] = fmean(sizes)
+    return found, len(rows), of_upper
+
+
+def importance(saved: SavedSearch) -> dict[str, float]:
+    """The share of each hyperparameter in the slopes of F, by name; empty without hypergradients."""
+    if len(saved.state.done) < 2:
+        return {}
+    sizes, _, of_upper = mean_slopes(saved)
+    total = sum(sizes.values())
+    return {name: size / total for name, size in sizes.items()} if of_upper and total > 0 else {}
+
+
+def slopes(saved: SavedSearch, prefix: str) -> Chart:
+    """The mean slopes of F, or without hypergradients of f, the largest first."""
+    sizes, count, of_upper = mean_slopes(saved)
+    names = sorted(sizes, key=lambda name: -sizes[name])[:MOST_BARS]
+    lanes = tuple(short(names))
+    left = f" The largest {len(names)} of {len(sizes)}." if len(sizes) > len(names) else ""
+    what, loss, warning = (
+        ("|dF/dx|, hypergradients", "F", "Near the result all slopes of F are small.")
+        if of_upper
+        else ("|df/dx|, Danskin gradients", "the training loss f", "How much F depends on each is not known.")
     )
+    return Chart(
+        name=f"{prefix}importance",
+        title="Importance of hyperparameters" if of_upper else "Slopes of the training loss",
+        caption=f"Mean size of the slope of {loss} over {count} trainings, without those above the median F if there "
+        f"are others: how much {loss} would change from bound to bound at that slope.{left} {warning}",
+        alt=", ".join(f"{lane} {sizes[name]:.3g}" for lane, name in zip(lanes, names, strict=True)) + " per interval.",
+        x_label="change of the loss per interval",
+        y_label="",
+        series=(
+            Series(what, "spans", [0.0] * len(names), list(lanes), length=[sizes[name] for name in names],
+                   colour=0 if of_upper else 2, in_legend=False),
+        ) if names else (),
+        lanes=lanes,
+    )  # fmt: skip
 
 
 def multipliers(state: SearchState, prefix: str) -> Chart:

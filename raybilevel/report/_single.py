@@ -1,32 +1,47 @@
-"""Figures and tables of one run."""
+"""Figures of one run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from raybilevel._metrics import UPPER_LOSS
 from raybilevel._records.conclusion import in_words
-from raybilevel._records.record import Observation, Record
+from raybilevel._records.record import Hyperparameter, Observation, Record
 from raybilevel._records.run_folder import search_of
 from raybilevel._tree import leaves, named
+from raybilevel.report import _frames as frames
 from raybilevel.report import _search as search
 from raybilevel.report._charts import Chart, Series
-from raybilevel.report._tables import Table
+from raybilevel.report._range import from_start, marks_above
 
 if TYPE_CHECKING:
     from raybilevel.search._state_file import SavedSearch
 
+START_DESIGN, GIVEN = "start design", "given"
+"""Where proposals came from, as figures name it; the trainings that a run starts with."""
+
 
 def charts(record: Record, prefix: str = "") -> list[Chart]:
-    """All figures for which the record has data. `prefix` distinguishes the files of several runs."""
-    found = [progress(record, prefix), path_of_incumbent(record, prefix)]
+    """The figures of what was found. `prefix` distinguishes the files of several runs."""
     saved = search_of(record)
+    found = [progress(record, prefix), path_of_incumbent(record, prefix)]
     if saved is not None:
         found += search.charts(saved, prefix)
-    found += [timeline(record, prefix), cost_split(record, saved, prefix)]
+    return [chart for chart in found if chart.series]
+
+
+def cost_charts(record: Record, prefix: str = "") -> list[Chart]:
+    """The figures of where the time and the trainings went."""
+    found = [timeline(record, prefix), cost_split(record, search_of(record), prefix)]
+    return [chart for chart in found if chart.series]
+
+
+def inside_charts(record: Record, prefix: str = "") -> list[Chart]:
+    """The figures of the method's own numbers; none for other methods than raybilevel's."""
+    saved = search_of(record)
+    found = [] if saved is None else search.inside_charts(saved, prefix)
     return [chart for chart in found if chart.series]
 
 
@@ -34,37 +49,48 @@ def progress(record: Record, prefix: str) -> Chart:
     """F of each training, the best F so far, and the test loss of the incumbent."""
     done = [(i, o) for i, o in enumerate(record.observations) if o.upper_loss is not None]
     origins = origins_of(record)
-    series = []
+    series, points = [], []
     # From 1, as colour 0 is that of the best so far.
     for number, origin in enumerate(dict.fromkeys(origins.get(o.trial, "training") for _, o in done), 1):
-        chosen = [(i, o) for i, o in done if origins.get(o.trial, "training") == origin]
-        notes = [describe(o.hyperparameters) for _, o in chosen]
-        series.append(
-            Series(origin, "points", [o.cost for _, o in chosen], [o.upper_loss for _, o in chosen], colour=number,
-                   notes=notes)
-        )  # fmt: skip
+        chosen = [o for _, o in done if origins.get(o.trial, "training") == origin]
+        notes = [describe(o.hyperparameters) for o in chosen]
+        x, y = [o.cost for o in chosen], [frames.known(o.upper_loss) for o in chosen]
+        points += list(zip(x, y, notes, strict=True))
+        series.append(Series(origin, "points", x, y, colour=number, notes=notes))
     lowest = running_lowest(record)
     incumbents = [lowest[i] for i, _ in done]
-    best = [record.observations[i].upper_loss for i in incumbents]
+    best = [frames.known(record.observations[i].upper_loss) for i in incumbents]
     costs = [o.cost for _, o in done]
     series.append(Series("best so far", "steps", costs, best, strong=True))
     tests = [record.observations[i].metrics.get("test_loss") for i in incumbents]
     if all(t is not None for t in tests) and tests:
         series.append(Series("test loss of the best", "steps", costs, tests, colour=7))
     everything = [y for s in series for y in s.y]
+    log = bool(everything) and min(everything) > 0
+    bounds = from_start(start_losses([o for _, o in done], origins), everything, log)
+    marks = () if bounds is None else marks_above(bounds, log, points)
+    above = f" The axis ends at the median of the start; {len(marks[0].x)} trainings lie above it." if marks else ""
     return Chart(
         name=f"{prefix}progress",
-        title="F of each training",
+        title="Best F against cost",
         caption="Validation loss F at the trained weights against cost, in trainings with upper-level steps charged; "
-        "points by where the proposal came from. The test loss takes no part in the search.",
+        f"points by where the proposal came from. The test loss takes no part in the search.{above}",
         alt=f"{len(done)} trainings; the best F falls from {best[0]:.4g} to {best[-1]:.4g}."
         if best
         else "No training.",
         x_label="cost, in trainings",
         y_label="loss",
-        series=tuple(series),
-        y_log=bool(everything) and min(everything) > 0,
+        series=(*series, *marks),
+        y_log=log,
+        bounds=bounds,
     )
+
+
+def start_losses(done: Sequence[Observation], origins: Mapping[str, str]) -> list[float]:
+    """F at the start of a run: of its start design, or without one of the first quarter of its trainings. If there is a
+    test loss, the one that is higher, so that both stay in view."""
+    start = [o for o in done if origins.get(o.trial) in (START_DESIGN, GIVEN)] or done[: math.ceil(len(done) / 4)]
+    return [max(frames.known(o.upper_loss), o.metrics.get("test_loss", -math.inf)) for o in start]
 
 
 def running_lowest(record: Record) -> list[int]:
@@ -81,7 +107,7 @@ def origins_of(record: Record) -> dict[str, str]:
     saved = search_of(record)
     if saved is None:
         return {}
-    names = {"start": "start design", "region": "trust region", "global": "whole box", "given": "given",
+    names = {"start": START_DESIGN, "region": "trust region", "global": "whole box", "given": GIVEN,
              "fill": "space-filling", "unknown": "from elsewhere", "evaluated": "from earlier work"}  # fmt: skip
     origins = {trial: saved.state.trainings[index].proposal.origin for trial, index in saved.trials.items()}
     return {trial: names.get(origin, origin) for trial, origin in origins.items()}
@@ -93,30 +119,42 @@ def describe(hyperparameters: dict[str, Any]) -> str:
 
 
 def path_of_incumbent(record: Record, prefix: str) -> Chart:
-    """The hyperparameters of the incumbent over the run, each within its interval."""
+    """The hyperparameters of the incumbent over the run: in their unit if they share a scale, else as places."""
     done = [o for o in record.observations if o.upper_loss is not None]
-    names = [p.name for p in record.space]
     best = [record.observations[o.incumbent] for o in done]
+    values = [{named(path): v for path, v in leaves(b.hyperparameters).items()} for b in best]
     # More than eight curves cannot be told apart: the palette has eight colours.
-    shown = sorted(range(len(names)), key=lambda j: -spread([b.unit[j] for b in best]))[:8]
+    moved = sorted(range(len(record.space)), key=lambda j: -spread([b.unit[j] for b in best]))[:8]
+    shown = [(j, record.space[j]) for j in sorted(moved)]
+    own_unit = share_a_scale([p for _, p in shown]) and all(is_number(v.get(p.name)) for v in values for _, p in shown)
     series = tuple(
-        Series(names[j], "steps", [o.cost for o in done], [b.unit[j] for b in best], colour=number)
-        for number, j in enumerate(sorted(shown))
-    )
-    left = f" The {len(shown)} that moved most of {len(names)}." if len(names) > len(shown) else ""
+        Series(name, "steps", [o.cost for o in done],
+               [v[p.name] for v in values] if own_unit else [b.unit[j] for b in best],
+               colour=number, notes=[in_words(v.get(p.name, "-")) for v in values])
+        for number, ((j, p), name) in enumerate(zip(shown, search.short([p.name for _, p in shown]), strict=True))
+    )  # fmt: skip
+    left = f" The {len(shown)} that moved most of {len(record.space)}." if len(record.space) > len(shown) else ""
+    how = "" if own_unit else ", from 0 at its lower bound to 1 at its upper bound, on the scale that is searched"
     return Chart(
         name=f"{prefix}path",
-        title="Path of the incumbent",
-        caption="Each hyperparameter of the best training so far, from 0 at its lower bound to 1 at its upper bound, "
-        f"on the scale that is searched.{left}",
-        alt="Steps of "
-        + ", ".join(f"{s.name} from {s.y[0]:.2f} to {s.y[-1]:.2f}" for s in series if s.y)
-        + ", in shares of the interval.",
+        title="Hyperparameters of the best so far",
+        caption=f"Each hyperparameter of the training with the lowest F so far{how}.{left}",
+        alt="Steps of " + ", ".join(f"{s.name} from {s.y[0]:.3g} to {s.y[-1]:.3g}" for s in series if s.y) + ".",
         x_label="cost, in trainings",
-        y_label="place in its interval",
+        y_label="value" if own_unit else "place in its interval",
         series=series,
-        bounds=(-0.03, 1.03),
+        y_log=own_unit and shown[0][1].log,
+        bounds=None if own_unit else (-0.03, 1.03),
     )
+
+
+def share_a_scale(space: Sequence[Hyperparameter]) -> bool:
+    """Whether hyperparameters can be read off one axis: all on a logarithmic one, or all with the same interval."""
+    return all(p.log for p in space) or len({(p.low, p.high, p.log) for p in space}) == 1
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def spread(values: Sequence[float]) -> float:
@@ -201,51 +239,3 @@ def cost_split(record: Record, saved: SavedSearch | None, prefix: str) -> Chart:
         series=tuple(series),
         lanes=("cost",),
     )
-
-
-# Tables.
-
-
-def tables(record: Record) -> list[Table]:
-    """The result of a run, and the trainings that became the incumbent."""
-    done = [
-        (o.number if o.number is not None else place, o)
-        for place, o in enumerate(record.observations, 1)
-        if o.upper_loss is not None
-    ]
-    return [result(record, record.observations[-1].incumbent), improvements(done)] if done else []
-
-
-def result(record: Record, best: int) -> Table:
-    """The losses, hyperparameters and diagnostics of the incumbent, whose position is `best`."""
-    incumbent = record.observations[best]
-    name = "F (validation loss)" if record.metric == UPPER_LOSS else record.metric
-    rows = [(name, f"{incumbent.upper_loss:.6g}")]
-    if incumbent.feasible is not None:
-        rows.append(("keeps the constraints", "yes" if incumbent.feasible else "no"))
-    rows += [(name.replace("_", " "), f"{value:.6g}") for name, value in incumbent.metrics.items()]
-    refit = record.refits.get(best, {})
-    rows += [(f"{name.replace('_', ' ')} after refit", f"{value:.6g}") for name, value in refit.items()]
-    rows += [(named(path), in_words(value)) for path, value in leaves(incumbent.hyperparameters).items()]
-    rows.append(("cost, in trainings", f"{record.observations[-1].cost:.1f}"))
-    if record.verdict:
-        rows.append(("verdict", record.verdict))
-    for name, measure in record.diagnostics.items():
-        if measure is not None and math.isfinite(measure):
-            rows.append((name.replace("_", " "), f"{measure:.3g}"))
-    return Table("result", "Result", ("what", "value"), tuple(rows), "Of the training that the method returns.")
-
-
-def improvements(done: Sequence[tuple[int, Observation]]) -> Table:
-    """The completed trainings that were better than all before them, with their numbers; of those that keep the
-    constraints, if there are any."""
-    rows: list[tuple[str, ...]] = []
-    lowest = math.inf
-    for number, o in done:
-        if o.feasible is False or o.upper_loss is None or not o.upper_loss < lowest:
-            continue
-        lowest = o.upper_loss
-        test_loss = o.metrics.get("test_loss")
-        told = "-" if test_loss is None else f"{test_loss:.5g}"
-        rows.append((str(number), f"{o.cost:.1f}", f"{o.upper_loss:.5g}", told))
-    return Table("improvements", "Improvements", ("training", "cost", "F", "test loss"), tuple(rows))

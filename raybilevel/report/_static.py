@@ -10,7 +10,7 @@ from typing import Any
 from raybilevel.report._charts import PALETTE, Chart, Series
 
 DASHES = ("-", "--", ":", "-.")
-MARKERS = "osD^PX"
+MARKERS = "osDPX^"
 TEXT = {"svg.fonttype": "none", "svg.hashsalt": "raybilevel", "font.size": 10}
 """Texts in SVG files stay texts. The fixed salt makes identifiers, and so files, the same for the same data."""
 

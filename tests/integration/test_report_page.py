@@ -62,9 +62,9 @@ def test_the_page_works_offline_without_an_error(page_path: Path, browser: Any, 
         page.emulate_media(media="print")
         assert not page.locator("nav").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing sticks out
-    unfolded = page.locator("section:not(#runs) .plot").count()
+    unfolded = page.locator("section:not(#folded) .plot").count()
     assert unfolded >= 2
-    assert page.locator("section:not(#runs) .plot .main-svg").count() >= unfolded
+    assert page.locator("section:not(#folded) .plot .main-svg").count() >= unfolded
     ink = page.evaluate("getComputedStyle(document.body).color")
     assert (ink == "rgb(230, 237, 243)") == (look == "dark")
     # A folded run is drawn when it is opened.

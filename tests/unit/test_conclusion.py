@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from raybilevel._records.conclusion import conclude, hyperparameters
+from raybilevel._records.conclusion import conclude, hyperparameters, so_far
+from raybilevel._records.record import Observation, Record, Settings
 from raybilevel._records.summary import as_text, summary_of
 from raybilevel.methods import make_method
 from raybilevel.search_state import Proposal, SearchState, Training
@@ -63,6 +64,25 @@ def test_whether_the_constraints_are_kept_is_said() -> None:
     assert conclude(broken).found.endswith("; not feasible: ms <= 5 (6)")
     assert "training 1, the start, which is not feasible" in conclude(broken).helped
     assert conclude(broken).sure == "no training kept every constraint; this one is nearest to that"
+
+
+def test_a_run_under_way_says_what_it_has_so_far() -> None:
+    def training(number: int, accuracy: float, test: float) -> Observation:
+        values = {"decay": {"a": float(number)}}
+        return Observation(number=number, status="done", unit=(0.5,), hyperparameters=values, upper_loss=-accuracy,
+                           metrics={"test_loss": test})  # fmt: skip
+
+    record = Record(
+        kind="run", status="running", problem_name="p", method_name="default", metric="-accuracy",
+        settings=Settings(problem="p", options={}, method="default", seed=0, budget=5), epochs_per_training=1, space=(),
+        observations=(training(2, 0.9, 0.3), training(1, 0.8, 0.4)),
+    )  # fmt: skip
+    assert so_far(record).lines == (
+        "Found: accuracy 0.9 at training 2, decay/a 2.",
+        "Helped: yes; test loss 0.3, which was 0.4 at training 1, the start.",
+        "How sure: not yet; the run has not ended, or was stopped.",
+    )
+    assert so_far(record.model_copy(update={"observations": ()})).found == "nothing"
 
 
 def test_what_the_search_expects_of_new_data_is_said() -> None:

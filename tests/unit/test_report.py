@@ -130,6 +130,36 @@ def test_the_paired_test_is_against_the_peer_with_the_lowest_mean(runs: list[tup
     assert found[0].test.difference.mean == pytest.approx(difference)
 
 
+def test_test_losses_come_first_and_the_best_of_each_column_is_bold(runs: list[tuple[Run, Record]]) -> None:
+    found = [record for _, record in runs]
+    table = comparison.winners("ridge-2", found, METHODS)
+    assert table.headers[:4] == ("method", "test loss", "F at 3", "F at 6")
+    for column, header in enumerate(table.headers[1:4], 1):
+        bold = [row[0] for row in table.rows if row[column].startswith("**")]
+        means = {row[0]: float(row[column].split(" [")[0]) for row in table.plain_rows}
+        assert len(bold) == 1 and means[bold[0]] == min(means.values()), header
+    first, sure = comparison.conclusion(found)
+    means = {row[0]: float(row[1].split(" [")[0]) for row in table.plain_rows}
+    assert first.startswith(f"ridge-2: the lowest test loss is that of {min(means, key=means.__getitem__)} ")
+    assert sure == "How sure: with so few seeds no test can tell methods apart."
+
+
+def test_a_curve_that_stays_above_the_axis_is_named(runs: list[tuple[Run, Record]]) -> None:
+    _, record = runs[0]
+
+    def ending(method: str, losses: tuple[float, ...]) -> Record:
+        observations = tuple(
+            o.model_copy(update={"upper_loss": f, "incumbent": n})
+            for n, (o, f) in enumerate(zip(record.observations, losses, strict=False))
+        )
+        return record.model_copy(update={"method_name": method, "observations": observations})
+
+    records = [ending("a", (4.0, 1.0)), ending("b", (4.0, 2.0)), ending("c", (900.0, 800.0))]
+    chart = comparison.anytime("ridge-2", records, ["a", "b", "c"], "spent")
+    assert chart.bounds is not None and 0.8 < chart.bounds[0] < 1.0 and 4.0 < chart.bounds[1] < 5.0
+    assert "Above the axis to the end: c (800)." in chart.caption
+
+
 def test_what_did_not_end_well_is_named_and_in_no_average(folder: Path) -> None:
     from raybilevel import report
 

@@ -14,6 +14,7 @@ from raybilevel._records.record import Record
 from raybilevel._records.run_folder import record_of, settings_of
 from raybilevel.methods import make_method
 from raybilevel.problems.ridge import Ridge
+from raybilevel.report import _result as tables
 from raybilevel.report import _search as figures
 from raybilevel.report import _single as single
 from raybilevel.report._charts import Chart
@@ -39,13 +40,14 @@ def record(groups: int, cost: int = 9) -> Record:
 @pytest.fixture(scope="module", params=[1, 2, 5])
 def drawn(request: pytest.FixtureRequest) -> tuple[Record, dict[str, Chart]]:
     found = record(request.param)
-    return found, {chart.name: chart for chart in single.charts(found)}
+    kinds = (single.charts, single.inside_charts, single.cost_charts)
+    return found, {chart.name: chart for kind in kinds for chart in kind(found)}
 
 
 def test_every_figure_of_a_search_is_there_and_told_in_words(drawn: tuple[Record, dict[str, Chart]]) -> None:
     found, charts = drawn
     shape = "parallel" if len(found.space) > 2 else "value-function"
-    assert {"progress", "path", "predictions", shape, "sensitivities", "multipliers", "errors", "cost"} == set(charts)
+    assert {"progress", "path", "predictions", shape, "importance", "multipliers", "errors", "cost"} == set(charts)
     for chart in charts.values():
         assert chart.alt and chart.caption and chart.x_label + chart.y_label
         assert not chart.data().empty
@@ -58,13 +60,24 @@ def test_figures_show_what_was_trained(drawn: tuple[Record, dict[str, Chart]]) -
     done = [o for o in found.observations if o.upper_loss is not None]
     best = next(s for s in charts["progress"].series if s.name == "best so far")
     assert best.y == pytest.approx([min(o.upper_loss for o in done[: i + 1]) for i in range(len(done))])
-    points = [y for s in charts["progress"].series if s.kind == "points" for y in s.y]
+    chart = charts["progress"]
+    points = [y for s in chart.series if s.kind == "points" and s.name != "above the axis" for y in s.y]
     assert sorted(points) == pytest.approx(sorted(o.upper_loss for o in done))
     split = {s.name: s.length[0] for s in charts["cost"].series if s.length}
     assert split["trainings"] == len(done)
     assert sum(split.values()) == pytest.approx(found.observations[-1].cost, abs=1e-6)
-    table = dict(single.tables(found)[0].rows)
-    assert float(table["F (validation loss)"]) == pytest.approx(best.y[-1], rel=1e-5)
+    above = [y for y in points if chart.bounds is not None and y > chart.bounds[1]]
+    marked = [y for s in chart.series if s.name == "above the axis" for y in s.y]
+    assert len(marked) == len(above) and all(y <= chart.bounds[1] for y in marked if chart.bounds)
+    result, hyperparameters = tables.tables(found)
+    losses = dict(zip(result.headers, next(row for row in result.plain_rows if "result" in row[0]), strict=True))
+    assert float(losses["F (validation loss)"]) == pytest.approx(best.y[-1], rel=1e-4)
+    values = found.observations[found.observations[-1].incumbent].hyperparameters["decay"]
+    told = {row[0].removeprefix("decay/"): float(row[1]) for row in hyperparameters.plain_rows}
+    assert told == {name: pytest.approx(value, rel=1e-3) for name, value in values.items()}
+    assert {row[4] for row in hyperparameters.rows} == {"0.0001 to 10"}
+    shares = [float(row[2].rstrip("%")) for row in hyperparameters.rows]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=len(shares))
 
 
 def test_the_slice_goes_through_what_was_trained() -> None:
@@ -130,7 +143,9 @@ def test_the_best_of_a_search_with_constraints_keeps_them() -> None:
     marked = tuple(o.model_copy(update={"feasible": i != lowest}) for i, o in enumerate(found.observations))
     constrained = found.model_copy(update={"observations": marked})
     assert lowest not in single.running_lowest(constrained)[lowest:] and lowest in single.running_lowest(found)
-    assert len(single.tables(constrained)[1].rows) == len(single.tables(found)[1].rows) - 1
-    assert ("keeps the constraints", "no") in single.result(constrained, lowest).rows
-    assert ("keeps the constraints", "yes") in single.result(constrained, lowest - 1).rows
-    assert "keeps the constraints" not in dict(single.result(found, lowest).rows)
+    assert len(tables.improvements(constrained).rows) == len(tables.improvements(found).rows) - 1
+    for best, words in ((lowest, "It breaks the constraints."), (lowest - 1, "It keeps the constraints.")):
+        ended = marked[-1].model_copy(update={"incumbent": best})
+        shown = constrained.model_copy(update={"observations": (*marked[:-1], ended)})
+        assert words in tables.result(shown).note
+    assert "constraints" not in tables.result(found).note

@@ -12,6 +12,7 @@ import yaml
 
 from raybilevel._records.run_folder import read_run, search_of
 from raybilevel.errors import DataError, StateError
+from raybilevel.report import _result as tables
 from raybilevel.report import _single as single
 from raybilevel.search import _state_file as state_file
 from raybilevel.search_state import Proposal, SearchState, StepRecord, Training
@@ -111,9 +112,10 @@ def test_the_last_incumbent_is_the_training_that_was_returned(folder: Path) -> N
     (folder / "summary.json").write_text(json.dumps(summary))
     record = read_run(folder)
     assert [o.incumbent for o in record.observations] == [0, 1, 1, 1]
-    charts, (result, improvements) = single.charts(record), single.tables(record)
-    assert ("F (validation loss)", "3") in result.rows and ("test loss after refit", "0.25") in result.rows
-    assert [row[0] for row in improvements.rows] == ["2", "4"]
+    charts, result = single.charts(record), tables.tables(record)[0]
+    assert result.headers[:3] == ("", "test loss", "test loss after refit")
+    assert result.plain_rows[0][:3] == ["result, the start (training 2)", "0.5", "0.25"]
+    assert [row[0] for row in tables.improvements(record).rows] == ["2", "4"]
     line = next(s for chart in charts if chart.name == "progress" for s in chart.series if s.name == "best so far")
     assert line.y == [3.0, 2.0]
 
