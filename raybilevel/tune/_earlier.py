@@ -15,12 +15,13 @@ import pyarrow.fs
 from ray.tune.utils.util import flatten_dict
 
 from raybilevel._cluster.storage import locate
+from raybilevel._lower.checkpoint import without_numpy
 from raybilevel._metric_bounds import Bounds, MetricBound
 from raybilevel._metrics import FINISHED
 from raybilevel.errors import ConfigError, DataError, SpaceError, StateError
 from raybilevel.problem import BilevelProblem
 from raybilevel.search import BilevelOptimizer, Observation
-from raybilevel.space import check_values
+from raybilevel.space import check_points, check_values
 from raybilevel.tune._points import unflatten
 from raybilevel.tune._results import Objective
 from raybilevel.tune._snapshot import EXPERIMENT_STATE, TrialRecord, parse
@@ -168,6 +169,8 @@ class BeginsFromEarlier:
     _optimizer: BilevelOptimizer | None
     _bounds: Bounds = ()
     _earlier: Sequence[Evaluated] = ()
+    _early: list[tuple[Mapping[str, Any], float, bool]]
+    """Single points: configuration, metric, whether the trial failed."""
 
     @property
     @abstractmethod
@@ -217,7 +220,17 @@ class BeginsFromEarlier:
         search._take_earlier()
         return search
 
+    def _add_evaluated(self, parameters: Mapping[str, Any], value: float, error: bool) -> None:
+        optimizer = self._optimizer
+        assert optimizer is not None
+        nested = without_numpy(unflatten(parameters))
+        check_points([nested], optimizer.space, "evaluated points")
+        observation = None if error else Evaluated(nested, float(value)).observation(self._objective, self._bounds)
+        optimizer.add(f"evaluated-{len(optimizer.state.trainings)}", nested, observation)
+
     def _take_earlier(self) -> None:
         """Once the space is known, and not before."""
         if self._optimizer is not None:
+            for point in self._early:
+                self._add_evaluated(*point)
             take(self._optimizer, self._earlier, self._objective, self._bounds)

@@ -22,7 +22,7 @@ from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps
 from raybilevel._define_by_run import SpaceFunction
 from raybilevel._lower.checkpoint import without_numpy
-from raybilevel._metric_bounds import as_written, read_bounds
+from raybilevel._metric_bounds import Bounds, as_written, read_bounds
 from raybilevel._metrics import LOWER_LOSS
 from raybilevel._tune_changes.placeholders import filled, table_of_tune_run, take_over
 from raybilevel.errors import ConfigError, RaybilevelError
@@ -31,10 +31,10 @@ from raybilevel.problem import BilevelProblem
 from raybilevel.search import BilevelOptimizer
 from raybilevel.search import _state_file as state_file
 from raybilevel.search._calls import HyperparameterNotGivenError
-from raybilevel.space import check_points, flatten, nest
+from raybilevel.space import flatten, nest
 from raybilevel.tune._checkpoints import Checkpoints
-from raybilevel.tune._earlier import BeginsFromEarlier, Evaluated, evaluated
-from raybilevel.tune._points import reported_config, trained_in_the_space, unflatten
+from raybilevel.tune._earlier import BeginsFromEarlier, evaluated
+from raybilevel.tune._points import reported_config, trained_in_the_space
 from raybilevel.tune._results import MetricError, Objective, ran_to_its_end
 from raybilevel.tune._resume import ResumableSearcher, adopt_records, check_saved
 from raybilevel.tune._runs import FollowsRuns
@@ -128,10 +128,9 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         self._optimizer: BilevelOptimizer | None = None
         self.constants: Mapping[str, Any] = {}
         self._not_given: HyperparameterNotGivenError | None = None
-        self._early: list[tuple[Mapping[str, Any], float, bool]] = []
+        self._early = []
         if evaluated_rewards is not None:
-            self._early = evaluated(self._points, evaluated_rewards)
-            self._points = []
+            self._early, self._points = evaluated(self._points, evaluated_rewards), []
         self._samples: int | None = None
         self._completed: set[str] = set()
         self._begin_session()
@@ -253,17 +252,9 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         intermediate_values: list[float] | None = None,
     ) -> None:
         """A configuration whose metric is known from elsewhere; it informs the model of F, not the value function."""
-        if self._optimizer is not None:
-            self._add_evaluated(self._optimizer, parameters, value, error)
         self._early.append((parameters, value, error))
-
-    def _add_evaluated(
-        self, optimizer: BilevelOptimizer, parameters: Mapping[str, Any], value: float, error: bool
-    ) -> None:
-        nested = without_numpy(unflatten(parameters))
-        check_points([nested], optimizer.space, "evaluated points")
-        observation = None if error else Evaluated(nested, float(value)).observation(self._objective, self._bounds)
-        optimizer.add(f"evaluated-{len(optimizer.state.trainings)}", nested, observation)
+        if self._optimizer is not None:
+            self._add_evaluated(*self._early[-1])
 
     def save(self, checkpoint_path: str) -> None:
         if self._optimizer is None:
@@ -353,9 +344,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         self._metric, self._mode, self._not_given = objective.metric, objective.mode, None
         self.constants, self.method = found.constants, found.method
         self._optimizer = BilevelOptimizer(found.space, found.method, self.seed, self._slots.now, self._points)
-        # What is known from elsewhere comes last, as it needs the space.
-        for point in self._early:
-            self._add_evaluated(self._optimizer, *point)
+        # Last, as it needs the space.
         self._take_earlier()
 
     def _shared_by_steps(self) -> SharedBySteps:
@@ -382,11 +371,8 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
                 observation = self._objective.observe(trial_id, result, optimizer.space, unit, self._bounds)
         except MetricError as error:
             logger.error("%s It counts as failed", error)
-            if error.missing and not optimizer.state.done:
-                if error.metric == LOWER_LOSS:
-                    self._session.fatal = RaybilevelError(f"{error} A Repeater passes on means of the metric alone")
-                elif error.metric in as_written(self._bounds):
-                    self._session.fatal = error
+            if not optimizer.state.done and (fatal := always_missing(error, self._bounds)) is not None:
+                self._session.fatal = fatal
         optimizer.tell(trial_id, observation)
         index = optimizer.trials[trial_id]
         if observation is not None and observation.complete and result is not None:
@@ -408,6 +394,13 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin_session()
+
+
+def always_missing(error: MetricError, bounds: Bounds) -> RaybilevelError | None:
+    """The end of a search whose first trial lacks a metric that all will lack; None if others may have it."""
+    if error.missing and error.metric == LOWER_LOSS:
+        return RaybilevelError(f"{error} A Repeater passes on means of the metric alone")
+    return error if error.missing and error.metric in as_written(bounds) else None
 
 
 def check_arguments(
