@@ -2,10 +2,11 @@
 
     python -m benchmarks.generalisation --data DIR --out DIR
 
-Each problem is run on ten splits of its data at a cost of 25 trainings. The first table has the test loss of the
-trained weights and after a refit, and the paired difference of the refit to raybilevel's. The second holds the loss
-that a search expects on new data against the test loss. A figure for each problem has the test loss after a refit over
-the cost. DIR gets generalisation.md, figures/ and, in records/, every run. Those there are not run again.
+Each problem is run on ten splits of its data at a cost of 25 trainings. The first table has the test loss after a
+refit. The second adds F, the test loss of the trained weights, and the paired difference of the refit to raybilevel's.
+The third holds the loss that a search expects on new data against the test loss. A figure for each problem has the test
+loss after a refit over the cost. DIR gets generalisation.md, figures/ and, in records/, every run. Those there are not
+run again.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
     """outcomes: by problem, method and split."""
     return "\n\n".join(
         [
+            f"Test loss after a refit at cost {COST:g}, means over splits.",
+            overview(outcomes),
             f"Means over splits at cost {COST:g} with 95 % bootstrap intervals. The last column is the paired "
             "difference of the refit to raybilevel's: positive where raybilevel is better.",
             losses(outcomes),
@@ -110,6 +113,19 @@ def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
             "",
         ]
     )
+
+
+def overview(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
+    """A row for each problem and a column for each method, the lowest mean of a row in bold."""
+    lines = ["| problem | splits | " + " | ".join(METHODS) + " |", "| --- " * (len(METHODS) + 2) + "|"]
+    for problem, methods in outcomes.items():
+        refits = {m: [o.refit for o in splits.values() if o.refit is not None] for m, splits in methods.items()}
+        means = {method: statistics.fmean(known) for method, known in refits.items() if known}
+        least = min(means.values(), default=None)
+        cells = [f"{means[m]:.3f}" if m in means else "-" for m in METHODS]
+        bold = [f"**{cell}**" if least is not None and cell == f"{least:.3f}" else cell for cell in cells]
+        lines.append(f"| {problem} | {max(map(len, methods.values()))} | " + " | ".join(bold) + " |")
+    return "\n".join(lines)
 
 
 def losses(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:

@@ -58,6 +58,7 @@ def test_the_tables_say_who_wins() -> None:
     lowest = {s: Outcome(0.1, 0.3, 0.09 + 0.01 * s, 0.2, 0.1) for s in range(4)}
     text = report({"p": {OURS: ours, SHARED: shared, LOWEST: lowest}})
     lines = text.splitlines()
+    assert "| p | 4 | 0.115 | **0.105** | 0.165 | - | - | - |" in lines
     (against_shared,) = (line for line in lines if line.startswith(f"| p | {SHARED} | 4 |"))
     (against_lowest,) = (line for line in lines if line.startswith(f"| p | {LOWEST} | 4 |"))
     assert against_shared.endswith("| 0.050 [0.050, 0.050] win |")
