@@ -38,6 +38,8 @@ NAT = 1.0
 """The strongest tau within so much of the best log evidence is taken: the evidence is flat, the model too hopeful."""
 STEADY = 3
 """Steps of whose strengths the median is in use."""
+SAME_MERIT = 1e-6
+"""Two minima that differ by less are one, found twice."""
 REACH = 0.2
 """How far beyond the incumbent and its shrunk image x_tau is sought on a model of F."""
 
@@ -198,7 +200,8 @@ def modes(
     strengths: Sequence[float] = STRENGTHS,
     reach: float = REACH,
 ) -> Iterator[Mode]:
-    """For each strength, strong to weak, each begun where the one before has ended.
+    """For each strength, strong to weak. It is sought from where the one before has ended, and from where the next
+    weaker one did: what is found from the groups' means alone may stay in a valley beside that of `around`.
 
     seen:  directions along which hypergradients are known, shape (k, d).
     reach: how far beyond `around` and its shrunk image x_tau is sought.
@@ -210,14 +213,21 @@ def modes(
     low = (torch.minimum(x, around) - reach).clamp(0, 1)
     high = (torch.maximum(x, around) + reach).clamp(0, 1)
     basis = orthonormal(seen)
+    weakened: list[Tensor] = []
+    if not torch.equal(x, around):
+        other = around
+        for strength in reversed(strengths):
+            other = penalised_minimum(surface, groups, strength, low, high, other)
+            weakened.append(other)
     for strength in strengths:
         x = penalised_minimum(surface, groups, strength, low, high, x)
+        if weakened:
+            other = weakened.pop()
+            if merit(surface, groups, strength, other) < merit(surface, groups, strength, x) - SAME_MERIT:
+                x = other
         bends = curvatures(surface.hessian(x), basis, rank)
-        differing = off_mean(x, groups).square().sum().item()
         # log p(tau) of the module's docstring.
-        evidence = (
-            -examples * (surface.value(x) + strength * differing / 2) - (bends / strength).log1p().sum().item() / 2
-        )
+        evidence = -examples * merit(surface, groups, strength, x) - (bends / strength).log1p().sum().item() / 2
         supported = len(x) - rank + (bends / (bends + strength)).sum().item()
         yield Mode(strength, x, evidence, supported)
 
@@ -228,12 +238,17 @@ def strongest(found: Sequence[Mode]) -> Mode:
     return next(mode for mode in found if mode.evidence >= best - NAT)
 
 
+def merit(surface: LogLikelihood, groups: Groups, strength: float, x: Tensor) -> float:
+    """G + (tau / 2) |P x|^2."""
+    return surface.value(x) + strength / 2 * off_mean(x, groups).square().sum().item()
+
+
 def penalised_minimum(
     surface: LogLikelihood, groups: Groups, strength: float, low: Tensor, high: Tensor, start: Tensor
 ) -> Tensor:
-    """A local minimum of G + (tau / 2) |P x|^2 in a box, shape (d,), by L-BFGS-B."""
+    """A local minimum of `merit` in a box, shape (d,), by L-BFGS-B."""
 
-    def merit(point: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
+    def differentiated(point: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         x = torch.from_numpy(point)
         value, gradient = surface.value_and_gradient(x)
         off = off_mean(x, groups)
@@ -242,7 +257,9 @@ def penalised_minimum(
 
     bounds = torch.stack([low, high], 1).numpy()
     start = start.clamp(low, high)
-    found = minimize(merit, start.numpy(), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 200})
+    found = minimize(
+        differentiated, start.numpy(), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 200}
+    )
     return torch.from_numpy(found.x).clamp(low, high)
 
 

@@ -127,6 +127,38 @@ def test_the_evidence_of_a_quadratic_is_exact() -> None:
         assert mode.supported == pytest.approx(1 + (bends[1:] / (bends[1:] + mode.strength)).sum().item())
 
 
+class TwoValleys(Surface):
+    """G = -log(exp(-10 |x - 0.2|^2 - 0.5) + exp(-10 |x - c|^2)): the one around c is lower, the other on the mean."""
+
+    @classmethod
+    def make(cls, centre: Tensor) -> TwoValleys:
+        return cls(centre, centre, torch.eye(D).double(), centre, 0.0, 0.0, 1.0, 0.0, "log_likelihood")
+
+    def of_point(self, x: Tensor) -> Tensor:
+        valleys = torch.stack([-10 * (x - 0.2).square().sum() - 0.5, -10 * (x - self.points).square().sum()])
+        return -valleys.logsumexp(0)
+
+    def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
+        point = x.clone().requires_grad_()
+        value = self.of_point(point)
+        return value.item(), torch.autograd.grad(value, point)[0]
+
+    def hessian(self, x: Tensor) -> Tensor:
+        found = torch.autograd.functional.hessian(self.of_point, x)
+        assert isinstance(found, Tensor)
+        return found
+
+
+def test_a_valley_on_the_way_from_the_mean_does_not_hide_the_one_around_the_best() -> None:
+    around = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.double)
+    surface = TwoValleys.make(around)
+    found = list(modes(surface, GROUP, 500, around, off_mean(torch.eye(D).double(), GROUP)))
+    assert (found[0].x - 0.2).abs().max() < 0.05  # under the strongest the other valley is lower
+    assert (found[-1].x - around).abs().max() < 0.05
+    best = strongest(found)
+    assert (best.x - around).abs().max() < 0.1 and best.supported > 3
+
+
 def test_directions_that_were_not_seen_get_the_median_curvature() -> None:
     hessian = torch.diag(torch.tensor([4.0, 1.0, -2.0, 9.0, 9.0]).double())
     seen = torch.tensor([[1.0, 0, 0, 0, 0], [2.0, 0, 0, 0, 0], [0, 0.5, 0, 0, 0], [0, 0, 1.0, 0, 0]]).double()
