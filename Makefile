@@ -80,7 +80,8 @@ bench-algorithm: $(STAMP)
 		--editable ".[bench]"
 	$(BIN)/python -m benchmarks configs/bench/algorithm.yaml --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
-# What many hyperparameters are worth on new data: records and table in OUT. It takes an hour and can be resumed.
+# What many hyperparameters are worth on new data: records, tables and figures in OUT. Ten splits take hours, and
+# ARGS="--splits 3" one. It can be resumed.
 bench-generalisation: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
 		--editable ".[bench]"
