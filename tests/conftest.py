@@ -21,7 +21,7 @@ settings.register_profile("raybilevel", deadline=None, derandomize=True, max_exa
 settings.load_profile("raybilevel")
 
 WITHOUT_RAY = ("unit", "property", "contract", "convergence")
-BESIDE = ("test_step_dispatch.py", "test_tune_changes_on_ray.py")
+BESIDE = ("test_command_line.py", "test_examples.py", "test_step_dispatch.py", "test_tune_changes_on_ray.py")
 """Modules that start a Ray of their own, and may beside another one. They make both processes end together."""
 
 

@@ -108,6 +108,7 @@ class Waits(Default):
         return UpperResult(StepRecord(step.number, 0, 0.0), None, memory=node.encode())
 
 
+@pytest.mark.slow
 def test_steps_go_on_elsewhere_when_the_node_of_their_processes_is_lost(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

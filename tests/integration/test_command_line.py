@@ -31,6 +31,7 @@ def raybilevel(*arguments: str, timeout: float = 240) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_problem_of_ones_own_from_its_template_to_more_trainings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
