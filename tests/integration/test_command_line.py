@@ -58,7 +58,7 @@ def test_a_problem_of_ones_own_from_its_template_to_more_trainings(
             "wall_seconds", "history"} <= set(summary)  # fmt: skip
     assert set(summary["best"]) == {
         "training", "hyperparameters", "lower_loss", "upper_loss", "expected_upper_loss", "test_loss",
-        "test_loss_refit", "checkpoint",
+        "test_loss_refit", "checkpoint", "feasible",
     }  # fmt: skip
     assert summary["trainings"] == 5
     assert summary["failed_trainings"] == 0
