@@ -25,8 +25,8 @@ FAMILIES = {
 """What they print that can be judged."""
 NEED_DATA = {"few_shot", "graph_structure", "image_regulariser"}
 ELSEWHERE = {"cluster", "data_parallel", *FAMILIES}  # tests/cluster runs the second
-LONG = {"own_loop_problem", "own_loop_tune"}
-"""`test_own_loops_on_ray` has shorter ones of their kind."""
+LONG = {"large_upper_level", "own_loop_problem", "own_loop_tune"}
+"""`test_hypergradient_on_ray` and `test_own_loops_on_ray` have shorter ones of their kind."""
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in ELSEWHERE)
 
 

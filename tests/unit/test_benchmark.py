@@ -90,7 +90,7 @@ def test_every_method_keeps_to_its_budget_and_repeats_itself(method: str) -> Non
     assert Record.model_validate_json(first.model_dump_json()) == first
 
 
-@pytest.mark.parametrize("slots", [2, 5])
+@pytest.mark.parametrize("slots", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_slots_share_the_time(slots: int) -> None:
     problem = Ridge(groups=2)
     objective = Objective(problem, problem.space, 0, 8.0 * slots)

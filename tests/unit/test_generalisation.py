@@ -227,7 +227,7 @@ def run(problem: Means, cost: float = 20, seed: int = 0, slots: int = 1, **setti
     return optimizer
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_group_with_nothing_to_tell_apart_collapses(seed: int) -> None:
     problem = Means((0.4,) * 8, seed=seed)
     optimizer = run(problem)
