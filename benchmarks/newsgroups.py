@@ -80,12 +80,10 @@ class Newsgroups(Logistic):
         }
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
-        decay = torch.stack([hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)])
+        decays = [hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)]
         weight = torch.stack([hyperparameters["weight"][f"c{c}"] for c in range(self.classes)])
-        group = torch.arange(self.features, device=decay.device) * self.groups // self.features
-        penalty = (decay[group] * model.get_parameter("weight").square().sum(0)).sum() / 2
         loss = weight[batch.y] * cross_entropy(model(batch.x), batch.y, reduction="none")
-        return loss.mean() + penalty
+        return loss.mean() + self.group_penalty(model, decays)
 
 
 def _posts(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:

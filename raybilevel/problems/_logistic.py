@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,13 @@ class Logistic(Classification):
             tolerance_change=1e-12,
             line_search_fn="strong_wolfe",
         )
+
+    def group_penalty(self, model: nn.Module, decays: Sequence[Tensor]) -> Tensor:
+        """sum_g decay_g |W_g|^2 / 2 over groups g of neighbouring inputs."""
+        decay = torch.stack(list(decays))
+        group = torch.arange(self.features, device=decay.device) * len(decay) // self.features
+        # Over classes first: (classes, features) -> (features,).
+        return (decay[group] * model.get_parameter("weight").square().sum(0)).sum() / 2
 
 
 def pooled(images: Tensor, dtype: torch.dtype) -> Tensor:

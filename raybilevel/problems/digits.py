@@ -92,9 +92,5 @@ class DigitsLogistic(Logistic):
         return digits_splits(self.train, self.validation, self.split_seed, self.dtype)
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
-        decay = torch.stack([hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)])
-        group_of_pixel = torch.arange(PIXELS, device=decay.device) * self.groups // PIXELS
-        weight = model.get_parameter("weight")
-        # Over classes first: (classes, pixels) -> (pixels,).
-        penalty = (decay[group_of_pixel] * weight.square().sum(0)).sum() / 2
-        return cross_entropy(model(batch.x), batch.y) + penalty
+        decays = [hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)]
+        return cross_entropy(model(batch.x), batch.y) + self.group_penalty(model, decays)

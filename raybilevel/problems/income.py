@@ -64,11 +64,8 @@ class Income(Logistic):
         return {"lower": (x[lower], y[lower]), "upper": (x[upper], y[upper]), "test": _rows(self.data, TEST)}
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
-        decay = torch.stack([hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)])
-        group = torch.arange(FEATURES, device=decay.device) * self.groups // FEATURES
-        # Over classes first: (classes, features) -> (features,).
-        penalty = (decay[group] * model.get_parameter("weight").square().sum(0)).sum() / 2
-        return cross_entropy(model(batch.x), batch.y) + penalty
+        decays = [hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)]
+        return cross_entropy(model(batch.x), batch.y) + self.group_penalty(model, decays)
 
 
 def _rows(folder: str, file: Published) -> Examples:
