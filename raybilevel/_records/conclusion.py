@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from raybilevel._metrics import UPPER_LOSS
-from raybilevel._records.record import Observation, Record
+from raybilevel._records.record import Record
 from raybilevel._tree import leaves, named
 
 MOST_SHOWN = 5
@@ -64,16 +64,13 @@ def kept(summary: Mapping[str, Any]) -> str:
 
 def so_far(record: Record) -> Conclusion:
     """What a run has found that has no summary yet."""
-    known = [
-        (place if o.number is None else o.number, o)
-        for place, o in enumerate(record.observations, 1)
-        if o.upper_loss is not None
-    ]
-    sign, metric = (-1.0, record.metric[1:]) if record.metric.startswith("-") else (1.0, record.metric)
+    observations = record.observations
+    sign, metric = record.objective
 
-    def told(number: int, o: Observation) -> dict[str, Any]:
+    def told(position: int) -> dict[str, Any]:
+        o = observations[position]
         return {
-            "training": number,
+            "training": record.number_of(position),
             "hyperparameters": o.hyperparameters,
             "upper_loss": sign * (o.upper_loss or 0.0),
             "test_loss": o.metrics.get("test_loss"),
@@ -81,12 +78,13 @@ def so_far(record: Record) -> Conclusion:
             "feasible": o.feasible is not False,
         }
 
-    best = min(known, key=lambda found: (found[1].feasible is False, found[1].upper_loss or 0.0), default=None)
-    start = min(known, key=lambda found: found[0], default=None)
+    done = [i for i, o in enumerate(observations) if o.upper_loss is not None]
+    best = min(done, key=lambda i: (observations[i].feasible is False, observations[i].upper_loss or 0.0), default=None)
+    start = record.start
     return conclude({
         "metric": metric,
-        "best": best and told(*best),
-        "start": start and told(*start),
+        "best": None if best is None else told(best),
+        "start": None if start is None else told(start),
         "verdict": UNDER_WAY,
         "new_data": None,
     })  # fmt: skip

@@ -6,6 +6,7 @@ All have this one schema. Tables and figures are made from records alone.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -221,6 +222,23 @@ class Record(Stored):
     def lowest(self) -> float | None:
         """The lowest F of a completed training; None without one."""
         return min((o.upper_loss for o in self.observations if o.upper_loss is not None), default=None)
+
+    @property
+    def start(self) -> int | None:
+        """Position of the first training that was asked, of those that ran to their end."""
+        done = [i for i, o in enumerate(self.observations) if o.upper_loss is not None]
+        # Points whose F is known from elsewhere have the number 0.
+        return min(done, key=lambda i: self.number_of(i) or math.inf, default=None)
+
+    @property
+    def objective(self) -> tuple[float, str]:
+        """The sign that makes F of the record the metric as it was reported, and the metric's own name."""
+        return (-1.0, self.metric[1:]) if self.metric.startswith("-") else (1.0, self.metric)
+
+    def number_of(self, position: int) -> int:
+        """Of the training at a position, as it is shown."""
+        number = self.observations[position].number
+        return position + 1 if number is None else number
 
 
 def box(space: Space) -> tuple[Hyperparameter, ...]:

@@ -54,7 +54,7 @@ def name_of(record: Record, kind: str, folder: Path) -> str:
 def write_study(record: Record, storage: Any, name: str) -> str:
     import optuna
 
-    sign, metric = (-1.0, record.metric[1:]) if record.metric.startswith("-") else (1.0, record.metric)
+    sign, metric = record.objective
     study = optuna.create_study(
         storage=storage, study_name=name, direction="minimize" if sign > 0 else "maximize", load_if_exists=False
     )

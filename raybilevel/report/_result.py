@@ -34,21 +34,10 @@ def tables(record: Record) -> list[Table]:
     return [result(record), hyperparameters(record)]
 
 
-def number_of(record: Record, position: int) -> int:
-    number = record.observations[position].number
-    return position + 1 if number is None else number
-
-
-def start_of(record: Record) -> int:
-    """Position of the first training that was asked, of those that ran to their end."""
-    done = [i for i, o in enumerate(record.observations) if o.upper_loss is not None]
-    # Points whose F is known from elsewhere have the number 0.
-    return min(done, key=lambda i: number_of(record, i) or math.inf)
-
-
 def result(record: Record) -> Table:
     """Losses of the start, of the result and of the lowest F; test losses first, the best of each column bold."""
-    start, best = start_of(record), record.observations[-1].incumbent
+    start, best = record.start, record.observations[-1].incumbent
+    assert start is not None  # there is an F
     feasible = record.observations[best].feasible
     kept = "" if feasible is None else f"It {'keeps' if feasible else 'breaks'} the constraints. "
     # Where constraints can be kept, of the trainings that keep them.
@@ -59,7 +48,7 @@ def result(record: Record) -> Table:
     columns = columns_of(record)
     columns = {head: value for head, value in columns.items() if any(value(row) is not None for row in rows)}
     cells = [
-        (f"{name} (training {number_of(record, row)})", *(shown(head, row, rows, columns[head]) for head in columns))
+        (f"{name} (training {record.number_of(row)})", *(shown(head, row, rows, columns[head]) for head in columns))
         for row, name in rows.items()
     ]
     if best != start:
@@ -115,7 +104,8 @@ def change(before: float | None, after: float | None) -> str:
 
 def hyperparameters(record: Record) -> Table:
     """The hyperparameters of the result in their own units, the most important ones first."""
-    start, best = (record.observations[i] for i in (start_of(record), record.observations[-1].incumbent))
+    assert record.start is not None  # there is an F
+    start, best = (record.observations[i] for i in (record.start, record.observations[-1].incumbent))
     saved = search_of(record)
     at_start = {named(path): value for path, value in leaves(start.hyperparameters).items()}
     found = {named(path): value for path, value in leaves(best.hyperparameters).items()}
@@ -176,7 +166,7 @@ def improvements(record: Record) -> Table:
         test, upper = o.metrics.get("test_loss"), known(o.upper_loss)
         told = "-" if test is None else f"**{test:.5g}**" if test == min(tests) else f"{test:.5g}"
         lowest_f = f"**{upper:.5g}**" if upper == least else f"{upper:.5g}"
-        rows.append((str(number_of(record, place)), told, lowest_f, f"{o.cost:.1f}"))
+        rows.append((str(record.number_of(place)), told, lowest_f, f"{o.cost:.1f}"))
     return Table("improvements", "Improvements", ("training", "test loss", "F", "cost"), tuple(rows))
 
 
