@@ -37,7 +37,7 @@ from raybilevel.search._fresh import (
     check_same_start,
     check_unchanged,
     model_of_a_training,
-    optimizer_of_a_training,
+    optimizers_of_trainings,
     warn_of_scheduler,
 )
 from raybilevel.search._functions import followed_by_functions, read_by_functions
@@ -158,8 +158,7 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
         if another_loop:
             check_evaluate(problem, model, given)
         else:
-            # In this order: an optimizer that the problem keeps would be that of the earlier model.
-            optimizers = [optimizer_of_a_training(problem, one, plain) for one in (earlier, model)]
+            optimizers = optimizers_of_trainings(problem, (earlier, model), plain)
             warn_of_scheduler(problem, optimizers[1])
             # Steps of a training, and what they must not change.
             before = {key: tensor.clone() for key, tensor in shared.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,24 @@ def optimizer_of_a_training(
     return optimizer
 
 
+def optimizers_of_trainings(
+    problem: BilevelProblem, models: Sequence[nn.Module], config: Mapping[str, Any]
+) -> list[torch.optim.Optimizer]:
+    """What trains each of several models.
+
+    Raises:
+        ProblemError: it is no optimizer, trains parameters of something else, or is one object for two models.
+    """
+    # In the order of the models: an optimizer that the problem keeps would be that of the first.
+    optimizers = [optimizer_of_a_training(problem, model, config) for model in models]
+    if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
+        raise ProblemError(
+            f"{type(problem).__name__}.optimizer(model) returned the optimizer of an earlier model: its rates and "
+            "averages would outlive the training; make a new optimizer of model.parameters() at each call"
+        )
+    return optimizers
+
+
 def warn_of_scheduler(problem: BilevelProblem, optimizer: torch.optim.Optimizer) -> None:
     """A scheduler that `optimizer` makes, stepped by a hook of its own, is no part of a checkpoint."""
     if any("initial_lr" in group for group in optimizer.param_groups):  # which every scheduler of torch sets
@@ -127,6 +145,17 @@ def check_same_start(problem: BilevelProblem, earlier: nn.Module, later: nn.Modu
             f"{type(problem).__name__}.model() is another one after a step of training ({listed(different)}): each "
             "training would start from what the last one left; keep no weights of a training in the problem"
         )
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    """Its tensors as they are now."""
+    return {key: tensor.detach().clone() for key, tensor in tensors(model).items()}
+
+
+def changes(model: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
+    """The names of its tensors that are others than before."""
+    now = tensors(model)
+    return [key for key, tensor in before.items() if key not in now or not same(tensor, now[key])]
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

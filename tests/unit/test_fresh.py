@@ -128,6 +128,20 @@ def test_an_optimizer_of_an_earlier_training_is_refused():
         check_problem(Optimizers(again=True), DECAY)
 
 
+def test_an_optimizer_that_is_given_new_parameters_is_one_of_an_earlier_training():
+    class Refilled(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made = super().optimizer(super().model())
+
+        def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+            self.made.param_groups[0]["params"] = list(model.parameters())
+            return self.made
+
+    with pytest.raises(ProblemError, match=r"Refilled\.optimizer\(model\) returned the optimizer of an earlier model"):
+        check_problem(Refilled(), DECAY)
+
+
 def test_what_is_no_optimizer_is_refused():
     with pytest.raises(ProblemError, match="optimizer must return a torch optimizer, got tuple"):
         check_problem(Optimizers(again=False), DECAY)
