@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
@@ -292,12 +293,18 @@ def make_model(problem: BilevelProblem, config: Mapping[str, Any]) -> nn.Module:
     config: plain values, constants included, nested as the search space; likewise below.
 
     Raises:
-        ProblemError: it is no module.
+        ProblemError: it is no module, or has complex tensors.
     """
+    name = type(problem).__name__
     found = problem.model(config) if takes_hyperparameters(problem.model, others=0) else problem.model()
     if not isinstance(found, nn.Module):
-        name = type(problem).__name__
         raise ProblemError(f"{name}.model() must return a torch.nn.Module, got {type(found).__name__}")
+    for key, tensor in itertools.chain(found.named_parameters(), found.named_buffers()):
+        if tensor.is_complex():  # which the cast below would strip of its imaginary part
+            raise ProblemError(
+                f"{name}.model(): {key} is complex, and weights and buffers are real numbers of the problem's dtype; "
+                "keep torch.view_as_real of it, and take torch.view_as_complex where it is used"
+            )
     return found.to(problem.device, problem.dtype)
 
 

@@ -63,4 +63,9 @@ def is_count(value: Any) -> bool:
 
 def is_between(value: Any, low: float, high: float) -> bool:
     """Whether it is a number strictly between the two; infinity is below infinity."""
-    return isinstance(value, Real) and low < float(value) and (float(value) < high or value == high == math.inf)
+    return (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and low < float(value)
+        and (float(value) < high or value == high == math.inf)
+    )

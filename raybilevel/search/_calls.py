@@ -14,10 +14,15 @@ from raybilevel.errors import ProblemError, RaybilevelError
 from raybilevel.problem import BilevelProblem
 from raybilevel.space import flatten
 
+DTYPE = "weights and batches are cast to the problem's dtype; cast other tensors as well, or set dtype"
 HINTS = (
     ("Expected more than 1 value per channel", "batch normalisation needs two examples; drop a last batch of one"),
     ("must be float, not Tensor", "hyperparameters are tensors; raybilevel.functional has functions that take them"),
     ("must be float, but found element of type Tensor", "raybilevel.functional has functions that take tensors"),
+    ("Can't call numpy() on Tensor that requires grad", "torch's own functions keep the gradient, e.g. torch.sqrt"),
+    ("have the same dtype", DTYPE),
+    ("expected scalar type", DTYPE),
+    ("Found dtype", DTYPE),
     ("not compiled with CUDA", "the check runs where the search is made; place tensors on the device of the batch"),
     ("Found no NVIDIA driver", "the check runs where the search is made; place tensors on the device of the batch"),
     ("to be on the same device", "place tensors on the device of the batch"),

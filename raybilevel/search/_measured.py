@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from raybilevel._lower.random_numbers import common_random, random_state
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.problem import Batch, BilevelProblem, move, upper_loss
 from raybilevel.search._calls import Given, calling
-from raybilevel.search._fresh import listed, same, tensors
+from raybilevel.search._fresh import changes, copies, listed
 
 logger = logging.getLogger(__name__)
 
 SEEDS_OF_CHANCE = 8
 """So often a loss that draws random numbers is evaluated: what happens to one batch in three is hardly missed then."""
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Probe:
         """
         problem, batch = self.problem, move(raw, self.problem.device, self.problem.dtype)
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+        before = copies(model)
         model.eval()
         with calling(problem, f"{self.level}_loss"):
             if self.level == "lower":
@@ -72,11 +74,13 @@ class Probe:
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ProblemError(f"{self.name} must return a tensor of shape (), got {shape}")
+        if loss.is_complex():
+            raise ProblemError(f"{self.name} must return a real number, got one of {loss.dtype}; take .abs() or .real")
         if not math.isfinite(loss.item()):
             raise NotFiniteError(f"{self.name} is {loss.item()} at the start weights; check data and model")
         if not loss.requires_grad:
             raise ProblemError(f"{self.name} does not depend on the model's parameters")
-        changed = [key for key, buffer in before.items() if not same(buffer, tensors(model)[key])]
+        changed = changes(model, before)
         if model.training or changed:
             raise ProblemError(
                 f"{self.name} changes the model ({'train mode' if model.training else listed(changed)}) when it is "
@@ -87,6 +91,8 @@ class Probe:
             found = torch.autograd.grad(loss, [*self.searched.values(), *weights], allow_unused=True)
         in_x = dict(zip(self.searched, found, strict=False))
         in_y = found[len(in_x) :]
+        if all(slope is None for slope in in_y):  # of a model that is kept elsewhere, for instance
+            raise ProblemError(f"{self.name} does not depend on the model's parameters")
         # Embeddings may have sparse gradients.
         dense = [torch.zeros_like(w) if g is None else g.to_dense() for w, g in zip(weights, in_y, strict=True)]
         measured = Measured(loss.detach(), in_x, parameters_to_vector(dense))
@@ -105,13 +111,13 @@ class Probe:
         Raises:
             ProblemError: it is not.
         """
-        outside = state_outside_of_torch()
+        outside = self.state_outside_of_torch(model)
         with common_random(self.problem.device, seed=0):
             before = random_state(self.problem.device)
             once = self.measure(model, raw)
             drawn = before != random_state(self.problem.device)
-        # Python's and NumPy's random numbers are not seeded here: each call draws others.
-        if outside != state_outside_of_torch():
+        # Of these none is seeded here: each call draws others.
+        if outside != self.state_outside_of_torch(model):
             for _ in range(SEEDS_OF_CHANCE):
                 self.check_same(once, self.draw(model, raw, 0))
         self.check_same(once, self.draw(model, raw, 0))
@@ -133,6 +139,13 @@ class Probe:
     def draw(self, model: nn.Module, raw: Batch, seed: int) -> Measured:
         with common_random(self.problem.device, seed):
             return self.measure(model, raw)
+
+    def state_outside_of_torch(self, model: nn.Module) -> tuple[Any, ...]:
+        """Of the random numbers of Python and of NumPy, and of generators that the problem or the model keeps."""
+        _, keys, position, *_ = np.random.get_state()
+        kept = [value for owner in (self.problem, *model.modules()) for value in vars(owner).values()]
+        states = [pickle.dumps(value) for value in kept if type(value) in GENERATORS]
+        return random.getstate(), np.asarray(keys).tobytes(), position, states
 
     def check_same(self, one: Measured, two: Measured) -> None:
         """Whether two evaluations at one point agree.
@@ -195,9 +208,3 @@ def agree(a: Tensor, b: Tensor) -> bool:
     a, b = a[finite], b[finite]
     scale = max(a.norm().item(), b.norm().item())
     return bool((a - b).norm().item() <= 100 * torch.finfo(a.dtype).eps * scale)
-
-
-def state_outside_of_torch() -> tuple[Any, ...]:
-    """Of the random numbers of Python and of NumPy."""
-    _, keys, position, *_ = np.random.get_state()
-    return random.getstate(), np.asarray(keys).tobytes(), position

@@ -14,6 +14,7 @@ from raybilevel._lower.training import train_epoch
 from raybilevel.errors import CheckpointError, NotFiniteError, ProblemError
 from raybilevel.problem import Batch, BilevelProblem, evaluate, make_batches, make_refit_batches, move
 from raybilevel.search._calls import Given, calling
+from raybilevel.search._fresh import changes, copies, listed
 from raybilevel.search._repeatable import Look, look_at
 
 
@@ -64,11 +65,17 @@ def check_evaluate(problem: BilevelProblem, model: nn.Module, given: Given) -> N
     """Call the problem's `evaluate`.
 
     Raises:
-        ProblemError: it fails, or returns something else than numbers under names that are free.
+        ProblemError: it fails, changes the model, or returns something else than numbers under names that are free.
     """
     model.eval()
+    before = copies(model)
     with torch.no_grad(), calling(problem, "evaluate"):
         evaluate(problem, model, given)
+    if changed := changes(model, before):
+        raise ProblemError(
+            f"{type(problem).__name__}.evaluate changes the model ({listed(changed)}), which is trained on after it; "
+            "change a copy, e.g. copy.deepcopy(model)"
+        )
 
 
 def refit_look(problem: BilevelProblem, config: Mapping[str, Any]) -> Look | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler
 
 from raybilevel.errors import ProblemError
 from raybilevel.problem import Batch, BilevelProblem, Level, leaves, make_batches
@@ -179,10 +179,12 @@ def check_same_data(problem: BilevelProblem, level: WatchedLevel, config: Mappin
 
 def warn_of_left_out(batches: Any, what: str) -> None:
     """A loader that drops its last batch leaves out examples of the level's mean."""
-    if not isinstance(batches, DataLoader) or not batches.drop_last:
+    # A loader makes such a sampler of its own arguments, too.
+    sampler = getattr(batches, "batch_sampler", None)
+    if not isinstance(sampler, BatchSampler) or not sampler.drop_last:
         return
     try:
-        examples, size = len(batches.dataset), batches.batch_size  # type: ignore[arg-type]
+        examples, size = len(sampler.sampler), sampler.batch_size  # type: ignore[arg-type]
     except TypeError:  # a data set without a length
         return
     if size and examples % size:

@@ -58,6 +58,8 @@ def test_a_sound_problem_passes_and_leaves_the_random_numbers_alone():
         (lambda loss: loss.expand(2), r"must return a tensor of shape \(\), got \(2,\)"),
         (lambda loss: loss.item(), r"must return a tensor of shape \(\), got float"),
         (lambda loss: loss.detach(), "does not depend on the model's parameters"),
+        (lambda loss: loss.detach() * torch.ones((), requires_grad=True), "does not depend on the model's parameters"),
+        (lambda loss: loss * (1 + 1j), r"must return a real number, got one of torch\.complex128"),
     ],
 )
 def test_a_loss_that_cannot_be_differentiated(level: str, change: Callable[[Tensor], Any], message: str):
@@ -98,6 +100,29 @@ def test_a_model_that_cannot_be_trained(model: Callable[[], Any], message: str):
         check_problem(Broken(model=model), Ridge().space)
 
 
+def test_complex_weights_and_buffers_are_refused():
+    class Rotated(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 1, bias=False)
+            self.register_buffer("angles", torch.polar(torch.ones(3), torch.arange(3.0)))
+
+    with pytest.raises(ProblemError, match=r"model\(\): angles is complex.*torch\.view_as_real"):
+        check_problem(Broken(model=Rotated), Ridge().space)
+    with pytest.raises(ProblemError, match=r"model\(\): weight is complex"):
+        check_problem(Broken(model=lambda: nn.Linear(3, 1, dtype=torch.cfloat)), Ridge().space)
+
+
+def test_a_loss_that_changes_weights_is_refused():
+    class Clipped(Network):
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            with torch.no_grad():
+                model.get_parameter("0.weight").clamp_(-0.1, 0.1)
+            return super().lower_loss(model, hyperparameters, batch)
+
+    with pytest.raises(ProblemError, match=r"Clipped\.lower_loss changes the model \(0\.weight\)"):
+        check_problem(Clipped(), Space((Parameter(("decay",), 1e-4, 1.0, log=True),)))
+
+
 def test_frozen_parameters_are_no_parameters_to_train():
     with pytest.raises(ProblemError, match="no parameters to train"):
         check_problem(Broken(model=lambda: Ridge().model().requires_grad_(False)), Ridge().space)
@@ -110,7 +135,7 @@ def test_frozen_parameters_are_no_parameters_to_train():
         ("evaluate_every", [0, 1.5, "2"]),
         ("accumulate", [0, "2", None]),
         ("patience", [0, "3", 1.5]),
-        ("clip", [0, -1.0, math.nan, "1"]),
+        ("clip", [0, -1.0, math.nan, "1", True]),
         ("ema", [0, 1, "0.9"]),
         ("schedule_interval", ["epochs", None]),
         ("upper_likelihood", ["gauss"]),

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,44 @@ def test_a_tensor_where_torch_wants_a_float_leads_to_functions_that_take_tensors
 
     with pytest.raises(ProblemError, match=r"raised TypeError.*raybilevel\.functional"):
         check_problem(Smoothed(), DECAY)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "mat1 and mat2 must have the same dtype, but got Double and Float",
+        "expected scalar type Float but found Double",
+        "Found dtype Double but expected Float",
+    ],
+)
+def test_a_tensor_of_another_precision_leads_to_the_dtype_of_the_problem(message: str):
+    def raises(*_: Any) -> Any:
+        raise RuntimeError(message)
+
+    problem = Network()
+    problem.lower_loss = raises  # type: ignore[method-assign]
+    with pytest.raises(ProblemError, match=rf"{message}; weights and batches are cast to the problem's dtype"):
+        check_problem(problem, DECAY)
+
+
+def test_a_function_of_numpy_leads_to_those_of_torch():
+    class Rooted(Network):
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            return self.upper_loss(model, batch) * np.sqrt(hyperparameters["decay"])
+
+    with pytest.raises(ProblemError, match=r"raised RuntimeError: Can't call numpy.*torch's own functions keep the"):
+        check_problem(Rooted(), DECAY)
+
+
+def test_evaluate_leaves_the_model_alone():
+    class Pruned(Network):
+        def evaluate(self, model: nn.Module) -> dict[str, float]:
+            weight = model.get_parameter("0.weight")
+            weight.mul_(weight.abs() > 0.1)
+            return {"kept": float(weight.count_nonzero())}
+
+    with pytest.raises(ProblemError, match=r"Pruned\.evaluate changes the model \(0\.weight\), which is trained on"):
+        check_problem(Pruned(), DECAY)
 
 
 def test_lbfgs_takes_one_iteration_only():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from raybilevel.errors import ProblemError
 from raybilevel.problem import Hyperparameters, Level, minibatches
@@ -78,6 +78,38 @@ def test_chance_that_strikes_seldom_is_found_by_what_it_draws(source: Any, seed:
         check_problem(Noisy("lower", seldom), DECAY)
 
 
+@pytest.mark.parametrize(
+    "generator",
+    [torch.Generator().manual_seed(0), np.random.default_rng(0), np.random.RandomState(0), random.Random(0)],
+)
+def test_chance_of_a_generator_that_is_kept_is_found_by_what_it_draws(generator: Any):
+    """It strikes at the fifth evaluation."""
+    calls = []
+
+    def seldom(model: nn.Module, x: Tensor) -> Tensor:
+        calls.append(torch.rand((), generator=generator) if isinstance(generator, torch.Generator) else draw())
+        return x.flip(0) if len(calls) == 5 else x
+
+    def draw() -> Any:
+        return (generator.random if hasattr(generator, "random") else generator.rand)()
+
+    for owner in ("problem", "model"):
+        calls.clear()
+        problem = Noisy("lower", seldom)
+        if owner == "problem":
+            problem.generator = generator  # type: ignore[attr-defined]
+        else:
+            problem.model = lambda: with_generator(generator)  # type: ignore[method-assign]
+        with pytest.raises(ProblemError, match=r"Noisy\.lower_loss is not the same twice"):
+            check_problem(problem, DECAY)
+
+
+def with_generator(generator: Any) -> nn.Module:
+    model = Network().model()
+    model.generator = generator
+    return model
+
+
 class NoiseLevel(Network):
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
         noise = hyperparameters["decay"] * torch.randn_like(batch[0])
@@ -110,6 +142,8 @@ class Loaded(Network):
             return [parts[0], (parts[1][0] + torch.randn(8, 4), parts[1][1]), parts[2]]
         if self.kind == "incomplete":
             return DataLoader(data, 8, drop_last=True)
+        if self.kind == "incomplete sampler":
+            return DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 8, drop_last=True))
         if self.kind == "augmented":
             return [(self.x + torch.randn_like(self.x), self.y)]
         if self.kind == "subset":
@@ -129,8 +163,9 @@ def test_data_that_differ_from_pass_to_pass_are_refused(kind: str):
         check_problem(Loaded(kind), DECAY)
 
 
-def test_examples_that_a_loader_drops_are_said(caplog: pytest.LogCaptureFixture):
-    check_problem(Loaded("incomplete"), DECAY)
+@pytest.mark.parametrize("kind", ["incomplete", "incomplete sampler"])
+def test_examples_that_a_loader_drops_are_said(kind: str, caplog: pytest.LogCaptureFixture):
+    check_problem(Loaded(kind), DECAY)
     assert "Loaded.batches('lower', None): drop_last leaves out 7 of 23 examples" in caplog.text
 
 
