@@ -343,7 +343,7 @@ def report(
 @app.command()
 def watch(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, a comparison or a Tune experiment.", metavar="DIR")],
-    port: Annotated[int, typer.Option(help="Of the page; by default a free one.", metavar="N")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; by default a free one.", metavar="N")] = 0,
     open_it: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
     """Serve the report's page on this machine, and bring it up to date while the run is on. Ctrl-C ends it."""

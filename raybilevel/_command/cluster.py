@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ import ray
 
 from raybilevel._cluster.resources import nodes_alive
 from raybilevel.errors import ConfigError
+
+CONNECT_TIMEOUT_S = 10
 
 
 @contextmanager
@@ -49,6 +52,7 @@ def cluster(
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     else:
         try:
+            check_reachable(address)
             ray.init(address=address, **options)
         except ConnectionError as error:
             raise ConfigError(f"--address {address}: {str(error).splitlines()[0]}") from error
@@ -58,6 +62,21 @@ def cluster(
             yield address is None
     finally:
         ray.shutdown()
+
+
+def check_reachable(address: str) -> None:
+    """Try a connection to a host and a port. Ray itself tries for minutes, and says so in lines of its own.
+
+    Raises:
+        ConnectionError: nothing answers there.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon:  # a word of Ray's, such as auto
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConnectionError(f"nothing answers there ({error}); is it HOST:PORT of a running cluster?") from error
 
 
 def joined() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,14 @@ def test_a_step_requests_no_cpu_by_default() -> None:
 def test_ray_client_is_refused_with_advice() -> None:
     with pytest.raises(ConfigError, match="ray job submit"), cluster("ray://192.0.2.1:10001"):
         pass
+
+
+def test_an_address_at_which_nothing_answers_is_said_at_once() -> None:
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        for address in (f"127.0.0.1:{bound.getsockname()[1]}", "127.0.0.1:port", "127.0.0.1:99999999"):
+            with pytest.raises(ConfigError, match=f"--address {address}: nothing answers there"), cluster(address):
+                pass
 
 
 def test_a_run_resumes_with_all_that_leaves_what_is_known(tmp_path: Path) -> None:
