@@ -115,11 +115,10 @@ class CompareConfig(Checked):
     @classmethod
     def named(cls, raw: Any) -> Any:
         """Expand a list of methods to entries that are named after their method."""
-        if isinstance(raw, Mapping) and isinstance(raw.get("methods"), Sequence | Mapping):
-            entries = raw["methods"]
-            names = entries if isinstance(entries, Mapping) else {str(name): {"method": name} for name in entries}
-            return {**raw, "methods": names}
-        return raw
+        given = raw.get("methods") if isinstance(raw, Mapping) else None
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            return raw
+        return {**raw, "methods": {str(name): {"method": name} for name in given}}
 
     @model_validator(mode="after")
     def consistent(self) -> CompareConfig:
@@ -248,8 +247,12 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
         raise ConfigError(f"{path}: a config of one run; use `raybilevel run {path}`")
     if scale is not None:
         scales = raw.get("scales") or {}
+        if not isinstance(scales, dict) or not all(isinstance(keys, dict) for keys in scales.values()):
+            raise ConfigError(
+                f"{path}: scales: expected names with the keys that each replaces, {{small: {{seeds: 1}}}}"
+            )
         if scale not in scales:
-            raise ConfigError(f"{path}: no scale {scale!r}; it has {', '.join(scales) or 'none'}")
+            raise ConfigError(f"{path}: no scale {scale!r}; it has {', '.join(map(str, scales)) or 'none'}")
         # Before the problems' own files are read, as a scale may have other problems.
         raw |= scales[scale]
     raw.pop("scales", None)
@@ -257,10 +260,16 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
     # Last, so that an override also reaches what came from another file.
     for override in overrides:
         apply_override(raw, override)
-    for entry in (raw.get("problems") or {}).values():
+    for entry in entries(raw).values():
         if isinstance(entry, dict) and isinstance(entry.get("problem"), str):
             entry["problem"] = located(entry["problem"], Path(path).parent)
     return validated(CompareConfig, raw, path)
+
+
+def entries(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The problems of a comparison; none where they are no mapping, which the check of the whole refuses."""
+    problems = raw.get("problems")
+    return problems if isinstance(problems, dict) else {}
 
 
 def inline_configs(raw: dict[str, Any], folder: Path) -> None:
@@ -268,7 +277,7 @@ def inline_configs(raw: dict[str, Any], folder: Path) -> None:
 
     The config that is kept with the records then needs no other file.
     """
-    for name, entry in (raw.get("problems") or {}).items():
+    for name, entry in entries(raw).items():
         if not isinstance(entry, dict) or "config" not in entry:
             continue
         if "problem" in entry or "space" in entry:

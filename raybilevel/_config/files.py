@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from raybilevel.errors import ConfigError
 
@@ -16,16 +17,40 @@ UNION_TAG = "one of: "
 
 
 class Checked(BaseModel):
-    """A part of a config. It refuses unknown keys and is immutable."""
+    """A part of a config. It refuses unknown keys, and truth values for numbers, and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        # For pydantic true is 1. YAML reads yes and on as true.
+        if isinstance(value, bool) and kind in (int, float, int | None, float | None):
+            raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
 
+
+MERGE = "tag:yaml.org,2002:merge"
 Config = TypeVar("Config", bound=BaseModel)
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-6 is a number, as in YAML 1.2. For PyYAML, which is 1.1, it is a string."""
+    """Safe YAML in which 1e-6 is a number, as in YAML 1.2. For PyYAML, which is 1.1, it is a string.
+
+    A key that is given twice is an error, as YAML says. PyYAML takes the last one.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice; leave one out", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 # PyYAML finds a resolver by the first character of a value, so all that a number may begin with are listed.
@@ -93,16 +118,33 @@ def validated(kind: type[Config], raw: dict[str, Any], path: str | Path) -> Conf
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {mistake}" for mistake in mistakes(error))) from error
+        raise ConfigError("\n".join(f"{path}: {mistake}" for mistake in mistakes(kind, error))) from error
 
 
-def mistakes(error: ValidationError) -> list[str]:
+def mistakes(kind: type[BaseModel], error: ValidationError) -> list[str]:
     """The mistakes in a config, each with the dotted name of its key."""
     found = []
     for mistake in error.errors():
         key = ".".join(part for part in map(str, mistake["loc"]) if not part.startswith(UNION_TAG))
         # Pydantic puts "Value error, " before the text of a ValueError.
-        text = "no such key" if mistake["type"] == "extra_forbidden" else mistake["msg"].removeprefix("Value error, ")
+        text = mistake["msg"].removeprefix("Value error, ")
+        if mistake["type"] == "extra_forbidden":
+            text = f"no such key; choose one of {', '.join(part_at(kind, mistake['loc'][:-1]).model_fields)}"
         # A validator may report several mistakes, one a line.
         found += [f"{key}: {line}" if key else line for line in text.splitlines()]
     return found
+
+
+def part_at(kind: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
+    """The part of a config at a path. Places in lists, keys of dicts and tags of unions lead to no other part."""
+    for key in path:
+        if key in kind.model_fields:
+            kind = part_in(kind.model_fields[str(key)].annotation) or kind
+    return kind
+
+
+def part_in(annotation: Any) -> type[BaseModel] | None:
+    """The first part of a config in the type of a field."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := part_in(inner))), None)

@@ -68,14 +68,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources of a machine. Ray may be told to use less."""
+    """The resources of a machine. Ray may be told to use less.
+
+    memory: bytes.
+    """
 
     cpus: float
     gpus: float
+    memory: float
 
 
 def this_machine() -> Machine:
-    return Machine(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(float(os.cpu_count() or 1), float(torch.cuda.device_count()), float(memory))
 
 
 def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine | None = None) -> Plan:
@@ -204,7 +209,7 @@ def check_machine(config: ExperimentConfig, machine: Machine) -> None:
             "--address"
         )
     # Ray itself says nothing: what no node has is waited for without end.
-    has = {"CPU": machine.cpus, "GPU": machine.gpus}
+    has = {"CPU": machine.cpus, "GPU": machine.gpus, "memory": machine.memory}
     training, step = config.resources.of_training(config.on_gpu).bundles, config.resources.of_step(config.on_gpu)
     mistakes = []
     for key, what, bundles in (("lower", "a training", training), ("upper", "an upper-level step", (step,))):

@@ -94,7 +94,10 @@ def test_a_record_is_known_by_what_decides_its_result(tmp_path: Path) -> None:
         ({"methods": {"a": {"method": "random", "scheduler": {"max_t": 3}}}}, "the method has none"),
         ({"problems": {"x": {"problem": "ridge", "methods": ["asha"]}}}, "which is not among `methods`"),
         ({"only": ["y"]}, "`only` names the problem 'y'"),
+        ({"problems": ["ridge"]}, "problems: Input should be a valid dictionary"),
+        ({"problems": {"x": {"problem": "ridge", "seed": 3}}}, "problems.x.seed: no such key; choose one of problem,"),
         ({"problems": {"x": {"config": "no.yaml"}}}, "cannot read"),
+        ({"methods": "random"}, "methods: Input should be a valid dictionary"),
         ({"problems": {"x": {"config": "no.yaml", "problem": "ridge"}}}, "give either"),
     ],
 )
@@ -115,6 +118,9 @@ def test_what_is_wrong_with_a_problem_is_named(tmp_path: Path) -> None:
             read_comparison(written(tmp_path, problems={"x": problem})).runs(None)
     with pytest.raises(ConfigError, match=r"one run; use `raybilevel run .*digits.yaml`"):
         read_comparison(CONFIGS / "digits.yaml")
+    for scales in (["small"], {"small": 3}):
+        with pytest.raises(ConfigError, match="scales: expected names with the keys that each replaces"):
+            read_comparison(written(tmp_path, scales=scales), scale="small")
     with pytest.raises(ConfigError, match="no scale 'huge'; it has small"):
         read_comparison(written(tmp_path, scales={"small": {"seeds": 1}}), scale="huge")
 

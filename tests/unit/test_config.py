@@ -96,7 +96,13 @@ def test_overrides_reach_keys_of_a_saved_config_that_were_left_open(tmp_path: Pa
     [
         ("problem: digits\nspace: {}\n", None, "search: Field required"),
         (MINIMAL.replace("trainings: 3", "trainings: 0"), None, "search.trainings"),
-        (MINIMAL.replace("trainings: 3", "trials: 3"), None, "search.trials"),
+        (MINIMAL.replace("trainings: 3", "trainings: yes"), None, "search.trainings: expected a number, got true"),
+        (MINIMAL, "search.max_concurrent=true", "search.max_concurrent: expected a number, got true"),
+        (MINIMAL.replace("trainings: 3", "trials: 3"), None, "search.trials: no such key; choose one of trainings, me"),
+        (MINIMAL, "resources.lowr.cpu=1", "resources.lowr: no such key; choose one of lower, upper"),
+        (MINIMAL, "serach.trainings=3", "serach: no such key; choose one of problem, options, space, search, resour"),
+        (f"{MINIMAL}\nsearch: {{trainings: 4}}", None, "the key 'search' is given twice; leave one out"),
+        ("search: {trainings: 3, seed: 1, trainings: 4}", None, "the key 'trainings' is given twice"),
         (MINIMAL.replace("loguniform", "lognormal"), None, "decay: unknown domain 'lognormal'"),
         (MINIMAL.replace("[1e-6, 1.0]", "[1e-6]"), None, r"decay: loguniform takes \[low, high\]"),
         (MINIMAL.replace("[1e-6, 1.0]", "[1, 1e-6]"), None, "decay: the lower bound"),
@@ -130,6 +136,11 @@ def test_each_mistake_has_a_line_of_its_own(tmp_path: Path) -> None:
         read_config(path, ["search.trials=1", "space.decay=[1, 2]", "space.nested={a: {uniform: [2, 1]}}"])
     lines = str(caught.value).splitlines()
     assert len(lines) == 3 and all(line.startswith(f"{path}: ") for line in lines)
+
+
+def test_keys_that_are_merged_are_not_given_twice() -> None:
+    merged = parse_yaml("{base: &base {a: 1, b: 2}, more: {<<: *base, a: 3}}")
+    assert merged["more"] == {"a": 3, "b": 2}
 
 
 def test_numbers_with_an_exponent_are_numbers() -> None:

@@ -17,7 +17,7 @@ from raybilevel.space import STARTS, Parameter
 from tests.tiny_problems import Parabola
 
 SPACE = {"x": {"a": {"loguniform": [1e-4, 1e2]}, "kept": 3}}
-SMALL = Machine(cpus=2, gpus=0)
+SMALL = Machine(cpus=2, gpus=0, memory=8e9)
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,10 @@ def test_without_a_box_the_starts_of_descents_are_searched() -> None:
         (
             {"search": {"trainings": 1, "method": "paper", "constraints": {"score": ">= -1"}}},
             ["constraints: Paper takes none"],
+        ),
+        (
+            {"resources": {"upper": {"memory": 1e15}}},
+            ["resources.upper: an upper-level step asks for memory: 1e+15, this machine has 8e+09; ask for less"],
         ),
         ({"options": {"device": "cuda"}}, ["options.device: 'cuda', and this machine has no GPU"]),
     ],
