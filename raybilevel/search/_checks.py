@@ -41,7 +41,7 @@ from raybilevel.search._fresh import (
     warn_of_scheduler,
 )
 from raybilevel.search._functions import followed_by_functions, read_by_functions
-from raybilevel.search._measured import Probe
+from raybilevel.search._measured import Probe, agree
 from raybilevel.search._rehearsal import check_evaluate, rehearse
 from raybilevel.search._repeatable import WatchedLevel, check_level_names, check_same_data
 from raybilevel.space import Space, flatten, nest, sobol_points
@@ -70,7 +70,7 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
     trained; of a conditional space at a point of each of its parts. It is done on the problem's device, or on the CPU
     where this machine lacks that.
 
-    Constants that nothing reads are warned of, and so is a hyperparameter in which the gradient of f is exactly zero.
+    Constants that nothing reads are warned of, and so is a hyperparameter in f that changes no gradient in the weights.
 
     Returns the space, with the hyperparameters marked in which f is differentiable (`Parameter.smooth`). The others are
     searched by values of F, and so are those that `sample_from` functions follow.
@@ -105,8 +105,8 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
             )  # fmt: skip
     if dead:
         logger.warning(
-            "%s: the gradient of %s.lower_loss in it is exactly zero at several points, so that it is searched by "
-            "values of F; if it is no part of the loss, read it where it has an effect, e.g. in "
+            "%s: it changes nothing in the gradient of %s.lower_loss in the weights, so that it is searched by values "
+            "of F; if it is no part of the loss, read it where it has an effect, e.g. in "
             "optimizer(self, model, hyperparameters)", ", ".join(p.name for p in space.parameters if p.name in dead),
             name,
         )  # fmt: skip
@@ -174,7 +174,7 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
                 probes[level].check_nothing_kept(was, probes[level].draw(later, raw, 0))
         in_x = at_start[WatchedLevel("lower")].in_x
         smooth = [name for name, slope in in_x.items() if slope is not None]
-        dead = frozenset(at.without_slope(earlier, smooth))
+        dead = frozenset(at.without_effect(earlier, smooth))
     return Looked(frozenset(smooth) - dead, dead, plain.read)
 
 
@@ -217,9 +217,9 @@ class Points:
         searched = {p.name: entries[p.path] for p in self.space.parameters if p.path in entries}
         return Probe(self.problem, level, self.given(entries), searched)
 
-    def without_slope(self, model: nn.Module, names: Sequence[str]) -> list[str]:
-        """Of these hyperparameters, those in which the gradient of f is exactly zero on all data at all points, as of
-        `loss + 0 * x`. The weights are moved, as a penalty on weights that start at zero has no slope there.
+    def without_effect(self, model: nn.Module, names: Sequence[str]) -> list[str]:
+        """Of these hyperparameters, those that do not change the gradient of f in the weights, on all data at all
+        points, as in `loss + 0 * x`. The weights are moved, as a penalty on weights that start at zero has none there.
 
         model: its weights are changed.
         """
@@ -233,13 +233,23 @@ class Points:
             batches = make_batches(self.problem, "lower", None, self.first) if left else ()
             for raw in batches:
                 try:
-                    found = probe.draw(model, raw, 0).in_x
+                    felt = probe.felt(model, raw)
                 except (NotFiniteError, ProblemError):  # at this point; who can tell
                     return []
-                left = [name for name in left if (slope := found[name]) is None or slope == 0]
+                left = [name for name in left if name not in felt]
                 if not left:
                     return []
-        return left
+        # A detached backward pass hides second derivatives. Differences show them.
+        return [name for name in left if self.same_gradients(model, name)]
+
+    def same_gradients(self, model: nn.Module, name: str) -> bool:
+        """Whether the gradients of f in the weights are the same at two values of a hyperparameter."""
+        probe = self.probe("lower")
+        path = next(p.path for p in self.space.parameters if p.name == name and p.path in self.entries(0))
+        entries = self.entries(0)
+        moved = replace(probe, given=self.given({**entries, path: self.entries(1)[path]}), searched={})
+        batches = make_batches(self.problem, "lower", None, self.first)
+        return all(agree(probe.draw(model, raw, 0).in_y, moved.draw(model, raw, 0).in_y) for raw in batches)
 
 
 def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any]) -> None:

@@ -66,11 +66,7 @@ class Probe:
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         before = copies(model)
         model.eval()
-        with calling(problem, f"{self.level}_loss"):
-            if self.level == "lower":
-                loss = problem.lower_loss(model, self.given, batch)
-            else:
-                loss = upper_loss(problem, model, self.given, batch)
+        loss = self.loss(model, batch)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ProblemError(f"{self.name} must return a tensor of shape (), got {shape}")
@@ -102,6 +98,31 @@ class Probe:
                 "infinite; look for sqrt, norm or log at 0"
             )
         return measured
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        with calling(self.problem, f"{self.level}_loss"):
+            if self.level == "lower":
+                return self.problem.lower_loss(model, self.given, batch)
+            return upper_loss(self.problem, model, self.given, batch)
+
+    def felt(self, model: nn.Module, raw: Batch) -> set[str]:
+        """The hyperparameters that change the gradient in the weights, by a product with mixed second derivatives; all
+        of them where the loss cannot be differentiated twice."""
+        batch = move(raw, self.problem.device, self.problem.dtype)
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.eval()
+        with common_random(self.problem.device, seed=0):
+            loss = self.loss(model, batch)
+            try:
+                slopes = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+                # In one random direction: where all are zero so is its, and else it is not.
+                along = sum((torch.randn_like(slope) * slope).sum() for slope in slopes if slope is not None)
+                if not isinstance(along, Tensor) or not along.requires_grad:
+                    return set()
+                found = torch.autograd.grad(along, list(self.searched.values()), allow_unused=True)
+            except RuntimeError:  # as torch has it
+                return set(self.searched)
+        return {name for name, mixed in zip(self.searched, found, strict=True) if mixed is not None and mixed != 0}
 
     def check(self, model: nn.Module, raw: Batch) -> Measured:
         """The same, after making sure that it is the same at each call. A lower-level loss may draw torch's random
