@@ -41,6 +41,7 @@ class SpaceReader:
 
     constants: entries that stand in dicts and are always there. All others are `Fixed`.
     places:    coordinates of the hyperparameters at a path.
+    mistakes:  what is wrong with entries, a line each.
     """
 
     parameters: list[Parameter] = field(default_factory=list)
@@ -48,27 +49,39 @@ class SpaceReader:
     tuples: set[Path] = field(default_factory=set)
     constants: dict[Path, Any] = field(default_factory=dict)
     places: dict[Path, list[int]] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
 
     @property
     def space(self) -> Space:
         """What has been read.
 
         Raises:
-            SpaceError: there is nothing to search.
+            SpaceError: entries cannot be searched, or there is nothing to search. There is one line for each entry.
         """
+        if self.mistakes:
+            raise SpaceError("\n".join(self.mistakes))
+        if self.constants and not self.parameters:
+            given = ", ".join(f"{named(path)} = {value!r}" for path, value in self.constants.items())
+            raise SpaceError(
+                f"the space has constants only, {given}, and no hyperparameter to search; give at least one, e.g. "
+                "tune.loguniform(1e-6, 1.0)"
+            )
         constants = nest(self.constants)
         around = constants if any(isinstance(f.value, Dependent) for f in self.fixed) else {}
         return Space(tuple(self.parameters), tuple(self.fixed), frozenset(self.tuples), around)
 
     def read(self, node: Any, path: Path = (), when: Condition = (), inside: bool = False) -> None:
-        """Read a part of the tree.
+        """Read a part of the tree, and note what cannot be searched.
 
         when:   choices that must have been made for it to be there.
         inside: it stands in a list with others that are searched.
-
-        Raises:
-            SpaceError: an entry cannot be searched; it is named.
         """
+        try:
+            self._read(node, path, when, inside)
+        except SpaceError as error:
+            self.mistakes.append(str(error))
+
+    def _read(self, node: Any, path: Path, when: Condition, inside: bool) -> None:
         if isinstance(node, Leaf):
             self.add(Parameter.of(path, node.domain, node.arguments), when)
         elif isinstance(node, Choice):
@@ -76,7 +89,8 @@ class SpaceReader:
         elif isinstance(node, Mapping) and node:
             for key, entry in node.items():
                 if not isinstance(key, str):
-                    raise SpaceError(f"{named((*path, key))}: the key {key!r} is no text; write {str(key)!r}")
+                    self.mistakes.append(f"{named((*path, key))}: the key {key!r} is no text; write {str(key)!r}")
+                    continue
                 self.read(entry, (*path, key), when, inside)
         elif isinstance(node, list | tuple) and is_searched(node):
             if isinstance(node, tuple):
@@ -141,7 +155,7 @@ def read_tree(tree: Mapping[str, Any]) -> tuple[Space, dict[str, Any]]:
     """The space of a tree, and the nested constants around it.
 
     Raises:
-        SpaceError: an entry cannot be searched, or there is none.
+        SpaceError: entries cannot be searched, or there is none. There is one line for each.
     """
     reader = SpaceReader()
     for key, node in tree.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
@@ -395,5 +396,6 @@ def minibatches(
         yield tensors
         return
     order = torch.arange(rows) if generator is None else torch.randperm(rows, generator=generator)
-    for chosen in order.split(size):
+    # The size may be a number of NumPy, which torch does not take.
+    for chosen in order.split(operator.index(size)):
         yield tuple(tensor[chosen] for tensor in tensors)

@@ -382,6 +382,8 @@ def check_points(points: Sequence[Mapping[str, Any]], space: Space, name: str = 
     paths = {keys(path) for path in [p.path for p in searched] + [f.path for f in space.fixed]}
     wholes = {keys(p.path) for p in searched if p.choices}  # whose values may have parts, too
     wholes |= {keys(f.path) for f in space.fixed if isinstance(f.value, Mapping | list | tuple | Dependent)}
+    if isinstance(points, Mapping) or not all(isinstance(point, Mapping) for point in points):
+        raise SpaceError(f"{name}: expected a list of dicts, nested like the space, got {points!r}")
     for number, point in enumerate(points):
         given = [keys(path) for path in leaves(point) if path]
         unknown = [

@@ -249,7 +249,7 @@ def read_comparison(path: str | Path, overrides: Sequence[str] = (), scale: str 
         scales = raw.get("scales") or {}
         if not isinstance(scales, dict) or not all(isinstance(keys, dict) for keys in scales.values()):
             raise ConfigError(
-                f"{path}: scales: expected names with the keys that each replaces, {{small: {{seeds: 1}}}}"
+                f"{path}: scales: expected names with the keys that each replaces, e.g. {{small: {{seeds: 1}}}}"
             )
         if scale not in scales:
             raise ConfigError(f"{path}: no scale {scale!r}; it has {', '.join(map(str, scales)) or 'none'}")

@@ -133,3 +133,15 @@ def test_normal_domains_have_their_quantiles() -> None:
     assert space.parameters[0].slope(decoded.item()) == pytest.approx(slope[0].item(), rel=1e-9)
     assert space.encode(space.to_config(point.detach()))[0].item() == pytest.approx(0.3)
     assert space.to_config(point.detach())["y"] == 1.5  # of 1.28, the nearest multiple
+
+
+def test_all_that_is_wrong_with_a_space_is_said_at_once() -> None:
+    space = {"a": tune.uniform(2, 1), "b": {3: tune.uniform(0, 1), "c": tune.uniform(5, 4)}, "d": tune.uniform(0, 1)}
+    with pytest.raises(SpaceError) as caught:
+        split_param_space(space)
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == ["a", "b/3", "b/c"]
+
+
+def test_constants_that_were_meant_as_domains_are_shown() -> None:
+    with pytest.raises(SpaceError, match=r"constants only, a = \(1e-05, 1\.0\), b/low = 1\.0, and no hyperparameter"):
+        split_param_space({"a": (1e-5, 1.0), "b": {"low": 1.0}})

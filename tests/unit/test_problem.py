@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,10 @@ def test_the_size_of_a_batch_is_the_length_of_its_first_tensor(batch: object, si
 def test_minibatches_without_a_generator_keep_the_order():
     rows = torch.arange(7)
     assert [batch[0].tolist() for batch in minibatches((rows,), 3, None)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_the_size_of_minibatches_may_be_a_number_of_numpy():
+    assert [len(batch[0]) for batch in minibatches((torch.arange(7),), np.int64(3), None)] == [3, 3, 1]
 
 
 @pytest.mark.parametrize("size", [None, 7, 100])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raybilevel.errors import SpaceError
-from raybilevel.space import Parameter, Space, flatten, nest, sobol_points
+from raybilevel.space import Parameter, Space, check_points, flatten, nest, sobol_points
 from tests.problems_for_tests import vector
 
 LINEAR = Parameter(("a",), -1.0, 3.0)
@@ -154,3 +154,9 @@ def test_bounds_that_are_whole_numbers_are_floats_at_the_ends():
     parameter = Parameter(("decay",), 1, 10, log=True)
     assert [type(parameter.to_value(unit)) for unit in (0.0, 0.5, 1.0)] == [float] * 3
     assert parameter == Parameter(("decay",), 1.0, 10.0, log=True)
+
+
+@pytest.mark.parametrize("points", [{"a": 0.5}, ["a"], [None]])
+def test_points_that_are_no_list_of_dicts_are_refused(points: Any) -> None:
+    with pytest.raises(SpaceError, match="points_to_evaluate: expected a list of dicts, nested like the space, got"):
+        check_points(points, Space((Parameter(("a",), 0.0, 1.0),)))
