@@ -186,7 +186,7 @@ def check_length(products: Differences, found: Filtered, phi: Callable[[Tensor, 
     if left < (1 - MOST_SHORTENED) * whole:
         raise NoisyError(
             f"the lower-level loss is computed in {products.precision}, whose noise makes the hypergradient "
-            f"{100 * (1 - left / whole):.0f} % too short; leave autocast out of the losses and set that of the problem"
+            f"{100 * (1 - left / whole):.0f} % too short; compute the losses in float32, and set the problem's autocast"
         )
 
 

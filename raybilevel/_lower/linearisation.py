@@ -160,7 +160,7 @@ class Differences:
 
     gradient:  df/dy at (x, y), where it is known already.
     precision: in which gradients are computed; None for that of y.
-    coarse:    whether that is less than the precision of y.
+    coarse:    whether that is less than the precision of y, or than float32.
     apart:     how far apart two points are whose gradients are subtracted.
     noise:     of the first product, relative, where that is not known to be small; 0 else, and infinite before it.
 
@@ -178,7 +178,7 @@ class Differences:
         self.functions, self.x, self.y = functions, x, y
         self.gradient = functions.lower(x, y).in_y if gradient is None else gradient
         self.precision = precision or y.dtype
-        self.coarse = self.precision != y.dtype
+        self.coarse = self.precision != y.dtype or torch.finfo(y.dtype).eps > torch.finfo(torch.float32).eps
         self.apart, self.noise = difference(y, precision), math.inf
 
     def hessian(self, direction: Tensor) -> Tensor:

@@ -386,8 +386,10 @@ def test_a_difference_is_as_long_as_the_noise_of_gradients_asks(
     assert (found[1] - found[0]).norm() <= error * found[0].norm()
 
 
-@pytest.mark.parametrize("time", [500.0, math.inf])
-def test_a_hypergradient_that_coarse_gradients_shorten_is_left_out(time: float):
+@pytest.mark.parametrize(
+    ("time", "dtype"), [(500.0, torch.float32), (math.inf, torch.float32), (500.0, torch.bfloat16)]
+)
+def test_a_hypergradient_that_coarse_gradients_shorten_is_left_out(time: float, dtype: torch.dtype):
     """A long training answers along curvatures that such gradients cannot tell from 0."""
     scales = torch.tensor([1.0, 1e-4])
 
@@ -395,8 +397,8 @@ def test_a_hypergradient_that_coarse_gradients_shorten_is_left_out(time: float):
         return (scales * (y.bfloat16().float() - x[0]).square()).sum() / 2
 
     problem = Formula(1, 2, lower, lambda y: y.sum())
-    problem.dtype = torch.float32
-    model = problem.model()
+    problem.dtype = dtype
+    model = problem.model().to(dtype)
     with torch.no_grad():
         model.get_parameter("weight").copy_(torch.tensor([[1.3, 0.7]]))
     point = point_at(problem, model, vector(0.5))
