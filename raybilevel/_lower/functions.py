@@ -75,8 +75,9 @@ class BothLevels(ABC):
             nonlocal total
             total += part.loss.item() * part.weight
 
-        with torch.no_grad():
-            weights = self.visit(level, x, y, take)
+        # Of tensors without a gradient there is no graph, unless a loss differentiates its model itself. That it may.
+        with torch.enable_grad():
+            weights = self.visit(level, x.detach(), y.detach(), take)
         return self.mean(total, weights).value
 
     def loss_at(self, level: Level, x: Tensor, y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +45,6 @@ class Levels(BothLevels):
         self._draws: dict[Level, int] = {}
         self._held: dict[Level, tuple[Batch, int]] = {}
         self._placed = _Placed(model, variables.module)
-        self._recurrent = any(isinstance(part, nn.RNNBase) for part in self._placed.modules())
         check_dense(type(problem).__name__, self._placed)
         if variables.module is not None:  # during a training of the model, too
             variables.module.eval()
@@ -113,7 +112,7 @@ class Levels(BothLevels):
 
         # Each time, since a training puts its model back into train mode.
         self._placed.eval()
-        with differentiable_in_eval_mode() if self._recurrent else nullcontext():
+        with differentiable_in_eval_mode(self._placed):
             count: int = self._at(x, y, all_draws)
         self.examples[level] = count
         if level == "lower":
@@ -172,10 +171,11 @@ class Levels(BothLevels):
 
 
 @contextmanager
-def differentiable_in_eval_mode() -> Iterator[None]:
+def differentiable_in_eval_mode(modules: nn.Module) -> Iterator[None]:
     """Inside the block recurrent layers are torch's own: those of cuDNN refuse a backward pass in eval mode."""
     before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
+    if any(isinstance(part, nn.RNNBase) for part in modules.modules()):
+        torch.backends.cudnn.enabled = False
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import logging
 import math
 import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from raybilevel._lower.levels import differentiable_in_eval_mode
 from raybilevel._lower.random_numbers import common_random, random_state
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.problem import Batch, BilevelProblem, move, upper_loss
@@ -62,11 +63,12 @@ class Probe:
             ProblemError: it fails, is no scalar, does not depend on the weights, or changes the model.
             NotFiniteError: it is NaN or infinite, or so is the gradient that a training follows.
         """
-        problem, batch = self.problem, move(raw, self.problem.device, self.problem.dtype)
-        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        before = copies(model)
-        model.eval()
-        loss = self.loss(model, batch)
+        with differentiable_in_eval_mode(model):
+            return self._measure(model, raw)
+
+    def _measure(self, model: nn.Module, raw: Batch) -> Measured:
+        weights, before = trained(model), copies(model)
+        loss = self.loss(model, raw)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ProblemError(f"{self.name} must return a tensor of shape (), got {shape}")
@@ -82,16 +84,19 @@ class Probe:
                 f"{self.name} changes the model ({'train mode' if model.training else listed(changed)}) when it is "
                 "called in eval mode; leave model.train() and what follows from it to the training"
             )
-        with calling(problem, f"{self.level}_loss, differentiated,"):
+        with calling(self.problem, f"{self.level}_loss, differentiated,"):
             # In one call, since the graph is freed by it.
             found = torch.autograd.grad(loss, [*self.searched.values(), *weights], allow_unused=True)
         in_x = dict(zip(self.searched, found, strict=False))
         in_y = found[len(in_x) :]
         if all(slope is None for slope in in_y):  # of a model that is kept elsewhere, for instance
             raise ProblemError(f"{self.name} does not depend on the model's parameters")
-        # Embeddings may have sparse gradients.
-        dense = [torch.zeros_like(w) if g is None else g.to_dense() for w, g in zip(weights, in_y, strict=True)]
-        measured = Measured(loss.detach(), in_x, parameters_to_vector(dense))
+        if any(slope is not None and slope.layout != torch.strided for slope in in_y):
+            raise ProblemError(
+                f"{self.name} has sparse gradients, as of an embedding, and raybilevel needs gradients of all weights "
+                "as one vector; leave out sparse=True"
+            )
+        measured = Measured(loss.detach(), in_x, as_vector(in_y, weights))
         if self.level == "lower" and not measured.in_y.isfinite().all():
             raise NotFiniteError(
                 f"{self.name} is {loss.item():.6g} at the start weights, but its gradient in the weights is NaN or "
@@ -99,7 +104,10 @@ class Probe:
             )
         return measured
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, raw: Batch) -> Tensor:
+        """In eval mode."""
+        batch = move(raw, self.problem.device, self.problem.dtype)
+        model.eval()
         with calling(self.problem, f"{self.level}_loss"):
             if self.level == "lower":
                 return self.problem.lower_loss(model, self.given, batch)
@@ -108,13 +116,10 @@ class Probe:
     def felt(self, model: nn.Module, raw: Batch) -> set[str]:
         """The hyperparameters that change the gradient in the weights, by a product with mixed second derivatives; all
         of them where the loss cannot be differentiated twice."""
-        batch = move(raw, self.problem.device, self.problem.dtype)
-        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        model.eval()
-        with common_random(self.problem.device, seed=0):
-            loss = self.loss(model, batch)
+        with common_random(self.problem.device, seed=0), differentiable_in_eval_mode(model):
+            loss = self.loss(model, raw)
             try:
-                slopes = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+                slopes = torch.autograd.grad(loss, trained(model), create_graph=True, allow_unused=True)
                 # In one random direction: where all are zero so is its, and else it is not.
                 along = sum((torch.randn_like(slope) * slope).sum() for slope in slopes if slope is not None)
                 if not isinstance(along, Tensor) or not along.requires_grad:
@@ -142,6 +147,7 @@ class Probe:
             for _ in range(SEEDS_OF_CHANCE):
                 self.check_same(once, self.draw(model, raw, 0))
         self.check_same(once, self.draw(model, raw, 0))
+        self.check_backward(once, model, raw)
         if not drawn:
             return once
         # From 1, as seed 0 is that of `once`.
@@ -156,6 +162,26 @@ class Probe:
         for other in others:
             self.check_same(once, other)
         return once
+
+    def check_backward(self, measured: Measured, model: nn.Module, raw: Batch) -> None:
+        """Whether the backward pass of a training gives the gradient that was measured.
+
+        Raises:
+            ProblemError: it does not.
+        """
+        weights = trained(model)
+        with common_random(self.problem.device, seed=0), differentiable_in_eval_mode(model):
+            loss = self.loss(model, raw)
+            with calling(self.problem, f"{self.level}_loss, differentiated,"):
+                loss.backward()
+        in_y = as_vector([weight.grad for weight in weights], weights)
+        model.zero_grad()
+        if not agree(measured.in_y, in_y):
+            raise ProblemError(
+                f"{self.name} has another gradient in the weights by torch.autograd.grad than by backward() "
+                f"({measured.in_y.norm().item():.6g} and {in_y.norm().item():.6g}, norms), and raybilevel takes both; "
+                "with torch.utils.checkpoint give use_reentrant=False"
+            )
 
     def draw(self, model: nn.Module, raw: Batch, seed: int) -> Measured:
         with common_random(self.problem.device, seed):
@@ -195,6 +221,16 @@ class Probe:
                 f"is {a:.6g} before and {b:.6g} after (norms); keep nothing of a training in the problem, and change "
                 "no data in place"
             )
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def as_vector(slopes: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
+    """Gradients in the weights, shape (n,); None is 0."""
+    pairs = zip(slopes, weights, strict=True)
+    return parameters_to_vector([torch.zeros_like(w) if g is None else g for g, w in pairs])
 
 
 def difference(one: Measured, two: Measured) -> tuple[str, float, float] | None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from raybilevel.errors import ConfigError, NotFiniteError, ProblemError
 from raybilevel.methods import Default, HypergradientDescent, Paper
@@ -110,6 +111,38 @@ def test_complex_weights_and_buffers_are_refused():
         check_problem(Broken(model=Rotated), Ridge().space)
     with pytest.raises(ProblemError, match=r"model\(\): weight is complex"):
         check_problem(Broken(model=lambda: nn.Linear(3, 1, dtype=torch.cfloat)), Ridge().space)
+
+
+class Looked(Network):
+    """Logits of a table, whose gradient has the rows that were looked up."""
+
+    def model(self) -> nn.Module:
+        return nn.Linear(2, 4)
+
+    def upper_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        logits = nn.functional.embedding(batch[1], model.get_parameter("weight"), sparse=True)
+        return nn.functional.cross_entropy(logits, batch[1])
+
+
+class Recomputed(Network):
+    """Its first layer runs again in a backward pass of its own."""
+
+    def upper_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        inputs = batch[0].clone().requires_grad_()
+        hidden = checkpoint(model.get_submodule("0"), inputs, use_reentrant=True)
+        return nn.functional.cross_entropy(model.get_submodule("4")(hidden), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Looked, "has sparse gradients, as of an embedding"),
+        (Recomputed, r"has another gradient in the weights by torch\.autograd\.grad than.*use_reentrant=False"),
+    ],
+)
+def test_gradients_that_only_a_training_has_are_refused(kind: type[Network], words: str):
+    with pytest.raises(ProblemError, match=rf"{kind.__name__}\.\w+_loss {words}"):
+        check_problem(kind(), Space((Parameter(("decay",), 1e-4, 1.0, log=True),)))
 
 
 def test_a_loss_that_changes_weights_is_refused():

@@ -10,10 +10,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from raybilevel._lower.levels import Levels
-from raybilevel._lower.training import LowerLevelTraining
+from raybilevel._lower.training import LowerLevelTraining, train
 from raybilevel._lower.variables import ConfigVariables
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.problem import BilevelProblem, Hyperparameters
+from raybilevel.search import check_problem
+from raybilevel.space import Parameter, Space
 from tests.problems_for_tests import Network, Ridge, levels_at, vector
 
 X = vector(0.1, 2.0, 0.5)
@@ -198,6 +200,27 @@ def test_recurrent_layers_are_differentiated_in_eval_mode():
     product = levels.linearise(x, y).hessian(y)
     assert found.any() and product.any()
     assert torch.backends.cudnn.enabled is before is True
+
+
+def test_recurrent_layers_are_differentiated_in_eval_mode_by_the_checks_too():
+    check_problem(Recurrent(), Space((Parameter(("decay",), 1e-4, 1.0, log=True),)))
+    assert torch.backends.cudnn.enabled
+
+
+def test_a_loss_may_differentiate_its_model_itself():
+    """As a penalty on the slope in the inputs does."""
+
+    class Smooth(Ridge):
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            inputs = batch[0].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+            # Of a linear model it is the weights themselves, in each row.
+            penalty = (self.decay(hyperparameters) * slope.square().mean(0)).sum() / 2
+            return self.upper_loss(model, batch) + penalty
+
+    found, expected = (train(problem, problem.config(X))[0] for problem in (Smooth(), Ridge()))
+    assert found.lower_loss == pytest.approx(expected.lower_loss, rel=1e-10)
+    assert found.upper_loss == pytest.approx(expected.upper_loss, rel=1e-8)
 
 
 def test_sparse_gradients_are_refused():
