@@ -13,6 +13,8 @@ ALIKE_AT_MOST = 3
 NOT_OF_THE_PROBLEM = ("ray.exceptions.", NotFiniteError.__name__)
 """Causes that another point, or another node, may not have."""
 
+NUMBER = re.compile(r"0x[0-9a-f]+|-?\d+(\.\d*)?(e[-+]?\d+)?")
+
 ErrorFile = Callable[[str], str | None]
 """Where the error of a trial is kept; None where that is not known."""
 
@@ -35,8 +37,8 @@ class FailedTrainings:
             cause = None if path is None else read_cause(path)
             if cause is None or any(name in cause for name in NOT_OF_THE_PROBLEM):
                 continue
-            # Causes that differ by a number alone, e.g. a size or an address, are the same.
-            alike = re.sub(r"\d+", "#", cause)
+            # Causes that differ by a number alone, e.g. a size, an address or a hyperparameter, are the same.
+            alike = NUMBER.sub("#", cause)
             self._causes[alike] += 1
             if self._causes[alike] >= ALIKE_AT_MOST:
                 return RaybilevelError(
