@@ -12,10 +12,11 @@ from raybilevel._lower import checkpoint
 from raybilevel._lower.passes import Passes
 from raybilevel._lower.training import train_epoch
 from raybilevel.errors import CheckpointError, NotFiniteError, ProblemError
-from raybilevel.problem import Batch, BilevelProblem, evaluate, make_batches, make_refit_batches, move
+from raybilevel.problem import Batch, BilevelProblem, evaluate, make_refit_batches, move
 from raybilevel.search._calls import Given, calling
 from raybilevel.search._fresh import changes, copies, listed
 from raybilevel.search._repeatable import Look, look_at
+from raybilevel.search._same_again import look_at_shuffled, warn_of_other_steps
 
 
 def rehearse(
@@ -26,7 +27,7 @@ def rehearse(
     config: Mapping[str, Any],
 ) -> None:
     """Call everything that a training calls: a step in train mode on the first and on the last batch, a
-    checkpoint, `evaluate`, and the loss on a batch for the refit.
+    checkpoint, `evaluate`, and the loss on a batch for the refit. What is not the same again is warned of.
 
     config: the hyperparameters as plain values; in `given` they are tensors.
 
@@ -36,24 +37,29 @@ def rehearse(
     for group in optimizer.param_groups:
         if "max_iter" in group:  # L-BFGS: one iteration is enough here
             group.update(max_iter=1, max_eval=2)
-    with calling(problem, "batches('lower', generator)"):
-        batches = make_batches(problem, "lower", torch.Generator().manual_seed(0), config)
-    seen = look_at(batches, "batches('lower', generator)", problem)
+    seen = look_at_shuffled(problem, config)
 
-    def loss(batch: Batch) -> Tensor:
+    def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         return problem.lower_loss(model, given, batch)
 
+    def loss(batch: Batch) -> Tensor:
+        return loss_of(model, batch)
+
+    diverges = False
     for raw in (seen.first, seen.last):
         with calling(problem, f"lower_loss, in train mode on a batch of {problem.batch_size(raw)},"):
             try:
                 train_epoch(problem, model, optimizer, [raw], loss, Passes(), "at the centre of the space")
             except NotFiniteError:  # at this x; a training that diverges counts as failed
+                diverges = True
                 break
     try:
         # After a step, as an optimizer has no state before.
-        checkpoint.dump({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        saved = checkpoint.dump({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     except CheckpointError as error:
         raise ProblemError(f"{type(problem).__name__}: {error}") from error
+    if not diverges:
+        warn_of_other_steps(problem, model, optimizer, saved, loss_of, seen.first, config)
     check_evaluate(problem, model, given)
     if (refit := refit_look(problem, config)) is not None:
         model.train()
