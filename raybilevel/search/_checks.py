@@ -26,6 +26,7 @@ from raybilevel.problem import (
     BilevelProblem,
     LargeUpperLevel,
     Level,
+    evaluate,
     make_batches,
     make_model,
     on_cpu,
@@ -113,6 +114,15 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
     followed = followed_by_functions(space, constants or {})
     marked = (replace(p, smooth=p.smooth and p.name in smooth and p.path not in followed) for p in space.parameters)
     return replace(space, parameters=tuple(marked))
+
+
+def metric_names(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]) -> set[str]:
+    """The names of what a problem's `evaluate` returns, asked of a model at the start weights."""
+    problem = where_it_can_run(problem)
+    at = Points(problem, space, constants, next(iter(space.representatives())))
+    with forked_random(problem.device), torch.no_grad():
+        model = model_of_a_training(problem, at.first).eval()
+        return set(evaluate(problem, model, at.given(at.entries(0))))
 
 
 @dataclass(frozen=True)

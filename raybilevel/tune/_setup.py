@@ -11,13 +11,13 @@ from typing import Any
 from raybilevel._cluster.identity import is_other
 from raybilevel._define_by_run import SpaceFunction
 from raybilevel._metric_bounds import Bounds
-from raybilevel._metrics import PROBLEM, UPPER_LOSS
+from raybilevel._metrics import LOWER_LOSS, PROBLEM, UPPER_LOSS
 from raybilevel._tree import flatten, nest
 from raybilevel.errors import ConfigError
 from raybilevel.methods import Method
 from raybilevel.methods._base import check_constraints
-from raybilevel.problem import BilevelProblem
-from raybilevel.search._checks import check_search
+from raybilevel.problem import BilevelProblem, trains_itself
+from raybilevel.search._checks import check_search, metric_names
 from raybilevel.search_state import SearchState
 from raybilevel.space import Space, check_points
 from raybilevel.tune._domains import split_param_space
@@ -80,6 +80,17 @@ def set_up(
             "searching %r by its values alone: hypergradients are those of 'upper_loss', not of this metric",
             objective.metric,
         )
+    wanted = {bound.metric for bound in bounds} | ({objective.metric} - {UPPER_LOSS, LOWER_LOSS, problem.upper_metric})
+    another_loop = problem.own_loop or trains_itself(problem)
+    if (
+        wanted
+        and not (another_loop or space.of_starts)
+        and (lacking := wanted - metric_names(problem, space, constants))
+    ):
+        logger.warning(
+            "%s.evaluate does not return %s, which the search needs of each trial; return it, unless a trainable of "
+            "your own reports it", type(problem).__name__, ", ".join(sorted(lacking)),
+        )  # fmt: skip
     most = method.most_hyperparameters
     if most is not None and space.dimension > most:
         logger.warning(

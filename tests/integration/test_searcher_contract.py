@@ -319,6 +319,20 @@ def test_a_result_of_another_config_counts_where_it_was_trained(caplog: pytest.L
     assert search.state.trainings[2].status == "done" and "was trained at" not in caplog.text
 
 
+def test_metrics_that_evaluate_does_not_return_are_said_before_a_training(caplog: pytest.LogCaptureFixture) -> None:
+    for metric, bounds, lacking in (
+        ("upper_loss", {}, None),
+        ("lower_loss", {}, None),
+        ("score", {"test_loss": "<= 5"}, None),
+        ("accuracy", {"score": ">= -1", "latency_ms": "<= 5"}, "accuracy, latency_ms"),
+    ):
+        caplog.clear()
+        search = BilevelSearch(Parabola(), constraints=bounds)
+        search.set_search_properties(metric, "min", {"x": {"a": tune.loguniform(1e-4, 1e2)}})
+        said = [record.getMessage() for record in caplog.records if "evaluate" in record.getMessage()]
+        assert said == [] if lacking is None else f"Parabola.evaluate does not return {lacking}, which" in said[0]
+
+
 def test_tune_s_metric_reaches_a_search_that_was_given_its_space() -> None:
     search = BilevelSearch(Parabola(), space=SPACE, max_concurrent=2)
     search.set_search_properties("score", "max", {})
