@@ -23,27 +23,28 @@ class FailedTrainings:
     """Counts failures by their cause until a training succeeds: a problem that always fails needs no search."""
 
     def __init__(self) -> None:
-        self._new: list[str] = []
+        self._new: list[tuple[str, str | None]] = []
         self._causes: Counter[str] = Counter()
 
-    def failed(self, trial: str) -> None:
-        self._new.append(trial)
+    def failed(self, trial: str, cause: str | None = None) -> None:
+        """cause: where the search knows it; else the trial's error file has it."""
+        self._new.append((trial, cause))
 
     def always(self, error_file: ErrorFile) -> RaybilevelError | None:
         """Why every training fails; None as long as that is not said. To be asked while none has succeeded."""
         trials, self._new = self._new, []
-        for trial in trials:
-            path = error_file(trial)
-            cause = None if path is None else read_cause(path)
+        for trial, known in trials:
+            path = error_file(trial) if known is None else None
+            cause = known if path is None else read_cause(path)
             if cause is None or any(name in cause for name in NOT_OF_THE_PROBLEM):
                 continue
             # Causes that differ by a number alone, e.g. a size, an address or a hyperparameter, are the same.
             alike = NUMBER.sub("#", cause)
             self._causes[alike] += 1
             if self._causes[alike] >= ALIKE_AT_MOST:
+                whole = "" if path is None else f" (all of it: {path})"
                 return RaybilevelError(
-                    f"the first {self._causes[alike]} trainings failed alike, and none succeeded: {cause} (all of it: "
-                    f"{path})"
+                    f"the first {self._causes[alike]} trainings failed alike, and none succeeded: {cause}{whole}"
                 )
         return None
 

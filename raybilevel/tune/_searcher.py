@@ -359,7 +359,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
     def _tell(self, trial_id: str, result: Mapping[str, Any] | None) -> None:
         """A trial's last result; None where it failed."""
         optimizer = self._ready()
-        observation = None
+        observation = cause = None
         if result is not None and not trained_in_the_space(optimizer, trial_id, result):
             result = None
         if result is not None and self.problem.own_loop:
@@ -371,6 +371,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
                 observation = self._objective.observe(trial_id, result, optimizer.space, unit, self._bounds)
         except MetricError as error:
             logger.error("%s It counts as failed", error)
+            cause = str(error).removeprefix(f"trial {trial_id} ")
             if not optimizer.state.done and (fatal := always_missing(error, self._bounds)) is not None:
                 self._session.fatal = fatal
         optimizer.tell(trial_id, observation)
@@ -382,7 +383,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
             self._checkpoints.add(index, result)
         if optimizer.state.trainings[index].status == "failed":
             logger.warning("trial %s failed or has no finite result; the search goes on without it", trial_id)
-            self._session.failures.failed(trial_id)
+            self._session.failures.failed(trial_id, cause)
         if not self._session.warned_of_stops and self.method.upper_steps is not None:
             self._session.warned_of_stops = warn_of_stops(self.state, self.problem, self.method)
 

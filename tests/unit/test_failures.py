@@ -44,6 +44,16 @@ def test_three_failures_with_one_cause_end_the_search_in_one_line(tmp_path: Path
     assert said.endswith(f"(all of it: {tmp_path / 't2'})")
 
 
+def test_what_trials_report_may_be_the_cause() -> None:
+    failures = FailedTrainings()
+    for number in range(3):
+        assert failures.always(lambda trial: None) is None
+        failures.failed(f"t{number}", f"reported upper_loss = [{number}, 0.5]; report a number.")
+    assert str(failures.always(lambda trial: None)) == (
+        "the first 3 trainings failed alike, and none succeeded: reported upper_loss = [2, 0.5]; report a number."
+    )
+
+
 def test_causes_that_differ_by_a_number_in_any_notation_are_one(tmp_path: Path) -> None:
     values = ("0.0316 of <Model at 0x7f8e4c00ab>", "3.16e-05 of <Model at 0x7fa1>", "-2 of <Model at 0xbeef>")
     said = failing(tmp_path, *(f"ValueError: decay is {value}" for value in values))
