@@ -185,7 +185,9 @@ class Network(BilevelProblem):
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterable[Any]:
-        return minibatches((self.x, self.y), 8, generator)
+        # In another order for the upper level: equal data of both levels are warned of.
+        data = (self.x, self.y) if level == "lower" else (self.x.flip(0), self.y.flip(0))
+        return minibatches(data, 8, generator)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.Adam(model.parameters(), lr=0.01)

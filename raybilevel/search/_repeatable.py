@@ -195,7 +195,7 @@ def warn_of_left_out(batches: Any, what: str) -> None:
 
 
 def check_level_names(problem: BilevelProblem, data: Mapping[WatchedLevel, Look]) -> None:
-    """Whether `batches` knows the levels by their names.
+    """Whether `batches` knows the levels by their names. Equal data of both levels are warned of.
 
     Raises:
         ProblemError: it asks for other names, and both levels have the same data.
@@ -206,6 +206,11 @@ def check_level_names(problem: BilevelProblem, data: Mapping[WatchedLevel, Look]
         return
     if compared and not compared & set(LEVELS):
         raise ProblemError(f"{type(problem).__name__}.batches compares its level with {quoted(compared)}; {LEVELS_ARE}")
+    if problem.batch_size(one.first) > 1:  # a formula has no data, and may give some tensor
+        logger.warning(
+            "%s.batches yields the same data for both levels, so that F is a training loss; %s",
+            type(problem).__name__, LEVELS_ARE,
+        )  # fmt: skip
 
 
 def quoted(names: Collection[str]) -> str:

@@ -217,6 +217,21 @@ def test_a_level_by_another_name_explains_what_batches_raises(error: Exception, 
         check_problem(Strict(), DECAY)
 
 
+def test_the_same_data_at_both_levels_are_said(caplog: pytest.LogCaptureFixture):
+    """A look-up with a default compares nothing."""
+
+    class Defaulted(Network):
+        def batches(self, level: Any, generator: torch.Generator | None) -> Iterable[Any]:
+            rows = {"train": slice(0, 12)}.get(level, slice(12, 23))
+            return minibatches((self.x[rows], self.y[rows]), None, generator)
+
+    check_problem(Defaulted(), DECAY)
+    assert "Defaulted.batches yields the same data for both levels, so that F is a training loss" in caplog.text
+    caplog.clear()
+    check_problem(Network(), DECAY)
+    assert not caplog.records
+
+
 def test_a_level_by_a_prefix_of_another_name_is_named():
     class Prefixed(Network):
         def batches(self, level: Any, generator: torch.Generator | None) -> Iterable[Any]:

@@ -24,8 +24,10 @@ OTHER_STEPS = "a training that is resumed from a checkpoint takes other steps th
 
 class Shuffled(Network):
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterable[Any]:
-        order = range(len(self.x)) if generator is None else np.random.permutation(len(self.x))
-        return minibatches((self.x[list(order)], self.y[list(order)]), 8, None)
+        if generator is None:
+            return super().batches(level, None)
+        order = np.random.permutation(len(self.x))
+        return minibatches((self.x[order], self.y[order]), 8, None)
 
 
 class Shifted(Network):
