@@ -375,6 +375,8 @@ def export(
     """Write a run as a study of Optuna, which its dashboard opens. A comparison gives a study for each run."""
     from raybilevel.report._optuna import export as write_studies
 
+    if not to.parent.is_dir():
+        raise ConfigError(f"--to {to}: there is no folder {to.parent}; make it, or name another file")
     for name in write_studies(folder, to):
         typer.echo(f"{to}: study {name!r}")
 
