@@ -161,6 +161,8 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
         probes = {level: at.probe(level) for level in data}
         # Both levels and their gradients, twice each.
         at_start = {level: probes[level].check(model, look.first) for level, look in data.items()}
+        upper = WatchedLevel("upper")
+        probes[upper].warn_of_sum(model, data[upper].first, data[upper].last)
         given = at.given(at.entries(0))
         # As for every F and f that the search sees. In train mode dropout would differ from call to call.
         model.eval()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils._pytree import tree_map
 
 from raybilevel._lower.levels import differentiable_in_eval_mode
 from raybilevel._lower.random_numbers import common_random, random_state
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SEEDS_OF_CHANCE = 8
 """So often a loss that draws random numbers is evaluated: what happens to one batch in three is hardly missed then."""
+ROUNDING_OF_SUMS = 1e-4
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
@@ -193,6 +195,27 @@ class Probe:
         kept = [value for owner in (self.problem, *model.modules()) for value in vars(owner).values()]
         states = [pickle.dumps(value) for value in kept if type(value) in GENERATORS]
         return random.getstate(), np.asarray(keys).tobytes(), position, states
+
+    def warn_of_sum(self, model: nn.Module, first: Batch, last: Batch) -> None:
+        """Batches are averaged by their sizes, so that of sums those of a smaller batch would count for less."""
+        size = self.problem.batch_size(first)
+        if size == self.problem.batch_size(last):
+            return
+
+        def twice(entry: Any) -> Any:
+            of_examples = isinstance(entry, Tensor) and entry.dim() > 0 and len(entry) == size
+            return torch.cat([entry, entry]) if of_examples else entry
+
+        with torch.no_grad(), common_random(self.problem.device, seed=0):
+            try:
+                once, both = self.loss(model, first).item(), self.loss(model, tree_map(twice, first)).item()
+            except ProblemError:  # of a batch whose examples are not independent
+                return
+        if both and abs(both - 2 * once) <= ROUNDING_OF_SUMS * abs(both):
+            logger.warning(
+                "%s of a batch twice over is twice as large, a sum over examples; batches are averaged by their sizes, "
+                "which differ: reduce by the mean, or examples of smaller batches count for less", self.name,
+            )  # fmt: skip
 
     def check_same(self, one: Measured, two: Measured) -> None:
         """Whether two evaluations at one point agree.

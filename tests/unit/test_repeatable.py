@@ -121,6 +121,28 @@ def test_a_noise_level_as_a_hyperparameter_is_taken_and_said(caplog: pytest.LogC
     assert "f is taken as its mean over some draws" in caplog.text
 
 
+def test_a_sum_over_examples_is_said_where_batches_differ_in_size(caplog: pytest.LogCaptureFixture):
+    class Summed(Network):
+        size = 8
+
+        def batches(self, level: Level, generator: torch.Generator | None) -> Iterable[Any]:
+            if level == "lower":
+                return super().batches(level, generator)
+            return minibatches((self.x[1:], self.y[1:]), self.size, generator)
+
+        def upper_loss(self, model: nn.Module, batch: Any) -> Tensor:
+            return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+    check_problem(Summed(), DECAY)
+    assert "Summed.upper_loss of a batch twice over is twice as large, a sum over examples" in caplog.text
+    caplog.clear()
+    even = Summed()
+    even.size = 11
+    check_problem(even, DECAY)
+    check_problem(Network(), DECAY)
+    assert not caplog.records
+
+
 def test_a_loss_that_puts_the_model_in_train_mode_is_refused():
     with pytest.raises(ProblemError, match=r"Noisy\.lower_loss changes the model \(train mode\)"):
         check_problem(Noisy("lower", lambda model, x: model.train() and x), DECAY)
