@@ -93,7 +93,7 @@ def test_an_export_without_optuna_says_what_to_install(folder: Path, monkeypatch
 
 
 def test_a_folder_that_is_not_there_is_named(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="--to .*optuna.db: there is no folder .*nowhere; make it"):
+    with pytest.raises(ConfigError, match=r"--to .*optuna\.db: there is no folder .*nowhere; make it"):
         cli.export(folder, folder / "nowhere" / "optuna.db")
-    with pytest.raises(ConfigError, match="optuna.db: there is no folder"):
+    with pytest.raises(ConfigError, match=r"optuna\.db: there is no folder"):
         cli.export(folder, Path("nowhere/optuna.db"))
