@@ -90,7 +90,7 @@ class Parameter:
         `TAIL` standard deviations from its mean.
     choices: its values, if it is no range. `low` and `high` are then 0 and their number less one. Choices that are all
         numbers are in ascending order, and neighbours are alike. Others are equally unlike.
-    smooth:  the lower level's loss is differentiable in it, so that it has hypergradients.
+    smooth:  the losses are differentiable in it, and all of its effect is in them, so that it has hypergradients.
     when:    conditions of which one must hold for it to be active, i.e. to be in the config at all. Always, if there
         are none.
     switch:  its choices are the numbers of alternative parts of the config. It has no entry of its own there.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,11 +38,12 @@ from raybilevel.search._fresh import (
     check_same_start,
     check_unchanged,
     model_of_a_training,
+    optimizer_of_a_training,
     optimizers_of_trainings,
     warn_of_scheduler,
 )
 from raybilevel.search._functions import followed_by_functions, read_by_functions
-from raybilevel.search._measured import Probe, agree
+from raybilevel.search._measured import Measured, Probe, agree, difference
 from raybilevel.search._rehearsal import check_evaluate, rehearse
 from raybilevel.search._repeatable import WatchedLevel, check_level_names, check_same_data
 from raybilevel.space import Space, flatten, nest, sobol_points
@@ -73,8 +74,9 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
 
     Constants that nothing reads are warned of, and so is a hyperparameter in f that changes no gradient in the weights.
 
-    Returns the space, with the hyperparameters marked in which f is differentiable (`Parameter.smooth`). The others are
-    searched by values of F, and so are those that `sample_from` functions follow.
+    Returns the space, with the hyperparameters marked in which a loss is differentiable (`Parameter.smooth`). All others
+    are searched by values of F. So are those that `sample_from` functions follow, or on which the model, the optimizer
+    or the batches depend as well.
 
     Raises:
         ProblemError: a part of the problem fails, is not the same at each call, or keeps something of a training; a
@@ -129,7 +131,7 @@ def metric_names(problem: BilevelProblem, space: Space, constants: Mapping[str, 
 class Looked:
     """What a check at one point saw.
 
-    smooth: the names of hyperparameters in which f is differentiable, with a gradient that is not always zero.
+    smooth: the names of hyperparameters in which a loss is differentiable, with a gradient that is not always zero.
     dead:   the names of those in which it always is.
     read:   what of the config was read.
     """
@@ -159,6 +161,8 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
         # Before a level is looked up by another object of its name, which compares names as well.
         check_level_names(problem, data)
         probes = {level: at.probe(level) for level in data}
+        # So far by `model` and `batches`. The losses get tensors.
+        read_as_values = set(plain.read)
         # Both levels and their gradients, twice each.
         at_start = {level: probes[level].check(model, look.first) for level, look in data.items()}
         upper = WatchedLevel("upper")
@@ -170,7 +174,10 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
         if another_loop:
             check_evaluate(problem, model, given)
         else:
-            optimizers = optimizers_of_trainings(problem, (earlier, model), plain)
+            of_optimizer = Given(at.configs[0])
+            optimizers = optimizers_of_trainings(problem, (earlier, model), of_optimizer)
+            read_as_values |= of_optimizer.read
+            plain.read.update(of_optimizer.read)
             warn_of_scheduler(problem, optimizers[1])
             # Steps of a training, and what they must not change.
             before = {key: tensor.clone() for key, tensor in shared.items()}
@@ -184,10 +191,21 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
             for level, was in at_start.items():
                 raw = next(iter(make_batches(problem, level, None, plain)))  # type: ignore[arg-type]
                 probes[level].check_nothing_kept(was, probes[level].draw(later, raw, 0))
-        in_x = at_start[WatchedLevel("lower")].in_x
-        smooth = [name for name, slope in in_x.items() if slope is not None]
-        dead = frozenset(at.without_effect(earlier, smooth))
-    return Looked(frozenset(smooth) - dead, dead, plain.read)
+        in_f, in_upper = (at_start[level].in_x for level in (WatchedLevel("lower"), upper))
+        # F itself may have a slope in x.
+        direct = {name for name, slope in in_upper.items() if slope is not None and slope != 0}
+        indirect = [name for name, slope in in_f.items() if slope is not None and name not in direct]
+        dead = frozenset(at.without_effect(earlier, indirect))
+        smooth = (direct | set(indirect)) - dead
+        # A loop of one's own says what it reads to nobody.
+        elsewhere = {} if another_loop else at.elsewhere(model, smooth, probes, at_start, read_as_values)
+        for name, part in elsewhere.items():
+            logger.warning(
+                "%s: %s.%s depends on it as well, so that gradients of the losses are not its whole effect, and it is "
+                "searched by values of F; for gradients make two hyperparameters of it",
+                name, type(problem).__name__, part,
+            )  # fmt: skip
+    return Looked(frozenset(smooth - elsewhere.keys()), dead, plain.read)
 
 
 class Points:
@@ -228,6 +246,49 @@ class Points:
         # Whole numbers and choices are plain values, in which there is no gradient to ask for.
         searched = {p.name: entries[p.path] for p in self.space.parameters if p.path in entries}
         return Probe(self.problem, level, self.given(entries), searched)
+
+    def elsewhere(
+        self,
+        model: nn.Module,
+        names: Collection[str],
+        probes: Mapping[WatchedLevel, Probe],
+        at_start: Mapping[WatchedLevel, Measured],
+        read: Collection[Path],
+    ) -> dict[str, str]:
+        """Of these hyperparameters, those that a training depends on outside of the losses as well, with the part of
+        the problem that is another one at another value.
+
+        read: what of the config was read as plain values.
+        """
+        found = {}
+        for p in self.space.parameters:
+            if p.name in names and in_dicts(p.path) in read and p.path in self.entries(0):
+                moved = replaced(self.configs[0], {p.path: leaves(self.configs[1])[p.path]})
+                if part := self.other_part(moved, model, probes, at_start):
+                    found[p.name] = part
+        return found
+
+    def other_part(
+        self,
+        config: Mapping[str, Any],
+        model: nn.Module,
+        probes: Mapping[WatchedLevel, Probe],
+        at_start: Mapping[WatchedLevel, Measured],
+    ) -> str | None:
+        """The part of the problem that is another one at a config, while the losses get the same hyperparameters."""
+        try:
+            start = model_of_a_training(self.problem, config)
+            for level, was in at_start.items():
+                raw = next(iter(make_batches(self.problem, level, None, config)))  # type: ignore[arg-type]
+                if difference(probes[level].draw(start, raw, 0), was):
+                    return "model(hyperparameters) or batches"
+        except (NotFiniteError, ProblemError):  # it does not fit what the losses get
+            return "model(hyperparameters) or batches"
+        here, there = (
+            [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+            for optimizer in (optimizer_of_a_training(self.problem, model, c) for c in (self.configs[0], config))
+        )
+        return None if repr(here) == repr(there) else "optimizer(model, hyperparameters)"
 
     def without_effect(self, model: nn.Module, names: Sequence[str]) -> list[str]:
         """Of these hyperparameters, those that do not change the gradient of f in the weights, on all data at all

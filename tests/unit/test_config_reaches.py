@@ -17,6 +17,7 @@ from raybilevel.problem import BilevelProblem, Hyperparameters, Level, minibatch
 from raybilevel.search import BilevelOptimizer, check_problem, observe, search
 from raybilevel.search_state import Proposal, SearchState, Training
 from raybilevel.space import Parameter, Space
+from tests.problems_for_tests import Network
 
 CONSTANTS = {"width": 5, "activation": "tanh", "batch": 6}
 SPACE = Space((Parameter(("decay",), 1e-4, 1.0, log=True),))
@@ -123,3 +124,48 @@ def test_what_only_the_schedule_reads_is_read_and_hooks_are_checked_before_a_tra
     problem.ema = 2.0
     with pytest.raises(ProblemError, match=r"Scheduled\.ema must be a decay between 0 and 1"):
         check_problem(problem, space, CONSTANTS)
+
+
+class Shared(Network):
+    """The decay of the loss is read by another part, too, as a plain value. part: by which."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part = part
+
+    def model(self, hyperparameters: Any) -> nn.Module:  # type: ignore[override]
+        model = super().model()
+        share = hyperparameters["decay"] if self.part == "model" else 0.5
+        model.register_buffer("share", torch.tensor(share))
+        return model
+
+    def optimizer(self, model: nn.Module, hyperparameters: Any) -> torch.optim.Optimizer:  # type: ignore[override]
+        rates = dict(hyperparameters)
+        return torch.optim.SGD(model.parameters(), lr=rates["decay"] if self.part == "optimizer" else 0.1)
+
+    def batches(self, level: Level, generator: torch.Generator | None, hyperparameters: Any) -> Any:  # type: ignore[override]
+        scale = hyperparameters["decay"] if self.part == "batches" else 1.0
+        return [(scale * x, y) for x, y in super().batches(level, generator)]
+
+    def upper_loss(self, model: Any, batch: Any) -> Tensor:
+        return model.share * super().upper_loss(model, batch)
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "batches", "none"])
+def test_what_acts_outside_of_the_losses_as_well_is_searched_by_values(part: str, caplog: pytest.LogCaptureFixture):
+    """Reading alone, as all of a dict is read, does no harm."""
+    assert check_problem(Shared(part), Space((Parameter(("decay",), 1e-3, 1.0, log=True),))).smooth == (part == "none",)
+    assert ("depends on it as well" in caplog.text) == (part != "none")
+
+
+def test_a_hyperparameter_of_the_upper_loss_alone_has_gradients():
+    class Upper(Network):
+        def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            decay = sum(parameter.square().sum() for parameter in model.parameters())
+            return super().upper_loss(model, batch) + hyperparameters["decay"] * decay
+
+        def upper_loss(self, model: nn.Module, hyperparameters: Any, batch: Any) -> Tensor:  # type: ignore[override]
+            return nn.functional.cross_entropy(model(batch[0]) / hyperparameters["temperature"], batch[1])
+
+    space = Space((Parameter(("decay",), 1e-3, 1.0, log=True), Parameter(("temperature",), 0.5, 2.0)))
+    assert check_problem(Upper(), space).smooth == (True, True)
