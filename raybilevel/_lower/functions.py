@@ -23,6 +23,10 @@ LowerMap = Callable[[Tensor, Tensor], Tensor]
 order; the rows are independent of each other."""
 
 
+NO_GRAPH = "does not require grad"
+"""In what torch says of a gradient that is taken without a graph."""
+
+
 class LevelGradient(NamedTuple):
     """A level's value and its gradients in x, shape (p,), and in y, shape (n,)."""
 
@@ -46,9 +50,12 @@ class BothLevels(ABC):
     """Both levels as functions of x and y. They are taken part by part, so that one part's graph is held at a time.
 
     ledger: where gradients are charged.
+    differentiate_themselves: losses take gradients of the model on their own, e.g. in its inputs, and need a graph for
+        their value. It is seen when that fails without one.
     """
 
     ledger: Passes
+    differentiate_themselves = False
 
     @abstractmethod
     def visit(self, level: Level, x: Tensor, y: Tensor, take: Callable[[Part], None]) -> float:
@@ -75,9 +82,14 @@ class BothLevels(ABC):
             nonlocal total
             total += part.loss.item() * part.weight
 
-        # Of tensors without a gradient there is no graph, unless a loss differentiates its model itself. That it may.
-        with torch.enable_grad():
-            weights = self.visit(level, x.detach(), y.detach(), take)
+        try:
+            with torch.set_grad_enabled(self.differentiate_themselves):
+                weights = self.visit(level, x.detach(), y.detach(), take)
+        except RuntimeError as error:
+            if self.differentiate_themselves or NO_GRAPH not in str(error):
+                raise
+            self.differentiate_themselves = True
+            return self.value(level, x, y)
         return self.mean(total, weights).value
 
     def loss_at(self, level: Level, x: Tensor, y: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def check_problem(problem: BilevelProblem, space: Space, constants: Mapping[str,
 
     Constants that nothing reads are warned of, and so is a hyperparameter in f that changes no gradient in the weights.
 
-    Returns the space, with the hyperparameters marked in which a loss is differentiable (`Parameter.smooth`). All others
+    Returns the space, with the hyperparameters marked in which a loss is differentiable (`Parameter.smooth`). Others
     are searched by values of F. So are those that `sample_from` functions follow, or on which the model, the optimizer
     or the batches depend as well.
 
