@@ -12,10 +12,11 @@ from raybilevel._cluster.identity import is_other
 from raybilevel._define_by_run import SpaceFunction
 from raybilevel._metric_bounds import Bounds
 from raybilevel._metrics import LOWER_LOSS, PROBLEM, UPPER_LOSS
+from raybilevel._objectives import Others
 from raybilevel._tree import flatten, nest
 from raybilevel.errors import ConfigError
 from raybilevel.methods import Method
-from raybilevel.methods._base import check_constraints
+from raybilevel.methods._base import check_constraints, check_others
 from raybilevel.problem import BilevelProblem, trains_itself
 from raybilevel.search._checks import check_search, metric_names
 from raybilevel.search_state import SearchState
@@ -45,15 +46,17 @@ def set_up(
     points: Sequence[Mapping[str, Any]],
     samples: int | None = None,
     bounds: Bounds = (),
+    others: Others = (),
 ) -> SetUp:
     """Check everything that can be wrong with a search once its space is known.
 
     more_constants: that are not in `param_space`.
     samples:        trials that there will be, if that is known.
     bounds:         of other metrics.
+    others:         objectives beside the first.
 
     Raises:
-        ConfigError: the method cannot search this metric, problem or space, or takes no constraints.
+        ConfigError: the method cannot search this metric, problem or space, or takes no constraints or one metric only.
         SpaceError: the space cannot be searched, or points are not in it.
         ProblemError, NotFiniteError: see `check_search`.
     """
@@ -64,6 +67,7 @@ def set_up(
             f"mode='max' with metric={objective.metric!r}: the upper-level loss is minimised; use mode='min'"
         )
     check_constraints(method, bounds)
+    check_others(method, others)
     # The space that comes back says in which hyperparameters f is differentiable.
     space = check_search(problem, space, constants, method)
     check_points(points, space)
@@ -80,17 +84,8 @@ def set_up(
             "searching %r by its values alone: hypergradients are those of 'upper_loss', not of this metric",
             objective.metric,
         )
-    wanted = {bound.metric for bound in bounds} | ({objective.metric} - {UPPER_LOSS, LOWER_LOSS, problem.upper_metric})
-    another_loop = problem.own_loop or trains_itself(problem)
-    if (
-        wanted
-        and not (another_loop or space.of_starts)
-        and (lacking := wanted - metric_names(problem, space, constants))
-    ):
-        logger.warning(
-            "%s.evaluate does not return %s, which the search needs of each trial; return it, unless a trainable of "
-            "your own reports it", type(problem).__name__, ", ".join(sorted(lacking)),
-        )  # fmt: skip
+    wanted = {objective.metric, *(bound.metric for bound in bounds), *(other.metric for other in others)}
+    warn_of_lacking(problem, space, constants, wanted)
     most = method.most_hyperparameters
     if most is not None and space.dimension > most:
         logger.warning(
@@ -98,6 +93,18 @@ def set_up(
             "hypergradient_trainable follows gradients without one", space.dimension,
         )  # fmt: skip
     return SetUp(space, constants, method)
+
+
+def warn_of_lacking(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], wanted: set[str]) -> None:
+    """Name the metrics that `evaluate` does not return."""
+    wanted = wanted - {UPPER_LOSS, LOWER_LOSS, problem.upper_metric}
+    if not wanted or space.of_starts or problem.own_loop or trains_itself(problem):
+        return
+    if lacking := wanted - metric_names(problem, space, constants):
+        logger.warning(
+            "%s.evaluate does not return %s, which the search needs of each trial; return it, unless a trainable of "
+            "your own reports it", type(problem).__name__, ", ".join(sorted(lacking)),
+        )  # fmt: skip
 
 
 def is_upper_loss(problem: BilevelProblem, metric: str) -> bool:
