@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from raybilevel._config.experiment import ExperimentConfig, SearchConfig
+from raybilevel._lower.paired import Gain
 from raybilevel._records.record import Record
 from raybilevel._records.run_folder import record_of, settings_of
 from raybilevel.methods import make_method
@@ -149,3 +150,14 @@ def test_the_best_of_a_search_with_constraints_keeps_them() -> None:
         shown = constrained.model_copy(update={"observations": (*marked[:-1], ended)})
         assert words in tables.result(shown).note
     assert "constraints" not in tables.result(found).note
+
+
+def test_the_table_of_results_has_the_gain_with_its_standard_error() -> None:
+    found = record(2).model_copy(update={"gain": Gain("upper_loss", 0.3413, 0.0214, 90)})
+    table = tables.result(found)
+    assert table.headers == ("", "F (validation loss)")
+    assert ("± standard error", "0.341 ± 0.021") in table.rows
+    assert "F lower by 0.341 ± 0.021 over 90 validation examples, beyond two standard errors." in table.note
+    of_another = record(2).model_copy(update={"gain": Gain("test_loss", 0.3413, 0.0214, 90)})
+    assert ("± standard error", "-") in tables.result(of_another).rows
+    assert "± standard error" not in [row[0] for row in tables.result(record(2)).rows]
