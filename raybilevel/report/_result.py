@@ -55,7 +55,7 @@ def result(record: Record) -> Table:
     if best != start:
         cells.insert(2, ("against the start", *(change(value(start), value(best)) for value in columns.values())))
         if record.gain is not None:
-            cells.insert(3, ("± standard error", *(gain_in(head, record) for head in columns)))
+            cells.insert(3, ("gain ± standard error", *(gain_in(head, record) for head in columns)))
     return Table(
         "result",
         "Result",
@@ -144,7 +144,7 @@ def hyperparameters(record: Record) -> Table:
     return Table(
         "hyperparameters",
         "Hyperparameters",
-        ("hyperparameter", "result", *(["importance"] if shares else []), "start", "searched"),
+        ("name", "result", *(["importance"] if shares else []), "start", "searched"),
         tuple(rows),
         note + supported(saved),
     )
