@@ -158,9 +158,20 @@ def hyperparameters(best: Mapping[str, Any], start: Mapping[str, Any] | None = N
         furthest = sorted(names, key=lambda name: -distance(before.get(name), flat[name]))[:most]
         # In the order of the space again.
         names = [name for name in names if name in furthest]
-    shown = ", ".join(f"{named(name)} {in_words(flat[name])}" for name in names)
+    # Without spaces, so that a line does not break between a name and its value.
+    group, short = without_group([named(name) for name in names])
+    shown = group + ", ".join(f"{word}={in_words(flat[name])}" for word, name in zip(short, names, strict=True))
     others = len(flat) - len(names)
     return shown + (f" and {others} more" if others else "")
+
+
+def without_group(names: list[str]) -> tuple[str, list[str]]:
+    """The group that all names are of, "decay: ", and the names without it: of several, none of which is a number."""
+    groups = {name.rpartition("/")[0] for name in names}
+    short = [name.rpartition("/")[2] for name in names]
+    if len(names) < 2 or len(groups) > 1 or "" in groups or any(name.isdigit() for name in short):
+        return "", names
+    return f"{groups.pop()}: ", short
 
 
 def distance(before: Any, after: Any) -> float:

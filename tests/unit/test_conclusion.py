@@ -32,7 +32,7 @@ def summary(**changes: Any) -> dict[str, Any]:
 
 def test_what_was_found_helped_and_is_sure() -> None:
     assert conclude(summary()).lines == (
-        "Found: F (validation loss) 0.4 at training 4, decay/a 0.25.",
+        "Found: F (validation loss) 0.4 at training 4, decay/a=0.25.",
         "Helped: yes. Test loss 0.55, which was 0.6 at training 1, the start. Test loss 0.5 after a refit on all data.",
         "How sure: the search had nothing better to propose.",
     )
@@ -81,7 +81,7 @@ def test_a_gain_without_an_error_has_four_places() -> None:
 
 def test_whether_the_constraints_are_kept_is_said() -> None:
     kept = summary(constraints={"ms": "<= 5", "size": "<= 2"}, metrics={"ms": 4.5}, best={"feasible": True})
-    assert conclude(kept).found.endswith("decay/a 0.25. Feasible: ms <= 5 (4.5), size <= 2")
+    assert conclude(kept).found.endswith("decay/a=0.25. Feasible: ms <= 5 (4.5), size <= 2")
     broken = summary(constraints={"ms": "<= 5"}, metrics={"ms": 6.0}, best={"feasible": False}, verdict="not feasible")
     broken["start"] = {**broken["start"], "feasible": False}
     assert conclude(broken).found.endswith(". Not feasible: ms <= 5 (6)")
@@ -101,7 +101,7 @@ def test_a_run_under_way_says_what_it_has_so_far() -> None:
         observations=(training(2, 0.9, 0.3), training(1, 0.8, 0.4)),
     )  # fmt: skip
     assert so_far(record).lines == (
-        "Found: accuracy 0.9 at training 2, decay/a 2.",
+        "Found: accuracy 0.9 at training 2, decay/a=2.",
         "Helped: yes. Test loss 0.3, which was 0.4 at training 1, the start.",
         "How sure: not yet. The run has not ended, or was stopped.",
     )
@@ -129,17 +129,22 @@ def test_a_run_of_stopped_trainings_has_a_result_without_a_start() -> None:
     )
     assert found["best"]["lower_loss"] is None
     assert found["in_words"] == [
-        "Found: F (validation loss) 0.5 at training 1, decay 0.25.",
+        "Found: F (validation loss) 0.5 at training 1, decay=0.25.",
         "Helped: not known. There is no start to compare with.",
         "How sure: no training ran to its end.",
     ]
 
 
 def test_choices_and_whole_numbers_are_written_as_they_are() -> None:
-    assert hyperparameters({"depth": 3, "kind": "relu", "rate": 0.123456}) == "depth 3, kind relu, rate 0.1235"
+    assert hyperparameters({"depth": 3, "kind": "relu", "rate": 0.123456}) == "depth=3, kind=relu, rate=0.1235"
 
 
 def test_of_a_list_the_entries_that_moved_are_written() -> None:
     start = {"decay": [1.0] * 20, "rate": 0.1}
     best = {"decay": [1.0] * 17 + [0.5, 0.25, 0.123456], "rate": 0.1}
-    assert hyperparameters(best, start, 3) == "decay/17 0.5, decay/18 0.25, decay/19 0.1235 and 18 more"
+    assert hyperparameters(best, start, 3) == "decay/17=0.5, decay/18=0.25, decay/19=0.1235 and 18 more"
+
+
+def test_a_group_that_all_names_are_of_is_named_once() -> None:
+    assert hyperparameters({"decay": {"a": 1.0, "b": 0.5}}) == "decay: a=1, b=0.5"
+    assert hyperparameters({"decay": {"a": 1.0, "b": 0.5}, "rate": 0.1}) == "decay/a=1, decay/b=0.5, rate=0.1"
