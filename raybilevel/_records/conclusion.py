@@ -49,6 +49,8 @@ def conclude(summary: Mapping[str, Any]) -> Conclusion:
     differs = by_model is not None and abs(by_model - seen) > SAME * abs(seen)
     luck = f" (by the model {by_model:.4g})" if differs else ""
     found = f"{name_of(summary)} {seen:.4g}{luck} at training {best['training']}, {words}{kept(summary)}"
+    if members := summary.get("pareto_front"):
+        found = f"a Pareto front of {len(members)} trainings, from {found} {to_the_others(summary)}"
     if (expected := summary["new_data"]) is not None:
         sure += f". {expected['in_words']}"
     # Summaries of earlier versions have none.
@@ -65,6 +67,15 @@ def kept(summary: Mapping[str, Any]) -> str:
     if not shown:
         return ""
     return f". {'Not feasible' if breaks else 'Feasible'}: {', '.join(shown)}"
+
+
+def to_the_others(summary: Mapping[str, Any]) -> str:
+    """The other ends of a Pareto front."""
+    ends = []
+    for metric, mode in summary["other_objectives"].items():
+        end = (min if mode == "min" else max)(summary["pareto_front"], key=lambda t: t["other_objectives"][metric])
+        ends.append(f"{metric} {end['other_objectives'][metric]:.4g} at training {end['training']}")
+    return f"to {' and '.join(ends)}"
 
 
 def so_far(record: Record) -> Conclusion:

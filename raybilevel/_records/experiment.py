@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.fs
 from pydantic import TypeAdapter, ValidationError
 
+from raybilevel import _objectives
 from raybilevel._lower.paired import Gain, Weights, paired_gain
 from raybilevel._lower.training import CHECKPOINT_FILE, load_checkpoint
 from raybilevel._metric_bounds import as_written
@@ -168,7 +169,13 @@ def summary_of_saved(
         method,
         last,
         saved.checkpoints,
-        {**about, "metric": saved.metric, "mode": saved.mode, "constraints": as_written(saved.constraints)},
+        {
+            **about,
+            "metric": saved.metric,
+            "mode": saved.mode,
+            "constraints": as_written(saved.constraints),
+            "other_objectives": _objectives.as_written(saved.others),
+        },
         test_loss_refit,
         max((float(lines[-1]["timestamp"]) for lines in results.values()), default=began) - began,
         gain,
