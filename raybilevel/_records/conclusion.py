@@ -48,9 +48,10 @@ def conclude(summary: Mapping[str, Any]) -> Conclusion:
     seen, by_model = best["upper_loss"], best.get("expected_upper_loss")
     differs = by_model is not None and abs(by_model - seen) > SAME * abs(seen)
     luck = f" (by the model {by_model:.4g})" if differs else ""
-    found = f"{name_of(summary)} {seen:.4g}{luck} at training {best['training']}, {words}{kept(summary)}"
+    found = f"{name_of(summary)} {seen:.4g}{luck} at training {best['training']}, {words}"
     if members := summary.get("pareto_front"):
         found = f"a Pareto front of {len(members)} trainings, from {found} {to_the_others(summary)}"
+    found += kept(summary)
     if (expected := summary["new_data"]) is not None:
         sure += f". {expected['in_words']}"
     # Summaries of earlier versions have none.

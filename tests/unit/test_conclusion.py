@@ -148,3 +148,12 @@ def test_of_a_list_the_entries_that_moved_are_written() -> None:
 def test_a_group_that_all_names_are_of_is_named_once() -> None:
     assert hyperparameters({"decay": {"a": 1.0, "b": 0.5}}) == "decay: a=1, b=0.5"
     assert hyperparameters({"decay": {"a": 1.0, "b": 0.5}, "rate": 0.1}) == "decay/a=1, decay/b=0.5, rate=0.1"
+
+
+def test_a_front_is_named_before_its_constraints() -> None:
+    members = [{"training": n, "other_objectives": {"ms": float(n)}} for n in (4, 7)]
+    found = summary(pareto_front=members, other_objectives={"ms": "max"}, constraints={"size": "<= 2"}, metrics={})
+    assert conclude(found).found == (
+        "a Pareto front of 2 trainings, from F (validation loss) 0.4 at training 4, decay/a=0.25 to ms 7 at training 7"
+        ". Feasible: size <= 2"
+    )
