@@ -3,8 +3,8 @@
     python -m tests.python_versions 3.11 3.12 --folder .venv
 
 Each version has an environment of its own in the folder, which the Makefile sets up as it does this one. A version that
-the machine lacks, or for which a package cannot be installed, has a row of the table that says so. Exits with 1 unless
-all pass.
+the machine lacks, or for which a package cannot be installed, has a row of the table that says so. Exits with 1 if one
+fails or cannot be installed, or if there is none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.environments import ROOT, Outcome, results_of, show
+from tests.environments import MISSING, ROOT, Outcome, results_of, show
 
 TESTS = (
     "-m", "not slow", "tests/unit",
@@ -62,7 +62,7 @@ def outcome(version: str, folder: Path, arguments: list[str]) -> Outcome:
     print(f"Python {version}", flush=True)
     python = find(version)
     if python is None:
-        return Outcome(version, "not found", f"no python{version} on the path that runs, and none of pyenv")
+        return Outcome(version, MISSING, f"no python{version} on the path that runs, and none of pyenv")
     if (wrong := setup(python, folder)) is not None:
         return Outcome(version, "NOT INSTALLED", wrong)
     return results_of(version, str(folder / "bin" / "python"), [*TESTS, *arguments])
