@@ -99,6 +99,7 @@ def test_example_of_a_family(example: str, tmp_path: Path) -> None:
         assert figures[0] > 0.72  # the graph as it is left has 0.69; chance on digits is 0.1
 
 
+@pytest.mark.slow
 def test_the_tour_shows_a_gain_over_one_shared_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)
     # Outputs would be out of date with the next change of the search.
