@@ -17,6 +17,8 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 # Of Ray, for `make test-ray`.
 VERSIONS ?= 2.50.1 2.55.1 2.60.0
+# For `make test-pythons`.
+PYTHONS ?= 3.11 3.12 3.13
 # Servers of object stores. The dependencies of moto and of Ray exclude each other.
 STORES := $(VENV)/stores
 # What Ray needs to take jobs. It is not in $(VENV), where every local Ray would start more processes with it.
@@ -26,8 +28,9 @@ PEERS := $(VENV)/peers
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster test-ray compare check format docs clean bench-algorithm bench-scale bench-recycling bench-scripts \
-	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-generalisation bench-hypergradient
+.PHONY: setup run test test-all test-cluster test-ray test-pythons compare check format docs clean bench-algorithm bench-scale bench-recycling bench-scripts \
+	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-generalisation bench-hypergradient \
+	bench-physics
 
 setup: $(STAMP)
 
@@ -74,6 +77,11 @@ $(VENV)/ray-%/.installed: $(STAMP)
 		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
 	touch $@
 
+# The unit tests and a search on Ray with each of PYTHONS, in environments of their own, of a few GB each. Ends with a
+# table that names versions which the machine lacks, or for which a package does. ARGS go to pytest.
+test-pythons: $(STAMP)
+	$(BIN)/python -m tests.python_versions $(PYTHONS) --folder $(VENV) $(ARGS)
+
 # raybilevel against black-box searchers and implicit gradients: records, table and figures in OUT. It can be resumed.
 bench-algorithm: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
@@ -103,6 +111,13 @@ bench-recycling: $(STAMP)
 # Effects of a treatment by learned weights against inverse propensities: table, treatment.json and figure in OUT.
 bench-treatment: $(STAMP)
 	$(BIN)/python -m benchmarks.treatment --out "$(OUT)" $(ARGS)
+
+# Weights of physics-informed losses by searches and by heuristics: table and physics.json in OUT (an hour on one core).
+# It can be resumed. A part: ARGS="--equations burgers --seeds 2".
+bench-physics: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
+		--editable ".[bench]"
+	$(BIN)/python -m benchmarks.physics --out "$(OUT)" $(ARGS)
 
 # A deep-equilibrium classifier: accuracy, and memory of a gradient.
 # With DATA: ARGS="--config configs/equilibrium_mnist.yaml".
