@@ -152,7 +152,7 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(how: signal.Signals, tmp_path
         (["resume", "no_such_folder"], "no config.yaml of a run or a comparison"),
         (["new", "configs/digits.yaml"], "expected the name of a Python file"),
         (["problems", "no_such.py"], "there is no file"),
-        (["watch", ".", "--port", "99999999"], "99999999 is not in the range"),
+        (["watch", ".", "--port", "99999999"], "should be less than or equal to 65535"),
         (["run", "configs/digits.yaml", "--address", "127.0.0.1:port"], "--address 127.0.0.1:port: nothing answers"),
         (["walk"], "No such command"),
     ],
