@@ -22,6 +22,7 @@ PUBLIC = (
     "raybilevel.folds",
     "raybilevel.functional",
     "raybilevel.hypergradient",
+    "raybilevel.lightning",
     "raybilevel.methods",
     "raybilevel.problem",
     "raybilevel.problems",
@@ -117,6 +118,7 @@ def names_of(module: ModuleType) -> list[str]:
     [
         ("raybilevel, raybilevel.cli", "torch, ray"),  # a usage error is said at once
         ("raybilevel.search, raybilevel.methods, raybilevel.problems, raybilevel.sklearn", "ray"),  # the core
+        ("raybilevel.lightning", "lightning"),
         ("raybilevel.tune._trainable", "gpytorch, botorch"),  # a worker that only trains
     ],
 )

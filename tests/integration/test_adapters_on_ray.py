@@ -1,0 +1,82 @@
+"""Scripts of frameworks on a real local Ray: their searches have hypergradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray import tune
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from raybilevel import BilevelSearch
+from raybilevel._adapters.adapter import Adapter
+from tests.adapter_problems import CLASSES, FEATURES, ROWS, examples
+
+pytestmark = [
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's, of torch 2.13
+]
+
+TRIALS = 6
+EPOCHS = 30  # long enough for hypergradients to pay
+DECAY = {"decay": tune.loguniform(1e-4, 1.0)}
+
+
+def fit(problem: Adapter, space: dict[str, Any], folder: Path) -> BilevelSearch:
+    search = BilevelSearch(problem, max_concurrent=2)
+    results = tune.Tuner(
+        problem,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            search_alg=search, metric=problem.upper_metric, mode="min", num_samples=TRIALS, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(name="run", storage_path=str(folder), verbose=0),
+    ).fit()
+    assert not results.errors
+    best = results.get_best_result().metrics
+    assert best["lower_level_finished"] and best[problem.upper_metric] == best["upper_loss"]
+    return search
+
+
+def check(search: BilevelSearch) -> None:
+    assert {training.status for training in search.state.trainings} == {"done"}
+    assert any(training.hypergradient for training in search.state.trainings)
+
+
+def test_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    from raybilevel.lightning import from_lightning
+
+    class Softmax(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self, decay: float) -> None:
+            super().__init__()
+            self.decay = decay
+            self.linear = nn.Linear(FEATURES, CLASSES)
+
+        def training_step(self, batch: Any) -> Any:
+            return cross_entropy(self.linear(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any) -> None:
+            self.log("val_loss", cross_entropy(self.linear(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1.0, weight_decay=self.decay)
+
+    class Data(lightning.LightningDataModule):  # type: ignore[misc, name-defined]
+        def train_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(*examples(0)), ROWS)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(*examples(1)), ROWS)
+
+    trainer = {
+        "max_epochs": EPOCHS, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "enable_checkpointing": False,
+    }  # fmt: skip
+    search = fit(from_lightning(Softmax, Data, trainer), DECAY, tmp_path)
+    check(search)
+    assert {training.passes for training in search.state.done} == {EPOCHS + 1.0}
