@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,42 @@ def test_lightning(tmp_path: Path) -> None:
     search = fit(from_lightning(Softmax, Data, trainer), DECAY, tmp_path)
     check(search)
     assert {training.passes for training in search.state.done} == {EPOCHS + 1.0}
+
+
+@pytest.mark.slow
+def test_hyperparameter_search_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from raybilevel.transformers import from_trainer
+
+    class Softmax(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = transformers.PretrainedConfig()
+            self.linear = nn.Linear(FEATURES, CLASSES)
+
+        def forward(self, x: Any, labels: Any = None) -> Any:
+            logits = self.linear(x)
+            return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+    def rows(seed: int) -> list[Any]:
+        return [{"x": x, "labels": label} for x, label in zip(*examples(seed), strict=True)]
+
+    def trainer(config: Any) -> Any:
+        arguments = transformers.TrainingArguments(
+            tempfile.gettempdir(), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+            logging_strategy="no", eval_strategy="epoch", optim="sgd", learning_rate=1.0, num_train_epochs=EPOCHS,
+            per_device_train_batch_size=ROWS, lr_scheduler_type="constant", **config,
+        )  # fmt: skip
+        return transformers.Trainer(args=arguments, model_init=Softmax, train_dataset=rows(0), eval_dataset=rows(1))
+
+    problem = from_trainer(trainer, metric="objective")
+    search = BilevelSearch(problem, max_concurrent=2)
+    one = trainer({})
+    one.add_callback(problem.callback())
+    best = one.hyperparameter_search(
+        lambda _: {"weight_decay": tune.loguniform(1e-4, 1.0)}, n_trials=TRIALS, direction="minimize", backend="ray",
+        search_alg=search, storage_path=str(tmp_path), verbose=0, progress_reporter=None, reuse_actors=True,
+    )  # fmt: skip
+    check(search)
+    assert search.best is not None and best.objective == search.best.upper_loss

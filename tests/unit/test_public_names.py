@@ -32,6 +32,7 @@ PUBLIC = (
     "raybilevel.sklearn",
     "raybilevel.space",
     "raybilevel.storage",
+    "raybilevel.transformers",
     "raybilevel.tune",
 )
 
@@ -118,7 +119,7 @@ def names_of(module: ModuleType) -> list[str]:
     [
         ("raybilevel, raybilevel.cli", "torch, ray"),  # a usage error is said at once
         ("raybilevel.search, raybilevel.methods, raybilevel.problems, raybilevel.sklearn", "ray"),  # the core
-        ("raybilevel.lightning", "lightning"),
+        ("raybilevel.lightning, raybilevel.transformers", "lightning, transformers"),
         ("raybilevel.tune._trainable", "gpytorch, botorch"),  # a worker that only trains
     ],
 )
