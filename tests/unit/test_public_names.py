@@ -23,6 +23,7 @@ PUBLIC = (
     "raybilevel.functional",
     "raybilevel.hypergradient",
     "raybilevel.lightning",
+    "raybilevel.loop",
     "raybilevel.methods",
     "raybilevel.problem",
     "raybilevel.problems",
