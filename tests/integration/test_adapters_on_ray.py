@@ -120,3 +120,33 @@ def test_hyperparameter_search_of_transformers(tmp_path: Path) -> None:
     )  # fmt: skip
     check(search)
     assert search.best is not None and best.objective == search.best.upper_loss
+
+
+@pytest.mark.slow
+def test_skorch(tmp_path: Path) -> None:
+    skorch = pytest.importorskip("skorch", reason="skorch is not installed")
+    from raybilevel.skorch import from_net
+
+    def net(config: Any) -> Any:
+        return skorch.NeuralNetClassifier(
+            nn.Linear, module__in_features=FEATURES, module__out_features=CLASSES, criterion=nn.CrossEntropyLoss,
+            optimizer__weight_decay=config["decay"], lr=1.0, max_epochs=EPOCHS, verbose=0,
+        )  # fmt: skip
+
+    x, y = examples(0, 2 * ROWS)
+    check(fit(from_net(net, (x.numpy(), y.numpy())), DECAY, tmp_path))
+
+
+def test_scikit_learn(tmp_path: Path) -> None:
+    from sklearn.linear_model import SGDClassifier
+
+    from raybilevel.sklearn import from_estimator
+
+    def estimator(alpha: float, positive: float) -> SGDClassifier:
+        return SGDClassifier(
+            loss="log_loss", alpha=alpha, class_weight={0: positive}, max_iter=EPOCHS, tol=None, random_state=0
+        )
+
+    data = [tuple(part.numpy() for part in examples(seed)) for seed in range(2)]
+    space = {"alpha": tune.loguniform(1e-3, 1.0), "positive": tune.loguniform(0.1, 10.0)}
+    check(fit(from_estimator(estimator, *data), space, tmp_path))

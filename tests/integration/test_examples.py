@@ -25,7 +25,7 @@ FAMILIES = {
 """What they print that can be judged."""
 NEED_DATA = {"few_shot", "graph_structure", "image_regulariser"}
 ELSEWHERE = {"cluster", "data_parallel", *FAMILIES}  # tests/cluster runs the second
-NEEDS = {"from_lightning": "lightning", "from_trainer": "transformers"}
+NEEDS = {"from_lightning": "lightning", "from_net": "skorch", "from_trainer": "transformers"}
 LONG = {"large_upper_level", "own_loop_problem", "own_loop_tune", *NEEDS}
 """`test_hypergradient_on_ray`, `test_own_loops_on_ray` and `test_adapters_on_ray` have shorter ones of their kind."""
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in ELSEWHERE)

@@ -31,6 +31,7 @@ PUBLIC = (
     "raybilevel.search",
     "raybilevel.search_state",
     "raybilevel.sklearn",
+    "raybilevel.skorch",
     "raybilevel.space",
     "raybilevel.storage",
     "raybilevel.transformers",
@@ -120,7 +121,7 @@ def names_of(module: ModuleType) -> list[str]:
     [
         ("raybilevel, raybilevel.cli", "torch, ray"),  # a usage error is said at once
         ("raybilevel.search, raybilevel.methods, raybilevel.problems, raybilevel.sklearn", "ray"),  # the core
-        ("raybilevel.lightning, raybilevel.transformers", "lightning, transformers"),
+        ("raybilevel.lightning, raybilevel.transformers, raybilevel.skorch", "lightning, transformers, skorch"),
         ("raybilevel.tune._trainable", "gpytorch, botorch"),  # a worker that only trains
     ],
 )
