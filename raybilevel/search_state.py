@@ -85,6 +85,7 @@ class Training(PickledOnce):
         found none.
     excesses: how far each constrained metric is beyond its bound, shape (constraints,), see `MetricBound.excess`; NaN
         where the metric was not reported.
+    others: the objectives beside F, each to be minimised, shape (others,); NaN likewise.
     """
 
     index: int
@@ -97,6 +98,7 @@ class Training(PickledOnce):
     passes: float = 0.0
     hypergradient: Unit | None = None
     excesses: tuple[float, ...] = ()
+    others: tuple[float, ...] = ()
 
     @property
     def unit(self) -> Unit:
@@ -267,6 +269,11 @@ class SearchState:
         """The incumbent: the lowest F at trained weights; of those that keep the constraints, if any does."""
         return min(self.done, key=lambda t: t.rank, default=None)
 
+    @property
+    def others(self) -> int:
+        """The number of objectives beside F."""
+        return max((len(t.others) for t in self.measured), default=0)
+
     @cached_property
     def passes_per_training(self) -> float:
         """Gradient evaluations of f that a training takes on average; 1 before the first."""
@@ -343,6 +350,7 @@ class SearchState:
             before.status == after.status
             and before.upper_loss == after.upper_loss
             and before.excesses == after.excesses
+            and before.others == after.others
             and before.finished == after.finished
         )
         if same and self.told[before.finished : before.finished + 1] == (before,):

@@ -126,6 +126,7 @@ def conclude(plan: Plan, searcher: BilevelSearch, analysis: Any, began: float) -
             "method": plan.config.search.method,
             "seed": plan.seed,
             "constraints": dict(plan.constraints),
+            "other_objectives": dict(plan.other_objectives),
         },
         test_loss_refit,
         time.monotonic() - began,

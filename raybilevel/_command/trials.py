@@ -32,8 +32,8 @@ def searcher_of(plan: Plan, place: Storage) -> BilevelSearch:
     """The searcher of a plan. It reads checkpoints from the storage."""
     return BilevelSearch(
         plan.problem,
-        metric=UPPER_LOSS,
-        mode="min",
+        metric=[UPPER_LOSS, *plan.other_objectives],
+        mode=["min", *plan.other_objectives.values()],
         method=plan.method,
         seed=plan.seed,
         max_concurrent=plan.max_concurrent,

@@ -14,6 +14,7 @@ from raybilevel._config.files import Checked, apply_override, read_mapping, vali
 from raybilevel._config.resources import ResourcesConfig
 from raybilevel._config.space import read_space
 from raybilevel._metric_bounds import read_bounds
+from raybilevel._objectives import read_others
 from raybilevel._own_problem import file_of, located
 from raybilevel.errors import ConfigError
 from raybilevel.space import Parameter, Space, flatten
@@ -30,6 +31,8 @@ class SearchConfig(Checked):
     points_to_evaluate: hyperparameters to train first, nested like the space.
     constraints:    bounds on what the problem's `evaluate` returns, e.g. {latency_ms: "<= 5"}. The result is the best
         training that keeps them all.
+    other_objectives: what `evaluate` returns that is to be weighed against F, e.g. {latency_ms: min}. The result is a
+        Pareto front.
     max_concurrent: limit of concurrent trainings and upper-level steps. The default is as many trainings as fit into
         the cluster, but at most 16, or a quarter of all trainings if that is more.
     epoch_time_limit, step_time_limit: timeouts in seconds. An epoch of a training, or an upper-level step, that takes
@@ -44,6 +47,7 @@ class SearchConfig(Checked):
     max_concurrent: int | None = Field(default=None, ge=1)
     points_to_evaluate: list[dict[str, Any]] = Field(default_factory=list)
     constraints: dict[str, str] = Field(default_factory=dict)
+    other_objectives: dict[str, str] = Field(default_factory=dict)
     epoch_time_limit: float | None = Field(default=None, gt=0)
     step_time_limit: float | None = Field(default=None, gt=0)
     max_failures: int = Field(default=0, ge=-1)
@@ -53,6 +57,12 @@ class SearchConfig(Checked):
     def bounds(cls, constraints: dict[str, str]) -> dict[str, str]:
         read_bounds(constraints)
         return constraints
+
+    @field_validator("other_objectives")
+    @classmethod
+    def others(cls, objectives: dict[str, str]) -> dict[str, str]:
+        read_others(objectives)
+        return objectives
 
 
 class ExperimentConfig(Checked):

@@ -12,9 +12,10 @@ import torch
 from raybilevel._config.experiment import ExperimentConfig
 from raybilevel._config.resources import TrainingResources
 from raybilevel._metric_bounds import read_bounds
+from raybilevel._objectives import read_others
 from raybilevel.errors import ConfigError, ProblemError, RaybilevelError, SpaceError
 from raybilevel.methods import make_method
-from raybilevel.methods._base import Method, check_constraints
+from raybilevel.methods._base import Method, check_constraints, check_others
 from raybilevel.methods._registry import name_for
 from raybilevel.problem import BilevelProblem, LargeUpperLevel
 from raybilevel.problems import make_problem
@@ -33,6 +34,7 @@ class Plan:
     constants: the rest of a trial's config, nested.
     points:    configurations to train first.
     constraints: bounds on metrics, by their names.
+    other_objectives: modes of metrics, by their names.
     training, step: resources of a lower-level training and of an upper-level step, by Ray's names.
     seed:      of the search, and of every training's initial weights and order of batches.
     trainings: the number of lower-level trainings, or of descents.
@@ -48,6 +50,7 @@ class Plan:
     constants: Mapping[str, Any]
     points: tuple[Mapping[str, Any], ...]
     constraints: Mapping[str, str]
+    other_objectives: Mapping[str, str]
     training: TrainingResources
     step: Mapping[str, float]
     seed: int
@@ -102,6 +105,7 @@ def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine 
         raise mistakes.as_one()
     mistakes.made_by(lambda: check_points(search.points_to_evaluate, space, "search.points_to_evaluate"))
     mistakes.made_by(lambda: check_constraints(method, read_bounds(search.constraints)))
+    mistakes.made_by(lambda: check_others(method, read_others(search.other_objectives)))
     checked = mistakes.made_by(lambda: check_levels(problem, space, config.constants, method))
     if checked is None or mistakes.found:
         raise mistakes.as_one()
@@ -113,6 +117,7 @@ def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine 
         constants=config.constants,
         points=tuple(search.points_to_evaluate),
         constraints=search.constraints,
+        other_objectives=search.other_objectives,
         training=config.resources.of_training(config.on_gpu),
         step=config.resources.of_step(config.on_gpu),
         seed=search.seed,

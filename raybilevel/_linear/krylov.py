@@ -15,6 +15,10 @@ from raybilevel.errors import ConfigError, NotFiniteError
 
 Operator = Callable[[Tensor], Tensor]
 
+LONG = 50
+"""Iterations after which the residual of MINRES's recurrence may be far below the true one (Sleijpen, van der Vorst &
+Modersitzki 2000, SIAM J. Matrix Anal. Appl. 22(3)): by the square of the condition times the precision."""
+
 
 @dataclass(frozen=True)
 class LinearSystem:
@@ -73,7 +77,8 @@ class LinearSolver(Protocol):
 class ConjugateGradients:
     """The conjugate gradient method (Hestenes & Stiefel 1952), for positive definite H.
 
-    It stops at a relative residual of `tolerance`, after `limit` iterations, or at a curvature that is not positive.
+    It stops at a relative residual of `tolerance`, after `limit` iterations, or at a curvature that is not positive:
+    then with the iterate that has the least residual, as those of an indefinite H may grow without bound.
     """
 
     tolerance: float = 1e-6
@@ -87,17 +92,21 @@ class ConjugateGradients:
         solution, residual, products = _start(system, memory if self.warm_start else None)
         goal = self.tolerance * right.norm().item()
         direction, squared, iterations = residual.clone(), residual.dot(residual).item(), 0
+        least, nearest = squared, solution
         while iterations < self.limit and math.sqrt(squared) > goal:
             image = system.hessian(direction)
             iterations += 1
             curvature = direction.dot(image).item()
             if not curvature > 0:  # also if it is NaN, which says nothing about the sign of H
+                squared, solution = least, nearest
                 break
             length = squared / curvature
             solution = solution + length * direction
             residual = residual - length * image
             previous, squared = squared, residual.dot(residual).item()
             direction = residual + squared / previous * direction
+            if squared < least:
+                least, nearest = squared, solution
         relative = math.sqrt(squared) / right.norm().item()
         found = LinearSolution(solution, relative, iterations, products + iterations)
         return found, KrylovMemory(solution)
@@ -292,6 +301,9 @@ class MinimalResidual:
         if lost:
             _, solution, t_sum, residual, phi = best
         solution = solution - u @ t_sum
+        if iterations > LONG:
+            residual = right - system.hessian(solution)
+            products, phi = products + 1, residual.norm().item()
         estimate, kept, jacobians = error(residual), space, 0
         # What the next system recycles.
         if self.selection is not None and basis:

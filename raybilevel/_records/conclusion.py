@@ -44,6 +44,8 @@ def conclude(summary: Mapping[str, Any]) -> Conclusion:
     seen, by_model = (None if f is None else f"{f:.4g}" for f in (best["upper_loss"], best.get("expected_upper_loss")))
     luck = "" if by_model in (None, seen) else f" (by the model {by_model})"
     found = f"{name_of(summary)} {seen}{luck} at training {best['training']}, {words}{kept(summary)}"
+    if members := summary.get("pareto_front"):
+        found = f"a Pareto front of {len(members)} trainings, from {found} {to_the_others(summary)}"
     if (expected := summary["new_data"]) is not None:
         # `capitalize` would write an F within the words as f.
         sure += f". {expected['in_words'][:1].upper()}{expected['in_words'][1:]}"
@@ -60,6 +62,15 @@ def kept(summary: Mapping[str, Any]) -> str:
     if not shown:
         return ""
     return f"; {'not ' if breaks else ''}feasible: {', '.join(shown)}"
+
+
+def to_the_others(summary: Mapping[str, Any]) -> str:
+    """The other ends of a Pareto front."""
+    ends = []
+    for metric, mode in summary["other_objectives"].items():
+        end = (min if mode == "min" else max)(summary["pareto_front"], key=lambda t: t["other_objectives"][metric])
+        ends.append(f"{metric} {end['other_objectives'][metric]:.4g} at training {end['training']}")
+    return f"to {' and '.join(ends)}"
 
 
 def so_far(record: Record) -> Conclusion:

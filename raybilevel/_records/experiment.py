@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.fs
 from pydantic import TypeAdapter, ValidationError
 
+from raybilevel import _objectives
 from raybilevel._metric_bounds import as_written
 from raybilevel._metrics import HYPERPARAMETERS
 from raybilevel._records.names import SEARCH_STATE
@@ -125,7 +126,13 @@ def summary_of_saved(
         method,
         last,
         saved.checkpoints,
-        {**about, "metric": saved.metric, "mode": saved.mode, "constraints": as_written(saved.constraints)},
+        {
+            **about,
+            "metric": saved.metric,
+            "mode": saved.mode,
+            "constraints": as_written(saved.constraints),
+            "other_objectives": _objectives.as_written(saved.others),
+        },
         test_loss_refit,
         max((float(lines[-1]["timestamp"]) for lines in results.values()), default=began) - began,
     )

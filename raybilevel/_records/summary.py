@@ -10,6 +10,8 @@ from typing import Any
 
 from raybilevel._metrics import HYPERPARAMETERS, UPPER_LOSS, problem_metrics
 from raybilevel._models.constraints import judged
+from raybilevel._models.pareto import front
+from raybilevel._objectives import read_others
 from raybilevel._records.conclusion import conclude
 from raybilevel._records.run_folder import config_of, finite
 from raybilevel._records.versions import versions
@@ -36,15 +38,16 @@ def summary_of(
     first that ran to its end.
 
     trial_results: what each training last reported, by its index.
-    about:         problem, method and seed, of a search of another metric than F, metric and mode, and bounds on other
-        metrics, by their names, as constraints.
+    about:         problem, method and seed, of a search of another metric than F, metric and mode, and of other
+        metrics, by their names, bounds as constraints and modes as other_objectives.
     """
     best, lowest = method.incumbent(state), state.best
     start = min(state.done, key=lambda training: training.index, default=None)
     expected, by_model = new_data(state, best), state.expected
-    about = {"metric": UPPER_LOSS, "mode": "min", "constraints": {}, **about}
+    about = {"metric": UPPER_LOSS, "mode": "min", "constraints": {}, "other_objectives": {}, **about}
     # The search minimises, so its F is the metric with the sign turned where that is maximised.
     sign = -1.0 if about["mode"] == "max" else 1.0
+    others = read_others(about["other_objectives"])
     test_losses = {index: r["test_loss"] for index, r in trial_results.items() if "test_loss" in r}
 
     def result(training: Training) -> dict[str, Any]:
@@ -56,6 +59,11 @@ def summary_of(
             "test_loss": test_losses.get(training.index),
             "feasible": training.feasible,
         }
+
+    def of_front(training: Training) -> dict[str, Any]:
+        beside = zip(others, training.others, strict=True)
+        objectives = {other.metric: other.minimised(value) for other, value in beside}
+        return {**result(training), "other_objectives": objectives, "checkpoint": checkpoints.get(training.index)}
 
     summary = {
         **about,
@@ -69,6 +77,7 @@ def summary_of(
             "checkpoint": checkpoints.get(best.index),
         },
         "lowest": None if lowest is None else {**result(lowest), "checkpoint": checkpoints.get(lowest.index)},
+        "pareto_front": [of_front(training) for training in front(state)] if others else [],
         "start": None if start is None else result(start),
         "new_data": None if expected is None else asdict(expected),
         "metrics": {} if best is None else problem_metrics(trial_results.get(best.index, {})),

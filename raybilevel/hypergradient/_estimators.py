@@ -11,8 +11,11 @@ from torch import Tensor
 from raybilevel._linear.krylov import KrylovMemory, LinearSolver, LinearSystem, MinimalResidual
 from raybilevel._lower.functions import BothLevels
 from raybilevel._lower.hypergradient import Hypergradient, checked, implicit
-from raybilevel.errors import ConfigError
+from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.hypergradient._fixed_point import AndersonAcceleration
+
+MOST_GROWTH = 1000.0
+"""Of a derivative along unrolled steps, times 1 - momentum. Steps towards a minimum shorten it."""
 
 
 class Estimator(Protocol):
@@ -105,6 +108,10 @@ class Unrolled:
         et al. 2017, section 3.1). "forward" propagates the derivative of y_k in each upper-level variable, shape
         (n, p), and is for small p only.
     truncate: number of last steps that reverse mode goes back over (Shaban et al. 2019); None for all.
+
+    Raises:
+        NotFiniteError: derivatives explode along the steps (Metz et al. 2021, arXiv:2111.05803), so that theirs is not
+            that of y*. The rate may be above 2 / |H|, or f may not be convex where the steps lead.
     """
 
     second_derivatives: ClassVar[bool] = True
@@ -142,6 +149,7 @@ class Unrolled:
             y = y - self.rate * velocity
         upper = functions.upper(x, y)
         gradient, in_y, in_velocity = upper.in_x, upper.in_y, torch.zeros_like(y)
+        most = MOST_GROWTH / (1 - self.momentum) * in_y.norm()
         # The adjoint of one step: `in_y` and `in_velocity` are dF/dy_k and dF/dm_k.
         for earlier in reversed(iterates):
             in_velocity = in_velocity - self.rate * in_y
@@ -149,6 +157,8 @@ class Unrolled:
             gradient = gradient + linear.mixed(in_velocity)
             in_y = in_y + linear.hessian(in_velocity)
             in_velocity = self.momentum * in_velocity
+            if in_y.norm() > most:
+                raise exploded(self)
         return Hypergradient(gradient, upper.value, iterations=self.steps, products=2 * kept)
 
     def _forward(self, functions: BothLevels, x: Tensor, y: Tensor) -> Hypergradient:
@@ -156,16 +166,29 @@ class Unrolled:
         # dy_k/dx and dm_k/dx, shape (n, p).
         dy, dv = y.new_zeros(len(y), len(x)), y.new_zeros(len(y), len(x))
         unit = torch.eye(len(x), dtype=x.dtype, device=x.device)
+        # The sum of |d2f/dydx| over the steps so far, by which dy/dx grows at most where each shortens it.
+        added = x.new_zeros(())
         for _ in range(self.steps):
             linear = functions.linearise(x, y)
             # The derivative of df/dy(x, y_k(x)) along each x_j: H dy/dx_j + d2f/dydx_j.
-            columns = [linear.hessian(dy[:, j]) + linear.mixed_transposed(unit[j]) for j in range(len(x))]
-            dv = self.momentum * dv + torch.stack(columns, 1)
+            mixed = torch.stack([linear.mixed_transposed(one) for one in unit], 1)
+            dv = self.momentum * dv + torch.stack([linear.hessian(column) for column in dy.T], 1) + mixed
+            added = added + mixed.norm()
+            if (dy - self.rate * dv).norm() > MOST_GROWTH / (1 - self.momentum) * self.rate * added:
+                raise exploded(self)
             velocity = self.momentum * velocity + functions.lower(x, y).in_y
             y, dy = y - self.rate * velocity, dy - self.rate * dv
         upper = functions.upper(x, y)
         products = 2 * self.steps * len(x)
         return Hypergradient(upper.in_x + dy.T @ upper.in_y, upper.value, iterations=self.steps, products=products)
+
+
+def exploded(unrolled: Unrolled) -> NotFiniteError:
+    return NotFiniteError(
+        f"derivatives explode along the {unrolled.steps} unrolled steps: the rate {unrolled.rate:g} is above 2 / |H|, "
+        "or the lower-level loss is not convex where they lead; give a lower rate, fewer steps or truncate, or take "
+        "estimator 'implicit'"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, Self
 from torch import Tensor
 
 from raybilevel._metric_bounds import Bounds
+from raybilevel._objectives import Others, as_written
 from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import DescentSettings, check_smooth
 from raybilevel.problem import BilevelProblem
@@ -88,6 +89,7 @@ class Method(Protocol):
     most_hyperparameters: that it is meant for; None for any number.
     searches_by_values: whether it takes hyperparameters in which the lower level's loss is not differentiable.
     takes_constraints: whether it searches for the lowest F among trainings that keep bounds on other metrics.
+    takes_others: whether it searches a Pareto front of F and other metrics.
     fills_slots: whether a slot that is free until the first step can be planned may train a space-filling point.
     enough_stopped: after so many trainings that were stopped before their end, and none that was not, it plans steps
         by their values; None if it never does.
@@ -98,6 +100,7 @@ class Method(Protocol):
     most_hyperparameters: ClassVar[int | None] = 100
     searches_by_values: ClassVar[bool] = False
     takes_constraints: ClassVar[bool] = False
+    takes_others: ClassVar[bool] = False
     fills_slots: ClassVar[bool] = False
     enough_stopped: ClassVar[int | None] = None
 
@@ -158,3 +161,16 @@ def check_constraints(method: Method, bounds: Bounds) -> None:
     """
     if bounds and not method.takes_constraints:
         raise ConfigError(f"constraints: {type(method).__name__} takes none; use method='default', or leave them out")
+
+
+def check_others(method: Method, others: Others) -> None:
+    """Refuse objectives beside the first where a method takes none.
+
+    Raises:
+        ConfigError: it takes none, and there are some.
+    """
+    if others and not method.takes_others:
+        raise ConfigError(
+            f"{type(method).__name__} searches one metric, not {', '.join(as_written(others))} too; use "
+            "method='default', or leave them out"
+        )

@@ -35,6 +35,7 @@ from raybilevel._models.constraints import Feasible, fit_metrics, judged
 from raybilevel._models.discrete import covering
 from raybilevel._models.feasibility import fit_feasibility
 from raybilevel._models.generalisation import Surface, learn
+from raybilevel._models.pareto import FrontModel, front
 from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.trust import promises, trust
 from raybilevel._models.value_function import ValueFunction, fit_value_function
@@ -81,6 +82,7 @@ class Default(Method):
 
     searches_by_values: ClassVar[bool] = True
     takes_constraints: ClassVar[bool] = True
+    takes_others: ClassVar[bool] = True
     fills_slots: ClassVar[bool] = True
     enough_stopped: ClassVar[int | None] = ENOUGH_TO_BEGIN
 
@@ -142,6 +144,8 @@ class Default(Method):
         number = len(state.steps) + len(running)
         pending = tuple(t.unit for t in state.pending)
         step = UpperStep(number, "region", self._incumbent(state), plain, seed + 1000 * number, pending=pending)
+        if plain.others:
+            return replace(step, origin="front", targets=self._newest_of_front(plain, running))
         if number % self.explore_every == self.explore_every - 1:
             return self._look(step, running)
         regions = self.open_regions(state, running)
@@ -171,6 +175,13 @@ class Default(Method):
             rank=busy[region.began],
         )
 
+    def _newest_of_front(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[int, ...]:
+        """The training of the Pareto front that ended last, if its hypergradient is to be taken."""
+        newest = max(front(state), key=lambda t: t.finished)
+        claimed = any(newest.index in step.targets for step in running)
+        due = self.hypergradients and self._due(state) and not claimed and newest.hypergradient is None
+        return (newest.index,) if due else ()
+
     @staticmethod
     def _look(step: UpperStep, running: tuple[UpperStep, ...]) -> UpperStep:
         """The step as a look at the whole box, of the kind of which there have been fewer."""
@@ -189,7 +200,8 @@ class Default(Method):
         F: where values are noisy, the lowest F seen is that of the luckiest training (the winner's curse).
         """
         seen, expected = judged(state), state.expected
-        if seen.best is None:
+        # With several objectives it is the end of the front at which F is lowest.
+        if seen.best is None or state.others:
             return super().incumbent(state)
         best = seen.best.index
         if best in expected:
@@ -288,7 +300,12 @@ class Default(Method):
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
         trusted = trust(promises(state))
-        model_of_upper = fit_upper_model(state.measured, pending, centre, self.max_rows, space.unordered, trusted)
+        # A front takes pending points into account itself.
+        believed = [] if state.others else pending
+        model_of_upper = fit_upper_model(state.measured, believed, centre, self.max_rows, space.unordered, trusted)
+        front_model = None
+        if state.others:
+            front_model = FrontModel.of(state, model_of_upper, pending, centre, self.max_rows, space.unordered)
         feasibility = self._feasibility(state, centre, space)
         shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
         value_function = None
@@ -310,7 +327,8 @@ class Default(Method):
         penalty = GroupPenalty.of(shrinkage) if shrinkage is not None and shrinkage.applied else None
 
         def propose(step: UpperStep, penalty: GroupPenalty | None) -> Tensor:
-            return snap(self._propose(step, space, model_of_upper, feasibility, centre, starts, penalty), space)
+            found = self._propose(step, space, model_of_upper, feasibility, centre, starts, penalty, front_model)
+            return snap(found, space)
 
         asked, (step, unit) = step, new_point(step, propose, penalty)
         if asked.origin == "region" and step is not asked:
@@ -400,6 +418,9 @@ class Default(Method):
         model: UpperModel,
     ) -> Shrinkage | None:
         """How far hyperparameters of a kind may differ; None while too little is known, or if F is no likelihood."""
+        # With several objectives every training of the front is a result, and none is the best on new data.
+        if state.others:
+            return None
         # Values alone say too little of the bends of F, by which the evidence is told.
         if len(state.steps) < PLAIN_STEPS or not model.process.has_derivatives or not state.done:
             return None
@@ -424,6 +445,7 @@ class Default(Method):
         centre: Tensor,
         starts: list[Tensor],
         penalty: GroupPenalty | None = None,
+        front_model: FrontModel | None = None,
     ) -> Tensor:
         if step.origin == "fill":
             known = [t.unit for t in step.state.trainings] + list(step.pending)
@@ -431,12 +453,14 @@ class Default(Method):
         cell = space.next_cell([t.unit for t in step.state.trainings])
         discrete = {**space.discrete, **{coordinate: (value,) for coordinate, value in cell.items()}}
         low, high = torch.zeros_like(centre), torch.ones_like(centre)
-        if step.origin != "global":
+        if step.origin == "region":
             low, high = (centre - step.radius).clamp(0, 1), (centre + step.radius).clamp(0, 1)
             # A coordinate at rest stands for none. Where a choice makes it active, all of its range is open.
             low[~space.active(centre)], high[~space.active(centre)] = 0.0, 1.0
         if feasibility is not None and not step.state.trainings[step.centre].feasible:
             return most_feasible(model, feasibility, low, high, starts, step.seed, discrete, space.at_rest)
+        if front_model is not None:
+            return front_model.propose(step.seed, discrete, space.at_rest, feasibility)
         if step.origin == "global":
             return expected_improvement(model, len(centre), starts, step.seed, discrete, space.at_rest, feasibility)
         # The deviation is small beside pending points, so that weight on it leads away from them.

@@ -13,6 +13,7 @@ from raybilevel._records.incumbents import loss_name, lowest
 from raybilevel._records.record import Observation, Record
 from raybilevel._records.run_folder import search_of
 from raybilevel._tree import leaves, named
+from raybilevel.report import _front as front
 from raybilevel.report._frames import known
 from raybilevel.report._search import importance
 from raybilevel.report._tables import Table
@@ -31,7 +32,7 @@ def tables(record: Record) -> list[Table]:
     """The result against the start, and the hyperparameters of both."""
     if record.lowest is None:
         return []
-    return [result(record), hyperparameters(record)]
+    return [*front.tables(record), result(record), hyperparameters(record)]
 
 
 def result(record: Record) -> Table:

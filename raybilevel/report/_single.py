@@ -12,6 +12,7 @@ from raybilevel._records.record import Hyperparameter, Observation, Record
 from raybilevel._records.run_folder import search_of
 from raybilevel._tree import leaves, named
 from raybilevel.report import _frames as frames
+from raybilevel.report import _front as front
 from raybilevel.report import _search as search
 from raybilevel.report._charts import Chart, Series
 from raybilevel.report._range import from_start, marks_above
@@ -28,7 +29,7 @@ def charts(record: Record, prefix: str = "") -> list[Chart]:
     saved = search_of(record)
     found = [progress(record, prefix), path_of_incumbent(record, prefix)]
     if saved is not None:
-        found += search.charts(saved, prefix)
+        found = [*front.charts(saved, prefix), *found, *search.charts(saved, prefix)]
     return [chart for chart in found if chart.series]
 
 

@@ -10,8 +10,9 @@ import torch
 
 from raybilevel._lower.training import TrainedLowerLevel, load_checkpoint, train
 from raybilevel._metric_bounds import Bounds, read_bounds
+from raybilevel._objectives import Others, read_others
 from raybilevel.errors import ConfigError, NotFiniteError, ProblemError
-from raybilevel.methods._base import check_constraints
+from raybilevel.methods._base import check_constraints, check_others
 from raybilevel.problem import BilevelProblem
 from raybilevel.search._checks import check_search
 from raybilevel.search._optimizer import BilevelOptimizer, Observation
@@ -26,22 +27,27 @@ def observe(
     trained: TrainedLowerLevel,
     at: Sequence[float] | None = None,
     bounds: Bounds = (),
+    others: Others = (),
 ) -> Observation:
     """A training's result in the terms of the search: gradients in the unit cube.
 
     at: the point of the config, shape (d,), where it is known; see `Space.to_unit_gradient`.
 
     Raises:
-        ProblemError: a metric that has a bound is not among those of `evaluate`.
+        ProblemError: a metric that has a bound, or is an objective, is not among those of `evaluate`.
     """
-    lacking = [bound.metric for bound in bounds if bound.metric not in trained.metrics]
-    if lacking:
-        raise ProblemError(f"constraints: evaluate does not return {', '.join(lacking)}; return it with the others")
+    for what, wanted in (("constraints", bounds), ("other_objectives", others)):
+        if lacking := [one.metric for one in wanted if one.metric not in trained.metrics]:
+            raise ProblemError(f"{what}: evaluate does not return {', '.join(lacking)}; return it with the others")
     excesses = tuple(bound.excess(trained.metrics[bound.metric]) for bound in bounds)
+    minimised = tuple(other.minimised(trained.metrics[other.metric]) for other in others)
     gradient = {"/".join(path): value for path, value in flatten(trained.lower_gradient).items()}
     point = None if at is None else torch.tensor(at, dtype=torch.double)
     unit = space.to_unit_gradient(config, gradient, point)
-    return Observation(trained.upper_loss, trained.lower_loss, tuple(unit.tolist()), trained.passes, excesses=excesses)
+    return Observation(
+        trained.upper_loss, trained.lower_loss, tuple(unit.tolist()), trained.passes,
+        excesses=excesses, others=minimised,
+    )  # fmt: skip
 
 
 def search(
@@ -50,18 +56,21 @@ def search(
     cost: float,
     constants: Mapping[str, Any] | None = None,
     constraints: Mapping[str, str] | None = None,
+    other_objectives: Mapping[str, str] | None = None,
 ) -> dict[int, bytes]:
     """Train until the cost (in trainings, upper-level steps included) is spent; the checkpoints by training.
 
     constraints: bounds on what the problem's `evaluate` returns, such as {"latency_ms": "<= 5"}.
+    other_objectives: what it returns that is to be weighed against F, with its mode, such as {"latency_ms": "min"}.
 
     Raises:
-        ConfigError: the method's trials are descents, or it takes no constraints.
+        ConfigError: the method's trials are descents, or it takes no constraints or no other objectives.
         ProblemError, NotFiniteError: before anything is trained; see `check_problem`. After the first training, where a
-            metric that has a bound is not returned.
+            metric that has a bound, or is an objective, is not returned.
     """
-    constants, bounds = constants or {}, read_bounds(constraints)
+    constants, bounds, others = constants or {}, read_bounds(constraints), read_others(other_objectives)
     check_constraints(optimizer.method, bounds)
+    check_others(optimizer.method, others)
     space = optimizer.space = check_search(problem, optimizer.space, constants, optimizer.method)
     if optimizer.method.descent is not None:
         raise ConfigError(f"the trials of {type(optimizer.method).__name__} are descents, which are not run here")
@@ -88,5 +97,5 @@ def search(
             optimizer.tell(trial, None)
         else:
             unit = optimizer.state.trainings[optimizer.trials[trial]].unit
-            optimizer.tell(trial, observe(space, config, trained, unit, bounds))
+            optimizer.tell(trial, observe(space, config, trained, unit, bounds, others))
     return checkpoints

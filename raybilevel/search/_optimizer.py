@@ -25,8 +25,9 @@ class Observation:
     """What an ended training reports; see `TrainedLowerLevel`.
 
     lower_gradient: df/dx in the unit cube, shape (d,); NaN where it is not known.
-    complete: it ran to its end; otherwise only `upper_loss`, `passes` and `excesses` count.
+    complete: it ran to its end; otherwise only `upper_loss`, `passes`, `excesses` and `others` count.
     excesses: how far each constrained metric is beyond its bound; see `Training`.
+    others: the objectives beside F, to be minimised.
     """
 
     upper_loss: float
@@ -35,10 +36,11 @@ class Observation:
     passes: float = 0.0
     complete: bool = True
     excesses: tuple[float, ...] = ()
+    others: tuple[float, ...] = ()
 
     @property
     def finite(self) -> bool:
-        known = not self.complete or all(map(math.isfinite, (self.lower_loss, *self.excesses)))
+        known = not self.complete or all(map(math.isfinite, (self.lower_loss, *self.excesses, *self.others)))
         return math.isfinite(self.upper_loss) and known
 
 
@@ -167,7 +169,8 @@ class BilevelOptimizer:
     def tell(self, trial: str, observation: Observation | None) -> None:
         """A training's result; None if it failed. Unknown trials and repeated results are ignored.
 
-        A result whose F, f or excess is not finite counts as a failure. An infinite entry of a gradient is not known.
+        A result whose F, f, excess or other objective is not finite counts as a failure. An infinite entry of a
+        gradient is not known.
         A failed training may succeed when it is tried again.
         """
         index = self.trials.get(trial)
@@ -188,6 +191,7 @@ class BilevelOptimizer:
             lower_gradient=tuple(g if math.isfinite(g) else math.nan for g in observation.lower_gradient),
             passes=observation.passes,
             excesses=observation.excesses,
+            others=observation.others,
         )
 
     def add(self, trial: str, config: Mapping[str, Any], observation: Observation | None) -> None:

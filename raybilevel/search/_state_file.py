@@ -13,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from raybilevel._metric_bounds import Bounds
+from raybilevel._objectives import Others
 from raybilevel.errors import StateError
 from raybilevel.search_state import Proposal, SearchState
 from raybilevel.space import Parameter, flatten
@@ -49,6 +50,7 @@ class SavedSearch(SavedOptimizer):
     """The same, of a search on Ray.
 
     constraints: bounds on metrics, to refuse a state that has others.
+    others:      objectives beside the metric, likewise.
     constants:   around the space, as JSON.
     checkpoints: index of a training -> where its weights lie.
     space:       the whole space and the constants, pickled, where functions or objects belong to them.
@@ -60,6 +62,7 @@ class SavedSearch(SavedOptimizer):
     checkpoints: dict[int, str]
     space: str | None = None
     constraints: Bounds = ()
+    others: Others = ()
 
 
 ADAPTER: TypeAdapter[SavedSearch] = TypeAdapter(SavedSearch)

@@ -16,8 +16,9 @@ from ray.tune.utils.util import flatten_dict
 
 from raybilevel._cluster.storage import locate
 from raybilevel._lower.checkpoint import without_numpy
-from raybilevel._metric_bounds import Bounds, MetricBound
+from raybilevel._metric_bounds import Bounds
 from raybilevel._metrics import FINISHED
+from raybilevel._objectives import Others, split
 from raybilevel.errors import ConfigError, DataError, SpaceError, StateError
 from raybilevel.problem import BilevelProblem
 from raybilevel.search import BilevelOptimizer, Observation
@@ -37,15 +38,16 @@ class Evaluated:
     value: float
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
-    def observation(self, objective: Objective, bounds: Bounds) -> Observation:
+    def observation(self, objective: Objective, bounds: Bounds, others: Others = ()) -> Observation:
         """Not complete: without f and weights it is nothing for the model of v or a hypergradient."""
 
-        def excess(bound: MetricBound) -> float:
-            value = self.metrics.get(bound.metric)
-            return bound.excess(float(value)) if value is not None and is_number(value) else math.nan
+        def metric(name: str) -> float:
+            value = self.metrics.get(name)
+            return float(value) if value is not None and is_number(value) else math.nan
 
-        excesses = tuple(map(excess, bounds))
-        return Observation(objective.sign * self.value, complete=False, excesses=excesses)
+        excesses = tuple(bound.excess(metric(bound.metric)) for bound in bounds)
+        minimised = tuple(other.minimised(metric(other.metric)) for other in others)
+        return Observation(objective.sign * self.value, complete=False, excesses=excesses, others=minimised)
 
 
 class Study(Protocol):
@@ -137,7 +139,11 @@ def read_experiment(folder: str | Path) -> list[TrialRecord]:
 
 
 def take(
-    optimizer: BilevelOptimizer, evaluated: Sequence[Evaluated], objective: Objective, bounds: Bounds = ()
+    optimizer: BilevelOptimizer,
+    evaluated: Sequence[Evaluated],
+    objective: Objective,
+    bounds: Bounds = (),
+    others: Others = (),
 ) -> None:
     """Have a search know the points that lie in its space. The others are left out, with a warning.
 
@@ -152,7 +158,9 @@ def take(
         except SpaceError as error:
             reasons.append(str(error))
             continue
-        optimizer.add(f"evaluated-{len(optimizer.state.trainings)}", config, point.observation(objective, bounds))
+        optimizer.add(
+            f"evaluated-{len(optimizer.state.trainings)}", config, point.observation(objective, bounds, others)
+        )
     if not reasons:
         return
     if len(reasons) == len(evaluated):
@@ -168,6 +176,7 @@ class BeginsFromEarlier:
 
     _optimizer: BilevelOptimizer | None
     _bounds: Bounds = ()
+    _others: Others = ()
     _earlier: Sequence[Evaluated] = ()
     _early: list[tuple[Mapping[str, Any], float, bool]]
     """Single points: configuration, metric, whether the trial failed."""
@@ -196,7 +205,7 @@ class BeginsFromEarlier:
             ConfigError: no trial reported the metric.
             SpaceError: when the space becomes known, and no trial lies in it.
         """
-        metric = reported_as or options.get("metric") or problem.upper_metric
+        metric = reported_as or split(options.get("metric"), options.get("mode"))[0] or problem.upper_metric
         return cls._knowing(of_experiment(folder, metric), problem, options)
 
     @classmethod
@@ -225,7 +234,8 @@ class BeginsFromEarlier:
         assert optimizer is not None
         nested = without_numpy(unflatten(parameters))
         check_points([nested], optimizer.space, "evaluated points")
-        observation = None if error else Evaluated(nested, float(value)).observation(self._objective, self._bounds)
+        point = Evaluated(nested, float(value))
+        observation = None if error else point.observation(self._objective, self._bounds, self._others)
         optimizer.add(f"evaluated-{len(optimizer.state.trainings)}", nested, observation)
 
     def _take_earlier(self) -> None:
@@ -233,4 +243,4 @@ class BeginsFromEarlier:
         if self._optimizer is not None:
             for point in self._early:
                 self._add_evaluated(*point)
-            take(self._optimizer, self._earlier, self._objective, self._bounds)
+            take(self._optimizer, self._earlier, self._objective, self._bounds, self._others)

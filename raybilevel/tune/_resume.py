@@ -11,7 +11,9 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from raybilevel import _objectives
 from raybilevel._metric_bounds import Bounds, as_written
+from raybilevel._objectives import Others
 from raybilevel._parameter import readable
 from raybilevel.errors import RaybilevelError, StateError
 from raybilevel.search import BilevelOptimizer
@@ -110,10 +112,15 @@ def newest_first(folder: str, pattern: str, since: float) -> list[Path]:
 
 
 def check_saved(
-    saved: SavedSearch, space: Space | None, metric: str | None, mode: str | None, bounds: Bounds = ()
+    saved: SavedSearch,
+    space: Space | None,
+    metric: str | None,
+    mode: str | None,
+    bounds: Bounds = (),
+    others: Others = (),
 ) -> None:
     """Refuse the state of another search than one with this space, metric and mode, as far as they are known, and with
-    these constraints.
+    these constraints and other objectives.
 
     Raises:
         StateError: naming what differs.
@@ -130,6 +137,9 @@ def check_saved(
         raise StateError(
             f"the state is of constraints {as_written(saved.constraints)}; this search has {as_written(bounds)}"
         )
+    if others != saved.others:
+        theirs, ours = _objectives.as_written(saved.others), _objectives.as_written(others)
+        raise StateError(f"the state is of the objectives {theirs} beside its metric; this search has {ours}")
 
 
 def as_saved(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:

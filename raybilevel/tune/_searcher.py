@@ -22,8 +22,9 @@ from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.step_call import SharedBySteps
 from raybilevel._define_by_run import SpaceFunction
 from raybilevel._lower.checkpoint import without_numpy
-from raybilevel._metric_bounds import Bounds, as_written, read_bounds
+from raybilevel._metric_bounds import Bounds, read_bounds
 from raybilevel._metrics import LOWER_LOSS
+from raybilevel._objectives import Others, split
 from raybilevel._tune_changes.placeholders import filled, table_of_tune_run, take_over
 from raybilevel.errors import ConfigError, RaybilevelError
 from raybilevel.methods import Method, make_method
@@ -63,7 +64,8 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
     space: the search space, for those who do not give it to Tune as `param_space`; or a define-by-run function, which
         asks a trial for its hyperparameters, as `OptunaSearch` takes it.
     metric, mode: likewise; the problem's `upper_metric`, which is "upper_loss", and "min" unless given. A metric other
-        than F is searched by its values alone, as hypergradients are those of F.
+        than F is searched by its values alone, as hypergradients are those of F. A list of metrics, with a list of
+        modes, searches their Pareto front (`pareto_front`): then Tune is given neither. Hypergradients serve the first.
     method: "default", "paper" (arXiv:2208.12118), "hypergradient" (with `hypergradient_trainable`: a trial is a whole
         descent), or a method object with settings of your own.
     seed: of everything the search draws.
@@ -96,8 +98,8 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         self,
         problem: BilevelProblem,
         space: Mapping[str, Any] | SpaceFunction | None = None,
-        metric: str | None = None,
-        mode: str | None = None,
+        metric: str | Sequence[str] | None = None,
+        mode: str | Sequence[str] | None = None,
         method: str | Method = "default",
         seed: int = 0,
         max_concurrent: int | None = None,
@@ -109,6 +111,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         evaluated_rewards: Sequence[float] | None = None,
         constraints: Mapping[str, str] | None = None,
     ) -> None:
+        metric, mode, self._others = split(metric, mode)
         check_arguments(problem, mode, max_concurrent, step_time_limit)
         super().__init__(metric=metric, mode=mode)
         self._metric: str | None = metric
@@ -266,6 +269,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
             checkpoints=dict(self._checkpoints.paths),
             space=pack(self.space, self.constants),
             constraints=self._bounds,
+            others=self._others,
         )
         state_file.write(checkpoint_path, saved)
 
@@ -275,7 +279,9 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
 
     def load(self, path: str | Path) -> None:
         saved = state_file.read(path)
-        check_saved(saved, None if self._optimizer is None else self.space, self._metric, self._mode, self._bounds)
+        check_saved(
+            saved, None if self._optimizer is None else self.space, self._metric, self._mode, self._bounds, self._others
+        )
         # As `set_up` made it when that search began.
         method = method_for(self.method, self.problem, saved.metric)
         space, constants = None if self._optimizer is None else self.space, self.constants
@@ -337,6 +343,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
             self._points,
             self._samples,
             self._bounds,
+            self._others,
         )
         # A space of the search's own is not in Tune's table, which has constants alone then.
         if table is not None and self._space is None:
@@ -368,10 +375,12 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         try:
             if result is not None:
                 unit = optimizer.state.trainings[optimizer.trials[trial_id]].unit
-                observation = self._objective.observe(trial_id, result, optimizer.space, unit, self._bounds)
+                observation = self._objective.observe(
+                    trial_id, result, optimizer.space, unit, self._bounds, self._others
+                )
         except MetricError as error:
             logger.error("%s It counts as failed", error)
-            if not optimizer.state.done and (fatal := always_missing(error, self._bounds)) is not None:
+            if not optimizer.state.done and (fatal := always_missing(error, self._bounds, self._others)) is not None:
                 self._session.fatal = fatal
         optimizer.tell(trial_id, observation)
         index = optimizer.trials[trial_id]
@@ -396,11 +405,12 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         self._begin_session()
 
 
-def always_missing(error: MetricError, bounds: Bounds) -> RaybilevelError | None:
+def always_missing(error: MetricError, bounds: Bounds, others: Others) -> RaybilevelError | None:
     """The end of a search whose first trial lacks a metric that all will lack; None if others may have it."""
     if error.missing and error.metric == LOWER_LOSS:
         return RaybilevelError(f"{error} A Repeater passes on means of the metric alone")
-    return error if error.missing and error.metric in as_written(bounds) else None
+    asked = {bound.metric for bound in bounds} | {other.metric for other in others}
+    return error if error.missing and error.metric in asked else None
 
 
 def check_arguments(

@@ -12,10 +12,11 @@ from raybilevel._cluster.identity import is_other
 from raybilevel._define_by_run import SpaceFunction
 from raybilevel._metric_bounds import Bounds
 from raybilevel._metrics import PROBLEM, UPPER_LOSS
+from raybilevel._objectives import Others
 from raybilevel._tree import flatten, nest
 from raybilevel.errors import ConfigError
 from raybilevel.methods import Method
-from raybilevel.methods._base import check_constraints
+from raybilevel.methods._base import check_constraints, check_others
 from raybilevel.problem import BilevelProblem
 from raybilevel.search._checks import check_search
 from raybilevel.search_state import SearchState
@@ -45,15 +46,17 @@ def set_up(
     points: Sequence[Mapping[str, Any]],
     samples: int | None = None,
     bounds: Bounds = (),
+    others: Others = (),
 ) -> SetUp:
     """Check everything that can be wrong with a search once its space is known.
 
     more_constants: that are not in `param_space`.
     samples:        trials that there will be, if that is known.
     bounds:         of other metrics.
+    others:         objectives beside the first.
 
     Raises:
-        ConfigError: the method cannot search this metric, problem or space, or takes no constraints.
+        ConfigError: the method cannot search this metric, problem or space, or takes no constraints or one metric only.
         SpaceError: the space cannot be searched, or points are not in it.
         ProblemError, NotFiniteError: see `check_search`.
     """
@@ -64,6 +67,7 @@ def set_up(
             f"mode='max' with metric={objective.metric!r}: the upper-level loss is minimised; use mode='min'"
         )
     check_constraints(method, bounds)
+    check_others(method, others)
     # The space that comes back says in which hyperparameters f is differentiable.
     space = check_search(problem, space, constants, method)
     check_points(points, space)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raybilevel._cluster.pace import StepTime
+from raybilevel._models.pareto import front
 from raybilevel.errors import ProblemError, SpaceError
 from raybilevel.search import BilevelOptimizer, NewData, new_data
 from raybilevel.search_state import SearchState, Training
@@ -36,6 +37,12 @@ class SearchView:
         """The training expected to be best on new data, which need not be the one with the lowest F, `state.best`; None
         before one has ended. With constraints it is of those that keep them, if any does: see its `feasible`."""
         return self._ready().best
+
+    @property
+    def pareto_front(self) -> tuple[Training, ...]:
+        """The trainings that no other beats in one objective and equals in the rest, by the first one; of a search of
+        one metric, the one with the lowest F. With constraints it is of those that keep them, if any does."""
+        return front(self.state)
 
     @property
     def new_data(self) -> NewData | None:

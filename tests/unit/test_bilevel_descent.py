@@ -86,7 +86,7 @@ def optimum(problem: Ridge) -> float:
         {"lower": "tolerance", "lower_tolerance": 1e-8},
         {"lower": "optimizer"},
         {"lower": "tolerance", "lower_tolerance": 1e-8, "solver": "cg"},
-        {"lower": "tolerance", "estimator": "unrolled", "estimator_settings": {"steps": 20, "rate": 0.5}},
+        {"lower": "tolerance", "estimator": "unrolled", "estimator_settings": {"steps": 20, "rate": 0.3}},
     ],
 )
 def test_a_descent_finds_the_optimum_of_the_box(settings: dict[str, Any]) -> None:

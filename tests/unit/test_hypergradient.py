@@ -198,6 +198,22 @@ def test_a_rate_that_diverges_is_an_error(example: Example) -> None:
         Unrolled(300, 50.0)(example.functions(), example.x, torch.ones(N, dtype=torch.double))
 
 
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_derivatives_that_explode_though_the_steps_do_not_are_an_error(mode: Any, momentum: float) -> None:
+    # At the minimum y = 0 of f = |y|^2 / 2 + x y_0 with x = 0 no step moves, and each multiplies derivatives by -4.
+    def lower(x: Tensor, y: Tensor) -> Tensor:
+        return y.square().sum() / 2 + x.sum() * y[0]
+
+    functions = BilevelFunctions([lambda x, y: (y - 1).square().sum()], [lower])
+    x, y = torch.zeros(2, dtype=torch.double), torch.zeros(3, dtype=torch.double)
+    with pytest.raises(NotFiniteError, match="derivatives explode along the 40 unrolled steps: the rate 5"):
+        Unrolled(40, 5.0, momentum, mode=mode)(functions, x, y)
+    # Near the limit, 2 (1 + momentum), derivatives swing, and do not explode.
+    found = Unrolled(400, 1.8 * (1 + momentum), momentum, mode=mode)(functions, x, y).gradient
+    torch.testing.assert_close(found, torch.full_like(x, 2.0), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "make",
     [

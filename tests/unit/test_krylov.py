@@ -49,6 +49,27 @@ def test_solvers_solve(solver: MinimalResidual) -> None:
     assert found.residual <= 1e-6
 
 
+def test_conjugate_gradients_of_an_indefinite_system_end_at_the_least_residual() -> None:
+    h = matrix(1e-2, negative=1)  # the curvature is negative where the iterates have grown
+    given = system(h)
+    found, _ = ConjugateGradients(1e-10).solve(given, None)
+    true = float((given.right - h @ found.solution).norm() / given.right.norm())
+    assert found.residual == pytest.approx(true, rel=1e-6) and true < 1 and 1 < found.iterations < 100
+    # Any other iterate that it went through is farther.
+    for limit in range(1, found.iterations):
+        assert ConjugateGradients(1e-10, limit).solve(given, None)[0].residual >= found.residual - 1e-12
+
+
+def test_the_residual_of_a_long_solve_is_the_true_one() -> None:
+    h = matrix(1e-10)
+    given = system(h)
+    found, _ = MinimalResidual(1e-10).solve(given, None)
+    true = float((given.right - h @ found.solution).norm() / given.right.norm())
+    # By the recurrence it is a fifth of that or less.
+    assert found.iterations > 50 and true > 0.1
+    assert found.residual == pytest.approx(true, rel=1e-6) and found.products == found.iterations + 1
+
+
 @pytest.mark.parametrize("negative", [0, 5])
 def test_minres_takes_the_iterations_of_scipy(negative: int) -> None:
     h = matrix(negative=negative)

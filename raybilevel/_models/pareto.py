@@ -1,0 +1,136 @@
+"""Several objectives: the trainings that nothing beats in all of them, and where to find more."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+from botorch.acquisition.multi_objective.objective import WeightedMCMultiOutputObjective
+from botorch.models import ModelListGP
+from botorch.sampling import SobolQMCNormalSampler
+from botorch.utils.multi_objective import infer_reference_point, is_non_dominated
+from linear_operator.utils.warnings import NumericalWarning
+from torch import Tensor
+
+from raybilevel._models.acquisition import UpperModel, fit_upper_model, maximise
+from raybilevel._models.constraints import Feasible
+from raybilevel._models.discrete import NONE, AtRest, Levels, all_active
+from raybilevel.search_state import SearchState, Training
+
+SAMPLES = 64
+"""Of the posterior, from a Sobol sequence."""
+
+
+def objectives(training: Training) -> tuple[float, ...]:
+    """F and the others, each to be minimised."""
+    return (training.upper_loss, *training.others)
+
+
+def front(state: SearchState) -> tuple[Training, ...]:
+    """The Pareto front, by F: of the trainings that ran to their end, those that no other beats in one objective and
+    equals in the rest. Of trainings that keep the constraints, if any does; of one where two are equal in all.
+    """
+    feasible = [t for t in state.done if t.feasible] or list(state.done)
+    if not feasible:
+        return ()
+    values = torch.tensor([objectives(t) for t in feasible], dtype=torch.double)
+    chosen = is_non_dominated(-values, deduplicate=True).tolist()
+    found = [t for t, keep in zip(feasible, chosen, strict=True) if keep]
+    return tuple(sorted(found, key=objectives))
+
+
+class FeasibleHypervolume(qLogNoisyExpectedHypervolumeImprovement):  # type: ignore[misc]
+    """Its logarithm plus that of the probability of a feasible training."""
+
+    feasibility: Feasible | None = None
+
+    def forward(self, X: Tensor) -> Tensor:
+        improvement: Tensor = super().forward(X)
+        known = self.feasibility
+        return improvement if known is None else improvement + known.log_probability(X[..., 0, :])
+
+
+@dataclass(frozen=True)
+class FrontModel:
+    """A model of each objective, F first.
+
+    known: points of the unit cube with all objectives measured, shape (n, d).
+    seen:  these in the units of the models, shape (n, objectives).
+    pending: points that are trained or will be, shape (m, d).
+    """
+
+    models: tuple[UpperModel, ...]
+    known: Tensor
+    seen: Tensor
+    pending: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        state: SearchState,
+        upper: UpperModel,
+        pending: Sequence[Tensor],
+        near: Tensor,
+        max_rows: int,
+        unordered: Sequence[int] = (),
+    ) -> FrontModel:
+        """upper: the model of F, with no pending points in it. The others are modelled in the same way, by values."""
+        whole = [t for t in state.measured if all(map(math.isfinite, t.others)) and len(t.others) == state.others]
+        models = [upper]
+        for number in range(state.others):
+            # As if it were F, of which hypergradients are not those of another metric.
+            by_values = [replace(t, upper_loss=t.others[number], hypergradient=None) for t in whole]
+            models.append(fit_upper_model(by_values, [], near, max_rows, unordered))
+        # Without a feasible training all count: the search looks for one first.
+        measured = [t for t in whole if t.feasible] or whole
+        columns = []
+        for number, model in enumerate(models):
+            values = torch.tensor([objectives(t)[number] for t in measured], dtype=torch.double)
+            columns.append((model.warp(values) - model.process.shift) / model.process.scale)
+        known = torch.tensor([t.unit for t in measured], dtype=torch.double)
+        waiting = torch.stack(list(pending)) if pending else torch.empty(0, len(near), dtype=torch.double)
+        return cls(tuple(models), known, torch.stack(columns, -1), waiting)
+
+    def acquisition(self, seed: int, feasibility: Feasible | None = None) -> FeasibleHypervolume:
+        """The expected growth of the volume that the front dominates, where all is noisy: qLogNEHVI (Daulton et al.
+        2021, arXiv:2105.08195; Ament et al. 2023, arXiv:2310.20708)."""
+        signs = -torch.ones(len(self.models), dtype=torch.double)
+        options: dict[str, Any] = {"X_pending": self.pending} if len(self.pending) else {}
+        best = -self.seen[is_non_dominated(-self.seen)]
+        found = FeasibleHypervolume(
+            model=ModelListGP(*(model.process.model for model in self.models)),
+            ref_point=infer_reference_point(best),
+            X_baseline=self.known,
+            sampler=SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed),
+            objective=WeightedMCMultiOutputObjective(signs),
+            prune_baseline=True,
+            cache_root=False,
+            **options,
+        )
+        found.feasibility = feasibility
+        return found
+
+    def propose(
+        self,
+        seed: int,
+        discrete: Levels = NONE,
+        at_rest: AtRest = all_active,
+        feasibility: Feasible | None = None,
+    ) -> Tensor:
+        """The point of the unit cube from which the front is expected to gain most, shape (d,)."""
+        d = self.known.shape[-1]
+        low, high = torch.zeros(d, dtype=torch.double), torch.ones(d, dtype=torch.double)
+        # From the points of the front: its neighbourhood is where it grows.
+        starts = list(self.known[is_non_dominated(-self.seen)])
+        spread = starts[:: max(1, len(starts) // 3)][:3]
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # Of points close to each other, whose joint posterior is nearly singular.
+            warnings.simplefilter("ignore", NumericalWarning)
+            torch.manual_seed(seed)
+            acquisition = self.acquisition(seed, feasibility)
+            return maximise(acquisition, low, high, spread, seed, 3, discrete, at_rest)
