@@ -258,7 +258,8 @@ def class_weights(made: Made) -> Tensor:
 
 def penalty(estimator: Any, weight: Tensor) -> Tensor:
     """(1 - r) / 2 |w|^2 + r |w|_1 with the l1 ratio r."""
-    kind = estimator.penalty
+    # Newer logistic regressions have a ratio only.
+    kind = getattr(estimator, "penalty", "deprecated")
     if kind is None:
         return torch.zeros((), dtype=torch.double)
     ratio = {"l1": 1.0, "l2": 0.0}.get(kind, estimator.l1_ratio)
