@@ -58,7 +58,7 @@ def from_net(
     evaluate: further metrics of a net that was trained.
     by_values: names of hyperparameters that have no gradients.
     seed:   of torch's random numbers before a training, if the config has no entry "seed". None: the factory seeds.
-    device: where F, f and their gradients are taken.
+    device: where F, f and their gradients are taken. It must be the net's own, to which the net moves examples.
 
     Raises:
         ConfigError: skorch is not installed, or `net` is no function.
