@@ -17,6 +17,8 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 # Of Ray, for `make test-ray`.
 VERSIONS ?= 2.50.1 2.55.1 2.60.0
+# For `make test-pythons`.
+PYTHONS ?= 3.11 3.12 3.13
 # Servers of object stores. The dependencies of moto and of Ray exclude each other.
 STORES := $(VENV)/stores
 # What Ray needs to take jobs. It is not in $(VENV), where every local Ray would start more processes with it.
@@ -26,7 +28,7 @@ PEERS := $(VENV)/peers
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup run test test-all test-cluster test-ray compare check format docs clean bench-algorithm bench-scale bench-recycling bench-scripts \
+.PHONY: setup run test test-all test-cluster test-ray test-pythons compare check format docs clean bench-algorithm bench-scale bench-recycling bench-scripts \
 	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-generalisation bench-hypergradient
 
 setup: $(STAMP)
@@ -73,6 +75,11 @@ $(VENV)/ray-%/.installed: $(STAMP)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
 	touch $@
+
+# The unit tests and a search on Ray with each of PYTHONS, in environments of their own, of a few GB each. Ends with a
+# table that names versions which the machine lacks, or for which a package does. ARGS go to pytest.
+test-pythons: $(STAMP)
+	$(BIN)/python -m tests.python_versions $(PYTHONS) --folder $(VENV) $(ARGS)
 
 # raybilevel against black-box searchers and implicit gradients: records, table and figures in OUT. It can be resumed.
 bench-algorithm: $(STAMP)

@@ -31,6 +31,7 @@ __all__ = [
     "SupportsTraining",
     "evaluate",
     "leaves",
+    "losses_on_test",
     "make_batches",
     "make_model",
     "make_optimizer",
@@ -152,6 +153,12 @@ class BilevelProblem(ABC):
 
         Names that raybilevel or Ray Tune reports itself, e.g. "upper_loss" or "training_iteration", are refused."""
         return {}
+
+    def test_losses(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The loss of each test example, shape (n,), in a fixed order; None if they are not known. `test_loss` of
+        `evaluate` is their mean. At the end of a run they tell whether its gain may be chance. Define it as
+        `test_losses(self, model)` or as `test_losses(self, model, hyperparameters)`. The model is in `eval()` mode."""
+        return None
 
     def refit_batches(self, generator: torch.Generator | None, *args: Any, **kwargs: Any) -> Iterable[Batch] | None:
         """One pass over training plus validation data, for the final refit. None if a refit makes no sense. Define it
@@ -277,6 +284,22 @@ def evaluate(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyperpa
     else:
         found = problem.evaluate(model)
     return check_metrics(type(problem).__name__, found)
+
+
+def losses_on_test(problem: BilevelProblem, model: nn.Module, hyperparameters: Hyperparameters) -> Tensor | None:
+    """A problem's losses of test examples, whichever form its `test_losses` has.
+
+    Raises:
+        ProblemError: it returned something else than a tensor of shape (n,).
+    """
+    if takes_hyperparameters(problem.test_losses, others=1):
+        found = problem.test_losses(model, hyperparameters)
+    else:
+        found = problem.test_losses(model)
+    if found is not None and not (isinstance(found, Tensor) and found.dim() == 1):
+        got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ProblemError(f"{type(problem).__name__}.test_losses must return a tensor of shape (n,), got {got}")
+    return found
 
 
 def on_cpu(problem: BilevelProblem) -> BilevelProblem:

@@ -7,13 +7,11 @@ Each argument is the Python of an environment with one version. Exits with 1 if 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.environments import Outcome, results_of, show
+
 TESTS = (
     "tests/unit/test_tune_changes.py",
     "tests/unit/test_idle_actors.py",
@@ -33,31 +31,13 @@ def version_of(python: str) -> str:
     return done.stdout.strip()
 
 
-def tested(python: str) -> tuple[bool, str]:
-    """Whether all tests pass in an environment, and pytest's last line."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # the project is not installed there
-    command = [python, "-m", "pytest", "-q", "--show-capture=no", *TESTS]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        last = ""
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            last = line.strip() or last
-    return process.returncode == 0, last
-
-
 def main(pythons: list[str]) -> int:
-    rows = []
+    outcomes: list[Outcome] = []
     for python in pythons:
-        version, began = version_of(python), time.monotonic()
+        version = version_of(python)
         print(f"Ray {version}", flush=True)
-        passed, last = tested(python)
-        rows.append((version, passed, last, time.monotonic() - began))
-    print("\n| Ray | result | tests | seconds |\n| --- | --- | --- | --- |")
-    for version, passed, last, seconds in rows:
-        counts = last.strip("= ").partition(" in ")[0]
-        print(f"| {version} | {'passed' if passed else 'FAILED'} | {counts} | {seconds:.0f} |")
-    return 0 if all(passed for _, passed, _, _ in rows) else 1
+        outcomes.append(results_of(version, python, TESTS))
+    return show("Ray", outcomes)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "sh", ".toml": "toml", ".txt": "text", ".svg": "xml"}
 FILES = (
-    "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "constraints.txt", "examples/*.py", "examples/scripts/*.*",
-    "configs/**/*.*",
+    "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "constraints.txt", "examples/*.py", "examples/*.ipynb",
+    "examples/scripts/*.*", "configs/**/*.*",
 )  # fmt: skip
 """What documents may link to beside the pages: shown under files/."""
 
@@ -48,7 +50,18 @@ def shown(path: Path, name: str) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return text
+    if path.suffix == ".ipynb":
+        return notebook(json.loads(text))
     return f"# {name}\n\n```{LANGUAGES[path.suffix]}\n{text.rstrip()}\n```\n"
+
+
+def notebook(content: Mapping[str, Any]) -> str:
+    """The cells of a notebook as Markdown."""
+    return "\n\n".join(
+        source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+        for cell in content["cells"]
+        for source in ["".join(cell["source"])]
+    )
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ import torch
 from rich.console import Console
 
 from raybilevel._cluster.own_code import send_along
-from raybilevel._cluster.storage import check_access, locate
+from raybilevel._cluster.storage import Storage, check_access, locate
 from raybilevel._command.cluster import cluster
 from raybilevel._command.folder import Options, keep, keep_options, prepare_folder
+from raybilevel._command.gain import Ended, gain_over
 from raybilevel._command.output import show
-from raybilevel._command.progress import Shown, make_view
+from raybilevel._command.progress import Shown, make_view, start_of
 from raybilevel._command.refit import loss_after_refit
 from raybilevel._command.resources import check_room, with_room_for_steps
 from raybilevel._command.trials import configuration, searcher_of, train_all, trial_results
 from raybilevel._config.experiment import ExperimentConfig
 from raybilevel._config.plan import Plan, resolve, this_machine
+from raybilevel._lower.paired import Gain
 from raybilevel._own_problem import file_of, is_own
 from raybilevel._records.names import SUMMARY_FILE, TUNE_FOLDER
 from raybilevel._records.summary import as_text, summary_of
@@ -88,7 +91,7 @@ def run(
             raise InterruptedRunError(f"stopped after {told} of {plan.trainings} trainings")
         if type(plan.problem).refit_batches is not BilevelProblem.refit_batches and not plan.space.of_starts:
             show(console, "training once more, on all data, with the best hyperparameters ...")
-        summary = conclude(plan, searcher, analysis, began)
+        summary = conclude(plan, searcher, analysis, place, began)
     # Last: a folder with a summary is that of a run that is done.
     keep(SUMMARY_FILE, as_text(summary), out, place)
     return summary
@@ -105,15 +108,16 @@ def shown_of(plan: Plan, resumed: bool, verbose: bool) -> Shown:
     return Shown(title, plan.trainings, resumed, config_of if is_result else None, verbose)
 
 
-def conclude(plan: Plan, searcher: BilevelSearch, analysis: Any, began: float) -> dict[str, Any]:
+def conclude(plan: Plan, searcher: BilevelSearch, analysis: Any, place: Storage, began: float) -> dict[str, Any]:
     """Refit, and summarise a run that has ended.
 
     began: start of the run, by `time.monotonic`.
     """
     results = trial_results(searcher, analysis)
     best = searcher.method.incumbent(searcher.state)
-    test_loss_refit = None
+    test_loss_refit = gain = None
     if best is not None and not plan.space.of_starts:
+        gain = gain_of(plan, searcher, best, results, place)
         test_loss_refit = loss_after_refit(plan, configuration(searcher, best, results))
     return summary_of(
         searcher.state,
@@ -130,4 +134,20 @@ def conclude(plan: Plan, searcher: BilevelSearch, analysis: Any, began: float) -
         },
         test_loss_refit,
         time.monotonic() - began,
+        gain,
     )
+
+
+def gain_of(
+    plan: Plan, searcher: BilevelSearch, best: Training, results: Mapping[int, Mapping[str, Any]], place: Storage
+) -> Gain | None:
+    """Of the result over the start; None where the start is the result, or lacks a checkpoint."""
+    start = start_of(searcher.state)
+    if start is None or start.index == best.index:
+        return None
+    ends = []
+    for training in (start, best):
+        if (path := searcher.checkpoint_of(training)) is None:
+            return None
+        ends.append(Ended(configuration(searcher, training, results), path))
+    return gain_over(plan, ends[0], ends[1], place.filesystem)

@@ -43,10 +43,12 @@ def show_result(console: Console, summary: Mapping[str, Any], folder: Path, verb
         console.print(details(summary), highlight=False)
     for line in summary["in_words"]:
         console.print(line, highlight=False, markup=False)
+    console.print()
     if metrics := ", ".join(f"{k} {v:.4g}" for k, v in summary["metrics"].items() if k not in WITH_A_LINE):
         console.print(f"Metrics: {metrics}", highlight=False, markup=False)
-    failed = f", {summary['failed_trainings']} failed" if summary["failed_trainings"] else ""
-    show(console, f"Cost: {summary['cost']:.1f} trainings, in {summary['trainings']} of them{failed}, and steps")
+    failed = f", {summary['failed_trainings']} of which failed" if summary["failed_trainings"] else ""
+    steps = f" and {summary['upper_steps']} upper-level steps" if summary["upper_steps"] else ""
+    show(console, f"Cost: {summary['cost']:.1f} trainings, for {summary['trainings']} trainings{failed}{steps}")
     show(console, f"Results: {folder}")
     show(console, f"Report: {again('report', folder)}")
     show(console, f"More trainings: {again('resume', folder, '--trainings', 2 * summary['trainings'])}")

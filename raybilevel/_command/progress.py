@@ -123,7 +123,9 @@ class PlainView:
             best = "none"
             if self.best:
                 best = f"{self.best.upper_loss:.4f} (training {state.number(self.best)}{broken(self.best)})"
-            line = f"[{self.counted}/{self.shown.trainings}] training {state.number(training)}  {outcome}  best {best}"
+            line = (
+                f"[{self.counted}/{self.shown.trainings}] training {state.number(training)}  {outcome}  lowest {best}"
+            )
             if self.shown.verbose:
                 line += f"  {training.proposal.origin}"
                 # Of several trainings that ended since, the newest numbers belong to the last.
@@ -141,7 +143,7 @@ class PlainView:
         if self.shown.resumed:
             for training in state.told:
                 self._count(training)
-            self._print(f"going on after {self.counted} trainings; best: {self.shown.best(state)}")
+            self._print(f"going on after {self.counted} trainings; lowest: {self.shown.best(state)}")
 
     def _count(self, training: Training) -> None:
         self.counted += 1
@@ -186,7 +188,7 @@ class LiveView:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
-        table.add_row("best", self.shown.best(state))
+        table.add_row("lowest", self.shown.best(state))
         if found := self.shown.hyperparameters(state):
             table.add_row("", found)
         table.add_row("trainings", f"{counts}, of {self.shown.trainings}")

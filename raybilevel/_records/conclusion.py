@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,15 +13,18 @@ from raybilevel._tree import leaves, named
 MOST_SHOWN = 5
 """Hyperparameters that are written out on one line."""
 
+SAME = 0.01
+"""Relative difference of F by the model up to which it is not worth a word."""
+
 UNDER_WAY = "under way"
 HOW_SURE = {
     "converged": "the search had nothing better to propose",
     "budget exhausted": "the search ended with its trainings, and more may find better",
-    "surrogate too poor": "not very; the models predicted poorly what trainings gave, so other points may be as good",
-    "validation set overfitted": "not very; the test loss rose while F fell, so the validation data are overfitted",
-    "not feasible": "no training kept every constraint; this one is nearest to that",
+    "surrogate too poor": "not very. The models predicted poorly what trainings gave, so other points may be as good",
+    "validation set overfitted": "not very. The test loss rose while F fell, so the validation data are overfitted",
+    "not feasible": "no training kept every constraint. This one is nearest to that",
     "no result": "no training ran to its end",
-    UNDER_WAY: "not yet; the run has not ended, or was stopped",
+    UNDER_WAY: "not yet. The run has not ended, or was stopped",
 }
 """By the verdict; of a run without one, `UNDER_WAY`."""
 
@@ -41,15 +45,17 @@ def conclude(summary: Mapping[str, Any]) -> Conclusion:
     if best is None:
         return Conclusion("nothing", "no", sure)
     words = hyperparameters(best["hyperparameters"], start and start["hyperparameters"])
-    seen, by_model = (None if f is None else f"{f:.4g}" for f in (best["upper_loss"], best.get("expected_upper_loss")))
-    luck = "" if by_model in (None, seen) else f" (by the model {by_model})"
-    found = f"{name_of(summary)} {seen}{luck} at training {best['training']}, {words}{kept(summary)}"
+    seen, by_model = best["upper_loss"], best.get("expected_upper_loss")
+    differs = by_model is not None and abs(by_model - seen) > SAME * abs(seen)
+    luck = f" (by the model {by_model:.4g})" if differs else ""
+    found = f"{name_of(summary)} {seen:.4g}{luck} at training {best['training']}, {words}"
     if members := summary.get("pareto_front"):
         found = f"a Pareto front of {len(members)} trainings, from {found} {to_the_others(summary)}"
+    found += kept(summary)
     if (expected := summary["new_data"]) is not None:
-        # `capitalize` would write an F within the words as f.
-        sure += f". {expected['in_words'][:1].upper()}{expected['in_words'][1:]}"
-    return Conclusion(found, helped(best, start, name_of(summary)), sure)
+        sure += f". {expected['in_words']}"
+    # Summaries of earlier versions have none.
+    return Conclusion(found, helped(best, start, name_of(summary), summary.get("gain")), sure)
 
 
 def kept(summary: Mapping[str, Any]) -> str:
@@ -61,7 +67,7 @@ def kept(summary: Mapping[str, Any]) -> str:
         shown.append(f"{metric} {bound}" + ("" if value is None else f" ({value:.4g})"))
     if not shown:
         return ""
-    return f"; {'not ' if breaks else ''}feasible: {', '.join(shown)}"
+    return f". {'Not feasible' if breaks else 'Feasible'}: {', '.join(shown)}"
 
 
 def to_the_others(summary: Mapping[str, Any]) -> str:
@@ -107,27 +113,52 @@ def name_of(summary: Mapping[str, Any]) -> str:
     return "F (validation loss)" if metric == UPPER_LOSS else metric
 
 
-def helped(best: Mapping[str, Any], start: Mapping[str, Any] | None, metric: str) -> str:
+def helped(
+    best: Mapping[str, Any], start: Mapping[str, Any] | None, metric: str, gain: Mapping[str, Any] | None = None
+) -> str:
     """Whether the result is better than the start, by the test loss if there is one.
 
     start: None if all trainings were stopped.
+    gain:  by single examples, as in `summary.json`.
     """
     if start is None:
-        return "not known; there is no start to compare with"
+        return "not known. There is no start to compare with"
     at_start = f"training {start['training']}, the start"
     if not start.get("feasible", True):
         at_start += ", which is not feasible"
     before, after = start["test_loss"], best["test_loss"]
     refit = best["test_loss_refit"]
-    then = "" if refit is None else f"; test loss {refit:.4g} after a refit on all data"
+    then = [] if refit is None else [f"Test loss {refit:.4g} after a refit on all data"]
     if best["training"] == start["training"]:
-        return f"no; nothing was better than {at_start}{then}"
+        return ". ".join(["no", f"Nothing was better than {at_start}", *then])
     metric = metric.removesuffix(" (validation loss)")
-    fell = f"{metric} was {start['upper_loss']:.4g} at {at_start}"
+    by_chance = [] if gain is None else [in_errors(gain)]
     if before is None or after is None:
-        return f"by {metric} alone, as there is no test loss; {fell}{then}"
-    fell = f"test loss {after:.4g}, which was {before:.4g} at {at_start}"
-    return f"{'yes' if after < before else 'not on new data'}; {fell}{then}"
+        fell = f"{metric} was {start['upper_loss']:.4g} at {at_start}"
+        return ". ".join([f"by {metric} alone, as there is no test loss", fell, *by_chance, *then])
+    fell = f"Test loss {after:.4g}, which was {before:.4g} at {at_start}"
+    sure = gain is None or gain["of"] != "test_loss" or beyond_errors(gain)
+    verdict = "not on new data" if after >= before else "yes" if sure else "perhaps"
+    return ". ".join([verdict, fell, *by_chance, *then])
+
+
+def in_errors(gain: Mapping[str, Any]) -> str:
+    """A gain with its standard error, and whether that may explain it."""
+    metric, kind = ("Test loss", "test") if gain["of"] == "test_loss" else ("F", "validation")
+    side, where = "lower" if gain["mean"] >= 0 else "higher", "beyond" if beyond_errors(gain) else "within"
+    return f"{metric} {side} by {with_error(gain)} over {gain['examples']} {kind} examples, {where} two standard errors"
+
+
+def with_error(gain: Mapping[str, Any]) -> str:
+    """The size of a gain and its standard error, to two digits of the error: 0.3413 and 0.0214 are 0.341 ± 0.021."""
+    size, error = abs(gain["mean"]), gain["standard_error"]
+    places = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 4
+    return f"{size:.{places}f} ± {error:.{places}f}"
+
+
+def beyond_errors(gain: Mapping[str, Any]) -> bool:
+    """Whether a gain or loss is larger than two standard errors."""
+    return bool(abs(gain["mean"]) > 2 * gain["standard_error"])
 
 
 def hyperparameters(best: Mapping[str, Any], start: Mapping[str, Any] | None = None, most: int = MOST_SHOWN) -> str:
@@ -139,9 +170,20 @@ def hyperparameters(best: Mapping[str, Any], start: Mapping[str, Any] | None = N
         furthest = sorted(names, key=lambda name: -distance(before.get(name), flat[name]))[:most]
         # In the order of the space again.
         names = [name for name in names if name in furthest]
-    shown = ", ".join(f"{named(name)} {in_words(flat[name])}" for name in names)
+    # Without spaces, so that a line does not break between a name and its value.
+    group, short = without_group([named(name) for name in names])
+    shown = group + ", ".join(f"{word}={in_words(flat[name])}" for word, name in zip(short, names, strict=True))
     others = len(flat) - len(names)
     return shown + (f" and {others} more" if others else "")
+
+
+def without_group(names: list[str]) -> tuple[str, list[str]]:
+    """The group that all names are of, "decay: ", and the names without it: of several, none of which is a number."""
+    groups = {name.rpartition("/")[0] for name in names}
+    short = [name.rpartition("/")[2] for name in names]
+    if len(names) < 2 or len(groups) > 1 or "" in groups or any(name.isdigit() for name in short):
+        return "", names
+    return f"{groups.pop()}: ", short
 
 
 def distance(before: Any, after: Any) -> float:

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow
 import pyarrow.fs
 from pydantic import TypeAdapter, ValidationError
 
 from raybilevel import _objectives
+from raybilevel._lower.paired import Gain, Weights, paired_gain
+from raybilevel._lower.training import CHECKPOINT_FILE, load_checkpoint
 from raybilevel._metric_bounds import as_written
 from raybilevel._metrics import HYPERPARAMETERS
 from raybilevel._records.names import SEARCH_STATE
 from raybilevel._records.record import Record, Settings
 from raybilevel._records.run_folder import Lines, newest_state, record_of, searched_in, start_of, trial_results
 from raybilevel._records.summary import summary_of
-from raybilevel.errors import ConfigError, DataError
+from raybilevel.errors import CheckpointError, ConfigError, DataError
 from raybilevel.methods import Method
 from raybilevel.methods._registry import METHODS
+from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import SearchState
 from raybilevel.space import Space
 
 if TYPE_CHECKING:
     from raybilevel.search._state_file import SavedSearch
 
+logger = logging.getLogger(__name__)
 
-def summarise(results: Any, method: Method | None = None, test_loss_refit: float | None = None) -> dict[str, Any]:
+
+def summarise(
+    results: Any,
+    method: Method | None = None,
+    test_loss_refit: float | None = None,
+    problem: BilevelProblem | None = None,
+) -> dict[str, Any]:
     """What a Tune experiment with `BilevelSearch` found.
 
         results = tune.Tuner(...).fit()
@@ -39,6 +51,8 @@ def summarise(results: Any, method: Method | None = None, test_loss_refit: float
     results:         what `Tuner.fit` or `tune.run` returned, or the folder of the experiment, ended or not.
     method:          of the search. It is needed only if it is one of your own.
     test_loss_refit: the test loss after a refit, which the summary then mentions; see `refit`.
+    problem:         of the search. With it the weights of the start and of the result are loaded, and the summary has
+        the standard error of the gain over examples.
 
     Returns:
         What `raybilevel run` writes to summary.json: plain values that JSON can hold. The documents describe each key
@@ -50,9 +64,37 @@ def summarise(results: Any, method: Method | None = None, test_loss_refit: float
         ConfigError: the method is one of your own and was not given.
     """
     with local_folder(results) as folder:
-        saved = read_search(folder)
+        saved, lines = read_search(folder), trial_results(folder)
         about = {"problem": folder.name, "method": saved.method, "seed": saved.seed}
-        return summary_of_saved(saved, trial_results(folder), about, method or method_of(saved), test_loss_refit)
+        method = method or method_of(saved)
+        gain = None if problem is None else gain_of(problem, saved, lines, method, filesystem_of(results))
+        return summary_of_saved(saved, lines, about, method, test_loss_refit, gain)
+
+
+def gain_of(
+    problem: BilevelProblem,
+    saved: SavedSearch,
+    results: Mapping[str, Lines],
+    method: Method,
+    filesystem: pyarrow.fs.FileSystem,
+) -> Gain | None:
+    """Of the result over the start; None where it is not known."""
+    best, start = method.incumbent(saved.state), min(saved.state.done, key=lambda t: t.index, default=None)
+    if best is None or start is None or best.index == start.index or method.descent is not None:
+        return None
+    trials = {index: trial for trial, index in saved.trials.items()}
+    ends = []
+    for index in (start.index, best.index):
+        lines = results.get(trials.get(index, ""))
+        if not lines or index not in saved.checkpoints:
+            return None
+        try:
+            with filesystem.open_input_file(f"{saved.checkpoints[index]}/{CHECKPOINT_FILE}") as file:
+                ends.append(Weights(lines[-1]["config"], load_checkpoint(file.read())["model"]))
+        except (OSError, pyarrow.ArrowException, CheckpointError) as error:
+            logger.warning("the standard error of the gain is not known: %s", error)
+            return None
+    return paired_gain(problem, *ends)
 
 
 def read_experiment(folder: Path) -> Record:
@@ -112,6 +154,7 @@ def summary_of_saved(
     about: Mapping[str, Any],
     method: Method,
     test_loss_refit: float | None = None,
+    gain: Gain | None = None,
 ) -> dict[str, Any]:
     began = start_of(results)
     last = {
@@ -135,6 +178,7 @@ def summary_of_saved(
         },
         test_loss_refit,
         max((float(lines[-1]["timestamp"]) for lines in results.values()), default=began) - began,
+        gain,
     )
 
 
@@ -159,10 +203,8 @@ def local_folder(results: Any) -> Iterator[Path]:
     if isinstance(results, str | Path):
         yield Path(results)
         return
-    path = str(results.experiment_path)
-    experiment = getattr(results, "_experiment_analysis", results)  # a ResultGrid has an ExperimentAnalysis
-    filesystem = getattr(experiment, "_fs", None)
-    if filesystem is None or Path(path).is_dir():
+    path, filesystem = str(results.experiment_path), filesystem_of(results)
+    if Path(path).is_dir() or isinstance(filesystem, pyarrow.fs.LocalFileSystem):
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -174,3 +216,9 @@ def local_folder(results: Any) -> Iterator[Path]:
                 with filesystem.open_input_stream(file.path) as stream:
                     target.write_bytes(stream.read())
         yield folder
+
+
+def filesystem_of(results: Any) -> pyarrow.fs.FileSystem:
+    """Where an experiment lies, to which the paths of its checkpoints belong."""
+    experiment = getattr(results, "_experiment_analysis", results)  # a ResultGrid has an ExperimentAnalysis
+    return getattr(experiment, "_fs", None) or pyarrow.fs.LocalFileSystem()

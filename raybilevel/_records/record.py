@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raybilevel._lower.paired import Gain
 from raybilevel._metrics import UPPER_LOSS
 from raybilevel.search_state import Shrinkage
 from raybilevel.space import Space
@@ -187,6 +188,7 @@ class Record(Stored):
     refits:     metrics after a training on all data, by the position of the training with the same hyperparameters.
     search:     the content of the state file, for raybilevel's own methods; see `search_of`.
     metric:     what was optimised.
+    gain:       of the result over the start, by single examples; None where it is not known.
     verdict, diagnostics, in_words: as in the summary of a run.
     """
 
@@ -217,6 +219,7 @@ class Record(Stored):
     verdict: str | None = None
     diagnostics: dict[str, float | None] = {}
     in_words: tuple[str, ...] = ()
+    gain: Gain | None = None
 
     @property
     def lowest(self) -> float | None:

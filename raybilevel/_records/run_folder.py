@@ -119,6 +119,7 @@ def record_of(
         verdict=summary.get("verdict"),
         diagnostics=summary.get("diagnostics", {}),
         in_words=summary.get("in_words", ()) if ended else (),
+        gain=summary.get("gain") if ended else None,
     )
 
 

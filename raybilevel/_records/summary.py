@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from raybilevel._lower.paired import Gain
 from raybilevel._metrics import HYPERPARAMETERS, UPPER_LOSS, problem_metrics
 from raybilevel._models.constraints import judged
 from raybilevel._models.pareto import front
@@ -31,6 +32,7 @@ def summary_of(
     about: Mapping[str, Any],
     test_loss_refit: float | None,
     wall_seconds: float,
+    gain: Gain | None = None,
 ) -> dict[str, Any]:
     """The content of `summary.json`.
 
@@ -40,6 +42,7 @@ def summary_of(
     trial_results: what each training last reported, by its index.
     about:         problem, method and seed, of a search of another metric than F, metric and mode, and of other
         metrics, by their names, bounds as constraints and modes as other_objectives.
+    gain:          of the result over the start, by single examples.
     """
     best, lowest = method.incumbent(state), state.best
     start = min(state.done, key=lambda training: training.index, default=None)
@@ -79,6 +82,7 @@ def summary_of(
         "lowest": None if lowest is None else {**result(lowest), "checkpoint": checkpoints.get(lowest.index)},
         "pareto_front": [of_front(training) for training in front(state)] if others else [],
         "start": None if start is None else result(start),
+        "gain": None if gain is None else asdict(gain),
         "new_data": None if expected is None else asdict(expected),
         "metrics": {} if best is None else problem_metrics(trial_results.get(best.index, {})),
         "trainings": len(state.told),

@@ -71,14 +71,22 @@ class SplitData(BilevelProblem):
         """Loss and accuracy on the test split; empty if there is none."""
         if "test" not in self.splits:
             return {}
-        test = self.splits["test"]
-        loss, correct, count = 0.0, 0, len(test[0])
-        for x, y in minibatches(test, TEST_CHUNK, None):  # chunks, so that activations take little memory
+        losses, correct = self._on_test(model)
+        return {"test_loss": losses.mean().item(), "test_accuracy": correct.double().mean().item()}
+
+    def test_losses(self, model: nn.Module) -> Tensor | None:
+        return self._on_test(model)[0] if "test" in self.splits else None
+
+    def _on_test(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of each test example, and whether its class is right, both of shape (n,), on the CPU."""
+        losses, correct = [], []
+        for x, y in minibatches(
+            self.splits["test"], TEST_CHUNK, None
+        ):  # chunks, so that activations take little memory
             logits, y = model(x.to(self.device, self.dtype)), y.to(self.device)
-            # A sum, as the last chunk may be smaller.
-            loss += cross_entropy(logits, y, reduction="sum").item()
-            correct += int((logits.argmax(1) == y).sum())
-        return {"test_loss": loss / count, "test_accuracy": correct / count}
+            losses.append(cross_entropy(logits, y, reduction="none").cpu())
+            correct.append((logits.argmax(1) == y).cpu())
+        return torch.cat(losses).double(), torch.cat(correct)
 
 
 class Classification(SplitData):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from raybilevel._models.pareto import front
 from raybilevel._records.conclusion import hyperparameters, name_of
 from raybilevel._records.record import Record
 from raybilevel._records.run_folder import search_of
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 
 def charts(saved: SavedSearch, prefix: str = "") -> list[Chart]:
     """Every objective beside the first against that."""
-    chosen = front(saved.state)
-    if not saved.others or not chosen:
+    chosen = front_of(saved)
+    if not chosen:
         return []
     first, found = name_of({"metric": saved.metric}), []
     known = [t for t in saved.state.measured if all(map(math.isfinite, t.others))]
@@ -49,7 +48,7 @@ def charts(saved: SavedSearch, prefix: str = "") -> list[Chart]:
 def tables(record: Record) -> list[Table]:
     """The trainings of the front, the lowest first objective first."""
     saved = search_of(record)
-    if saved is None or not saved.others or not (chosen := front(saved.state)):
+    if saved is None or not (chosen := front_of(saved)):
         return []
     searched = {o.number: o.hyperparameters for o in record.observations}
     rows = tuple(
@@ -72,3 +71,12 @@ def reported(saved: SavedSearch, training: Training) -> list[float]:
     sign = -1.0 if saved.mode == "max" else 1.0
     others = (other.minimised(value) for other, value in zip(saved.others, training.others, strict=True))
     return [sign * training.upper_loss, *others]
+
+
+def front_of(saved: SavedSearch) -> tuple[Training, ...]:
+    """Empty for a search with one objective."""
+    if not saved.others:
+        return ()
+    from raybilevel._models.pareto import front  # imports botorch, which takes seconds
+
+    return front(saved.state)

@@ -12,6 +12,8 @@ from plotly.colors import sample_colorscale
 from raybilevel.report._charts import PALETTE, Chart, Series
 
 DASHES = ("solid", "dash", "dot", "dashdot")
+END_SIZE = 7
+"""Of the marker at the end of steps, in pixels."""
 MARKERS = ("circle", "square", "diamond", "cross", "x", "triangle-up")
 
 
@@ -90,6 +92,13 @@ def traces(series: Series) -> list[Any]:
         quiet = {"legendgroup": series.name, "showlegend": False, "hoverinfo": "skip", "mode": "lines"}
         found.append(go.Scatter(x=series.x, y=series.low, line=edge, **quiet))
         found.append(go.Scatter(x=series.x, y=series.high, line=edge, fill="tonexty", fillcolor=faded(colour), **quiet))
+    if series.kind == "steps":
+        # The last value has no width. Its marker shows it, and the axis leaves room for markers.
+        marker = {"color": colour, "size": [0] * (len(series.x) - 1) + [END_SIZE], "line": {"width": 0}}
+        found.append(
+            go.Scatter(x=series.x, y=series.y, mode="lines+markers", line=line, marker=marker, **shown, **hover)
+        )
+        return found
     found.append(go.Scatter(x=series.x, y=series.y, mode="lines", line=line, **shown, **hover))
     return found
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
+MOST_CARDS = 6
+"""Rows of a table with many columns up to which a phone shows each as a list."""
 FOLDS = {
     "run": ("Inside of the method", "The numbers of the method itself, for a search that did not find what it should."),
     "comparison": ("Single runs", "Of each method on each problem the run with the lowest seed."),
@@ -199,10 +201,10 @@ def about(source: Source) -> str:
         return ""
     record = source.records[0]
     cost = f"{record.observations[-1].cost:.1f}" if record.observations else "0"
-    told = f"verdict: {record.verdict}" if record.verdict else "it has not ended yet, or was stopped"
+    told = f"Verdict: {record.verdict}" if record.verdict else "It has not ended yet, or was stopped"
     return (
         f"{record.problem_name}, method {record.method_name}, {len(record.space)} hyperparameters. "
-        f"{len(record.observations)} of {record.settings.budget:g} trainings, cost {cost} trainings; {told}."
+        f"{len(record.observations)} of {record.settings.budget:g} trainings, at the cost of {cost}. {told}."
     )
 
 
@@ -256,6 +258,7 @@ def render(source: Source, sections: Sequence[Section], plotly_figure: Any, stam
         versions=versions_of(source.records),
         machines=machines_of(source.records),
         wrong=source.wrong,
+        most_cards=MOST_CARDS,
         plotly=get_plotlyjs(),
     )
     return page
@@ -290,11 +293,13 @@ def link(content: str) -> str:
 
 
 def bold(text: str) -> Any:
-    """A cell as HTML, in which `**best**` is bold."""
+    """A cell as HTML, in which `**best**` is bold and a line may break after a slash or an underscore."""
     from markupsafe import Markup, escape
 
     found = re.fullmatch(r"\*\*(.*)\*\*", text)
-    return Markup("<b>{}</b>").format(found[1]) if found else escape(text)
+    if found:
+        return Markup("<b>{}</b>").format(found[1])
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[/_])", text))
 
 
 def file_name(text: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from raybilevel._metrics import UPPER_LOSS
 from raybilevel._models.shrinkage import expected_loss
-from raybilevel._records.conclusion import in_words
+from raybilevel._records.conclusion import in_errors, in_words, with_error
 from raybilevel._records.incumbents import loss_name, lowest
 from raybilevel._records.record import Observation, Record
 from raybilevel._records.run_folder import search_of
@@ -54,14 +55,35 @@ def result(record: Record) -> Table:
     ]
     if best != start:
         cells.insert(2, ("against the start", *(change(value(start), value(best)) for value in columns.values())))
+        if record.gain is not None:
+            cells.insert(3, ("gain ± standard error", *(gain_in(head, record) for head in columns)))
     return Table(
         "result",
         "Result",
         ("", *columns),
         tuple(cells),
         f"The result is the training that the method returns. {kept}In bold the lowest loss of each column. "
-        "F takes part in the search, and the test loss does not.",
+        "F takes part in the search, and the test loss does not." + chance(record),
     )
+
+
+def gain_in(head: str, record: Record) -> str:
+    """The gain and its standard error in the column that they are of."""
+    assert record.gain is not None
+    of = "test loss" if record.gain.of == "test_loss" else f_name(record)
+    return with_error(asdict(record.gain)) if head == of else "-"
+
+
+def chance(record: Record) -> str:
+    """Whether chance may explain the gain over the start; empty where that is not known."""
+    if record.gain is None:
+        return ""
+    return f" {in_errors(asdict(record.gain))}."
+
+
+def f_name(record: Record) -> str:
+    """The heading of F."""
+    return "F (validation loss)" if record.metric == UPPER_LOSS else record.metric
 
 
 def columns_of(record: Record) -> dict[str, Column]:
@@ -73,9 +95,7 @@ def columns_of(record: Record) -> dict[str, Column]:
         head = name.replace("_", " ")
         found[head] = lambda i, name=name: observations[i].metrics.get(name)  # type: ignore[misc]
         found[f"{head} after refit"] = lambda i, name=name: record.refits.get(i, {}).get(name)  # type: ignore[misc]
-    found["F (validation loss)" if record.metric == UPPER_LOSS else record.metric] = lambda i: (
-        observations[i].upper_loss
-    )
+    found[f_name(record)] = lambda i: observations[i].upper_loss
     saved = search_of(record)
     if saved is not None and (shrinkage := saved.state.shrinkage) is not None:
         found["F expected on new data"] = lambda i: expected_loss(
@@ -125,7 +145,7 @@ def hyperparameters(record: Record) -> Table:
     return Table(
         "hyperparameters",
         "Hyperparameters",
-        ("hyperparameter", "result", *(["importance"] if shares else []), "start", "searched"),
+        ("name", "result", *(["importance"] if shares else []), "start", "searched"),
         tuple(rows),
         note + supported(saved),
     )

@@ -270,10 +270,10 @@ def slopes(saved: SavedSearch, prefix: str) -> Chart:
     return Chart(
         name=f"{prefix}importance",
         title="Importance of hyperparameters" if of_upper else "Slopes of the training loss",
-        caption=f"Mean size of the slope of {loss} over {count} trainings, without those above the median F if there "
-        f"are others: how much {loss} would change from bound to bound at that slope.{left} {warning}",
+        caption=f"How much {loss} would change between the bounds of a hyperparameter at its mean slope over {count} "
+        f"trainings. Those with an F above the median are left out if there are others.{left} {warning}",
         alt=", ".join(f"{lane} {sizes[name]:.3g}" for lane, name in zip(lanes, names, strict=True)) + " per interval.",
-        x_label="change of the loss per interval",
+        x_label="change of the loss from bound to bound",
         y_label="",
         series=(
             Series(what, "spans", [0.0] * len(names), list(lanes), length=[sizes[name] for name in names],

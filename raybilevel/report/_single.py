@@ -74,8 +74,8 @@ def progress(record: Record, prefix: str) -> Chart:
     return Chart(
         name=f"{prefix}progress",
         title="Best F against cost",
-        caption="Validation loss F at the trained weights against cost, in trainings with upper-level steps charged; "
-        f"points by where the proposal came from. The test loss takes no part in the search.{above}",
+        caption="Each point is a training, coloured by what proposed it. F is the validation loss at its weights. The "
+        f"cost of upper-level steps is included, in trainings. The test loss takes no part in the search.{above}",
         alt=f"{len(done)} trainings; the best F falls from {best[0]:.4g} to {best[-1]:.4g}."
         if best
         else "No training.",

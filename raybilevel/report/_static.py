@@ -105,7 +105,9 @@ def draw(axes: Any, series: Series, chart: Chart) -> None:
             series.x, series.y, yerr=series.error, fmt=marker, color=colour, markersize=5, elinewidth=1, label=label
         )
     else:
-        where = {"drawstyle": "steps-post"} if series.kind == "steps" else {}
+        # The last value has no width, so it has a marker.
+        end = {"marker": "o", "markersize": 4, "markevery": [-1]} if series.x else {}
+        where = {"drawstyle": "steps-post", **end} if series.kind == "steps" else {}
         dash = DASHES[series.colour // len(PALETTE) % len(DASHES)]
         width = 2.6 if series.strong else 1.5
         axes.plot(series.x, series.y, dash, color=colour, linewidth=width, label=label, **where)

@@ -42,8 +42,8 @@ def new_data(state: SearchState, result: Training | None) -> NewData | None:
     beyond = d - round(shrinkage.supported)
     if beyond > 0:
         are, follow = ("is", "follows the others of its") if beyond == 1 else ("are", "follow the others of their")
-        words += f"; {beyond} of {d} hyperparameters {are} not supported by {n} examples"
+        words += f". {beyond} of {d} hyperparameters {are} not supported by {n} examples"
         words += f" and {follow} group" if shrinkage.applied else ""
     if lowest.index != result.index:
-        words += f"; the lowest F is {lowest.upper_loss:.3g}, expected on new data about {of_lowest:.2g}"
+        words += f". The lowest F is {lowest.upper_loss:.3g}, expected on new data about {of_lowest:.2g}"
     return NewData(n, d, shrinkage.supported, shrinkage.strength, shrinkage.applied, expected, of_lowest, words)

@@ -51,6 +51,7 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
         ("reference/api/problem", ("LargeUpperLevel", "lower_map")),
         ("reference/api/tune", ("SearchScalars", "step_time_limit")),
         ("files/examples/quickstart.py", ("load_breast_cancer",)),
+        ("files/examples/tour.ipynb", ("<h1", "share_wrong")),
     ],
 )
 def test_pages_made_from_the_code_show_it(site: Path, page: str, texts: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from tests.docs.pages import ROOT, run
 
 PAGE = ROOT / "docs/reference/summary.md"
 SECTIONS = {"The whole": None} | {
-    name: name for name in ("best", "lowest", "start", "new_data", "diagnostics", "history")
+    name: name for name in ("best", "lowest", "start", "gain", "new_data", "diagnostics", "history")
 }
 
 

@@ -39,7 +39,7 @@ def test_the_result_keeps_the_constraints(tmp_path: Path, caplog: pytest.LogCapt
     summary = raybilevel.summarise(results)
     assert summary["constraints"] == CONSTRAINTS and summary["best"]["feasible"]
     assert summary["best"]["upper_loss"] == best.upper_loss and summary["metrics"]["score"] >= -0.5
-    assert "; feasible: score >= -0.5 (-0." in summary["in_words"][0]
+    assert ". Feasible: score >= -0.5 (-0." in summary["in_words"][0]
     # What Tune has saved goes on with these constraints only.
     (folder,) = (path for path in tmp_path.iterdir() if path.name == "run")
     again, other = (BilevelSearch(Parabola(), constraints=bounds) for bounds in (CONSTRAINTS, {"score": ">= -0.4"}))

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from raybilevel.tune._snapshot import read_trials
 
@@ -98,6 +100,24 @@ def test_example_of_a_family(example: str, tmp_path: Path) -> None:
         assert figures[0] > figures[1] + 0.05
     else:
         assert figures[0] > 0.72  # the graph as it is left has 0.69; chance on digits is 0.1
+
+
+def test_the_tour_shows_a_gain_over_one_shared_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)
+    # Outputs would be out of date with the next change of the search.
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where Tune keeps trials
+    monkeypatch.delenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", raising=False)  # the summary reads what trials reported
+    NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    text = "".join(output.get("text", "") for output in outputs)
+    losses = {
+        name: float(loss)
+        for name, loss in re.findall(r"^(one shared weight|a weight for each person) +(\S+)", text, re.M)
+    }
+    assert losses["a weight for each person"] < 0.6 * losses["one shared weight"]
+    assert re.search(r"Helped: yes.* over 1047 test examples, beyond two standard errors", text)
 
 
 def test_the_example_in_the_readme_is_the_one_that_is_tested() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import ray
+import torch
+from torch import Tensor, nn
 
 from raybilevel import problems
 from raybilevel._command.cluster import joined
@@ -22,6 +24,7 @@ from raybilevel._config.experiment import ExperimentConfig
 from raybilevel._config.plan import resolve
 from raybilevel._config.resources import ResourcesConfig
 from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE
+from raybilevel._records.run_folder import read_run
 from raybilevel.errors import ConfigError
 from tests.tiny_problems import Parabola
 
@@ -43,6 +46,20 @@ class FailsOnAllData(Parabola):
         if self.how == "hangs":
             time.sleep(600)
         raise RuntimeError("too large")
+
+
+class WithTestLosses(Parabola):
+    """Two test examples, one of which is twice as hard, or a failure."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__(target=-2.0)  # the start is at -1
+        self.fails = fails
+
+    def test_losses(self, model: nn.Module) -> Tensor:
+        if self.fails:
+            raise RuntimeError("no test data here")
+        loss = (model.get_parameter("weight").detach() - self.target).square().sum()
+        return torch.stack([loss, 2 * loss])
 
 
 def config(problem: str, **options: Any) -> ExperimentConfig:
@@ -70,6 +87,24 @@ def test_a_refit_that_fails_costs_no_more_than_its_loss(
     assert summary["trainings"] == 3 and summary["best"]["upper_loss"] < 1
     assert summary["best"]["test_loss"] is not None and summary["best"]["test_loss_refit"] is None
     assert "the refit on all data failed" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_gain_over_the_start_is_told_with_its_standard_error(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(problems.PROBLEMS, "with test losses", WithTestLosses)
+    summary = run(config("with test losses", fails=fails), tmp_path / "out")
+    if fails:
+        assert summary["gain"] is None and "the standard error of the gain is not known" in caplog.text
+        return
+    # Losses l and 2 l fall by d and 2 d: the mean is 1.5 d, and its error d / 2.
+    lower = summary["start"]["test_loss"] - summary["best"]["test_loss"]
+    assert summary["gain"]["of"] == "test_loss" and summary["gain"]["examples"] == 2
+    assert summary["gain"]["mean"] == pytest.approx(1.5 * lower)
+    assert summary["gain"]["standard_error"] == pytest.approx(lower / 2)
+    assert " over 2 test examples, beyond two standard errors" in summary["in_words"][1]
+    assert read_run(tmp_path / "out").gain is not None
 
 
 @pytest.mark.slow

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 
-from raybilevel._records.conclusion import conclude, hyperparameters, so_far
+from raybilevel._records.conclusion import conclude, hyperparameters, so_far, with_error
 from raybilevel._records.record import Observation, Record, Settings
 from raybilevel._records.summary import as_text, summary_of
 from raybilevel.methods import make_method
@@ -31,14 +32,14 @@ def summary(**changes: Any) -> dict[str, Any]:
 
 def test_what_was_found_helped_and_is_sure() -> None:
     assert conclude(summary()).lines == (
-        "Found: F (validation loss) 0.4 at training 4, decay/a 0.25.",
-        "Helped: yes; test loss 0.55, which was 0.6 at training 1, the start; test loss 0.5 after a refit on all data.",
+        "Found: F (validation loss) 0.4 at training 4, decay/a=0.25.",
+        "Helped: yes. Test loss 0.55, which was 0.6 at training 1, the start. Test loss 0.5 after a refit on all data.",
         "How sure: the search had nothing better to propose.",
     )
 
 
 @pytest.mark.parametrize(
-    ("by_model", "words"), [(None, "0.4 at"), (0.40001, "0.4 at"), (0.43, "0.4 (by the model 0.43) at")]
+    ("by_model", "words"), [(None, "0.4 at"), (0.403, "0.4 at"), (0.43, "0.4 (by the model 0.43) at")]
 )
 def test_f_by_the_model_is_given_where_it_differs(by_model: float | None, words: str) -> None:
     assert f"F (validation loss) {words} training 4" in conclude(summary(best={"expected_upper_loss": by_model})).found
@@ -47,23 +48,45 @@ def test_f_by_the_model_is_given_where_it_differs(by_model: float | None, words:
 @pytest.mark.parametrize(
     ("best", "words"),
     [
-        ({"test_loss": 0.7}, "not on new data; test loss 0.7, which was 0.6"),
-        ({"test_loss": None, "test_loss_refit": None}, "by F alone, as there is no test loss; F was 0.5 at training 1"),
-        ({"training": 1, "test_loss_refit": None}, "no; nothing was better than training 1, the start"),
+        ({"test_loss": 0.7}, "not on new data. Test loss 0.7, which was 0.6"),
+        ({"test_loss": None, "test_loss_refit": None}, "by F alone, as there is no test loss. F was 0.5 at training 1"),
+        ({"training": 1, "test_loss_refit": None}, "no. Nothing was better than training 1, the start"),
     ],
 )
 def test_a_gain_in_f_alone_is_not_sold_as_one(best: dict[str, Any], words: str) -> None:
     assert conclude(summary(best=best)).helped.startswith(words)
 
 
+def gain(mean: float, of: str = "test_loss") -> dict[str, Any]:
+    return {"of": of, "mean": mean, "standard_error": 0.0214, "examples": 90}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (gain(0.3413), "yes. Test loss 0.55, .* lower by 0.341 ± 0.021 over 90 test examples, beyond two standard"),
+        (gain(0.04), "perhaps. Test loss 0.55, .* lower by 0.040 ± 0.021 over 90 test examples, within two standard"),
+        (gain(-0.04), "perhaps. .* higher by 0.040 ± 0.021 over 90 test"),
+        (gain(0.01, "upper_loss"), r"yes. .*\. F lower by 0.010 ± 0.021 over 90 validation examples, within two"),
+    ],
+)
+def test_a_gain_says_whether_it_may_be_chance(found: dict[str, Any], words: str) -> None:
+    assert re.match(words, conclude(summary(gain=found)).helped)
+
+
+def test_a_gain_without_an_error_has_four_places() -> None:
+    assert with_error({"mean": 0.5, "standard_error": 0.0}) == "0.5000 ± 0.0000"
+    assert with_error({"mean": 81.0, "standard_error": 23.4}) == "81 ± 23"
+
+
 def test_whether_the_constraints_are_kept_is_said() -> None:
     kept = summary(constraints={"ms": "<= 5", "size": "<= 2"}, metrics={"ms": 4.5}, best={"feasible": True})
-    assert conclude(kept).found.endswith("decay/a 0.25; feasible: ms <= 5 (4.5), size <= 2")
+    assert conclude(kept).found.endswith("decay/a=0.25. Feasible: ms <= 5 (4.5), size <= 2")
     broken = summary(constraints={"ms": "<= 5"}, metrics={"ms": 6.0}, best={"feasible": False}, verdict="not feasible")
     broken["start"] = {**broken["start"], "feasible": False}
-    assert conclude(broken).found.endswith("; not feasible: ms <= 5 (6)")
+    assert conclude(broken).found.endswith(". Not feasible: ms <= 5 (6)")
     assert "training 1, the start, which is not feasible" in conclude(broken).helped
-    assert conclude(broken).sure == "no training kept every constraint; this one is nearest to that"
+    assert conclude(broken).sure == "no training kept every constraint. This one is nearest to that"
 
 
 def test_a_run_under_way_says_what_it_has_so_far() -> None:
@@ -78,17 +101,17 @@ def test_a_run_under_way_says_what_it_has_so_far() -> None:
         observations=(training(2, 0.9, 0.3), training(1, 0.8, 0.4)),
     )  # fmt: skip
     assert so_far(record).lines == (
-        "Found: accuracy 0.9 at training 2, decay/a 2.",
-        "Helped: yes; test loss 0.3, which was 0.4 at training 1, the start.",
-        "How sure: not yet; the run has not ended, or was stopped.",
+        "Found: accuracy 0.9 at training 2, decay/a=2.",
+        "Helped: yes. Test loss 0.3, which was 0.4 at training 1, the start.",
+        "How sure: not yet. The run has not ended, or was stopped.",
     )
     assert so_far(record.model_copy(update={"observations": ()})).found == "nothing"
 
 
 def test_what_the_search_expects_of_new_data_is_said() -> None:
-    expected = {"in_words": "expected on new data about 0.45"}
+    expected = {"in_words": "F 0.4, expected on new data about 0.45"}
     assert conclude(summary(new_data=expected, verdict="budget exhausted")).sure == (
-        "the search ended with its trainings, and more may find better. Expected on new data about 0.45"
+        "the search ended with its trainings, and more may find better. F 0.4, expected on new data about 0.45"
     )
 
 
@@ -106,17 +129,31 @@ def test_a_run_of_stopped_trainings_has_a_result_without_a_start() -> None:
     )
     assert found["best"]["lower_loss"] is None
     assert found["in_words"] == [
-        "Found: F (validation loss) 0.5 at training 1, decay 0.25.",
-        "Helped: not known; there is no start to compare with.",
+        "Found: F (validation loss) 0.5 at training 1, decay=0.25.",
+        "Helped: not known. There is no start to compare with.",
         "How sure: no training ran to its end.",
     ]
 
 
 def test_choices_and_whole_numbers_are_written_as_they_are() -> None:
-    assert hyperparameters({"depth": 3, "kind": "relu", "rate": 0.123456}) == "depth 3, kind relu, rate 0.1235"
+    assert hyperparameters({"depth": 3, "kind": "relu", "rate": 0.123456}) == "depth=3, kind=relu, rate=0.1235"
 
 
 def test_of_a_list_the_entries_that_moved_are_written() -> None:
     start = {"decay": [1.0] * 20, "rate": 0.1}
     best = {"decay": [1.0] * 17 + [0.5, 0.25, 0.123456], "rate": 0.1}
-    assert hyperparameters(best, start, 3) == "decay/17 0.5, decay/18 0.25, decay/19 0.1235 and 18 more"
+    assert hyperparameters(best, start, 3) == "decay/17=0.5, decay/18=0.25, decay/19=0.1235 and 18 more"
+
+
+def test_a_group_that_all_names_are_of_is_named_once() -> None:
+    assert hyperparameters({"decay": {"a": 1.0, "b": 0.5}}) == "decay: a=1, b=0.5"
+    assert hyperparameters({"decay": {"a": 1.0, "b": 0.5}, "rate": 0.1}) == "decay/a=1, decay/b=0.5, rate=0.1"
+
+
+def test_a_front_is_named_before_its_constraints() -> None:
+    members = [{"training": n, "other_objectives": {"ms": float(n)}} for n in (4, 7)]
+    found = summary(pareto_front=members, other_objectives={"ms": "max"}, constraints={"size": "<= 2"}, metrics={})
+    assert conclude(found).found == (
+        "a Pareto front of 2 trainings, from F (validation loss) 0.4 at training 4, decay/a=0.25 to ms 7 at training 7"
+        ". Feasible: size <= 2"
+    )

@@ -148,8 +148,8 @@ def test_what_is_expected_of_new_data() -> None:
     assert found.expected_loss == pytest.approx(0.30 + 0.02125 - 0.01)
     assert found.expected_loss_of_lowest == pytest.approx(0.21 + 0.02125 + 0.07)
     assert found.in_words == (
-        "F 0.3, expected on new data about 0.31; 1 of 3 hyperparameters is not supported by 100 examples and follows "
-        "the others of its group; the lowest F is 0.21, expected on new data about 0.3"
+        "F 0.3, expected on new data about 0.31. 1 of 3 hyperparameters is not supported by 100 examples and follows "
+        "the others of its group. The lowest F is 0.21, expected on new data about 0.3"
     )
     plain = replace(state.steps[0], shrinkage=replace(shrinkage, applied=False, supported=3.0))
     found = new_data(SearchState(trainings, (plain,)), trainings[1])

@@ -47,7 +47,7 @@ def test_plain_lines_one_for_each_training_and_no_escape_codes() -> None:
     lines = out.getvalue().splitlines()
     assert lines[0] == "title"
     assert [line[:5] for line in lines[1:]] == ["[1/4]", "[2/4]", "[3/4]"]
-    assert "training 2  F 0.5000  best 0.5000 (training 2)" in lines[2]
+    assert "training 2  F 0.5000  lowest 0.5000 (training 2)" in lines[2]
     assert "multiplier 12.5  violation 0.25" in lines[3]
     assert "training 3  failed" in lines[3]
     assert "\x1b" not in out.getvalue()
@@ -60,8 +60,8 @@ def test_trainings_that_break_a_constraint_are_marked_and_not_the_best_if_anothe
     for found in (one, both):
         plain(make_view(shown(), Console(file=out, width=100)), found)
     lines = out.getvalue().splitlines()
-    assert "training 2  F 0.5000, not feasible  best 1.0000 (training 1)" in lines[2]
-    assert "training 2  F 0.5000, not feasible  best 0.5000 (training 2, not feasible)" in lines[6]
+    assert "training 2  F 0.5000, not feasible  lowest 1.0000 (training 1)" in lines[2]
+    assert "training 2  F 0.5000, not feasible  lowest 0.5000 (training 2, not feasible)" in lines[6]
     assert Shown("title", 4).best(one) == "F 1 at training 1"
     assert Shown("title", 4).best(both).startswith("F 0.5 at training 2, not feasible, 0.5 (50%) below training 1")
 
@@ -78,7 +78,7 @@ def test_a_resumed_run_says_what_it_knows_in_one_line() -> None:
     out = io.StringIO()
     plain(make_view(shown(resumed=True), Console(file=out)), state(2), state(3))
     lines = out.getvalue().splitlines()
-    assert lines[1] == "going on after 3 trainings; best: F 0.5 at training 2, 0.5 (50%) below training 1"
+    assert lines[1] == "going on after 3 trainings; lowest: F 0.5 at training 2, 0.5 (50%) below training 1"
     assert [line[:5] for line in lines[2:]] == ["[4/4]"]
 
 
@@ -113,7 +113,7 @@ def test_sixteen_hyperparameters_fit(width: int) -> None:
     text = rendered(shown(config_of=config_of), state(2), width)
     assert max(map(len, text.splitlines())) <= width
     words = " ".join(text.split())
-    assert "weight_decay/layer3 0.01235" in words and "weight_decay/layer15 0.5" in words
+    assert "weight_decay: layer3=0.01235, layer7=0.01235" in words and "layer15=0.5 and" in words
     assert "layer4" not in words
     assert "and 12 more" in words
 

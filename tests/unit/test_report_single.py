@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from raybilevel._config.experiment import ExperimentConfig, SearchConfig
+from raybilevel._lower.paired import Gain
 from raybilevel._records.record import Record
 from raybilevel._records.run_folder import record_of, settings_of
 from raybilevel.methods import make_method
@@ -17,7 +19,12 @@ from raybilevel.problems.ridge import Ridge
 from raybilevel.report import _result as tables
 from raybilevel.report import _search as figures
 from raybilevel.report import _single as single
-from raybilevel.report._charts import Chart
+from raybilevel.report._charts import Chart, Series
+from raybilevel.report._interactive import plotly_figure
+from raybilevel.report._page import Section, drawing, render
+from raybilevel.report._sources import Source
+from raybilevel.report._static import matplotlib_figure
+from raybilevel.report._tables import Table
 from raybilevel.search import _state_file as state_file
 from raybilevel.search._local import search
 from raybilevel.search._optimizer import BilevelOptimizer
@@ -149,3 +156,38 @@ def test_the_best_of_a_search_with_constraints_keeps_them() -> None:
         shown = constrained.model_copy(update={"observations": (*marked[:-1], ended)})
         assert words in tables.result(shown).note
     assert "constraints" not in tables.result(found).note
+
+
+def test_the_table_of_results_has_the_gain_with_its_standard_error() -> None:
+    found = record(2).model_copy(update={"gain": Gain("upper_loss", 0.3413, 0.0214, 90)})
+    table = tables.result(found)
+    assert table.headers == ("", "F (validation loss)")
+    assert ("gain ± standard error", "0.341 ± 0.021") in table.rows
+    assert "F lower by 0.341 ± 0.021 over 90 validation examples, beyond two standard errors." in table.note
+    of_another = record(2).model_copy(update={"gain": Gain("test_loss", 0.3413, 0.0214, 90)})
+    assert ("gain ± standard error", "-") in tables.result(of_another).rows
+    assert "gain ± standard error" not in [row[0] for row in tables.result(record(2)).rows]
+
+
+def test_on_a_phone_a_row_of_many_columns_is_a_list_with_their_names() -> None:
+    source = Source("run", Path("run"), [record(2)], [])
+    page = render(source, [Section("Result", (), [wide(columns=5, rows=2), wide(columns=5, rows=7)])], drawing())
+    assert page.count('<table class="wide">') == 1
+    assert page.count('<td data-head="column 1">') == 9
+    assert '<td data-head="column 2" class="none">-</td>' in page
+    assert "weight_<wbr>decay/<wbr>a" in page  # where a line may break
+
+
+def wide(columns: int, rows: int) -> Table:
+    cells = ("weight_decay/a", "1.5", "-", *("2.5" for _ in range(columns - 3)))
+    return Table(f"table-{rows}", "Table", tuple(f"column {i}" for i in range(columns)), (cells,) * rows)
+
+
+def test_the_last_step_has_a_marker_as_it_has_no_width() -> None:
+    series = Series("best so far", "steps", [1.0, 2.0, 3.0], [3.0, 2.0, 1.0])
+    chart = Chart("name", "title", "caption", "alt", "x", "y", (series,))
+    (trace,) = plotly_figure(chart).data
+    assert trace.mode == "lines+markers"
+    assert [bool(size) for size in trace.marker.size] == [False, False, True]
+    (line,) = matplotlib_figure(chart).axes[0].lines
+    assert (line.get_marker(), line.get_markevery()) == ("o", [-1])
