@@ -29,7 +29,8 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup run test test-all test-cluster test-ray test-pythons compare check format docs clean bench-algorithm bench-scale bench-recycling bench-scripts \
-	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-generalisation bench-hypergradient
+	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-generalisation bench-hypergradient \
+	bench-physics
 
 setup: $(STAMP)
 
@@ -110,6 +111,13 @@ bench-recycling: $(STAMP)
 # Effects of a treatment by learned weights against inverse propensities: table, treatment.json and figure in OUT.
 bench-treatment: $(STAMP)
 	$(BIN)/python -m benchmarks.treatment --out "$(OUT)" $(ARGS)
+
+# Weights of physics-informed losses by searches and by heuristics: table and physics.json in OUT (an hour on one core).
+# It can be resumed. A part: ARGS="--equations burgers --seeds 2".
+bench-physics: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
+		--editable ".[bench]"
+	$(BIN)/python -m benchmarks.physics --out "$(OUT)" $(ARGS)
 
 # A deep-equilibrium classifier: accuracy, and memory of a gradient.
 # With DATA: ARGS="--config configs/equilibrium_mnist.yaml".

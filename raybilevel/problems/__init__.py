@@ -22,6 +22,7 @@ from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed
 from raybilevel.problems.mnist import Mnist, Mnist1K
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
+from raybilevel.problems.physics import PhysicsInformed
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
 from raybilevel.problems.treatment import TreatmentEffects
@@ -46,6 +47,7 @@ __all__ = [
     "Mnist1K",
     "Mnist1KKinds",
     "NoisyLabels",
+    "PhysicsInformed",
     "RegularisationParameters",
     "Ridge",
     "SeveralOptima",
@@ -73,6 +75,7 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
     "mnist_1k": Mnist1K,
     "mnist_1k_kinds": Mnist1KKinds,
     "noisy_labels": NoisyLabels,
+    "physics_informed": PhysicsInformed,
     "regularisation_parameters": RegularisationParameters,
     "ridge": Ridge,
     "several_optima": SeveralOptima,

@@ -297,7 +297,7 @@ def test_seen_from_takes_points_with_hypergradients() -> None:
 def test_a_searcher_gives_the_training_expected_to_be_best() -> None:
     class View(SearchView):
         def __init__(self, optimizer: BilevelOptimizer | None) -> None:
-            self._optimizer = optimizer
+            self._optimizer, self._not_given = optimizer, None
 
     optimizer = run(Means((0.4,) * 8, seed=1))
     view = View(optimizer)
