@@ -40,10 +40,10 @@ class Port:
 
 def port_of(script: str) -> Port:
     """Of a script whose folder is on the path. Nothing is trained."""
-    module = importlib.import_module(f"{script}_bilevel")
+    port, space = importlib.import_module(f"{script}_bilevel"), importlib.import_module(script).SPACE
     source, ported = (lines_of((FOLDER / f"{name}.py").read_text()) for name in (script, f"{script}_bilevel"))
-    searched = BilevelSearch(problem_of(module), module.SPACE, metric="val_loss").space.parameters
-    given = [name for name, entry in flatten_dict(module.SPACE).items() if isinstance(entry, Domain)]
+    searched = BilevelSearch(problem_of(port), space, metric="val_loss").space.parameters
+    given = [name for name, entry in flatten_dict(space).items() if isinstance(entry, Domain)]
     smooth = tuple(name for name in given if any(p.name == name and p.smooth for p in searched))
     accepted = {p.name for p in searched}
     return Port(
@@ -56,7 +56,9 @@ def port_of(script: str) -> Port:
 
 
 def problem_of(port: ModuleType) -> BilevelProblem:
-    """Made of the class of problems that a port defines."""
+    """That of a port: what an adapter has made, which is its trainable, or of the class that it defines."""
+    if isinstance(port.trainable, BilevelProblem):
+        return port.trainable
     (kind,) = (
         entry
         for entry in vars(port).values()

@@ -1,59 +1,23 @@
 """cifar_cnn.py, searched by raybilevel: the weight decay and the label smoothing have gradients."""
 
-from cifar_cnn import SPACE, build_model, evaluate, fit, load_data
-from ray import tune
+from functools import partial
+
+from cifar_cnn import build_model, evaluate, fit, load_data, main, training_loss
 from search_algorithms import command_line
 
-import raybilevel
-from raybilevel import BilevelProblem, BilevelSearch
-from raybilevel.functional import cross_entropy, weight_decay
+from raybilevel import BilevelSearch
+from raybilevel.loop import from_loop
 
-
-class Images(BilevelProblem):
-    own_loop = True
-    upper_metric = "val_loss"
-
-    def __init__(self, folder=None):
-        self.data = load_data(folder)
-
-    def model(self, hyperparameters):
-        return build_model(hyperparameters, self.data["train"][0])
-
-    def lower_loss(self, model, hyperparameters, batch):
-        x, y = batch
-        decay = weight_decay(model.parameters(), hyperparameters["weight_decay"])
-        return cross_entropy(model(x), y, label_smoothing=hyperparameters["label_smoothing"]) + decay
-
-    def upper_loss(self, model, batch):
-        x, y = batch
-        return cross_entropy(model(x), y)
-
-    def batches(self, level, generator):
-        return [self.data["train" if level == "lower" else "val"]]
-
-    def evaluate(self, model):
-        return evaluate(model, self.data)
-
-
-def trainable(config):
-    model = fit(config)
-    raybilevel.conclude(Images(config["data"]), model, config, passes=config["epochs"])
-
-
-def main(num_samples=20, seed=0, data=None):
-    return tune.Tuner(
-        trainable,
-        param_space={**SPACE, "data": data},
-        tune_config=tune.TuneConfig(
-            metric="val_loss",
-            mode="min",
-            search_alg=BilevelSearch(Images(data), seed=seed),
-            num_samples=num_samples,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(verbose=1),
-    ).fit()
-
+trainable = from_loop(
+    fit,
+    model=lambda config: build_model(config, load_data(config.get("data"))["train"][0]),
+    data=load_data,
+    lower_loss=training_loss,
+    weight_decay="weight_decay",
+    upper_loss=lambda model, batch: training_loss(model, {"label_smoothing": 0.0}, batch),
+    evaluate=lambda model, config: evaluate(model, load_data(config.get("data"))),
+)
+main = partial(main, lambda seed: BilevelSearch(trainable, seed=seed), trainable=trainable)
 
 if __name__ == "__main__":
     command_line(main)

@@ -24,8 +24,8 @@ SPACE = {
 PATIENCE = 20  # epochs
 
 
-def load_data(folder=None):
-    return cora(folder) if folder else communities()
+def load_data(data=None):
+    return cora(data) if data else communities()
 
 
 class Convolution(nn.Module):
@@ -127,7 +127,7 @@ def trainable(config):
     fit(config)
 
 
-def main(searcher="random", num_samples=20, seed=0, data=None):
+def main(searcher="random", num_samples=20, seed=0, data=None, trainable=trainable):
     return tune.Tuner(
         trainable,
         param_space={**SPACE, "data": data},

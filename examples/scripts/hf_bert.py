@@ -107,37 +107,35 @@ class Report(TrainerCallback):
             self.metrics = {}
 
 
-def fit(config):
+def build_trainer(config):
     data = load_data()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            build_model(config),
-            TrainingArguments(
-                folder,
-                eval_strategy="epoch",
-                per_device_eval_batch_size=500,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=True,
-                disable_tqdm=True,
-                logging_strategy="no",
-                **{name: value for name, value in config.items() if name not in MODEL_SETTINGS},
-            ),
-            train_dataset=data["train"],
-            eval_dataset={"val": data["val"], "test": data["test"]},
-            compute_metrics=compute_metrics,
-            callbacks=[Report()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return trainer.model
+    trainer = Trainer(
+        build_model(config),
+        TrainingArguments(
+            tempfile.gettempdir(),
+            eval_strategy="epoch",
+            per_device_eval_batch_size=500,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_strategy="no",
+            **{name: value for name, value in config.items() if name not in MODEL_SETTINGS},
+        ),
+        train_dataset=data["train"],
+        eval_dataset={"val": data["val"], "test": data["test"]},
+        compute_metrics=compute_metrics,
+        callbacks=[Report()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def trainable(config):
-    fit(config)
+    build_trainer(config).train()
 
 
-def main(searcher="random", num_samples=20, seed=0):
+def main(searcher="random", num_samples=20, seed=0, trainable=trainable):
     return tune.Tuner(
         trainable,
         param_space=SPACE,

@@ -90,12 +90,10 @@ class Report(Callback):
             tune.report({name: value.item() for name, value in trainer.callback_metrics.items()})
 
 
-def fit(config):
-    """The trained model, and how many epochs it took."""
+def build_trainer(config):
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    model = build_model(config)
-    trainer = lightning.Trainer(
+    return lightning.Trainer(
         max_epochs=config["epochs"],
         gradient_clip_val=config["clip"],
         callbacks=[EarlyStopping("val_loss", patience=5), Report()],
@@ -105,15 +103,13 @@ def fit(config):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, Digits(config["batch_size"]))
-    return model, trainer.current_epoch
 
 
 def trainable(config):
-    fit(config)
+    build_trainer(config).fit(build_model(config), Digits(config["batch_size"]))
 
 
-def main(searcher="random", num_samples=20, seed=0):
+def main(searcher="random", num_samples=20, seed=0, trainable=trainable):
     return tune.Tuner(
         trainable,
         param_space=SPACE,

@@ -1,61 +1,15 @@
 """lightning_digits.py, searched by raybilevel: the weight decay and the label smoothing have gradients."""
 
-from lightning_digits import SPACE, build_model, fit, load_data
-from ray import tune
+from functools import partial
+
+from lightning_digits import Digits, build_model, build_trainer, main
 from search_algorithms import command_line
 
-import raybilevel
-from raybilevel import BilevelProblem, BilevelSearch
-from raybilevel.functional import cross_entropy, weight_decay
+from raybilevel import BilevelSearch
+from raybilevel.lightning import from_lightning
 
-
-class Images(BilevelProblem):
-    own_loop = True
-    upper_metric = "val_loss"
-
-    def __init__(self):
-        self.data = load_data()
-
-    def model(self, hyperparameters):
-        return build_model(hyperparameters)
-
-    def lower_loss(self, model, hyperparameters, batch):
-        x, y = batch
-        decay = weight_decay(model.parameters(), hyperparameters["weight_decay"])
-        return cross_entropy(model(x), y, label_smoothing=hyperparameters["label_smoothing"]) + decay
-
-    def upper_loss(self, model, batch):
-        x, y = batch
-        return cross_entropy(model(x), y)
-
-    def batches(self, level, generator):
-        return [self.data["train" if level == "lower" else "val"]]
-
-    def evaluate(self, model):
-        x, y = self.data["test"]
-        logits = model(x)
-        return {"test_loss": cross_entropy(logits, y), "test_accuracy": (logits.argmax(1) == y).float().mean()}
-
-
-def trainable(config):
-    model, epochs = fit(config)
-    raybilevel.conclude(Images(), model, config, passes=epochs)
-
-
-def main(num_samples=20, seed=0):
-    return tune.Tuner(
-        trainable,
-        param_space=SPACE,
-        tune_config=tune.TuneConfig(
-            metric="val_loss",
-            mode="min",
-            search_alg=BilevelSearch(Images(), seed=seed),
-            num_samples=num_samples,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(verbose=1),
-    ).fit()
-
+trainable = from_lightning(build_model, Digits, build_trainer)
+main = partial(main, lambda seed: BilevelSearch(trainable, seed=seed), trainable=trainable)
 
 if __name__ == "__main__":
     command_line(main)

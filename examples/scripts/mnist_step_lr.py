@@ -21,8 +21,8 @@ SPACE = {
 }
 
 
-def load_data(folder=None):
-    return mnist(folder) if folder else digits(train=300, val=500)
+def load_data(data=None):
+    return mnist(data) if data else digits(train=300, val=500)
 
 
 class Net(nn.Module):
@@ -98,7 +98,7 @@ def trainable(config):
     fit(config)
 
 
-def main(searcher="random", num_samples=20, seed=0, data=None):
+def main(searcher="random", num_samples=20, seed=0, data=None, trainable=trainable):
     return tune.Tuner(
         trainable,
         param_space={**SPACE, "data": data},

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import sys
 
 import optuna
 from ray.tune.search import BasicVariantGenerator
@@ -14,15 +15,18 @@ SEARCHERS = {
 }
 
 
-def search_algorithm(name, seed=0):
-    if name not in SEARCHERS:
-        raise ValueError(f"unknown searcher {name!r}; choose one of {', '.join(SEARCHERS)}")
-    return SEARCHERS[name](seed)
+def search_algorithm(searcher, seed=0):
+    """One of those above by its name, or another function of the seed."""
+    if callable(searcher):
+        return searcher(seed)
+    if searcher not in SEARCHERS:
+        raise ValueError(f"unknown searcher {searcher!r}; choose one of {', '.join(SEARCHERS)}")
+    return SEARCHERS[searcher](seed)
 
 
 def command_line(main):
     """Run a script's `main` with the arguments of the command line, and print its best trial."""
-    parser = argparse.ArgumentParser(description=inspect.getmodule(main).__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.split("\n")[0])
     if "searcher" in inspect.signature(main).parameters:
         parser.add_argument("--searcher", choices=SEARCHERS, default="random")
     parser.add_argument("--num-samples", type=int, default=20)

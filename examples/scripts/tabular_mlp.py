@@ -102,7 +102,7 @@ def trainable(config):
     fit(config)
 
 
-def main(searcher="random", num_samples=20, seed=0):
+def main(searcher="random", num_samples=20, seed=0, trainable=trainable):
     return tune.Tuner(
         trainable,
         param_space=SPACE,

@@ -25,8 +25,8 @@ SPACE = {
 }
 
 
-def load_data(folder=None):
-    return cifar10(folder) if folder else digits(train=300)
+def load_data(data=None):
+    return cifar10(data) if data else digits(train=300)
 
 
 class Block(nn.Module):
@@ -122,7 +122,7 @@ def trainable(config):
     fit(config)
 
 
-def main(searcher="random", num_samples=20, seed=0, data=None):
+def main(searcher="random", num_samples=20, seed=0, data=None, trainable=trainable):
     return tune.Tuner(
         trainable,
         param_space={**SPACE, "data": data},

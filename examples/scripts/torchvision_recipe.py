@@ -26,8 +26,8 @@ SPACE = {
 }
 
 
-def load_data(folder=None):
-    data = cifar10(folder) if folder else digits(train=800)
+def load_data(data=None):
+    data = cifar10(data) if data else digits(train=800)
     x, y = data["train"]
     # Of class c a share of 0.75^c is kept: all zeros, one nine in thirteen.
     kept = torch.rand(len(y), generator=torch.Generator().manual_seed(0)) < 0.75**y
@@ -108,7 +108,7 @@ def trainable(config):
     fit(config)
 
 
-def main(searcher="random", num_samples=20, seed=0, data=None):
+def main(searcher="random", num_samples=20, seed=0, data=None, trainable=trainable):
     return tune.Tuner(
         trainable,
         param_space={**SPACE, "data": data},

@@ -1,61 +1,24 @@
 """torchvision_recipe.py, searched by raybilevel: all that stands in the loss has gradients."""
 
-from ray import tune
+from functools import partial
+
 from search_algorithms import command_line
-from torchvision_recipe import SPACE, build_model, class_weights, evaluate, fit, load_data, parameter_groups
+from torch.nn.functional import cross_entropy
+from torchvision_recipe import build_model, evaluate, fit, load_data, main, parameter_groups, training_loss
 
-import raybilevel
-from raybilevel import BilevelProblem, BilevelSearch
-from raybilevel.functional import cross_entropy, weight_decay
+from raybilevel import BilevelSearch
+from raybilevel.loop import from_loop
 
-
-class Images(BilevelProblem):
-    own_loop = True
-    upper_metric = "val_loss"
-
-    def __init__(self, folder=None):
-        self.data = load_data(folder)
-
-    def model(self, hyperparameters):
-        return build_model(hyperparameters, self.data["train"][0])
-
-    def lower_loss(self, model, hyperparameters, batch):
-        x, y = batch
-        weight = class_weights(y, hyperparameters["class_balance"])
-        smoothing = hyperparameters["label_smoothing"]
-        loss = cross_entropy(model(x), y, weight, label_smoothing=smoothing, reduction="sum") / len(y)
-        return loss + weight_decay(parameter_groups(model, hyperparameters))
-
-    def upper_loss(self, model, batch):
-        x, y = batch
-        return cross_entropy(model(x), y)
-
-    def batches(self, level, generator):
-        return [self.data["train" if level == "lower" else "val"]]
-
-    def evaluate(self, model):
-        return evaluate(model, self.data)
-
-
-def trainable(config):
-    model = fit(config)
-    raybilevel.conclude(Images(config["data"]), model, config, passes=config["epochs"])
-
-
-def main(num_samples=20, seed=0, data=None):
-    return tune.Tuner(
-        trainable,
-        param_space={**SPACE, "data": data},
-        tune_config=tune.TuneConfig(
-            metric="val_loss",
-            mode="min",
-            search_alg=BilevelSearch(Images(data), seed=seed),
-            num_samples=num_samples,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(verbose=1),
-    ).fit()
-
+trainable = from_loop(
+    fit,
+    model=lambda config: build_model(config, load_data(config.get("data"))["train"][0]),
+    data=load_data,
+    lower_loss=lambda model, config, batch: training_loss(model, config, batch, batch[1]),
+    weight_decay=parameter_groups,
+    upper_loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
+    evaluate=lambda model, config: evaluate(model, load_data(config.get("data"))),
+)
+main = partial(main, lambda seed: BilevelSearch(trainable, seed=seed), trainable=trainable)
 
 if __name__ == "__main__":
     command_line(main)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
-from torch import nn
+from torch import Tensor, nn
 
-from raybilevel._lower.own_loop import OwnTraining
+from raybilevel._lower.own_loop import OwnTraining, check_times
 from raybilevel._lower.training import CHECKPOINT_FILE
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.problem import BilevelProblem
@@ -23,6 +23,7 @@ def conclude(
     passes: float | None = None,
     metrics: Mapping[str, Any] | None = None,
     checkpoint: tune.Checkpoint | None = None,
+    trained_time: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Report a model that your own loop has trained, with all that `BilevelSearch` needs. Call it last in a Tune
     function, once:
@@ -40,9 +41,12 @@ def conclude(
         Upper-level steps may spend a share of it.
     metrics:    to be reported, too.
     checkpoint: one of your own, whose files are kept beside ours.
+    trained_time: for how long each tensor of weights was trained, as a problem's `train` reports it. Hypergradients of
+        short training runs go by it. Without it they are those at a minimum of f.
 
     Raises:
-        ProblemError: `problem` is no `BilevelProblem` instance, is `optimistic`, or makes another model.
+        ProblemError: `problem` is no `BilevelProblem` instance, is `optimistic`, or makes another model; or a tensor of
+            weights has no time, or one of another shape.
         ConfigError: `passes` is not a positive number.
         NotFiniteError: f, F or df/dx is NaN or infinite: the trial fails, and the search goes on without it.
     """
@@ -51,5 +55,8 @@ def conclude(
     if passes is not None and not (math.isfinite(passes) and passes > 0):
         raise ConfigError(f"passes must be a positive number of passes over the training data, got {passes}")
     training = OwnTraining(problem, config, model, float(problem.epochs) if passes is None else passes)
+    if trained_time is not None:
+        check_times(type(problem).__name__, trained_time, training.levels.model)
+        training.time = trained_time
     # Ours last, so that no metric of the user's replaces F or f.
     send({**(metrics or {}), **concluded(training)}, CHECKPOINT_FILE, training.dump(), checkpoint)

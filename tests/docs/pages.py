@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE)
 HIDDEN = re.compile(r"^<!-- run\n(?P<code>.*?)^-->", re.DOTALL | re.MULTILINE)
+NEEDS = re.compile(r"^<!-- needs: (?P<packages>[^>]+) -->$", re.MULTILINE)
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]+) -->\s*$")
 
 
@@ -58,6 +59,13 @@ def hidden(page: Path) -> Iterator[Block]:
     text = page.read_text(encoding="utf-8")
     for match in HIDDEN.finditer(text):
         yield Block(page, text.count("\n", 0, match.start()) + 2, "python", match["code"])
+
+
+def needs(page: Path) -> list[str]:
+    """Packages of an extra that the blocks of a page import, from the comment on it."""
+    return [
+        name for match in NEEDS.finditer(page.read_text(encoding="utf-8")) for name in match["packages"].split(", ")
+    ]
 
 
 def python(page: Path) -> list[Block]:

@@ -15,7 +15,7 @@ MESSAGES = re.findall(r"^(?:### |\| )`(.+?)`(?:$| \|)", PAGE.read_text(encoding=
 WHOLE = (
     "search", "tune", "hypergradient", "methods", "sklearn", "report", "_cluster", "_command", "_descents", "_linear",
     "_lower", "_models", "_records", "_tune_changes", "cli.py", "folds.py", "problem.py", "_metrics.py",
-    "_own_problem.py",
+    "_own_problem.py", "_adapters", "lightning.py", "loop.py", "skorch.py", "transformers.py",
 )  # fmt: skip
 """Modules and packages whose messages all have a row. The others check configs, spaces and arguments of the problems
 that ship: each says what the entry that it names may be."""

@@ -27,8 +27,9 @@ FAMILIES = {
 """What they print that can be judged."""
 NEED_DATA = {"few_shot", "graph_structure", "image_regulariser"}
 ELSEWHERE = {"cluster", "data_parallel", *FAMILIES}  # tests/cluster runs the second
-LONG = {"large_upper_level", "own_loop_problem", "own_loop_tune"}
-"""`test_hypergradient_on_ray` and `test_own_loops_on_ray` have shorter ones of their kind."""
+NEEDS = {"from_lightning": "lightning", "from_net": "skorch", "from_trainer": "transformers"}
+LONG = {"large_upper_level", "own_loop_problem", "own_loop_tune", *NEEDS}
+"""`test_hypergradient_on_ray`, `test_own_loops_on_ray` and `test_adapters_on_ray` have shorter ones of their kind."""
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in ELSEWHERE)
 
 
@@ -54,6 +55,8 @@ def printed(example: str, folder: Path, *arguments: str) -> str:
     "example", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in EXAMPLES]
 )
 def test_example(example: str, tmp_path: Path) -> None:
+    if example in NEEDS:
+        pytest.importorskip(NEEDS[example], reason=f"{NEEDS[example]} is not installed")
     losses = [
         float(number) for number in re.findall(r"(?:validation loss|best F) ([\d.]+)", printed(example, tmp_path))
     ]

@@ -10,7 +10,7 @@ import torch
 from ray import tune
 from torch import nn
 
-from raybilevel import BilevelSearch
+from raybilevel import BilevelSearch, conclude
 from raybilevel._lower.own_loop import OwnTraining, train_itself
 from raybilevel._lower.training import LowerLevelTraining, load_checkpoint, observed, refit, train
 from raybilevel.errors import CheckpointError, ConfigError, ProblemError
@@ -219,3 +219,15 @@ def test_a_loop_that_is_stopped_before_its_end_has_an_f_only(caplog: pytest.LogC
         search.on_trial_complete(trial, {"val_loss": 2.0, "lower_passes": 3})
     assert [(t.status, t.upper_loss, t.passes) for t in search.state.trainings] == 3 * [("stopped", 2.0, 3.0)]
     assert "3 trainings ended without raybilevel.conclude(problem, model, config), and none with it" in caplog.text
+
+
+def test_conclude_keeps_the_time_that_weights_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr("raybilevel.tune._conclude.send", lambda *given: sent.append(given))
+    problem = Parabola()
+    conclude(problem, problem.model(), POINT, trained_time={"weight": torch.tensor(3.0)})
+    conclude(problem, problem.model(), POINT)
+    (timed, plain) = (load_checkpoint(given[2]) for given in sent)
+    assert timed["time"] == {"weight": torch.tensor(3.0)} and "time" not in plain
+    with pytest.raises(ProblemError, match="Parabola: trained_time needs a tensor of shape"):
+        conclude(problem, problem.model(), POINT, trained_time={})

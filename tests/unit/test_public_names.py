@@ -23,6 +23,8 @@ PUBLIC = (
     "raybilevel.folds",
     "raybilevel.functional",
     "raybilevel.hypergradient",
+    "raybilevel.lightning",
+    "raybilevel.loop",
     "raybilevel.methods",
     "raybilevel.problem",
     "raybilevel.problems",
@@ -30,8 +32,10 @@ PUBLIC = (
     "raybilevel.search",
     "raybilevel.search_state",
     "raybilevel.sklearn",
+    "raybilevel.skorch",
     "raybilevel.space",
     "raybilevel.storage",
+    "raybilevel.transformers",
     "raybilevel.tune",
 )
 
@@ -125,6 +129,7 @@ def names_of(module: ModuleType) -> list[str]:
     [
         ("raybilevel, raybilevel.cli", "torch, ray"),  # a usage error is said at once
         ("raybilevel.search, raybilevel.methods, raybilevel.problems, raybilevel.sklearn", "ray"),  # the core
+        ("raybilevel.lightning, raybilevel.transformers, raybilevel.skorch", "lightning, transformers, skorch"),
         ("raybilevel.tune._trainable", "gpytorch, botorch"),  # a worker that only trains
     ],
 )

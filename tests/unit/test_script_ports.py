@@ -52,7 +52,7 @@ def test_a_port_concludes_the_model_that_the_script_has_judged(
     concluded: list[dict[str, Any]] = []
     monkeypatch.setattr("raybilevel.tune._conclude.send", lambda metrics, *rest: concluded.append(metrics))
     data = {"data": None} if "data" in inspect.signature(port.main).parameters else {}
-    port.trainable({**sampled(port), **data})
+    port.trainable({**sampled(imported(script)), **data})
     (end,) = concluded
     judged = {name: reports[-1][name] for name in end if name.startswith(("val_", "test_"))}
     assert judged.keys() >= {"val_loss", "test_loss"}

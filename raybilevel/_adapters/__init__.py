@@ -1,0 +1,1 @@
+"""Training frameworks as bilevel problems: what their adapters share."""
