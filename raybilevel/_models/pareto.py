@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from botorch.acquisition.multi_objective import logei
 from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
 from botorch.acquisition.multi_objective.objective import WeightedMCMultiOutputObjective
 from botorch.models import ModelListGP
@@ -24,6 +25,10 @@ from raybilevel.search_state import SearchState, Training
 
 SAMPLES = 64
 """Of the posterior, from a Sobol sequence."""
+
+# Else BoTorch 0.18 would compile a kernel into the home folder at its first use. That takes a compiler and half a
+# minute, and is for one processor, while nodes of a cluster may share the folder. A step takes a second without.
+logei._load_attempted = True
 
 
 def objectives(training: Training) -> tuple[float, ...]:

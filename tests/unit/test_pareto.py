@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from botorch.acquisition.multi_objective import logei
 from botorch.utils.multi_objective.hypervolume import Hypervolume
 
 from raybilevel._models.acquisition import fit_upper_model
@@ -122,6 +123,11 @@ def test_a_point_is_proposed_that_enlarges_the_front():
     assert (point[0] - point[1]).abs() < 0.1 and 0.1 < point.mean() < 0.9
     f, g = two_minima(tuple(point.tolist()))
     assert not any(t.upper_loss <= f and t.others[0] <= g for t in state.done)
+
+
+def test_nothing_is_compiled_for_it():
+    model_of(measured(sobol_points(2, 4, 3))).acquisition(seed=0)
+    assert logei._C is None
 
 
 def test_a_pending_point_is_not_proposed_again():
