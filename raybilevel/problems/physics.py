@@ -115,8 +115,8 @@ class PhysicsInformed(BilevelProblem):
         f = data + weight_residual residual^2 + sum_e weight_e (u - u_e)^2,    F = error at other measurements,
 
     each term a mean over its points. The weight of the data is 1, as a common factor of all weights changes nothing.
-    Those of the edges are of a kind, and that of the residual is not. The equations are "burgers" and "helmholtz" of
-    Wang, Teng & Perdikaris (2021, SIAM J. Sci. Comput. 43(5)), with a larger viscosity and a lower frequency.
+    The equations are "burgers" and "helmholtz" of Wang, Teng & Perdikaris (2021, SIAM J. Sci. Comput. 43(5)), with a
+    larger viscosity and a lower frequency.
 
     measurements, validation: in training, and for F, with normal noise of standard deviation `noise`.
     collocation, edge: points of the residual, and of each edge.
@@ -152,8 +152,8 @@ class PhysicsInformed(BilevelProblem):
 
     @cached_property
     def space(self) -> Space:
-        paths = ("residual",), *(("edge", name) for name in self.equation.edges)
-        return Space(tuple(Parameter(path, LOW, HIGH, log=True) for path in paths))
+        terms = ("residual", *self.equation.edges)
+        return Space(tuple(Parameter(("weight", term), LOW, HIGH, log=True) for term in terms))
 
     @cached_property
     def data(self) -> dict[Level, Points]:
@@ -216,8 +216,7 @@ class PhysicsInformed(BilevelProblem):
             return self.equation.residual(points, u, Derivatives(first, (second[0], second[1])))
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Points) -> Tensor:
-        weights = {"residual": hyperparameters["residual"], **hyperparameters["edge"]}
-        weighted = [weights[term] * loss for term, loss in self.losses(model, batch).items()]
+        weighted = [hyperparameters["weight"][term] * loss for term, loss in self.losses(model, batch).items()]
         loss: Tensor = self.upper_loss(model, batch) + torch.stack(weighted).sum()
         return loss
 
