@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,12 @@ def front(state: SearchState) -> tuple[Training, ...]:
     return tuple(sorted(found, key=objectives))
 
 
+def newest_of_front(state: SearchState, claimed: Collection[int]) -> tuple[int, ...]:
+    """The index of the training of the front that ended last; none if its hypergradient is known or claimed."""
+    newest = max(front(state), key=lambda t: t.finished)
+    return () if newest.hypergradient is not None or newest.index in claimed else (newest.index,)
+
+
 class FeasibleHypervolume(qLogNoisyExpectedHypervolumeImprovement):  # type: ignore[misc]
     """Its logarithm plus that of the probability of a feasible training."""
 
@@ -83,8 +89,13 @@ class FrontModel:
         near: Tensor,
         max_rows: int,
         unordered: Sequence[int] = (),
-    ) -> FrontModel:
-        """upper: the model of F, with no pending points in it. The others are modelled in the same way, by values."""
+    ) -> FrontModel | None:
+        """None of a search of one objective.
+
+        upper: the model of F, with no pending points in it. The others are modelled in the same way, by values.
+        """
+        if not state.others:
+            return None
         whole = [t for t in state.measured if all(map(math.isfinite, t.others)) and len(t.others) == state.others]
         models = [upper]
         for number in range(state.others):

@@ -35,7 +35,7 @@ from raybilevel._models.constraints import Feasible, fit_metrics, judged
 from raybilevel._models.discrete import covering
 from raybilevel._models.feasibility import fit_feasibility
 from raybilevel._models.generalisation import Surface, learn
-from raybilevel._models.pareto import FrontModel, front
+from raybilevel._models.pareto import FrontModel, newest_of_front
 from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.trust import promises, trust
 from raybilevel._models.value_function import ValueFunction, fit_value_function
@@ -145,7 +145,8 @@ class Default(Method):
         pending = tuple(t.unit for t in state.pending)
         step = UpperStep(number, "region", self._incumbent(state), plain, seed + 1000 * number, pending=pending)
         if plain.others:
-            return replace(step, origin="front", targets=self._newest_of_front(plain, running))
+            wanted = newest_of_front(plain, {index for other in running for index in other.targets})
+            return replace(step, origin="front", targets=wanted if self.hypergradients and self._due(plain) else ())
         if number % self.explore_every == self.explore_every - 1:
             return self._look(step, running)
         regions = self.open_regions(state, running)
@@ -174,13 +175,6 @@ class Default(Method):
             targets=tuple(i for i in lacking if i not in claimed),
             rank=busy[region.began],
         )
-
-    def _newest_of_front(self, state: SearchState, running: tuple[UpperStep, ...]) -> tuple[int, ...]:
-        """The training of the Pareto front that ended last, if its hypergradient is to be taken."""
-        newest = max(front(state), key=lambda t: t.finished)
-        claimed = any(newest.index in step.targets for step in running)
-        due = self.hypergradients and self._due(state) and not claimed and newest.hypergradient is None
-        return (newest.index,) if due else ()
 
     @staticmethod
     def _look(step: UpperStep, running: tuple[UpperStep, ...]) -> UpperStep:
@@ -300,12 +294,9 @@ class Default(Method):
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
         trusted = trust(promises(state))
-        # A front takes pending points into account itself.
-        believed = [] if state.others else pending
+        believed = [] if state.others else pending  # a front takes pending points into account itself
         model_of_upper = fit_upper_model(state.measured, believed, centre, self.max_rows, space.unordered, trusted)
-        front_model = None
-        if state.others:
-            front_model = FrontModel.of(state, model_of_upper, pending, centre, self.max_rows, space.unordered)
+        front_model = FrontModel.of(state, model_of_upper, pending, centre, self.max_rows, space.unordered)
         feasibility = self._feasibility(state, centre, space)
         shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
         value_function = None

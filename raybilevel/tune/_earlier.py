@@ -229,6 +229,19 @@ class BeginsFromEarlier:
         search._take_earlier()
         return search
 
+    def add_evaluated_point(
+        self,
+        parameters: Mapping[str, Any],
+        value: float,
+        error: bool = False,
+        pruned: bool = False,
+        intermediate_values: list[float] | None = None,
+    ) -> None:
+        """A configuration whose metric is known from elsewhere; it informs the model of F, not the value function."""
+        self._early.append((parameters, value, error))
+        if self._optimizer is not None:
+            self._add_evaluated(*self._early[-1])
+
     def _add_evaluated(self, parameters: Mapping[str, Any], value: float, error: bool) -> None:
         optimizer = self._optimizer
         assert optimizer is not None

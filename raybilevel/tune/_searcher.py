@@ -246,19 +246,6 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         elif self._session.fatal is None and ray.is_initialized():  # a step would start a Ray of its own
             self._session.steps.launch(optimizer, self._checkpoints)
 
-    def add_evaluated_point(
-        self,
-        parameters: Mapping[str, Any],
-        value: float,
-        error: bool = False,
-        pruned: bool = False,
-        intermediate_values: list[float] | None = None,
-    ) -> None:
-        """A configuration whose metric is known from elsewhere; it informs the model of F, not the value function."""
-        self._early.append((parameters, value, error))
-        if self._optimizer is not None:
-            self._add_evaluated(*self._early[-1])
-
     def save(self, checkpoint_path: str) -> None:
         if self._optimizer is None:
             return

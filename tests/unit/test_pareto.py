@@ -113,7 +113,9 @@ def measured(points: torch.Tensor, bounded: bool = False) -> SearchState:
 def model_of(state: SearchState, pending: tuple[torch.Tensor, ...] = ()) -> FrontModel:
     centre = torch.full((2,), 0.5, dtype=torch.double)
     upper = fit_upper_model(state.measured, [], centre, 500)
-    return FrontModel.of(state, upper, pending, centre, 500)
+    found = FrontModel.of(state, upper, pending, centre, 500)
+    assert found is not None
+    return found
 
 
 def test_a_point_is_proposed_that_enlarges_the_front():
