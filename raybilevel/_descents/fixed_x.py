@@ -156,7 +156,7 @@ def response(point: TrainedPoint, budget: Budget) -> Filtered:
         found = filtered(
             products.hessian, force, lambda h: at_a_minimum(h, products.noise), FINISHED_TOLERANCE, budget.most
         )
-        check_length(products, found, at_a_minimum)
+        check_length(products, found, at_a_minimum, found.values)
         return found
     # Both sides scaled, so that the operator is symmetric, as Lanczos needs it.
     root = point.time.sqrt()
@@ -170,22 +170,29 @@ def response(point: TrainedPoint, budget: Budget) -> Filtered:
         UNFINISHED_TOLERANCE,
         budget.unfinished,
     )
-    check_length(products, found, after_a_time)
+    # By as much as a product is noise, an eigenvalue may be lower, and the answer of a finite time longer.
+    lower = (found.values.abs() - products.noise * found.values.abs().max()).clamp_min(0.0)
+    check_length(products, found, after_a_time, lower)
     return replace(found, vector=root * found.vector)
 
 
-def check_length(products: Differences, found: Filtered, phi: Callable[[Tensor, float], Tensor]) -> None:
-    """Refuse an answer to which the noise of coarse gradients leaves too little; it would be far too short.
+def check_length(
+    products: Differences, found: Filtered, phi: Callable[[Tensor, float], Tensor], possible: Tensor
+) -> None:
+    """Refuse an answer to which the noise of coarse gradients leaves too little; it may be far too short.
+
+    possible: what the curvatures may be, shape (k,).
 
     Raises:
         NoisyError: so it is.
     """
     if not products.coarse:
         return
-    whole, left = (inner(found.weights, phi(found.values, noise)) for noise in (0.0, products.noise))
+    whole = inner(found.weights, phi(possible, 0.0))
+    left = inner(found.weights, phi(found.values, products.noise))
     if left < (1 - MOST_SHORTENED) * whole:
         raise NoisyError(
-            f"the lower-level loss is computed in {products.precision}, whose noise makes the hypergradient "
+            f"the lower-level loss is computed in {products.precision}, whose noise makes the hypergradient up to "
             f"{100 * (1 - left / whole):.0f} % too short; compute the losses in float32, and set the problem's autocast"
         )
 

@@ -387,11 +387,16 @@ def test_a_difference_is_as_long_as_the_noise_of_gradients_asks(
 
 
 @pytest.mark.parametrize(
-    ("time", "dtype"), [(500.0, torch.float32), (math.inf, torch.float32), (500.0, torch.bfloat16)]
-)
-def test_a_hypergradient_that_coarse_gradients_shorten_is_left_out(time: float, dtype: torch.dtype):
+    ("time", "dtype", "low"),
+    [
+        (500.0, torch.float32, 1e-4), (math.inf, torch.float32, 1e-4), (500.0, torch.bfloat16, 1e-4),
+        # Noise, 0.003 of the largest curvature, makes one of 0.002 larger, so that it seems to be known.
+        (500.0, torch.float32, 2e-3),
+    ],
+)  # fmt: skip
+def test_a_hypergradient_that_coarse_gradients_shorten_is_left_out(time: float, dtype: torch.dtype, low: float):
     """A long training answers along curvatures that such gradients cannot tell from 0."""
-    scales = torch.tensor([1.0, 1e-4])
+    scales = torch.tensor([1.0, low])
 
     def lower(x: Tensor, y: Tensor) -> Tensor:
         return (scales * (y.bfloat16().float() - x[0]).square()).sum() / 2
@@ -403,7 +408,9 @@ def test_a_hypergradient_that_coarse_gradients_shorten_is_left_out(time: float, 
         model.get_parameter("weight").copy_(torch.tensor([[1.3, 0.7]]))
     point = point_at(problem, model, vector(0.5))
     point.time = torch.full_like(point.y, time)
-    with pytest.raises(NoisyError, match=r"computed in torch\.bfloat16, whose noise makes the hypergradient \d+ % too"):
+    with pytest.raises(
+        NoisyError, match=r"computed in torch\.bfloat16, whose noise makes the hypergradient up to \d+ %"
+    ):
         lagrangian_point(point, 0.05, MANY)
 
 
