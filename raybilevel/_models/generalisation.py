@@ -34,6 +34,9 @@ from raybilevel.search_state import Likelihood, SearchState, Shrinkage
 
 STRENGTHS = tuple(10 ** (3 - i / 4) for i in range(25))
 """Of tau, strong to weak, 1000 to 0.001."""
+LEAST_SHARE = 0.1
+"""Of the lowest squared error seen, below which the model is not believed: it may even be negative there, and its
+logarithm would draw the search to where nothing is known."""
 NAT = 1.0
 """The strongest tau within so much of the best log evidence is taken: the evidence is flat, the model too hopeful."""
 STEADY = 3
@@ -66,6 +69,7 @@ class Surface:
     value_weights:      a, shape (k,).
     derivative_weights: b, shape (k, d).
     inverse_squares:    the diagonal of L^-2, shape (d,).
+    floor:              the least squared error that is believed.
     unordered:          coordinates of choices without an order, in which D is 0 and k falls by another factor.
     """
 
@@ -77,6 +81,7 @@ class Surface:
     shift: float
     scale: float
     offset: float
+    floor: float
     likelihood: Likelihood
     unordered: tuple[int, ...] = ()
 
@@ -102,6 +107,7 @@ class Surface:
             model.process.shift,
             model.process.scale,
             model.warp.low - model.warp.spread,
+            max(LEAST_SHARE * model.warp.low, SMALLEST_ERROR),
             likelihood,
             kernel.base_kernel.categorical,
         )
@@ -116,7 +122,7 @@ class Surface:
         slope = above * self.scale * gradient
         if self.likelihood == "log_likelihood":
             return above + self.offset, slope
-        upper = max(above + self.offset, SMALLEST_ERROR)
+        upper = max(above + self.offset, self.floor)
         return math.log(upper) / 2, slope / (2 * upper)
 
     def hessian(self, x: Tensor) -> Tensor:
@@ -133,7 +139,7 @@ class Surface:
         hessian = above * (self.scale * second + self.scale**2 * outer)
         if self.likelihood == "log_likelihood":
             return hessian
-        upper = max(above + self.offset, SMALLEST_ERROR)
+        upper = max(above + self.offset, self.floor)
         # G = log(F) / 2:   Hess G = Hess F / (2 F) - grad F grad F' / (2 F^2)
         return hessian / (2 * upper) - (above * self.scale / upper) ** 2 * outer / 2
 

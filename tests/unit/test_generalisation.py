@@ -29,6 +29,7 @@ from raybilevel.search import BilevelOptimizer, new_data, search
 from raybilevel.search_state import Likelihood, Proposal, SearchState, Shrinkage, StepRecord, Training
 from raybilevel.space import sobol_points
 from raybilevel.tune._view import SearchView
+from tests.problems_for_tests import vector
 from tests.tiny_problems import Means
 
 D = 5
@@ -58,12 +59,22 @@ def fitted() -> UpperModel:
     return fit_upper_model(trainings, [torch.full((D,), 0.45).double()], torch.full((D,), 0.5).double(), 500)
 
 
+def test_a_squared_error_that_is_modelled_as_negative_is_not_believed() -> None:
+    points = vector(0.5, 0.5, 0.8, 0.5, 0.95, 0.4).reshape(3, 2)
+    model = fit_upper_model(observed(lambda x: 0.01 + 5 * (x[0] - 0.5) + 0 * x[1], points), [], vector(0.5, 0.5), 500)
+    surface, beyond = Surface.of(model, "squared_error"), vector(0.35, 0.5)
+    assert model.mean(beyond) < 0
+    # A tenth of the lowest error seen.
+    assert surface.value(beyond) == pytest.approx(math.log(0.001) / 2)
+    assert surface.hessian(beyond).isfinite().all()
+
+
 class Quadratic(Surface):
     """G = (x - c)' H (x - c) / 2."""
 
     @classmethod
     def make(cls, hessian: Tensor, centre: Tensor) -> Quadratic:
-        made = cls(centre, centre, hessian, centre, 0.0, 0.0, 1.0, 0.0, "log_likelihood")
+        made = cls(centre, centre, hessian, centre, 0.0, 0.0, 1.0, 0.0, 0.0, "log_likelihood")
         return made
 
     def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
@@ -132,7 +143,7 @@ class TwoValleys(Surface):
 
     @classmethod
     def make(cls, centre: Tensor) -> TwoValleys:
-        return cls(centre, centre, torch.eye(D).double(), centre, 0.0, 0.0, 1.0, 0.0, "log_likelihood")
+        return cls(centre, centre, torch.eye(D).double(), centre, 0.0, 0.0, 1.0, 0.0, 0.0, "log_likelihood")
 
     def of_point(self, x: Tensor) -> Tensor:
         valleys = torch.stack([-10 * (x - 0.2).square().sum() - 0.5, -10 * (x - self.points).square().sum()])
@@ -278,7 +289,7 @@ def test_a_loss_that_is_no_likelihood_is_named_once(caplog: pytest.LogCaptureFix
     problem.upper_likelihood = "none"
     say_once.cache_clear()
     run(problem, SHORT)
-    assert not caplog.records
+    assert not any("generalise" in record.getMessage() for record in caplog.records)
 
 
 def test_the_first_steps_are_plain() -> None:
