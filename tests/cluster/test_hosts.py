@@ -242,7 +242,7 @@ results = tune.Tuner(
     run_config=tune.RunConfig(name="tune", storage_path=place.path, storage_filesystem=place.filesystem),
 ).fit()
 differences = [
-    abs(train(problem, {"x": result.config["x"]})[0].upper / result.metrics["upper_loss"] - 1) for result in results
+    abs(train(problem, {"x": one.config["x"]})[0].upper_loss / one.metrics["upper_loss"] - 1) for one in results
 ]
 print("trained", len(results), "failed", len(results.errors), "as on one host", max(differences) < 1e-9)
 """
