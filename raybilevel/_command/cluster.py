@@ -42,6 +42,9 @@ def cluster(
             f"--address {address}: over Ray Client the search runs in a process that this command does not see; "
             "submit the command to the cluster by `ray job submit`"
         )
+    if address is not None:
+        with said_of(address):
+            check_reachable(address)
     # Tune's own output would be printed over the view of the progress.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray").setLevel(logging.WARNING)
@@ -51,17 +54,23 @@ def cluster(
         # "local", so that no cluster is joined that happens to run here.
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     else:
-        try:
-            check_reachable(address)
+        with said_of(address):
             ray.init(address=address, **options)
-        except ConnectionError as error:
-            raise ConfigError(f"--address {address}: {str(error).splitlines()[0]}") from error
         say(joined())
     try:
         with sigterm_as_ctrl_c():
             yield address is None
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def said_of(address: str) -> Iterator[None]:
+    """A failure to connect is the user's mistake, in one line."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise ConfigError(f"--address {address}: {str(error).splitlines()[0]}") from error
 
 
 def check_reachable(address: str) -> None:
