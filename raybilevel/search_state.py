@@ -270,6 +270,11 @@ class SearchState:
         return min(self.done, key=lambda t: t.rank, default=None)
 
     @property
+    def start(self) -> Training | None:
+        """The first training that ran to its end, which is what the others are compared with."""
+        return min(self.done, key=lambda t: t.index, default=None)
+
+    @property
     def others(self) -> int:
         """The number of objectives beside F."""
         return max((len(t.others) for t in self.measured), default=0)

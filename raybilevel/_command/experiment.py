@@ -18,7 +18,7 @@ from raybilevel._command.cluster import cluster
 from raybilevel._command.folder import Options, keep, keep_options, prepare_folder
 from raybilevel._command.gain import Ended, gain_over
 from raybilevel._command.output import show
-from raybilevel._command.progress import Shown, make_view, start_of
+from raybilevel._command.progress import Shown, make_view
 from raybilevel._command.refit import loss_after_refit
 from raybilevel._command.resources import check_room, with_room_for_steps
 from raybilevel._command.trials import configuration, searcher_of, train_all, trial_results
@@ -142,7 +142,7 @@ def gain_of(
     plan: Plan, searcher: BilevelSearch, best: Training, results: Mapping[int, Mapping[str, Any]], place: Storage
 ) -> Gain | None:
     """Of the result over the start; None where the start is the result, or lacks a checkpoint."""
-    start = start_of(searcher.state)
+    start = searcher.state.start
     if start is None or start.index == best.index:
         return None
     ends = []

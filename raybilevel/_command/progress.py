@@ -64,7 +64,7 @@ class Shown:
 
     def best(self, state: SearchState) -> str:
         """The lowest F, and how far it is below that of the first training."""
-        best, start = state.best, start_of(state)
+        best, start = state.best, state.start
         if best is None or start is None:
             return "none yet"
         text = f"F {best.upper_loss:.4g} at training {state.number(best)}{broken(best)}"
@@ -75,7 +75,7 @@ class Shown:
 
     def hyperparameters(self, state: SearchState) -> str:
         """Those of the best training, in their own units."""
-        best, start = state.best, start_of(state)
+        best, start = state.best, state.start
         if best is None or start is None or self.config_of is None:
             return ""
         return hyperparameters(self.config_of(best), self.config_of(start))
@@ -84,11 +84,6 @@ class Shown:
 def broken(training: Training) -> str:
     """That it breaks a constraint, if so."""
     return "" if training.feasible else ", not feasible"
-
-
-def start_of(state: SearchState) -> Training | None:
-    """The first training that ran to its end, which is what the others are compared with."""
-    return min(state.done, key=lambda training: training.index, default=None)
 
 
 def gain(before: float, after: float) -> str:

@@ -79,7 +79,7 @@ def gain_of(
     filesystem: pyarrow.fs.FileSystem,
 ) -> Gain | None:
     """Of the result over the start; None where it is not known."""
-    best, start = method.incumbent(saved.state), min(saved.state.done, key=lambda t: t.index, default=None)
+    best, start = method.incumbent(saved.state), saved.state.start
     if best is None or start is None or best.index == start.index or method.descent is not None:
         return None
     trials = {index: trial for trial, index in saved.trials.items()}

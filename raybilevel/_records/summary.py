@@ -45,7 +45,7 @@ def summary_of(
     gain:          of the result over the start, by single examples.
     """
     best, lowest = method.incumbent(state), state.best
-    start = min(state.done, key=lambda training: training.index, default=None)
+    start = state.start
     expected, by_model = new_data(state, best), state.expected
     about = {"metric": UPPER_LOSS, "mode": "min", "constraints": {}, "other_objectives": {}, **about}
     # The search minimises, so its F is the metric with the sign turned where that is maximised.
