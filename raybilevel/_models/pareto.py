@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +26,6 @@ from raybilevel.search_state import SearchState, Training
 
 SAMPLES = 64
 """Of the posterior, from a Sobol sequence."""
-
-# Else BoTorch 0.18 would compile a kernel into the home folder at its first use. That takes a compiler and half a
-# minute, and is for one processor, while nodes of a cluster may share the folder. A step takes a second without.
-logei._load_attempted = True
 
 
 def objectives(training: Training) -> tuple[float, ...]:
@@ -53,6 +50,20 @@ def newest_of_front(state: SearchState, claimed: Collection[int]) -> tuple[int, 
     """The index of the training of the front that ended last; none if its hypergradient is known or claimed."""
     newest = max(front(state), key=lambda t: t.finished)
     return () if newest.hypergradient is not None or newest.index in claimed else (newest.index,)
+
+
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Else BoTorch 0.18 would compile a kernel into the home folder where an acquisition is first made. That takes a
+    compiler and half a minute, and is for one processor, while nodes of a cluster may share the folder. A step takes a
+    second without."""
+    # Versions before that have no such flag.
+    before = getattr(logei, "_load_attempted", True)
+    logei._load_attempted = True
+    try:
+        yield
+    finally:
+        logei._load_attempted = before
 
 
 class FeasibleHypervolume(qLogNoisyExpectedHypervolumeImprovement):  # type: ignore[misc]
@@ -118,16 +129,17 @@ class FrontModel:
         signs = -torch.ones(len(self.models), dtype=torch.double)
         options: dict[str, Any] = {"X_pending": self.pending} if len(self.pending) else {}
         best = -self.seen[is_non_dominated(-self.seen)]
-        found = FeasibleHypervolume(
-            model=ModelListGP(*(model.process.model for model in self.models)),
-            ref_point=infer_reference_point(best),
-            X_baseline=self.known,
-            sampler=SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed),
-            objective=WeightedMCMultiOutputObjective(signs),
-            prune_baseline=True,
-            cache_root=False,
-            **options,
-        )
+        with nothing_compiled():
+            found = FeasibleHypervolume(
+                model=ModelListGP(*(model.process.model for model in self.models)),
+                ref_point=infer_reference_point(best),
+                X_baseline=self.known,
+                sampler=SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed),
+                objective=WeightedMCMultiOutputObjective(signs),
+                prune_baseline=True,
+                cache_root=False,
+                **options,
+            )
         found.feasibility = feasibility
         return found
 
