@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel._adapters.adapter import Adapter, Trained
-from raybilevel._adapters.decays import Decay, decays_of
 from raybilevel._adapters.factories import Factory, check_factory, made_of
 from raybilevel._adapters.loaders import in_order
-from raybilevel._adapters.marks import Held
 from raybilevel._metrics import is_reserved
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.problem import Batch, Hyperparameters, Level
@@ -26,7 +24,6 @@ __all__ = ["LightningProblem", "from_lightning"]
 
 LossOfBatch = Callable[[Any, Batch], Tensor]
 """A loss as a function of module and batch, shape ()."""
-DECAYS = "_raybilevel_decays"
 
 
 def from_lightning(
@@ -109,13 +106,8 @@ class LightningProblem(Adapter):
     def marked_model(self, config: Mapping[str, Any]) -> nn.Module:
         module: nn.Module = made_of(self._module, config, "module")
         module.configure_model()  # type: ignore[operator]
-        # Before its weights are replaced by others, which no optimizer takes.
-        vars(module)[DECAYS] = Held(decays_of(optimizers_of(module), module))
+        self.keep_decays(module, optimizers_of(module))
         return module
-
-    def decays(self, model: nn.Module) -> tuple[Decay, ...]:
-        found: tuple[Decay, ...] = vars(model)[DECAYS].value
-        return found
 
     def roots(self, model: nn.Module) -> Collection[Any]:
         return [model]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel._adapters.adapter import Adapter, Trained
-from raybilevel._adapters.decays import Decay, decays_of
 from raybilevel._adapters.factories import Factory, check_factory, made_of
 from raybilevel._adapters.loaders import in_order
 from raybilevel._adapters.marks import Attributes, Held
@@ -103,25 +102,22 @@ class NetProblem(Adapter):
     def marked_model(self, config: Mapping[str, Any]) -> nn.Module:
         net = self.made(config).initialize()
         module: nn.Module = net.module_
-        vars(module)[NET] = Held((net, decays_of([net.optimizer_], module)))
+        vars(module)[NET] = Held(net)
+        self.keep_decays(module, [net.optimizer_])
         return module
 
-    def decays(self, model: nn.Module) -> tuple[Decay, ...]:
-        found: tuple[Decay, ...] = vars(model)[NET].value[1]
-        return found
-
     def roots(self, model: nn.Module) -> Collection[Any]:
-        net, _ = vars(model)[NET].value
+        net = vars(model)[NET].value
         return [model, net.criterion_, Attributes(net)]
 
     def training_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
-        net, _ = vars(model)[NET].value
+        net = vars(model)[NET].value
         x, y = batch
         loss: Tensor = net.get_loss(net.infer(x), y, X=x, training=True)
         return loss
 
     def validation_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
-        net, _ = vars(model)[NET].value
+        net = vars(model)[NET].value
         x, y = batch
         if self._upper is not None:
             return self._upper(net.infer(x), y)

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from raybilevel._adapters.adapter import Adapter, Trained
 from raybilevel._adapters.clock import Clock
-from raybilevel._adapters.decays import Decay, decays_of
 from raybilevel._adapters.factories import Factory, check_factory, made_of
 from raybilevel._adapters.loaders import in_order
 from raybilevel._adapters.marks import Attributes, Held
@@ -112,23 +111,20 @@ class TrainerProblem(Adapter):
         trainer = self.made(config)
         model: nn.Module = trainer.model
         trainer.create_optimizer()
-        vars(model)[TRAINER] = Held((trainer, decays_of([trainer.optimizer], model)))
+        vars(model)[TRAINER] = Held(trainer)
+        self.keep_decays(model, [trainer.optimizer])
         return model
 
-    def decays(self, model: nn.Module) -> tuple[Decay, ...]:
-        found: tuple[Decay, ...] = vars(model)[TRAINER].value[1]
-        return found
-
     def roots(self, model: nn.Module) -> Collection[Any]:
-        trainer, _ = vars(model)[TRAINER].value
+        trainer = vars(model)[TRAINER].value
         return [model, trainer.args, trainer.label_smoother, trainer.compute_loss_func, Attributes(trainer)]
 
     def training_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
-        trainer, _ = vars(model)[TRAINER].value
+        trainer = vars(model)[TRAINER].value
         return compute_loss(trainer, model, batch) if self._lower is None else self._lower(trainer, batch)
 
     def validation_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
-        trainer, _ = vars(model)[TRAINER].value
+        trainer = vars(model)[TRAINER].value
         if self._upper is not None:
             return self._upper(trainer, batch)
         smoother, trainer.label_smoother = trainer.label_smoother, None

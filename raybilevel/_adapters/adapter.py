@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import ray
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from raybilevel._adapters.clock import Clock
-from raybilevel._adapters.decays import Decay, penalty
+from raybilevel._adapters.decays import Decay, decays_of, penalty
 from raybilevel._adapters.functions import TakesTensors
 from raybilevel._adapters.marks import Held, Place, in_place, marked, paths_of, places_in, plain
 from raybilevel._adapters.slopes import check_slopes
@@ -23,8 +24,8 @@ from raybilevel._tree import look_up
 from raybilevel.problem import Batch, BilevelProblem, Hyperparameters
 from raybilevel.tune import conclude
 
-PLACES = "_raybilevel_places"
-"""The attribute of a model that keeps them."""
+PLACES, DECAYS = "_raybilevel_places", "_raybilevel_decays"
+"""The attributes of a model that keep them."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,14 @@ class Adapter(BilevelProblem):
     def validation_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Batch) -> Tensor:
         """F on a batch."""
 
+    def keep_decays(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        """Of the optimizers of a model, before its weights are replaced by others, which no optimizer takes."""
+        vars(model)[DECAYS] = Held(decays_of(optimizers, model))
+
     def decays(self, model: nn.Module) -> tuple[Decay, ...]:
         """What the optimizer adds."""
-        return ()
+        kept: Held | None = vars(model).get(DECAYS)
+        return () if kept is None else kept.value
 
     @abstractmethod
     def train_model(self, config: Mapping[str, Any]) -> Trained:
