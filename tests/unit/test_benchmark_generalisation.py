@@ -13,6 +13,7 @@ from benchmarks.generalisation import (
     PROBLEMS,
     SHARED,
     Outcome,
+    agreement,
     main,
     outcome,
     report,
@@ -21,21 +22,22 @@ from benchmarks.generalisation import (
 from benchmarks.suite import execute
 from raybilevel._records import store as records
 from raybilevel._records.record import Step
+from raybilevel.report._statistics import Interval
 from raybilevel.search_state import Shrinkage
 
 
 def test_every_method_has_the_same_splits() -> None:
-    found = runs("data", 2, ["digits-8", "banded-ridge-4"])
+    found = runs("data", 2, ["digits-8", "banded-ridge-4"], list(METHODS))
     assert len(found) == len({run.path for run in found}) == 2 * 2 * len(METHODS)
     assert {run.problem.options.get("split_seed") for run in found if run.problem_name == "digits-8"} == {1, 2}
     assert {run.problem.options.get("seed") for run in found if run.problem_name == "banded-ridge-4"} == {1, 2}
-    for run in runs("data", 1, list(PROBLEMS)):
+    for run in runs("data", 1, list(PROBLEMS), [OURS]):
         assert run.budget == 25
 
 
 def test_the_measured_gap_is_beyond_that_of_the_first_training() -> None:
     shrinkage = Shrinkage(((0, 1),), "log_likelihood", 100, 2.0, 2.0, (0.4, 0.6), 3.0, applied=True)
-    (run,) = (run for run in runs(None, 1, ["banded-ridge-4"]) if run.method_name == OURS)
+    (run,) = runs(None, 1, ["banded-ridge-4"], [OURS])
     record = execute(replace(run, budget=2.0, marks=(2.0,)))
     first, last = (
         o.model_copy(update={"unit": unit, "upper_loss": upper, "metrics": {"test_loss": test}, "incumbent": i})
@@ -64,9 +66,18 @@ def test_the_tables_say_who_wins() -> None:
     assert against_shared.endswith("| 0.050 [0.050, 0.050] win |")
     assert against_lowest.endswith("| -0.010 [-0.010, -0.010] loss |")
     gaps = [
-        line.split(" | ")[-1] for line in lines if line.startswith((f"| p | {OURS} | 0.0", f"| p | {LOWEST} | 0.2"))
+        line.split(" | ")[-2:] for line in lines if line.startswith((f"| p | {OURS} | 0.0", f"| p | {LOWEST} | 0.2"))
     ]
-    assert gaps == ["0.50 |", "2.00 |"]
+    assert gaps == [["0.50", "yes |"], ["2.00", "yes |"]]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [(0.02, 0.03, "yes"), (0.005, 0.015, "undecided"), (0.03, 0.06, "undecided"), (0.001, 0.009, "no"),
+     (0.05, 0.06, "no"), (-0.01, 0.1, "undecided")],
+)  # fmt: skip
+def test_whether_a_gap_was_foreseen_is_judged_by_its_interval(low: float, high: float, word: str) -> None:
+    assert agreement(0.02, Interval((low + high) / 2, low, high, 3)) == word
 
 
 def test_a_benchmark_is_resumed(
@@ -75,8 +86,8 @@ def test_a_benchmark_is_resumed(
     import benchmarks.generalisation as module
 
     monkeypatch.setattr(module, "COST", 3.0)
-    monkeypatch.setattr(module, "METHODS", {name: METHODS[name] for name in (OURS, SHARED)})
-    arguments = ["--out", str(tmp_path), "--only", "digits-8", "--splits", "1", "--workers", "1"]
+    arguments = ["--out", str(tmp_path), "--only", "digits-8", "--methods", f"{OURS};{SHARED}", "--splits", "1"]
+    arguments += ["--workers", "1"]
     assert main(arguments) == 0
     assert "2 runs, 0 of them have a record" in capsys.readouterr().out
     assert main(arguments) == 0
@@ -89,3 +100,5 @@ def test_a_benchmark_is_resumed(
     assert dict(drawn) == {r.method_name: r.refits[r.observations[-1].incumbent]["test_loss"] for r in found}
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--only", "nothing"])
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--methods", "nothing"])
