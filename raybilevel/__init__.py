@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         BilevelSearch,
         conclude,
         data_parallel_trainable,
+        fold_parallel_trainable,
         hypergradient_trainable,
         lower_level_trainable,
     )
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "conclude",
     "data_parallel_trainable",
+    "fold_parallel_trainable",
     "hypergradient_trainable",
     "lower_level_trainable",
     "refit",
@@ -41,6 +43,7 @@ __getattr__ = lazy_names(
         "LargeUpperLevel": ".problem",
         "conclude": ".tune",
         "data_parallel_trainable": ".tune",
+        "fold_parallel_trainable": ".tune",
         "hypergradient_trainable": ".tune",
         "lower_level_trainable": ".tune",
         "refit": "._lower.training",

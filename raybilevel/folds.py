@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,20 @@ class FoldBatch(NamedTuple):
     batch: Batch
 
 
+class TrainedFold(NamedTuple):
+    """What the training of a fold has ended with.
+
+    weights: of its model, by name.
+    passes:  what it cost, in passes over its own lower level.
+    times:   for which its weights were trained, by name.
+    """
+
+    weights: Mapping[str, Tensor]
+    passes: float
+    upper_loss: float
+    times: Mapping[str, Tensor]
+
+
 class CrossValidated(BilevelProblem):
     """A problem on the folds of its examples.
 
@@ -54,7 +68,7 @@ class CrossValidated(BilevelProblem):
     problem is trained alone. A trial trains all folds, one after the other, and reports F of those that it has trained
     so far, so a scheduler may stop a bad trial after its first folds. Hypergradients of the folds add up. `evaluate`
     reports F of each fold and the standard error over folds, and the means of what the folds' own `evaluate` says.
-    A refit trains on all examples.
+    A refit trains on all examples. `fold_parallel_trainable` trains the folds of a trial side by side.
 
         CrossValidated(lambda train, held_out: MyProblem(x[train], t[train], x[held_out], t[held_out]), len(x), folds=5)
 
@@ -129,25 +143,35 @@ class CrossValidated(BilevelProblem):
 
     def train(self, config: Mapping[str, Any], report: Report, checkpoint: Mapping[str, Any] | None) -> nn.Module:
         trained, passes = (list(checkpoint["folds"]), checkpoint["passes"]) if checkpoint else ([], 0.0)
-        # `train_itself` has seeded torch. Every fold begins from that seed, as its problem would alone.
-        seed, problems = torch.initial_seed(), self._placed()
-        model = make_model(self, config)
+        model, count = make_model(self, config), len(self.problems)
         losses = [float(loss) for loss in checkpoint["losses"]] if checkpoint else []
         times: dict[str, Tensor] = dict(checkpoint["times"]) if checkpoint else {}
         for fold, state in enumerate(trained):
             fold_of(model, fold).load_state_dict(state)
-        for fold in range(len(trained), len(problems)):
-            training = LowerLevelTraining(problems[fold], config, seed)
-            training.run()
-            trained.append(training.levels.model.state_dict())
-            fold_of(model, fold).load_state_dict(trained[-1])
+        rest = range(len(trained), count)
+        # `train_itself` has seeded torch. Every fold begins from that seed, as its problem would alone.
+        for fold, found in zip(rest, self.train_folds(config, torch.initial_seed(), rest), strict=True):
+            trained.append(found.weights)
+            fold_of(model, fold).load_state_dict(found.weights)
             # A pass over this problem's lower level is one over that of each fold.
-            passes, losses = passes + training.passes / len(problems), [*losses, training.upper()]
-            times |= {f"{fold}.{name}": time for name, time in training.hooks.time.state_dict().items()}
+            passes, losses = passes + found.passes / count, [*losses, found.upper_loss]
+            times |= {f"{fold}.{name}": time for name, time in found.times.items()}
             # Whole folds alone are kept: one that is interrupted is trained again.
             saved = {"folds": trained, "passes": passes, "losses": losses, "times": times}
             report({UPPER_LOSS: statistics.fmean(losses), PASSES: passes}, checkpoint=saved, trained_time=times)
         return model
+
+    def train_folds(self, config: Mapping[str, Any], seed: int, folds: Sequence[int]) -> Iterator[TrainedFold]:
+        """What comes of folds, in their order."""
+        for fold in folds:
+            yield self.train_fold(config, seed, fold)
+
+    def train_fold(self, config: Mapping[str, Any], seed: int, fold: int) -> TrainedFold:
+        """One fold, in this process."""
+        training = LowerLevelTraining(self._placed()[fold], config, seed)
+        training.run()
+        weights, times = training.levels.model.state_dict(), training.hooks.time.state_dict()
+        return TrainedFold(weights, training.passes, training.upper(), times)
 
     def on_all_examples(self) -> BilevelProblem:
         """The problem of a refit, trained on all examples."""

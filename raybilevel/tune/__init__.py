@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from raybilevel.tune._conclude import conclude
     from raybilevel.tune._data_parallel import data_parallel_trainable
     from raybilevel.tune._descent_trainable import hypergradient_trainable
+    from raybilevel.tune._fold_parallel import fold_parallel_trainable
     from raybilevel.tune._scalars import SearchScalars
     from raybilevel.tune._scheduler import PatientFIFO
     from raybilevel.tune._searcher import BilevelSearch
@@ -21,6 +22,7 @@ __all__ = [
     "SearchScalars",
     "conclude",
     "data_parallel_trainable",
+    "fold_parallel_trainable",
     "hypergradient_trainable",
     "lower_level_trainable",
     "prepare_resume",
@@ -35,6 +37,7 @@ __getattr__ = lazy_names(
         "SearchScalars": "._scalars",
         "conclude": "._conclude",
         "data_parallel_trainable": "._data_parallel",
+        "fold_parallel_trainable": "._fold_parallel",
         "hypergradient_trainable": "._descent_trainable",
         "lower_level_trainable": "._trainable",
         "prepare_resume": "._snapshot",
