@@ -15,6 +15,7 @@ from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.cleaning import DigitsCleaning, HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic, DigitsPerceptron
 from raybilevel.problems.equilibrium import EquilibriumDigits
+from raybilevel.problems.example_weights import ExampleWeights
 from raybilevel.problems.few_shot import FewShot
 from raybilevel.problems.graph import GraphStructure
 from raybilevel.problems.imaging import FieldsOfExperts, RegularisationParameters
@@ -36,6 +37,7 @@ __all__ = [
     "DigitsLogistic",
     "DigitsPerceptron",
     "EquilibriumDigits",
+    "ExampleWeights",
     "FewShot",
     "FieldsOfExperts",
     "GraphStructure",
@@ -65,6 +67,7 @@ PROBLEMS: dict[str, type[BilevelProblem]] = {
     "digits_cleaning": DigitsCleaning,
     "digits_logistic": DigitsLogistic,
     "equilibrium": EquilibriumDigits,
+    "example_weights": ExampleWeights,
     "few_shot": FewShot,
     "fields_of_experts": FieldsOfExperts,
     "graph_structure": GraphStructure,

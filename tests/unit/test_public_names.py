@@ -49,6 +49,7 @@ def test_the_top_level_names_are_what_can_be_imported() -> None:
         "__version__",
         "conclude",
         "data_parallel_trainable",
+        "fold_parallel_trainable",
         "hypergradient_trainable",
         "lower_level_trainable",
         "refit",
