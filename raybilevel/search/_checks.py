@@ -17,7 +17,7 @@ from raybilevel._lower.hooks import schedule_of_a_training
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.random_numbers import forked_random
 from raybilevel._lower.settings import check_settings
-from raybilevel._lower.variables import ModuleVariables
+from raybilevel._lower.variables import BoxVariables, ModuleVariables
 from raybilevel._tree import Path, leaves, replaced
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
@@ -33,6 +33,7 @@ from raybilevel.problem import (
     trains_itself,
 )
 from raybilevel.search._calls import Given, calling, where_it_can_run
+from raybilevel.search._first_derivatives import Contradiction, contradictions
 from raybilevel.search._fresh import (
     check_fresh_model,
     check_same_start,
@@ -199,13 +200,42 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
         smooth = (direct | set(indirect)) - dead
         # A loop of one's own says what it reads to nobody.
         elsewhere = {} if another_loop else at.elsewhere(model, smooth, probes, at_start, read_as_values)
+        smooth -= elsewhere.keys()
+        followed = followed_by_functions(space, constants)
+        seen = [p.name in smooth and p.path not in followed for p in space.parameters]
+        found = contradictions(problem, earlier, BoxVariables(space, constants), at.configs[0], point, indices(seen))
+        smooth -= warn_of_contradictions(type(problem).__name__, found, space)
         for name, part in elsewhere.items():
             logger.warning(
                 "%s: %s.%s depends on it as well, so that gradients of the losses are not its whole effect, and it is "
                 "searched by values of F; for gradients make two hyperparameters of it",
                 name, type(problem).__name__, part,
             )  # fmt: skip
-    return Looked(frozenset(smooth - elsewhere.keys()), dead, plain.read)
+    return Looked(frozenset(smooth), dead, plain.read)
+
+
+def indices(chosen: Sequence[bool]) -> list[int]:
+    return [index for index, each in enumerate(chosen) if each]
+
+
+def warn_of_contradictions(problem: str, found: Sequence[Contradiction], space: Space) -> set[str]:
+    """The names of hyperparameters whose hypergradients would be wrong: all, where a gradient in the weights is."""
+    for level, coordinate, share in found:
+        if coordinate is None:
+            logger.warning(
+                "%s.%s_loss changes with the weights by %.2g of what its gradient says, over lengths of several "
+                "magnitudes, so that hypergradients would be wrong and the search goes by values of F; is a value "
+                "rounded and its gradient passed straight through, or a part detached? Take the losses that are "
+                "searched of the smooth model, if you can", problem, level, share,
+            )  # fmt: skip
+        else:
+            logger.warning(
+                "%s: %s.%s_loss changes with it by %.2g of what its gradient says, over lengths of several magnitudes, "
+                "so that it is searched by values of F; some use of it is rounded, or hidden from gradients by "
+                "float(), .item() or .detach()", space.parameters[coordinate].name, problem, level, share,
+            )  # fmt: skip
+    wrong = {space.parameters[coordinate].name for _, coordinate, _ in found if coordinate is not None}
+    return wrong if all(c is not None for _, c, _ in found) else {p.name for p in space.parameters}
 
 
 class Points:
@@ -363,3 +393,9 @@ def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any])
         raise ProblemError(
             f"{name}: neither loss depends on upper_variables(); use hyperparameters['upper'] in lower_loss"
         )
+    for level, _, share in contradictions(problem, model, functions.variables, constants, x):
+        logger.warning(
+            "%s.%s_loss changes with the weights by %.2g of what its gradient says, over several magnitudes of length; "
+            "a descent follows hypergradients of that gradient all the same; is a value rounded, its gradient passed "
+            "straight through, or a part detached?", name, level, share,
+        )  # fmt: skip

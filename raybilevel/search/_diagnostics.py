@@ -138,8 +138,8 @@ def misled(state: SearchState) -> bool:
 
 def overfitted(state: SearchState, test_losses: Mapping[int, float], refit_loss: float | None = None) -> bool:
     """F fell while the test loss rose: that of the incumbent, or of its refit, which has seen more data, is worse than
-    that of an earlier incumbent, by more than half of what F has gained since, and more than a tenth of the spread of F:
-    neither depends on a constant in the loss, or on its unit."""
+    that of an earlier incumbent, by more than half of what F has gained since, and a tenth of the spread of F: neither
+    depends on a constant in the loss, or on its unit."""
     incumbents: list[Training] = []
     for training in state.done:
         if not training.feasible:

@@ -75,10 +75,11 @@ def test_an_evaluation_against_the_formulas():
     assert found.lower.in_x.tolist() == pytest.approx(in_x.tolist(), rel=1e-12)
 
 
-def test_constants_reach_both_levels():
+def test_constants_reach_both_levels_as_the_tensors_of_a_training():
     class Shifted(Ridge):
         def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
-            return super().lower_loss(model, hyperparameters, batch) + hyperparameters["decay"]["shift"]
+            shift = hyperparameters["decay"]["shift"].square().sqrt()
+            return super().lower_loss(model, hyperparameters, batch) + shift
 
     problem = Shifted()
     model = problem.model().double()
