@@ -44,7 +44,7 @@ from raybilevel.search._fresh import (
     warn_of_scheduler,
 )
 from raybilevel.search._functions import followed_by_functions, read_by_functions
-from raybilevel.search._measured import Measured, Probe, agree, difference
+from raybilevel.search._measured import Measured, Probe, agree, difference, rounded_away
 from raybilevel.search._rehearsal import check_evaluate, rehearse
 from raybilevel.search._repeatable import WatchedLevel, check_level_names, check_same_data
 from raybilevel.space import Space, flatten, nest, sobol_points
@@ -194,7 +194,12 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
                 probes[level].check_nothing_kept(was, probes[level].draw(later, raw, 0))
         in_f, in_upper = (at_start[level].in_x for level in (WatchedLevel("lower"), upper))
         # F itself may have a slope in x.
-        direct = {name for name, slope in in_upper.items() if slope is not None and slope != 0}
+        size, searched = at_start[upper].loss.abs().item(), probes[upper].searched
+        direct = {
+            name
+            for name, slope in in_upper.items()
+            if slope is not None and not rounded_away(slope, searched[name], size)
+        }
         indirect = [name for name, slope in in_f.items() if slope is not None and name not in direct]
         dead = frozenset(at.without_effect(earlier, indirect))
         smooth = (direct | set(indirect)) - dead

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 SEEDS_OF_CHANCE = 8
 """So often a loss that draws random numbers is evaluated: what happens to one batch in three is hardly missed then."""
 ROUNDING_OF_SUMS = 1e-4
+ROUNDING_OF_SLOPES = 8.0
+"""In units of eps."""
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
@@ -116,20 +118,23 @@ class Probe:
             return upper_loss(self.problem, model, self.given, batch)
 
     def felt(self, model: nn.Module, raw: Batch) -> set[str]:
-        """The hyperparameters that change the gradient in the weights, by a product with mixed second derivatives; all
-        of them where the loss cannot be differentiated twice."""
+        """The hyperparameters that change the gradient in the weights by more than its rounding, by a product with mixed
+        second derivatives; all of them where the loss cannot be differentiated twice."""
         with common_random(self.problem.device, seed=0), differentiable_in_eval_mode(model):
             loss = self.loss(model, raw)
             try:
                 slopes = torch.autograd.grad(loss, trained(model), create_graph=True, allow_unused=True)
                 # In one random direction: where all are zero so is its, and else it is not.
-                along = sum((torch.randn_like(slope) * slope).sum() for slope in slopes if slope is not None)
+                terms = [torch.randn_like(slope) * slope for slope in slopes if slope is not None]
+                along = sum(term.sum() for term in terms)
                 if not isinstance(along, Tensor) or not along.requires_grad:
                     return set()
                 found = torch.autograd.grad(along, list(self.searched.values()), allow_unused=True)
             except RuntimeError:  # as torch has it
                 return set(self.searched)
-        return {name for name, mixed in zip(self.searched, found, strict=True) if mixed is not None and mixed != 0}
+        size = sum(term.detach().abs().sum().item() for term in terms)
+        pairs = zip(self.searched.items(), found, strict=True)
+        return {name for (name, x), mixed in pairs if mixed is not None and not rounded_away(mixed, x, size)}
 
     def check(self, model: nn.Module, raw: Batch) -> Measured:
         """The same, after making sure that it is the same at each call. A lower-level loss may draw torch's random
@@ -244,6 +249,12 @@ class Probe:
                 f"is {a:.6g} before and {b:.6g} after (norms); keep nothing of a training in the problem, and change "
                 "no data in place"
             )
+
+
+def rounded_away(slope: Tensor, x: Tensor, size: float) -> bool:
+    """Whether a slope in a hyperparameter x is no more than the rounding of what it is taken of, as that of x / x."""
+    change = slope.abs() * (x.abs().item() or 1.0)
+    return bool(change <= ROUNDING_OF_SLOPES * torch.finfo(slope.dtype).eps * size)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
