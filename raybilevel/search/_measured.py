@@ -118,7 +118,7 @@ class Probe:
             return upper_loss(self.problem, model, self.given, batch)
 
     def felt(self, model: nn.Module, raw: Batch) -> set[str]:
-        """The hyperparameters that change the gradient in the weights by more than its rounding, by a product with mixed
+        """The hyperparameters that change the gradient in the weights by more than rounding, by a product with mixed
         second derivatives; all of them where the loss cannot be differentiated twice."""
         with common_random(self.problem.device, seed=0), differentiable_in_eval_mode(model):
             loss = self.loss(model, raw)
