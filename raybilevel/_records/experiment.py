@@ -19,7 +19,7 @@ from raybilevel._lower.paired import Gain, Weights, paired_gain
 from raybilevel._lower.training import CHECKPOINT_FILE, load_checkpoint
 from raybilevel._metric_bounds import as_written
 from raybilevel._metrics import HYPERPARAMETERS
-from raybilevel._records.names import SEARCH_STATE
+from raybilevel._records.names import SEARCH_STATE, TUNE_STATE
 from raybilevel._records.record import Record, Settings
 from raybilevel._records.run_folder import Lines, newest_state, record_of, searched_in, start_of, trial_results
 from raybilevel._records.summary import summary_of
@@ -210,7 +210,8 @@ def local_folder(results: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, path.rstrip("/").rpartition("/")[2])
         for file in filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True)):
-            if file.base_name == "result.json" or file.base_name.startswith(SEARCH_STATE):
+            name = Path(file.base_name)
+            if any(name.match(wanted) for wanted in ("result.json", f"{SEARCH_STATE}*", TUNE_STATE)):
                 target = folder / file.path.removeprefix(path).lstrip("/")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with filesystem.open_input_stream(file.path) as stream:

@@ -17,7 +17,7 @@ from ray import tune
 from ray.tune.logger import CSVLoggerCallback
 from torch import Tensor, nn
 
-from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel import BilevelSearch, lower_level_trainable, summarise
 from raybilevel.errors import ConfigError
 from raybilevel.methods._base import UpperResult, UpperStep
 from raybilevel.methods._default import Default
@@ -105,11 +105,17 @@ def test_a_search_with_a_space_of_its_own_hears_of_constants_and_goes_on_in_a_se
     assert all(Path(str(path)).exists() for path in paths)
 
 
-def test_tune_s_metric_reaches_a_search_to_which_it_gives_no_space(tmp_path: Path) -> None:
+def test_tune_s_metric_reaches_a_search_to_which_it_gives_no_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     search = BilevelSearch(Parabola(), space=SPACE, max_concurrent=2)
-    scores = [
-        r.metrics["score"] for r in tuner(search, tmp_path, 3, tune_config={"metric": "score", "mode": "max"}).fit()
-    ]
+    results = tuner(search, tmp_path, 3, tune_config={"metric": "score", "mode": "max"}).fit()
+    scores = [result.metrics["score"] for result in results]
+    # Without a logger, Tune's snapshot has the results.
+    assert not list(tmp_path.rglob("result.json"))
+    history = summarise(results)["history"]
+    assert sorted(entry["test_loss"] for entry in history) == sorted(r.metrics["test_loss"] for r in results)
     assert sorted(t.upper_loss for t in search.state.measured) == pytest.approx(sorted(-score for score in scores))
     given = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min")
     with pytest.raises(ConfigError, match="Tune is given metric='score', mode='max', and this search has 'upper_loss'"):
