@@ -46,7 +46,7 @@ from raybilevel.search._fresh import (
 from raybilevel.search._functions import followed_by_functions, read_by_functions
 from raybilevel.search._measured import Measured, Probe, agree, difference, rounded_away
 from raybilevel.search._rehearsal import check_evaluate, rehearse
-from raybilevel.search._repeatable import WatchedLevel, check_level_names, check_same_data
+from raybilevel.search._repeatable import WatchedLevel, check_level_names, check_same_data, warn_of_same_data
 from raybilevel.space import Space, flatten, nest, sobol_points
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,7 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
         at_start = {level: probes[level].check(model, look.first) for level, look in data.items()}
         upper = WatchedLevel("upper")
         probes[upper].warn_of_sum(model, data[upper].first, data[upper].last)
+        warn_of_same_data(problem, data, lambda level, batch: probes[level].single(model, batch))
         given = at.given(at.entries(0))
         # As for every F and f that the search sees. In train mode dropout would differ from call to call.
         model.eval()

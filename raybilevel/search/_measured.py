@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SEEDS_OF_CHANCE = 8
 """So often a loss that draws random numbers is evaluated: what happens to one batch in three is hardly missed then."""
+EXAMPLES = 8
 ROUNDING_OF_SUMS = 1e-4
 ROUNDING_OF_SLOPES = 8.0
 """In units of eps."""
@@ -221,6 +222,20 @@ class Probe:
                 "%s of a batch twice over is twice as large, a sum over examples; batches are averaged by their sizes, "
                 "which differ: reduce by the mean, or examples of smaller batches count for less", self.name,
             )  # fmt: skip
+
+    def single(self, model: nn.Module, batch: Batch) -> list[float]:
+        """The loss on single examples of a batch, a few of them; none where it fails on one."""
+        size = self.problem.batch_size(batch)
+
+        def alone(entry: Any, row: int) -> Any:
+            return entry[row : row + 1] if isinstance(entry, Tensor) and entry.dim() and len(entry) == size else entry
+
+        rows = range(0, size, max(1, size // EXAMPLES))
+        with torch.no_grad(), common_random(self.problem.device, seed=0):
+            try:
+                return [self.loss(model, tree_map(lambda entry, r=row: alone(entry, r), batch)).item() for row in rows]
+            except ProblemError:
+                return []
 
     def check_same(self, one: Measured, two: Measured) -> None:
         """Whether two evaluations at one point agree.

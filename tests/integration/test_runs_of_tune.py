@@ -47,8 +47,8 @@ class Slow(Parabola):
 
 
 class InterruptsAtFour(tune.Stopper):  # type: ignore[misc]
-    """Interrupts a run, as Ctrl-C does, when a search, which no pickle of this keeps, has four trainings. Tune then waits
-    until its last snapshot is in the storage."""
+    """Interrupts a run, as Ctrl-C does, when a search, which no pickle of this keeps, has four trainings. Tune then
+    waits until its last snapshot is in the storage."""
 
     search: BilevelSearch | None = None
 
