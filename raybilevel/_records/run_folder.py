@@ -120,6 +120,8 @@ def record_of(
         diagnostics=summary.get("diagnostics", {}),
         in_words=summary.get("in_words", ()) if ended else (),
         gain=summary.get("gain") if ended else None,
+        shared=position.get(summary["shared"]["training"]) if ended and summary.get("shared") else None,
+        gain_over_shared=summary.get("gain_over_shared") if ended else None,
     )
 
 

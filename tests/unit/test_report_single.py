@@ -169,6 +169,20 @@ def test_the_table_of_results_has_the_gain_with_its_standard_error() -> None:
     assert "gain ± standard error" not in [row[0] for row in tables.result(record(2)).rows]
 
 
+def test_the_table_of_results_has_the_best_shared_value() -> None:
+    found = record(2)
+    best, start = found.observations[-1].incumbent, found.start
+    shared = next(i for i in range(len(found.observations)) if i not in (best, start))
+    gain = Gain("upper_loss", 0.25, 0.0214, 90)
+    found = found.model_copy(update={"shared": shared, "gain_over_shared": gain})
+    table = tables.result(found)
+    assert [row[0] for row in table.rows if row[0].startswith("best shared value tried (training ")]
+    assert ("gain over the shared value", "0.250 ± 0.021") in table.rows
+    # The start is one itself: one row, one gain.
+    table = tables.result(found.model_copy(update={"shared": start}))
+    assert not any("shared" in row[0] for row in table.rows)
+
+
 def test_on_a_phone_a_row_of_many_columns_is_a_list_with_their_names() -> None:
     source = Source("run", Path("run"), [record(2)], [])
     page = render(source, [Section("Result", (), [wide(columns=5, rows=2), wide(columns=5, rows=7)])], drawing())
