@@ -46,10 +46,11 @@ def result(record: Record) -> Table:
     kept = "" if feasible is None else f"It {'keeps' if feasible else 'breaks'} the constraints. "
     # Where constraints can be kept, of the trainings that keep them.
     least = lowest(None if feasible and o.feasible is False else o.upper_loss for o in record.observations)
-    rows = {start: "start", best: "result"} if best != start else {best: "result, the start"}
-    for row, name in ((record.shared, "best shared value tried"), (least, "lowest F")):
-        if row is not None:
-            rows.setdefault(row, name)
+    rows = {start: "start"} if best != start else {best: "result, the start"}
+    if record.shared not in (None, start, best):
+        rows[record.shared] = "best shared value tried"
+    rows.setdefault(best, "result")
+    rows.setdefault(least, "lowest F")
     columns = columns_of(record)
     columns = {head: value for head, value in columns.items() if any(value(row) is not None for row in rows)}
     cells = [
@@ -59,11 +60,12 @@ def result(record: Record) -> Table:
     if best != start:
         against = [("against the start", *(change(value(start), value(best)) for value in columns.values()))]
         if record.gain is not None:
-            against.append(("gain ± standard error", *(gain_in(head, record.gain, record) for head in columns)))
+            against.append(("gain over the start", *(gain_in(head, record.gain, record) for head in columns)))
         if record.gain_over_shared is not None and record.shared != start:
             gain = record.gain_over_shared
             against.append(("gain over the shared value", *(gain_in(head, gain, record) for head in columns)))
-        cells[2:2] = against
+        place = 1 + list(rows).index(best)
+        cells[place:place] = against
     return Table(
         "result",
         "Result",
@@ -84,7 +86,7 @@ def chance(record: Record) -> str:
     """Whether chance may explain the gain over the start; empty where that is not known."""
     if record.gain is None:
         return ""
-    return f" {in_errors(asdict(record.gain))}."
+    return f" Behind a gain is its standard error. {in_errors(asdict(record.gain))}."
 
 
 def f_name(record: Record) -> str:
