@@ -51,6 +51,9 @@ from raybilevel.space import Space, flatten, nest, sobol_points
 
 logger = logging.getLogger(__name__)
 
+NEAR_ENDS = 0.05
+"""Of the unit cube, from both ends of a space: a clamped hyperparameter has an effect near one of them only."""
+
 
 def check_search(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], method: Method) -> Space:
     """Whether a method can search this problem over this space; and the space, as `check_problem`.
@@ -256,7 +259,8 @@ class Points:
         self.problem, self.space = problem, space
         config = nest({**flatten(constants), **flatten(space.to_config(first))})
         self.configs = [config]
-        for unit in sobol_points(space.dimension, 2, seed=0):
+        ends = torch.tensor([[NEAR_ENDS], [1 - NEAR_ENDS]], dtype=torch.double).expand(2, space.dimension).clone()
+        for unit in torch.cat([sobol_points(space.dimension, 2, seed=0), ends]):
             for coordinate in space.discrete:
                 unit[coordinate] = first[coordinate]
             moved = {path: x for path, x in leaves(space.to_config(unit)).items() if isinstance(x, float)}

@@ -269,7 +269,9 @@ class Probe:
 def rounded_away(slope: Tensor, x: Tensor, size: float) -> bool:
     """Whether a slope in a hyperparameter x is no more than the rounding of what it is taken of, as that of x / x."""
     change = slope.abs() * (x.abs().item() or 1.0)
-    return bool(change <= ROUNDING_OF_SLOPES * torch.finfo(slope.dtype).eps * size)
+    # Of half precision, a decay that matters may be no more.
+    eps = min(torch.finfo(slope.dtype).eps, torch.finfo(torch.float32).eps)
+    return bool(change <= ROUNDING_OF_SLOPES * eps * size)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

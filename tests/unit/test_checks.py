@@ -243,6 +243,8 @@ class Detached(torch.autograd.Function):
         (lambda extra, weights: Detached.apply(extra * weights).square().sum(), True),
         (lambda extra, weights: 0 * extra * weights.square().sum(), False),
         (lambda extra, weights: (extra - 0.5).relu() * weights.square().sum(), True),
+        (lambda extra, weights: (extra - 0.9).relu() * weights.square().sum(), True),
+        (lambda extra, weights: extra.clamp(max=0.1) * weights.square().sum(), True),
         (lambda extra, weights: extra * (weights - weights.detach()).square().sum(), False),
     ],
 )
@@ -269,9 +271,11 @@ def test_a_hyperparameter_that_changes_f_by_rounding_only_is_searched_by_values(
     assert check_problem(Cancelling(), space).smooth == (True, True, True, False)
 
 
-def test_a_decay_that_is_next_to_nothing_at_the_centre_has_a_gradient():
-    space = Space((Parameter(("decay",), 1e-12, 1e-1, log=True),))
-    assert check_problem(Network(), space).smooth == (True,)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decay_that_is_next_to_nothing_at_the_centre_has_a_gradient(dtype: torch.dtype):
+    problem, space = Network(), Space((Parameter(("decay",), 1e-12, 1e-1, log=True),))
+    problem.dtype = dtype
+    assert check_problem(problem, space).smooth == (True,)
 
 
 def test_a_gradient_that_only_later_batches_or_moved_weights_have_is_one():
