@@ -109,6 +109,8 @@ def in_the_end(ends: Mapping[str, float], intervals: Mapping[str, tuple[float, f
     if len(ends) < 2:
         return ""
     first, second = sorted(ends, key=lambda method: ends[method])[:2]
+    if digits(ends[first]) == digits(ends[second]):
+        return f" In the end {first} and {second} are equal ({digits(ends[first])})."
     order = f" In the end {first} is lowest ({ends[first]:.4g}), then {second} ({ends[second]:.4g})."
     if first not in intervals or second not in intervals:
         return f"{order} With one seed that may be luck."

@@ -149,6 +149,11 @@ def test_a_caption_says_what_follows_from_the_curves(ends: Any, intervals: Any, 
     assert comparison.in_the_end({"a": 0.5}, {}, 1) == ""
 
 
+def test_a_caption_names_no_first_of_two_equal_methods() -> None:
+    words = comparison.in_the_end({"a": 0.500001, "b": 0.5, "c": 0.9}, {}, 1)
+    assert words == " In the end b and a are equal (0.5)."
+
+
 def test_figures_of_a_comparison_say_what_is_seen_and_what_follows(runs: list[tuple[Run, Record]]) -> None:
     for chart in comparison.charts([record for _, record in runs]):
         assert chart.caption.startswith("The lowest validation loss F up to each ")
