@@ -11,7 +11,7 @@ import pytest
 from raybilevel._lower.paired import Gain, Gains
 from raybilevel._records.conclusion import conclude, hyperparameters, so_far, with_error
 from raybilevel._records.record import Observation, Record, Settings
-from raybilevel._records.shared_value import best_shared
+from raybilevel._records.shared_value import Compared, best_shared
 from raybilevel._records.summary import as_text, summary_of
 from raybilevel.methods import make_method
 from raybilevel.search_state import Proposal, SearchState, Training
@@ -125,6 +125,12 @@ def test_the_best_shared_value_is_of_trainings_whose_groups_have_one_value_each(
     found = best_shared(state, space)
     assert found is not None and (found.training.index, found.tried) == (2, 3)
     assert best_shared(state, Space(space.parameters[1:])) is None
+    compared = Compared.of(state, space)
+    first, lowest, best_of_shared, _ = state.trainings
+    assert compared.beside(lowest) == [first, best_of_shared]
+    assert compared.beside(first) == [best_of_shared]
+    over = Gain("upper_loss", 0.1, 0.02, 90)
+    assert compared.gains({2: over}) == Gains(None, over) and compared.gains({0: over}) == Gains(over, None)
     written = summary_of(
         state, space, make_method("default"), {}, {}, {}, None, 1.0, Gains(None, Gain("upper_loss", 0.1, 0.02, 90))
     )
