@@ -172,6 +172,9 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
         upper = WatchedLevel("upper")
         probes[upper].warn_of_sum(model, data[upper].first, data[upper].last)
         warn_of_same_data(problem, data, lambda level, batch: probes[level].single(model, batch))
+        # Whatever f was evaluated at before.
+        at.probe("lower", 1).draw(model, data[WatchedLevel("lower")].first, 0)
+        probes[upper].check_own(at_start[upper], probes[upper].draw(model, data[upper].first, 0))
         given = at.given(at.entries(0))
         # As for every F and f that the search sees. In train mode dropout would differ from call to call.
         model.eval()
@@ -227,15 +230,20 @@ def indices(chosen: Sequence[bool]) -> list[int]:
     return [index for index, each in enumerate(chosen) if each]
 
 
+def promised(share: float) -> str:
+    """share: of the change that a gradient promises."""
+    return f"by {share:.2g} of what its gradient says" if math.isfinite(share) else "while its gradient is 0"
+
+
 def warn_of_contradictions(problem: str, found: Sequence[Contradiction], space: Space) -> set[str]:
     """The names of hyperparameters whose hypergradients would be wrong: all, where a gradient in the weights is."""
     for level, coordinate, share in found:
         if coordinate is None:
             logger.warning(
-                "%s.%s_loss changes with the weights by %.2g of what its gradient says, over lengths of several "
-                "magnitudes, so that hypergradients would be wrong and the search goes by values of F; is a value "
-                "rounded and its gradient passed straight through, or a part detached? Take the losses that are "
-                "searched of the smooth model, if you can", problem, level, share,
+                "%s.%s_loss changes with the weights %s, over lengths of several magnitudes, so that hypergradients "
+                "would be wrong and the search goes by values of F; is a value rounded, its gradient passed straight "
+                "through, or a part detached? Take the losses that are searched of the smooth model, if you can",
+                problem, level, promised(share),
             )  # fmt: skip
         else:
             logger.warning(
@@ -405,7 +413,7 @@ def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any])
         )
     for level, _, share in contradictions(problem, model, functions.variables, constants, x):
         logger.warning(
-            "%s.%s_loss changes with the weights by %.2g of what its gradient says, over several magnitudes of length; "
-            "a descent follows hypergradients of that gradient all the same; is a value rounded, its gradient passed "
-            "straight through, or a part detached?", name, level, share,
+            "%s.%s_loss changes with the weights %s, over several magnitudes of length; a descent follows "
+            "hypergradients of that gradient all the same; is a value rounded, its gradient passed straight through, "
+            "or a part detached?", name, level, promised(share),
         )  # fmt: skip

@@ -30,6 +30,8 @@ SMALL = 0.03
 """Of the largest gradient of a tensor, that of one which counts for less."""
 MOVED = 0.01
 """So far weights and hyperparameters are moved off a kink at the start, e.g. of rectifiers of zeros."""
+FAR = (0.1, -0.1, 0.3, -0.3, 1.0, -1.0)
+"""How far weights are looked at, in units of their norm, where a gradient is 0."""
 MOST_COORDINATES = 16
 MOST_WEIGHTS_IN_DOUBLE = 20_000_000
 
@@ -39,7 +41,7 @@ class Contradiction(NamedTuple):
 
     level: "lower" or "upper".
     coordinate: of x; None for the weights.
-    share: of the change that the gradient promises, what is seen over the shortest length.
+    share: of the change that the gradient promises, what is seen over the shortest length; infinite if that is 0.
     """
 
     level: Level
@@ -102,6 +104,8 @@ def _of_level(levels: Levels, level: Level, x: Tensor, coordinates: Sequence[int
     def shown(in_x: Tensor, in_y: Tensor, slope: float, longest: float) -> float | None:
         return contradicted(lambda t: levels.value(level, x + t * in_x, y + t * in_y), slope, rounding, longest)
 
+    if not here.in_y.any() and not levels_agree(levels, level, x, y, here.value, rounding, draw(y)):
+        yield Contradiction(level, None, math.inf)
     for direction in directions(torch.where(here.in_y.isfinite(), here.in_y, 0), trainable(levels.model)):
         slope = here.in_y.nan_to_num(0, 0, 0).dot(direction).item()
         share = shown(torch.zeros_like(x), direction, slope, LONGEST * y.norm().item())
@@ -114,6 +118,16 @@ def _of_level(levels: Levels, level: Level, x: Tensor, coordinates: Sequence[int
         share = shown(axis, torch.zeros_like(y), here.in_x[coordinate].item(), LONGEST)
         if share is not None:
             yield Contradiction(level, coordinate, share)
+
+
+def levels_agree(
+    levels: Levels, level: Level, x: Tensor, y: Tensor, value: float, rounding: float, direction: Tensor
+) -> bool:
+    """Whether a level has one value at several weights, some of them far away, as it should where its gradient is 0; an
+    accuracy has such a gradient as well."""
+    direction = direction / direction.norm() * y.norm()
+    values = [levels.value(level, x, y + factor * direction) for factor in FAR]
+    return all(abs(other - value) <= ABOVE_ROUNDING * rounding for other in values if math.isfinite(other))
 
 
 def directions(gradient: Tensor, weights: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -251,6 +251,20 @@ class Probe:
                 "training=model.training), or draw them from a torch.Generator that is seeded anew at each call"
             )
 
+    def check_own(self, one: Measured, two: Measured) -> None:
+        """Whether F is as it was before f was evaluated at other hyperparameters.
+
+        Raises:
+            ProblemError: it is not.
+        """
+        if differs := difference(one, two):
+            what, a, b = differs
+            raise ProblemError(
+                f"{self.name} follows what lower_loss was last evaluated at: {what} is {a:.6g} and, after that was "
+                f"done at other hyperparameters, {b:.6g} (norms); keep none of them in the problem or the model, and "
+                "give upper_loss an argument `hyperparameters`"
+            )
+
     def check_nothing_kept(self, one: Measured, two: Measured) -> None:
         """Whether a loss is as it was before a step of training, at the weights and on the data of then.
 

@@ -142,6 +142,32 @@ def test_a_part_that_is_detached_from_the_weights(caplog: pytest.LogCaptureFixtu
     assert check_problem(Computed(consistent), SPACE).smooth == (False, False)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda loss, wrong: wrong + 0 * loss, lambda loss, wrong: loss.round(decimals=2)],
+    ids=["accuracy", "rounded"],
+)
+def test_a_gradient_that_is_0_where_f_is_not_constant(change: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Steps(Computed):
+        def upper_loss(self, model: Any, batch: Any) -> Tensor:
+            wrong = (model(batch[0]).argmax(1) != batch[1]).float().mean()
+            found: Tensor = change(super().upper_loss(model, batch), wrong)
+            return found
+
+    assert check_problem(Steps(), SPACE).smooth == (False, False)
+    assert "Steps.upper_loss changes with the weights while its gradient is 0" in caplog.text
+
+
+def test_an_upper_loss_that_is_constant_in_the_weights_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    class Constant(Computed):
+        def upper_loss(self, model: Any, hyperparameters: Hyperparameters, batch: Any) -> Tensor:  # type: ignore[override]
+            found: Tensor = hyperparameters["last"].square() + 0 * super().upper_loss(model, batch)
+            return found
+
+    assert check_problem(Constant(), SPACE).smooth == (True, True)
+    assert "while its gradient is 0" not in caplog.text
+
+
 @pytest.mark.parametrize("use", [lambda last: last + 3 * last.item(), lambda last: last + 3 * last.detach()])
 def test_a_use_of_a_hyperparameter_that_gradients_do_not_see(use: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert check_problem(Computed(use=use), SPACE).smooth == (True, False)

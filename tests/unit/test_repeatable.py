@@ -254,6 +254,33 @@ def test_the_same_data_at_both_levels_are_said(caplog: pytest.LogCaptureFixture)
     assert not caplog.records
 
 
+@pytest.mark.parametrize("place", ["problem", "model"])
+def test_an_upper_loss_that_reads_what_the_lower_one_has_left_is_refused(place: str):
+    class Left(Network):
+        decay: Any = 0.0
+
+        def lower_loss(self, model: Any, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            (self if place == "problem" else model).decay = hyperparameters["decay"]
+            return super().lower_loss(model, hyperparameters, batch)
+
+        def upper_loss(self, model: Any, batch: Any) -> Tensor:
+            left = getattr(self if place == "problem" else model, "decay", 0.0)
+            return super().upper_loss(model, batch) + torch.as_tensor(left).detach()
+
+    with pytest.raises(ProblemError, match=r"Left\.upper_loss follows what lower_loss was last evaluated at.*argument"):
+        check_problem(Left(), DECAY)
+
+
+def test_a_loss_that_changes_the_hyperparameters_that_it_is_given_is_explained():
+    class Doubles(Network):
+        def lower_loss(self, model: Any, hyperparameters: Any, batch: Any) -> Tensor:
+            hyperparameters["decay"] = 2 * hyperparameters["decay"]
+            return super().lower_loss(model, hyperparameters, batch)
+
+    with pytest.raises(ProblemError, match=r"a second time.*leave the hyperparameters as they are given"):
+        check_problem(Doubles(), DECAY)
+
+
 class Elsewhere(Network):
     """Both levels yield the same batch. what: it is; of_level: the data of a level's loss."""
 
