@@ -16,7 +16,7 @@ from raybilevel._cluster.own_code import send_along
 from raybilevel._cluster.storage import Storage, check_access, locate
 from raybilevel._command.cluster import cluster
 from raybilevel._command.folder import Options, keep, keep_options, prepare_folder
-from raybilevel._command.gain import Ended, gain_over
+from raybilevel._command.gain import Ended, gains_over
 from raybilevel._command.output import show
 from raybilevel._command.progress import Shown, make_view
 from raybilevel._command.refit import loss_after_refit
@@ -24,9 +24,10 @@ from raybilevel._command.resources import check_room, with_room_for_steps
 from raybilevel._command.trials import configuration, searcher_of, train_all, trial_results
 from raybilevel._config.experiment import ExperimentConfig
 from raybilevel._config.plan import Plan, resolve, this_machine
-from raybilevel._lower.paired import Gain
+from raybilevel._lower.paired import Gains
 from raybilevel._own_problem import file_of, is_own
 from raybilevel._records.names import SUMMARY_FILE, TUNE_FOLDER
+from raybilevel._records.shared_value import Compared
 from raybilevel._records.summary import as_text, summary_of
 from raybilevel.errors import RaybilevelError
 from raybilevel.problem import BilevelProblem
@@ -115,9 +116,9 @@ def conclude(plan: Plan, searcher: BilevelSearch, analysis: Any, place: Storage,
     """
     results = trial_results(searcher, analysis)
     best = searcher.method.incumbent(searcher.state)
-    test_loss_refit = gain = None
+    test_loss_refit, gains = None, Gains()
     if best is not None and not plan.space.of_starts:
-        gain = gain_of(plan, searcher, best, results, place)
+        gains = gains_of(plan, searcher, best, results, place)
         test_loss_refit = loss_after_refit(plan, configuration(searcher, best, results))
     return summary_of(
         searcher.state,
@@ -134,20 +135,21 @@ def conclude(plan: Plan, searcher: BilevelSearch, analysis: Any, place: Storage,
         },
         test_loss_refit,
         time.monotonic() - began,
-        gain,
+        gains,
     )
 
 
-def gain_of(
+def gains_of(
     plan: Plan, searcher: BilevelSearch, best: Training, results: Mapping[int, Mapping[str, Any]], place: Storage
-) -> Gain | None:
-    """Of the result over the start; None where the start is the result, or lacks a checkpoint."""
-    start = searcher.state.start
-    if start is None or start.index == best.index:
-        return None
-    ends = []
-    for training in (start, best):
-        if (path := searcher.checkpoint_of(training)) is None:
-            return None
-        ends.append(Ended(configuration(searcher, training, results), path))
-    return gain_over(plan, ends[0], ends[1], place.filesystem)
+) -> Gains:
+    """Of the result, as far as there are checkpoints of what it is compared with."""
+    compared = Compared.of(searcher.state, plan.space)
+    ends = {
+        training.index: Ended(configuration(searcher, training, results), path)
+        for training in (best, *compared.beside(best))
+        if (path := searcher.checkpoint_of(training)) is not None
+    }
+    result = ends.pop(best.index, None)
+    if result is None or not ends:
+        return Gains()
+    return compared.gains(gains_over(plan, ends, result, place.filesystem))

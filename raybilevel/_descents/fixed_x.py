@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from raybilevel._linear.lanczos import Filtered, filtered
 from raybilevel._lower.hypergradient import Hypergradient, checked
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.linearisation import Differences, NoisyError, inner
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED_TOLERANCE, UNFINISHED_PRODUCTS = 0.1, 10
 """Of a training of finite time: more products answer for directions that such a training has not followed."""
@@ -27,6 +32,11 @@ FLAT = 1e-4
 """Curvatures below this share of the largest are those of directions along which f is flat."""
 STAYED = 3.0
 """Of an unknown time of training, in units of 1 / c, where -c is the lowest curvature at its end."""
+
+ERROR, ERROR_OF_UNFINISHED = 0.03, 0.2
+"""Of what F changes through the weights: the hypergradient's error there, after a training to a minimum and after one
+of finite time (80 % of entries are within 0.04 and 0.3 of differences of trained F, on ridges and logistic
+regressions)."""
 
 MOST_SHORTENED = 0.2
 """Of an answer, by coarse gradients."""
@@ -83,6 +93,8 @@ class LagrangianPoint:
     decrease:      how far F at y_m lies below F at the trained weights, relative to |F| there.
     slack:         f(x, y_m) - v(x) >= 0: y_m minimises F where f <= v + slack.
     displacement:  y_m - y_i, shape (n,).
+    drowned:       entries of the gradient that are less than their error, shape (d,): F depends on x directly there,
+        and nearly cancels what it changes through the weights.
     """
 
     hypergradient: Hypergradient
@@ -90,11 +102,17 @@ class LagrangianPoint:
     decrease: float
     slack: float
     displacement: Tensor
+    drowned: Tensor
 
     @property
     def gradient(self) -> Tensor:
         """Of the hypergradient, shape (d,)."""
         return self.hypergradient.gradient
+
+    @property
+    def known(self) -> Tensor:
+        """The same, NaN where it is drowned."""
+        return self.gradient.masked_fill(self.drowned, math.nan)
 
 
 def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> LagrangianPoint:
@@ -110,7 +128,14 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
     found = response(point, budget)
     if not found.vector.any():  # f is flat along all that F follows
         return unmoved(point, Hypergradient(upper.in_x, upper.value, products=found.products))
-    gradient = upper.in_x - point.products.mixed(found.vector)
+    indirect = point.products.mixed(found.vector)
+    gradient = upper.in_x - indirect
+    error = (
+        max(found.residual, ERROR_OF_UNFINISHED if point.finite else ERROR) + point.products.noise
+    ) * indirect.abs()
+    drowned = (upper.in_x != 0) & (gradient.abs() < error)
+    if drowned.any():
+        say_cancelled(type(point.levels.problem).__name__)
     fall = inner(upper.in_y, found.vector)  # of F, linearised, along y_m - y_i = -q / m, times m
     # F falls by fall / m in all. Choose m so that this is `decrease` |F|.
     multiplier = fall / (decrease * (abs(upper.value) or 1.0))
@@ -118,20 +143,32 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
         Hypergradient(
             gradient,
             upper.value,
+            error=error.norm().item(),
             iterations=found.products,
             products=found.products + 1,
             residual=found.residual,
         )
     )
     if not fall > 0:  # no multiplier lowers F to first order
-        return unmoved(point, hypergradient)
+        return replace(unmoved(point, hypergradient), drowned=drowned)
     # slack: f rises by <q, H q> / (2 m^2), and H q = dF/dy.
-    return LagrangianPoint(hypergradient, multiplier, decrease, fall / (2 * multiplier**2), -found.vector / multiplier)
+    slack, displacement = fall / (2 * multiplier**2), -found.vector / multiplier
+    return LagrangianPoint(hypergradient, multiplier, decrease, slack, displacement, drowned)
 
 
 def unmoved(point: TrainedPoint, hypergradient: Hypergradient) -> LagrangianPoint:
     """Where F does not fall from the trained weights, to first order."""
-    return LagrangianPoint(hypergradient, 0.0, 0.0, 0.0, point.still)
+    nothing = torch.zeros_like(hypergradient.gradient, dtype=torch.bool)
+    return LagrangianPoint(hypergradient, 0.0, 0.0, 0.0, point.still, nothing)
+
+
+@lru_cache
+def say_cancelled(problem: str) -> None:
+    """That some entries of hypergradients are left out, once in a process."""
+    logger.warning(
+        "%s: what F changes with a hyperparameter directly and what it changes through the weights nearly cancel, to "
+        "less than the error of a hypergradient; such entries of it are left out", problem,
+    )  # fmt: skip
 
 
 def response(point: TrainedPoint, budget: Budget) -> Filtered:
@@ -152,7 +189,7 @@ def response(point: TrainedPoint, budget: Budget) -> Filtered:
         NoisyError: gradients are so coarse that q is far too short for that.
     """
     force, products = point.here.upper.in_y, point.products
-    if point.time is None or bool(point.time.isinf().any()):
+    if point.time is None or not point.finite:
         found = filtered(
             products.hessian, force, lambda h: at_a_minimum(h, products.noise), FINISHED_TOLERANCE, budget.most
         )

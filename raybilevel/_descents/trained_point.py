@@ -57,6 +57,11 @@ class TrainedPoint:
         check_gradient("upper", upper.value, "the hyperparameters", upper.in_x)
 
     @property
+    def finite(self) -> bool:
+        """Whether the weights were trained for a time that is known and finite."""
+        return self.time is not None and not bool(self.time.isinf().any())
+
+    @property
     def still(self) -> Tensor:
         """No displacement."""
         return torch.zeros_like(self.y)

@@ -24,7 +24,7 @@ SAME_MEAN = 1e-4
 
 @dataclass(frozen=True)
 class Gain:
-    """The mean over examples of how much lower the loss of each is than at the start.
+    """The mean over examples of how much lower the loss of each is than with other weights.
 
     of:             "test_loss", or "upper_loss", which is F.
     standard_error: of the mean, by the differences of the same examples; without the chance of a choice by F.
@@ -44,16 +44,35 @@ class Weights:
     model: Mapping[str, Any]
 
 
-def paired_gain(problem: BilevelProblem, start: Weights, result: Weights) -> Gain | None:
-    """From the start to the result, over test examples if the problem has their losses, else over validation examples.
+@dataclass(frozen=True)
+class Gains:
+    """Of the result of a search; None where it is not known.
+
+    start:  over the start.
+    shared: over the best training with one value for all hyperparameters of a kind.
+    """
+
+    start: Gain | None = None
+    shared: Gain | None = None
+
+
+def paired_gains(problem: BilevelProblem, before: Mapping[int, Weights], result: Weights) -> dict[int, Gain | None]:
+    """From other weights to the result, over test examples if the problem has their losses, else over validation
+    examples.
 
     Returns:
-        None if the losses of single examples are not known, or of fewer than two.
+        By the keys of `before`, which are the trainings; None if the losses of single examples are not known, or of
+        fewer than two.
     """
-    before, after = (restored(problem, weights) for weights in (start, result))
-    return difference("test_loss", test_losses(before), test_losses(after)) or difference(
-        "upper_loss", upper_losses(before), upper_losses(after)
-    )
+    after = restored(problem, result)
+    test, upper = test_losses(after), upper_losses(after)
+    found = {}
+    for key, weights in before.items():
+        one = restored(problem, weights)
+        found[key] = difference("test_loss", test_losses(one), test) or difference(
+            "upper_loss", upper_losses(one), upper
+        )
+    return found
 
 
 def difference(of: Metric, before: Tensor | None, after: Tensor | None) -> Gain | None:

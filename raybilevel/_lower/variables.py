@@ -47,7 +47,11 @@ class BoxVariables:
         return nest({**self.constants, **flatten(self.space.to_config(x.detach().cpu().double()))})
 
     def given(self, x: Tensor) -> dict[str, Any]:
-        return nest({**self.constants, **flatten(self.space.decode(x))})
+        found = nest({**self.constants, **flatten(self.space.decode(x))})
+        # Constants are tensors too, as in a training (`ConfigVariables`).
+        floats = {path: x.new_tensor(value) for path, value in leaves(found).items() if isinstance(value, float)}
+        given: dict[str, Any] = replaced(found, floats)
+        return given
 
     def project(self, x: Tensor) -> Tensor:
         return x.clamp(0, 1)

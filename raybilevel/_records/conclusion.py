@@ -54,8 +54,7 @@ def conclude(summary: Mapping[str, Any]) -> Conclusion:
     found += kept(summary)
     if (expected := summary["new_data"]) is not None:
         sure += f". {expected['in_words']}"
-    # Summaries of earlier versions have none.
-    return Conclusion(found, helped(best, start, name_of(summary), summary.get("gain")), sure)
+    return Conclusion(found, helped(summary), sure)
 
 
 def kept(summary: Mapping[str, Any]) -> str:
@@ -113,15 +112,11 @@ def name_of(summary: Mapping[str, Any]) -> str:
     return "F (validation loss)" if metric == UPPER_LOSS else metric
 
 
-def helped(
-    best: Mapping[str, Any], start: Mapping[str, Any] | None, metric: str, gain: Mapping[str, Any] | None = None
-) -> str:
-    """Whether the result is better than the start, by the test loss if there is one.
-
-    start: None if all trainings were stopped.
-    gain:  by single examples, as in `summary.json`.
-    """
-    if start is None:
+def helped(summary: Mapping[str, Any]) -> str:
+    """Whether the result is better than the start, by the test loss if there is one."""
+    # Summaries of earlier versions have no gain.
+    best, start, gain = summary["best"], summary["start"], summary.get("gain")
+    if start is None:  # all trainings were stopped
         return "not known. There is no start to compare with"
     at_start = f"training {start['training']}, the start"
     if not start.get("feasible", True):
@@ -131,8 +126,8 @@ def helped(
     then = [] if refit is None else [f"Test loss {refit:.4g} after a refit on all data"]
     if best["training"] == start["training"]:
         return ". ".join(["no", f"Nothing was better than {at_start}", *then])
-    metric = metric.removesuffix(" (validation loss)")
-    by_chance = [] if gain is None else [in_errors(gain)]
+    metric = name_of(summary).removesuffix(" (validation loss)")
+    by_chance = [*([] if gain is None else [in_errors(gain)]), *against_shared(summary)]
     if before is None or after is None:
         fell = f"{metric} was {start['upper_loss']:.4g} at {at_start}"
         return ". ".join([f"by {metric} alone, as there is no test loss", fell, *by_chance, *then])
@@ -142,11 +137,31 @@ def helped(
     return ". ".join([verdict, fell, *by_chance, *then])
 
 
-def in_errors(gain: Mapping[str, Any]) -> str:
-    """A gain with its standard error, and whether that may explain it."""
+def in_errors(gain: Mapping[str, Any], than: str = "") -> str:
+    """A gain with its standard error, and whether that may explain it. than: what it is over, if not the start."""
     metric, kind = ("Test loss", "test") if gain["of"] == "test_loss" else ("F", "validation")
     side, where = "lower" if gain["mean"] >= 0 else "higher", "beyond" if beyond_errors(gain) else "within"
-    return f"{metric} {side} by {with_error(gain)} over {gain['examples']} {kind} examples, {where} two standard errors"
+    over = than or f" over {gain['examples']} {kind} examples"
+    return f"{metric} {side} by {with_error(gain)}{over}, {where} two standard errors"
+
+
+def against_shared(summary: Mapping[str, Any]) -> list[str]:
+    """The result beside the best training with one value for all hyperparameters of a kind; nothing where none are."""
+    # Summaries of earlier versions have none.
+    best, start, shared = summary["best"], summary["start"], summary.get("shared")
+    if shared is None:
+        return []
+    tried = "the only one tried" if shared["tried"] == 1 else f"the best of {shared['tried']} tried"
+    if shared["training"] == best["training"]:
+        return [f"The result has one shared value, {tried}"]
+    if shared["training"] == start["training"]:
+        return [f"The start has one shared value, {tried}"]
+    value = f"one shared value (training {shared['training']}, {tried})"
+    if (gain := summary.get("gain_over_shared")) is not None:
+        return [in_errors(gain, f" than with {value}")]
+    if shared["test_loss"] is not None:
+        return [f"Test loss {shared['test_loss']:.4g} with {value}"]
+    return [f"{name_of(summary).removesuffix(' (validation loss)')} {shared['upper_loss']:.4g} with {value}"]
 
 
 def with_error(gain: Mapping[str, Any]) -> str:

@@ -15,13 +15,14 @@ import pyarrow.fs
 from pydantic import TypeAdapter, ValidationError
 
 from raybilevel import _objectives
-from raybilevel._lower.paired import Gain, Weights, paired_gain
+from raybilevel._lower.paired import Gains, Weights, paired_gains
 from raybilevel._lower.training import CHECKPOINT_FILE, load_checkpoint
 from raybilevel._metric_bounds import as_written
 from raybilevel._metrics import HYPERPARAMETERS
-from raybilevel._records.names import SEARCH_STATE
+from raybilevel._records.names import SEARCH_STATE, TUNE_STATE
 from raybilevel._records.record import Record, Settings
 from raybilevel._records.run_folder import Lines, newest_state, record_of, searched_in, start_of, trial_results
+from raybilevel._records.shared_value import Compared
 from raybilevel._records.summary import summary_of
 from raybilevel.errors import CheckpointError, ConfigError, DataError
 from raybilevel.methods import Method
@@ -51,8 +52,8 @@ def summarise(
     results:         what `Tuner.fit` or `tune.run` returned, or the folder of the experiment, ended or not.
     method:          of the search. It is needed only if it is one of your own.
     test_loss_refit: the test loss after a refit, which the summary then mentions; see `refit`.
-    problem:         of the search. With it the weights of the start and of the result are loaded, and the summary has
-        the standard error of the gain over examples.
+    problem:         of the search. With it the weights of the start, of the best shared value and of the result are
+        loaded, and the summary has the standard error of the gains over examples.
 
     Returns:
         What `raybilevel run` writes to summary.json: plain values that JSON can hold. The documents describe each key
@@ -67,34 +68,35 @@ def summarise(
         saved, lines = read_search(folder), trial_results(folder)
         about = {"problem": folder.name, "method": saved.method, "seed": saved.seed}
         method = method or method_of(saved)
-        gain = None if problem is None else gain_of(problem, saved, lines, method, filesystem_of(results))
-        return summary_of_saved(saved, lines, about, method, test_loss_refit, gain)
+        gains = Gains() if problem is None else gains_of(problem, saved, lines, method, filesystem_of(results))
+        return summary_of_saved(saved, lines, about, method, test_loss_refit, gains)
 
 
-def gain_of(
+def gains_of(
     problem: BilevelProblem,
     saved: SavedSearch,
     results: Mapping[str, Lines],
     method: Method,
     filesystem: pyarrow.fs.FileSystem,
-) -> Gain | None:
-    """Of the result over the start; None where it is not known."""
-    best, start = method.incumbent(saved.state), saved.state.start
-    if best is None or start is None or best.index == start.index or method.descent is not None:
-        return None
+) -> Gains:
+    """Of the result, as far as there are checkpoints of what it is compared with."""
+    best = method.incumbent(saved.state)
+    if best is None or method.descent is not None:
+        return Gains()
+    compared = Compared.of(saved.state, Space(saved.parameters))
     trials = {index: trial for trial, index in saved.trials.items()}
-    ends = []
-    for index in (start.index, best.index):
-        lines = results.get(trials.get(index, ""))
-        if not lines or index not in saved.checkpoints:
-            return None
+    ends = {}
+    for training in (best, *compared.beside(best)):
+        lines = results.get(trials.get(training.index, ""))
+        if not lines or training.index not in saved.checkpoints:
+            continue
         try:
-            with filesystem.open_input_file(f"{saved.checkpoints[index]}/{CHECKPOINT_FILE}") as file:
-                ends.append(Weights(lines[-1]["config"], load_checkpoint(file.read())["model"]))
+            with filesystem.open_input_file(f"{saved.checkpoints[training.index]}/{CHECKPOINT_FILE}") as file:
+                ends[training.index] = Weights(lines[-1]["config"], load_checkpoint(file.read())["model"])
         except (OSError, pyarrow.ArrowException, CheckpointError) as error:
             logger.warning("the standard error of the gain is not known: %s", error)
-            return None
-    return paired_gain(problem, *ends)
+    result = ends.pop(best.index, None)
+    return Gains() if result is None else compared.gains(paired_gains(problem, ends, result))
 
 
 def read_experiment(folder: Path) -> Record:
@@ -154,7 +156,7 @@ def summary_of_saved(
     about: Mapping[str, Any],
     method: Method,
     test_loss_refit: float | None = None,
-    gain: Gain | None = None,
+    gains: Gains | None = None,
 ) -> dict[str, Any]:
     began = start_of(results)
     last = {
@@ -178,7 +180,7 @@ def summary_of_saved(
         },
         test_loss_refit,
         max((float(lines[-1]["timestamp"]) for lines in results.values()), default=began) - began,
-        gain,
+        gains,
     )
 
 
@@ -210,7 +212,8 @@ def local_folder(results: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, path.rstrip("/").rpartition("/")[2])
         for file in filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True)):
-            if file.base_name == "result.json" or file.base_name.startswith(SEARCH_STATE):
+            name = Path(file.base_name)
+            if any(name.match(wanted) for wanted in ("result.json", f"{SEARCH_STATE}*", TUNE_STATE)):
                 target = folder / file.path.removeprefix(path).lstrip("/")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with filesystem.open_input_stream(file.path) as stream:

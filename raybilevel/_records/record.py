@@ -189,6 +189,8 @@ class Record(Stored):
     search:     the content of the state file, for raybilevel's own methods; see `search_of`.
     metric:     what was optimised.
     gain:       of the result over the start, by single examples; None where it is not known.
+    shared, gain_over_shared: position of the best training with one value for all hyperparameters of a kind, and the
+        gain of the result over it.
     verdict, diagnostics, in_words: as in the summary of a run.
     """
 
@@ -220,6 +222,8 @@ class Record(Stored):
     diagnostics: dict[str, float | None] = {}
     in_words: tuple[str, ...] = ()
     gain: Gain | None = None
+    shared: int | None = None
+    gain_over_shared: Gain | None = None
 
     @property
     def lowest(self) -> float | None:

@@ -13,7 +13,7 @@ import torch
 from raybilevel._config.experiment import ExperimentConfig, read_config
 from raybilevel._metrics import EPOCH, FINISHED, GPUS, STEP, problem_metrics
 from raybilevel._own_problem import file_of
-from raybilevel._records.names import CONFIG_FILE, SEARCH_STATE, SUMMARY_FILE, TUNE_FOLDER
+from raybilevel._records.names import CONFIG_FILE, SEARCH_STATE, SUMMARY_FILE, TUNE_FOLDER, TUNE_STATE
 from raybilevel._records.record import Observation, Record, Settings, TrialLog, box
 from raybilevel.errors import DataError, StateError
 from raybilevel.search_state import Training
@@ -120,6 +120,8 @@ def record_of(
         diagnostics=summary.get("diagnostics", {}),
         in_words=summary.get("in_words", ()) if ended else (),
         gain=summary.get("gain") if ended else None,
+        shared=position.get(summary["shared"]["training"]) if ended and summary.get("shared") else None,
+        gain_over_shared=summary.get("gain_over_shared") if ended else None,
     )
 
 
@@ -200,8 +202,9 @@ def reached(line: Mapping[str, Any]) -> int:
 
 
 def trial_results(folder: Path) -> dict[str, Lines]:
-    """The results of each trial from Tune's JSON logger, without a half-written last line."""
-    found: dict[str, Lines] = {}
+    """The results of each trial from Tune's JSON logger, without a half-written last line. Of a trial without that, as
+    where Tune's loggers are switched off, the last result by Tune's own snapshot of its trials."""
+    found: dict[str, Lines] = {trial: [result] for trial, result in last_results(folder)}
     for path in sorted(folder.glob("*/result.json")):
         lines = []
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -212,6 +215,16 @@ def trial_results(folder: Path) -> dict[str, Lines]:
         if lines:
             found[str(lines[0]["trial_id"])] = lines
     return found
+
+
+def last_results(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each trial that has reported, with its last result, in Tune's newest snapshot."""
+    # Tune has the time in the names.
+    snapshots = sorted(folder.glob(TUNE_STATE))
+    for trial, of_run in read_json(snapshots[-1]).get("trial_data", []) if snapshots else []:
+        result = json.loads(of_run)["last_result"]
+        if "timestamp" in result:  # else it has reported nothing
+            yield str(json.loads(trial)["trial_id"]), result
 
 
 def read_json(path: Path) -> dict[str, Any]:

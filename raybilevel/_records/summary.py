@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from raybilevel._lower.paired import Gain
+from raybilevel._lower.paired import Gains
 from raybilevel._metrics import HYPERPARAMETERS, UPPER_LOSS, problem_metrics
 from raybilevel._models.constraints import judged
 from raybilevel._models.pareto import front
 from raybilevel._objectives import read_others
 from raybilevel._records.conclusion import conclude
 from raybilevel._records.run_folder import config_of, finite
+from raybilevel._records.shared_value import best_shared
 from raybilevel._records.versions import versions
 from raybilevel.methods._base import Method
 from raybilevel.search._diagnostics import diagnose, verdict
@@ -32,20 +33,21 @@ def summary_of(
     about: Mapping[str, Any],
     test_loss_refit: float | None,
     wall_seconds: float,
-    gain: Gain | None = None,
+    gains: Gains | None = None,
 ) -> dict[str, Any]:
     """The content of `summary.json`.
 
-    Its `best` is the training expected to be best on new data, `lowest` the one with the lowest F, and `start` the
-    first that ran to its end.
+    Its `best` is the training expected to be best on new data, `lowest` the one with the lowest F, `start` the first
+    that ran to its end, and `shared` the best of those with one value for all hyperparameters of a kind.
 
     trial_results: what each training last reported, by its index.
     about:         problem, method and seed, of a search of another metric than F, metric and mode, and of other
         metrics, by their names, bounds as constraints and modes as other_objectives.
-    gain:          of the result over the start, by single examples.
+    gains:         of the result over the start and over the best shared value, by single examples.
     """
     best, lowest = method.incumbent(state), state.best
-    start = state.start
+    start, gains = state.start, gains or Gains()
+    shared = best_shared(state, space) if method.descent is None else None
     expected, by_model = new_data(state, best), state.expected
     about = {"metric": UPPER_LOSS, "mode": "min", "constraints": {}, "other_objectives": {}, **about}
     # The search minimises, so its F is the metric with the sign turned where that is maximised.
@@ -82,7 +84,9 @@ def summary_of(
         "lowest": None if lowest is None else {**result(lowest), "checkpoint": checkpoints.get(lowest.index)},
         "pareto_front": [of_front(training) for training in front(state)] if others else [],
         "start": None if start is None else result(start),
-        "gain": None if gain is None else asdict(gain),
+        "gain": None if gains.start is None else asdict(gains.start),
+        "shared": None if shared is None else {**result(shared.training), "tried": shared.tried},
+        "gain_over_shared": None if gains.shared is None else asdict(gains.shared),
         "new_data": None if expected is None else asdict(expected),
         "metrics": {} if best is None else problem_metrics(trial_results.get(best.index, {})),
         "trainings": len(state.told),

@@ -391,7 +391,7 @@ class Default(Method):
         except (NotFiniteError, NoisyError) as error:
             logger.warning("no hypergradient at training %d: %s", index, error)
             return Looked(passes=levels.passes)
-        return Looked(space.known(descent.gradient.tolist(), unit), levels.passes, point, descent)
+        return Looked(space.known(descent.known.tolist(), unit), levels.passes, point, descent)
 
     @staticmethod
     def _due(state: SearchState) -> bool:

@@ -16,6 +16,9 @@ from raybilevel.report._range import from_start
 from raybilevel.report._statistics import Interval, PairedTest, holm, paired_test, rank
 from raybilevel.report._tables import Table
 
+ENOUGH_SEEDS = 5
+"""For an interval over seeds to mean something."""
+
 OWN = (*OWN_METHODS, *OWN_METHODS.values())
 
 
@@ -47,7 +50,7 @@ def charts(records: Sequence[Record]) -> list[Chart]:
 
 def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis: frames.Axis) -> Chart:
     """The best F so far: the mean over seeds, with its interval."""
-    series, ends = [], {}
+    series, ends, intervals = [], {}, {}
     by_method = grouped(records, "method_name")
     for method in (m for m in order if m in by_method):
         data = frames.curve(by_method[method], axis)
@@ -55,6 +58,8 @@ def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis:
             continue
         ends[method] = float(data["mean"].iloc[-1])
         several = len(by_method[method]) > 1
+        if several:
+            intervals[method] = float(data["low"].iloc[-1]), float(data["high"].iloc[-1])
         series.append(
             Series(
                 method,
@@ -82,8 +87,9 @@ def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis:
     return Chart(
         name=f"{problem}-{'cost' if axis == 'spent' else 'time'}",
         title=f"{problem}: best F so far against {what}",
-        caption=f"Validation loss F of the best training that ran to its end, {over}; a curve begins where every seed "
-        f"has one. {charged(axis)}{outside}",
+        caption=f"The lowest validation loss F up to each {'cost' if axis == 'spent' else 'time'}, {over}. Lower and "
+        "further left is better. A curve begins where every seed has a training that ran to its end. "
+        f"{charged(axis)}{outside}{in_the_end(ends, intervals, seeds)}",
         alt=f"Curves of the best validation loss of {len(series)} methods against {what}. At the end the lowest is "
         f"{best}. Final values: {told}.",
         x_label=label,
@@ -94,10 +100,30 @@ def anytime(problem: str, records: Sequence[Record], order: Sequence[str], axis:
     )
 
 
+def in_the_end(ends: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], seeds: int) -> str:
+    """Which two methods are lowest at the end, and whether that may be luck.
+
+    ends:      the mean F of each method.
+    intervals: of those with several seeds.
+    """
+    if len(ends) < 2:
+        return ""
+    first, second = sorted(ends, key=lambda method: ends[method])[:2]
+    if digits(ends[first]) == digits(ends[second]):
+        return f" In the end {first} and {second} are equal ({digits(ends[first])})."
+    order = f" In the end {first} is lowest ({ends[first]:.4g}), then {second} ({ends[second]:.4g})."
+    if first not in intervals or second not in intervals:
+        return f"{order} With one seed that may be luck."
+    if intervals[first][1] >= intervals[second][0]:
+        return f"{order} Their intervals overlap, so these seeds do not tell them apart."
+    few = "" if seeds >= ENOUGH_SEEDS else f", but {seeds} seeds are few"
+    return f"{order} Their intervals do not overlap{few}."
+
+
 def charged(axis: frames.Axis) -> str:
     if axis == "spent":
         return "Epochs of stopped trainings and upper-level steps are charged."
-    return "Includes the start of workers, which every method waits for."
+    return "The start of workers, which every method waits for, is in it."
 
 
 def overhead(records: Sequence[Record], order: Sequence[str]) -> Chart:
@@ -117,13 +143,17 @@ def overhead(records: Sequence[Record], order: Sequence[str]) -> Chart:
         for number, (part, spans) in enumerate(rows.items())
         if spans
     )  # fmt: skip
+    shares = {m: share_outside(seconds_of(by_method[m])) for m in lanes}
+    most = max(shares, key=lambda m: shares[m], default="none")
+    follows = f" The largest share beside trainings is that of {most}, {shares[most]:.0%}." if shares else ""
     told = "; ".join(f"{m}: {', '.join(f'{v:.1f} s {p}' for p, v in zip(parts, seconds_of(by_method[m]), strict=True))}"
                      for m in lanes)  # fmt: skip
     return Chart(
         name="overhead",
         title="Where the time went",
-        caption="Mean seconds per run, summed over all workers: epochs of trainings (the start of each worker "
-        "included), upper-level steps from their start to their result, and CPU time within the searcher.",
+        caption="Each bar is the mean time of a run, summed over all workers. Trainings include the start of their "
+        "worker. Upper-level steps count from their start to their result, and the searcher with its CPU time. What is "
+        f"beside trainings is the price of a method.{follows}",
         alt=f"Stacked bars of seconds per method. {told}.",
         x_label="seconds per run, over all workers",
         y_label="",
@@ -138,6 +168,12 @@ def seconds_of(records: Sequence[Record]) -> tuple[float, float, float]:
     upper = [r.overhead.upper_seconds or 0.0 for r in records if r.overhead is not None] or [0.0]
     searcher = [r.overhead.suggest_cpu_seconds for r in records if r.overhead is not None] or [0.0]
     return fmean(trainings), fmean(upper), fmean(searcher)
+
+
+def share_outside(seconds: tuple[float, float, float]) -> float:
+    """The share of a run's time that is not that of trainings."""
+    trainings, *others = seconds
+    return sum(others) / (trainings + sum(others) or 1.0)
 
 
 # Tables.
@@ -187,10 +223,11 @@ def winners(problem: str, records: Sequence[Record], order: Sequence[str]) -> Ta
         f"{problem}: {dimension} hyperparameter{'s' if dimension > 1 else ''}, budget {end:g} {unit}",
         tuple(headers),
         tuple(rows),
-        "Mean over seeds [95 % bootstrap interval]; the lowest of each column in bold. F is the validation loss of the "
-        "best training that ran to its end, the test loss is that of the same weights, and after refit that of its "
-        "hyperparameters trained on training plus validation data. trainings: run to their end; stopped: by a "
-        "scheduler. searcher s: CPU seconds within it; upper steps s: from start to result.",
+        "Mean over seeds [95 % bootstrap interval], the lowest of each column in bold. F is the validation loss of the "
+        "best training that ran to its end. The test loss is that of the same weights, and after refit that of its "
+        "hyperparameters trained on training plus validation data. Of the trainings, some ran to their end and some a "
+        "scheduler stopped. The seconds are those of the CPU within the searcher, and of upper-level steps from start "
+        "to result.",
     )
 
 
@@ -238,7 +275,7 @@ def ranks(records: Sequence[Record], order: Sequence[str]) -> Table:
         "Ranks by final F",
         ("method", "mean rank", "first in"),
         tuple((m, f"{r:.2f}", f"{result.wins[m]} of {result.blocks}") for m, r in rows),
-        f"Over {result.blocks} blocks (a problem with a seed) that have every method; 1 is best.{friedman}",
+        f"Over {result.blocks} blocks (a problem with a seed) that have every method. Rank 1 is best.{friedman}",
     )
 
 
@@ -301,7 +338,7 @@ def tests(records: Sequence[Record]) -> Table:
         "The peer with the lowest mean final F of each problem, chosen after the fact, which favours the peers. "
         "Difference: mean over paired seeds [95 % bootstrap interval], negative where the method is better. p: exact "
         "sign-flip permutation test, two-sided, and corrected for all rows by Holm's method. least p: the "
-        "smallest that so many pairs can give; a difference is not significant below it, however large.",
+        "smallest that so many pairs can give. Above 0.05, no difference is significant, however large.",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from raybilevel._lower.paired import Gain
 from raybilevel._metrics import UPPER_LOSS
 from raybilevel._models.shrinkage import expected_loss
 from raybilevel._records.conclusion import in_errors, in_words, with_error
@@ -37,16 +38,19 @@ def tables(record: Record) -> list[Table]:
 
 
 def result(record: Record) -> Table:
-    """Losses of the start, of the result and of the lowest F; test losses first, the best of each column bold."""
+    """Losses of the start, of the best shared value, of the result and of the lowest F; test losses first, the best of
+    each column bold."""
     start, best = record.start, record.observations[-1].incumbent
     assert start is not None  # there is an F
     feasible = record.observations[best].feasible
     kept = "" if feasible is None else f"It {'keeps' if feasible else 'breaks'} the constraints. "
     # Where constraints can be kept, of the trainings that keep them.
     least = lowest(None if feasible and o.feasible is False else o.upper_loss for o in record.observations)
-    rows = {start: "start", best: "result"} if best != start else {best: "result, the start"}
-    if least not in rows:
-        rows[least] = "lowest F"
+    rows = {start: "start"} if best != start else {best: "result, the start"}
+    if record.shared not in (None, start, best):
+        rows[record.shared] = "best shared value tried"
+    rows.setdefault(best, "result")
+    rows.setdefault(least, "lowest F")
     columns = columns_of(record)
     columns = {head: value for head, value in columns.items() if any(value(row) is not None for row in rows)}
     cells = [
@@ -54,9 +58,14 @@ def result(record: Record) -> Table:
         for row, name in rows.items()
     ]
     if best != start:
-        cells.insert(2, ("against the start", *(change(value(start), value(best)) for value in columns.values())))
+        against = [("against the start", *(change(value(start), value(best)) for value in columns.values()))]
         if record.gain is not None:
-            cells.insert(3, ("gain ± standard error", *(gain_in(head, record) for head in columns)))
+            against.append(("gain over the start", *(gain_in(head, record.gain, record) for head in columns)))
+        if record.gain_over_shared is not None and record.shared != start:
+            gain = record.gain_over_shared
+            against.append(("gain over the shared value", *(gain_in(head, gain, record) for head in columns)))
+        place = 1 + list(rows).index(best)
+        cells[place:place] = against
     return Table(
         "result",
         "Result",
@@ -67,18 +76,17 @@ def result(record: Record) -> Table:
     )
 
 
-def gain_in(head: str, record: Record) -> str:
-    """The gain and its standard error in the column that they are of."""
-    assert record.gain is not None
-    of = "test loss" if record.gain.of == "test_loss" else f_name(record)
-    return with_error(asdict(record.gain)) if head == of else "-"
+def gain_in(head: str, gain: Gain, record: Record) -> str:
+    """A gain and its standard error in the column that they are of."""
+    of = "test loss" if gain.of == "test_loss" else f_name(record)
+    return with_error(asdict(gain)) if head == of else "-"
 
 
 def chance(record: Record) -> str:
     """Whether chance may explain the gain over the start; empty where that is not known."""
     if record.gain is None:
         return ""
-    return f" {in_errors(asdict(record.gain))}."
+    return f" Behind a gain is its standard error. {in_errors(asdict(record.gain))}."
 
 
 def f_name(record: Record) -> str:

@@ -25,6 +25,10 @@ HINTS = (
     ("Found dtype", DTYPE),
     ("not compiled with CUDA", "the check runs where the search is made; place tensors on the device of the batch"),
     ("Found no NVIDIA driver", "the check runs where the search is made; place tensors on the device of the batch"),
+    (
+        "backward through the graph a second time",
+        "a loss keeps something between calls; compute it anew, and leave the hyperparameters as they are given",
+    ),
     ("to be on the same device", "place tensors on the device of the batch"),
 )
 """What to do about messages of torch that do not say it."""

@@ -17,7 +17,7 @@ from raybilevel._lower.hooks import schedule_of_a_training
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.random_numbers import forked_random
 from raybilevel._lower.settings import check_settings
-from raybilevel._lower.variables import ModuleVariables
+from raybilevel._lower.variables import BoxVariables, ModuleVariables
 from raybilevel._tree import Path, leaves, replaced
 from raybilevel.errors import NotFiniteError, ProblemError
 from raybilevel.methods._base import Method
@@ -33,6 +33,7 @@ from raybilevel.problem import (
     trains_itself,
 )
 from raybilevel.search._calls import Given, calling, where_it_can_run
+from raybilevel.search._first_derivatives import Contradiction, contradictions
 from raybilevel.search._fresh import (
     check_fresh_model,
     check_same_start,
@@ -43,12 +44,15 @@ from raybilevel.search._fresh import (
     warn_of_scheduler,
 )
 from raybilevel.search._functions import followed_by_functions, read_by_functions
-from raybilevel.search._measured import Measured, Probe, agree, difference
+from raybilevel.search._measured import Measured, Probe, agree, difference, rounded_away
 from raybilevel.search._rehearsal import check_evaluate, rehearse
-from raybilevel.search._repeatable import WatchedLevel, check_level_names, check_same_data
+from raybilevel.search._repeatable import WatchedLevel, check_level_names, check_same_data, warn_of_same_data
 from raybilevel.space import Space, flatten, nest, sobol_points
 
 logger = logging.getLogger(__name__)
+
+NEAR_ENDS = 0.05
+"""Of the unit cube, from both ends of a space: a clamped hyperparameter has an effect near one of them only."""
 
 
 def check_search(problem: BilevelProblem, space: Space, constants: Mapping[str, Any], method: Method) -> Space:
@@ -167,6 +171,10 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
         at_start = {level: probes[level].check(model, look.first) for level, look in data.items()}
         upper = WatchedLevel("upper")
         probes[upper].warn_of_sum(model, data[upper].first, data[upper].last)
+        warn_of_same_data(problem, data, lambda level, batch: probes[level].single(model, batch))
+        # Whatever f was evaluated at before.
+        at.probe("lower", 1).draw(model, data[WatchedLevel("lower")].first, 0)
+        probes[upper].check_own(at_start[upper], probes[upper].draw(model, data[upper].first, 0))
         given = at.given(at.entries(0))
         # As for every F and f that the search sees. In train mode dropout would differ from call to call.
         model.eval()
@@ -193,19 +201,58 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
                 probes[level].check_nothing_kept(was, probes[level].draw(later, raw, 0))
         in_f, in_upper = (at_start[level].in_x for level in (WatchedLevel("lower"), upper))
         # F itself may have a slope in x.
-        direct = {name for name, slope in in_upper.items() if slope is not None and slope != 0}
+        size, searched = at_start[upper].loss.abs().item(), probes[upper].searched
+        direct = {
+            name
+            for name, slope in in_upper.items()
+            if slope is not None and not rounded_away(slope, searched[name], size)
+        }
         indirect = [name for name, slope in in_f.items() if slope is not None and name not in direct]
         dead = frozenset(at.without_effect(earlier, indirect))
         smooth = (direct | set(indirect)) - dead
         # A loop of one's own says what it reads to nobody.
         elsewhere = {} if another_loop else at.elsewhere(model, smooth, probes, at_start, read_as_values)
+        smooth -= elsewhere.keys()
+        followed = followed_by_functions(space, constants)
+        seen = [p.name in smooth and p.path not in followed for p in space.parameters]
+        found = contradictions(problem, earlier, BoxVariables(space, constants), at.configs[0], point, indices(seen))
+        smooth -= warn_of_contradictions(type(problem).__name__, found, space)
         for name, part in elsewhere.items():
             logger.warning(
                 "%s: %s.%s depends on it as well, so that gradients of the losses are not its whole effect, and it is "
                 "searched by values of F; for gradients make two hyperparameters of it",
                 name, type(problem).__name__, part,
             )  # fmt: skip
-    return Looked(frozenset(smooth - elsewhere.keys()), dead, plain.read)
+    return Looked(frozenset(smooth), dead, plain.read)
+
+
+def indices(chosen: Sequence[bool]) -> list[int]:
+    return [index for index, each in enumerate(chosen) if each]
+
+
+def promised(share: float) -> str:
+    """share: of the change that a gradient promises."""
+    return f"by {share:.2g} of what its gradient says" if math.isfinite(share) else "while its gradient is 0"
+
+
+def warn_of_contradictions(problem: str, found: Sequence[Contradiction], space: Space) -> set[str]:
+    """The names of hyperparameters whose hypergradients would be wrong: all, where a gradient in the weights is."""
+    for level, coordinate, share in found:
+        if coordinate is None:
+            logger.warning(
+                "%s.%s_loss changes with the weights %s, over lengths of several magnitudes, so that hypergradients "
+                "would be wrong and the search goes by values of F; is a value rounded, its gradient passed straight "
+                "through, or a part detached? Take the losses that are searched of the smooth model, if you can",
+                problem, level, promised(share),
+            )  # fmt: skip
+        else:
+            logger.warning(
+                "%s: %s.%s_loss changes with it by %.2g of what its gradient says, over lengths of several magnitudes, "
+                "so that it is searched by values of F; some use of it is rounded, or hidden from gradients by "
+                "float(), .item() or .detach()", space.parameters[coordinate].name, problem, level, share,
+            )  # fmt: skip
+    wrong = {space.parameters[coordinate].name for _, coordinate, _ in found if coordinate is not None}
+    return wrong if all(c is not None for _, c, _ in found) else {p.name for p in space.parameters}
 
 
 class Points:
@@ -220,7 +267,8 @@ class Points:
         self.problem, self.space = problem, space
         config = nest({**flatten(constants), **flatten(space.to_config(first))})
         self.configs = [config]
-        for unit in sobol_points(space.dimension, 2, seed=0):
+        ends = torch.tensor([[NEAR_ENDS], [1 - NEAR_ENDS]], dtype=torch.double).expand(2, space.dimension).clone()
+        for unit in torch.cat([sobol_points(space.dimension, 2, seed=0), ends]):
             for coordinate in space.discrete:
                 unit[coordinate] = first[coordinate]
             moved = {path: x for path, x in leaves(space.to_config(unit)).items() if isinstance(x, float)}
@@ -363,3 +411,9 @@ def check_upper_variables(problem: BilevelProblem, constants: Mapping[str, Any])
         raise ProblemError(
             f"{name}: neither loss depends on upper_variables(); use hyperparameters['upper'] in lower_loss"
         )
+    for level, _, share in contradictions(problem, model, functions.variables, constants, x):
+        logger.warning(
+            "%s.%s_loss changes with the weights %s, over several magnitudes of length; a descent follows "
+            "hypergradients of that gradient all the same; is a value rounded, its gradient passed straight through, "
+            "or a part detached?", name, level, promised(share),
+        )  # fmt: skip

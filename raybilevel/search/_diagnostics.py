@@ -18,6 +18,8 @@ ENOUGH_STEPS = 3
 """Before anything is said of hypergradients."""
 NEWEST = 5
 """Predictions of F whose median error counts."""
+RISE = 0.1
+"""Of a test loss, in units of the spread of F; less is noise."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def misled(state: SearchState) -> bool:
 
 def overfitted(state: SearchState, test_losses: Mapping[int, float], refit_loss: float | None = None) -> bool:
     """F fell while the test loss rose: that of the incumbent, or of its refit, which has seen more data, is worse than
-    that of an earlier incumbent, by more than a hundredth of itself and more than half of what F has gained since."""
+    that of an earlier incumbent, by more than half of what F has gained since, and a tenth of the spread of F: neither
+    depends on a constant in the loss, or on its unit."""
     incumbents: list[Training] = []
     for training in state.done:
         if not training.feasible:
@@ -148,7 +151,7 @@ def overfitted(state: SearchState, test_losses: Mapping[int, float], refit_loss:
     *before, last = incumbents
     reached = [test_losses[last.index]] + ([] if refit_loss is None else [refit_loss])
     return any(
-        loss - test_losses[earlier.index] > max(0.01 * abs(loss), 0.5 * (earlier.upper_loss - last.upper_loss))
+        loss - test_losses[earlier.index] > max(RISE * state.spread, 0.5 * (earlier.upper_loss - last.upper_loss))
         for earlier in before
         for loss in reached
     )

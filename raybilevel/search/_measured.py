@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 SEEDS_OF_CHANCE = 8
 """So often a loss that draws random numbers is evaluated: what happens to one batch in three is hardly missed then."""
+EXAMPLES = 8
 ROUNDING_OF_SUMS = 1e-4
+ROUNDING_OF_SLOPES = 8.0
+"""In units of eps."""
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
@@ -116,20 +119,23 @@ class Probe:
             return upper_loss(self.problem, model, self.given, batch)
 
     def felt(self, model: nn.Module, raw: Batch) -> set[str]:
-        """The hyperparameters that change the gradient in the weights, by a product with mixed second derivatives; all
-        of them where the loss cannot be differentiated twice."""
+        """The hyperparameters that change the gradient in the weights by more than rounding, by a product with mixed
+        second derivatives; all of them where the loss cannot be differentiated twice."""
         with common_random(self.problem.device, seed=0), differentiable_in_eval_mode(model):
             loss = self.loss(model, raw)
             try:
                 slopes = torch.autograd.grad(loss, trained(model), create_graph=True, allow_unused=True)
                 # In one random direction: where all are zero so is its, and else it is not.
-                along = sum((torch.randn_like(slope) * slope).sum() for slope in slopes if slope is not None)
+                terms = [torch.randn_like(slope) * slope for slope in slopes if slope is not None]
+                along = sum(term.sum() for term in terms)
                 if not isinstance(along, Tensor) or not along.requires_grad:
                     return set()
                 found = torch.autograd.grad(along, list(self.searched.values()), allow_unused=True)
             except RuntimeError:  # as torch has it
                 return set(self.searched)
-        return {name for name, mixed in zip(self.searched, found, strict=True) if mixed is not None and mixed != 0}
+        size = sum(term.detach().abs().sum().item() for term in terms)
+        pairs = zip(self.searched.items(), found, strict=True)
+        return {name for (name, x), mixed in pairs if mixed is not None and not rounded_away(mixed, x, size)}
 
     def check(self, model: nn.Module, raw: Batch) -> Measured:
         """The same, after making sure that it is the same at each call. A lower-level loss may draw torch's random
@@ -217,6 +223,20 @@ class Probe:
                 "which differ: reduce by the mean, or examples of smaller batches count for less", self.name,
             )  # fmt: skip
 
+    def single(self, model: nn.Module, batch: Batch) -> list[float]:
+        """The loss on single examples of a batch, a few of them; none where it fails on one."""
+        size = self.problem.batch_size(batch)
+
+        def alone(entry: Any, row: int) -> Any:
+            return entry[row : row + 1] if isinstance(entry, Tensor) and entry.dim() and len(entry) == size else entry
+
+        rows = range(0, size, max(1, size // EXAMPLES))
+        with torch.no_grad(), common_random(self.problem.device, seed=0):
+            try:
+                return [self.loss(model, tree_map(lambda entry, r=row: alone(entry, r), batch)).item() for row in rows]
+            except ProblemError:
+                return []
+
     def check_same(self, one: Measured, two: Measured) -> None:
         """Whether two evaluations at one point agree.
 
@@ -229,6 +249,20 @@ class Probe:
                 f"{self.name} is not the same twice: on the same batch, with the model in eval mode, {what} is "
                 f"{a:.6g} and then {b:.6g} (norms); draw no random numbers unless model.training (F.dropout needs "
                 "training=model.training), or draw them from a torch.Generator that is seeded anew at each call"
+            )
+
+    def check_own(self, one: Measured, two: Measured) -> None:
+        """Whether F is as it was before f was evaluated at other hyperparameters.
+
+        Raises:
+            ProblemError: it is not.
+        """
+        if differs := difference(one, two):
+            what, a, b = differs
+            raise ProblemError(
+                f"{self.name} follows what lower_loss was last evaluated at: {what} is {a:.6g} and, after that was "
+                f"done at other hyperparameters, {b:.6g} (norms); keep none of them in the problem or the model, and "
+                "give upper_loss an argument `hyperparameters`"
             )
 
     def check_nothing_kept(self, one: Measured, two: Measured) -> None:
@@ -244,6 +278,14 @@ class Probe:
                 f"is {a:.6g} before and {b:.6g} after (norms); keep nothing of a training in the problem, and change "
                 "no data in place"
             )
+
+
+def rounded_away(slope: Tensor, x: Tensor, size: float) -> bool:
+    """Whether a slope in a hyperparameter x is no more than the rounding of what it is taken of, as that of x / x."""
+    change = slope.abs() * (x.abs().item() or 1.0)
+    # Of half precision, a decay that matters may be no more.
+    eps = min(torch.finfo(slope.dtype).eps, torch.finfo(torch.float32).eps)
+    return bool(change <= ROUNDING_OF_SLOPES * eps * size)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

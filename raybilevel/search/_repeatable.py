@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,9 @@ class WatchedLevel(str):
     def startswith(self, prefix: str | tuple[str, ...], *between: Any) -> bool:
         self.compared.update([prefix] if isinstance(prefix, str) else prefix)
         return super().startswith(prefix, *between)
+
+
+SingleExamples = Callable[[WatchedLevel, Batch], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -195,22 +199,43 @@ def warn_of_left_out(batches: Any, what: str) -> None:
 
 
 def check_level_names(problem: BilevelProblem, data: Mapping[WatchedLevel, Look]) -> None:
-    """Whether `batches` knows the levels by their names. Equal data of both levels are warned of.
+    """Whether `batches` knows the levels by their names.
 
     Raises:
         ProblemError: it asks for other names, and both levels have the same data.
     """
     compared = set().union(*(level.compared for level in data))
-    one, other = data.values()
-    if one.digest != other.digest:
-        return
-    if compared and not compared & set(LEVELS):
+    if same_data(data) and compared and not compared & set(LEVELS):
         raise ProblemError(f"{type(problem).__name__}.batches compares its level with {quoted(compared)}; {LEVELS_ARE}")
-    if problem.batch_size(one.first) > 1:  # a formula has no data, and may give some tensor
-        logger.warning(
-            "%s.batches yields the same data for both levels, so that F is a training loss; %s",
-            type(problem).__name__, LEVELS_ARE,
-        )  # fmt: skip
+
+
+def same_data(data: Mapping[WatchedLevel, Look]) -> bool:
+    one, other = data.values()
+    return one.digest == other.digest
+
+
+def warn_of_same_data(problem: BilevelProblem, data: Mapping[WatchedLevel, Look], single: SingleExamples) -> None:
+    """Warn of data that are the same at both levels, if both losses are of them: a problem may keep its data elsewhere,
+    or tell them apart by masks, and yield the same at both levels.
+
+    single: a level's loss on single examples of a batch; none where it is not made of examples.
+    """
+    if not same_data(data) or is_index(next(iter(data.values())).first):
+        return
+    for level, look in data.items():
+        losses = single(level, look.first)
+        # Of no data, or of masked ones, they are equal, or the mean over none.
+        if not all(map(math.isfinite, losses)) or len(set(losses)) < 2:
+            return
+    logger.warning(
+        "%s.batches yields the same data for both levels, so that F is a training loss; %s",
+        type(problem).__name__, LEVELS_ARE,
+    )  # fmt: skip
+
+
+def is_index(batch: Batch) -> bool:
+    """Whether a batch has a whole number for each example and nothing else: these may stand for data elsewhere."""
+    return all(leaf.dim() < 2 and not leaf.is_floating_point() for leaf in leaves(batch))
 
 
 def quoted(names: Collection[str]) -> str:

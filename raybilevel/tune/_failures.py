@@ -13,6 +13,11 @@ ALIKE_AT_MOST = 3
 NOT_OF_THE_PROBLEM = ("ray.exceptions.", NotFiniteError.__name__)
 """Causes that another point, or another node, may not have."""
 
+WORKER_DIED = re.compile(r"worker process has died\. Worker exit type: (?!INTENDED_SYSTEM_EXIT)(\w+)")
+"""In what Ray says of an actor whose process ended by itself. Of one that went with its node it says something else."""
+NO_MEMORY = "running low on memory"
+"""In what Ray says of a worker that it killed for its memory."""
+
 NUMBER = re.compile(r"0x[0-9a-f]+|-?\d+(\.\d*)?(e[-+]?\d+)?")
 
 ErrorFile = Callable[[str], str | None]
@@ -59,7 +64,11 @@ def read_cause(path: str) -> str | None:
 
 
 def cause_of(text: str) -> str | None:
-    """The first line behind the last frame of a traceback."""
+    """The first line behind the last frame of a traceback; or how the process died, which leaves none."""
+    if NO_MEMORY in text:
+        return "Ray killed the worker, as its node had no memory left; let trainings ask for more memory"
+    if died := WORKER_DIED.search(text):
+        return f"the worker process died ({died[1]}), as by os._exit, a crash, or for want of memory; see its log"
     lines = text.splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
     behind = lines[frames[-1] + 1 :] if frames else []

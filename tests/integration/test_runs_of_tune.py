@@ -17,7 +17,7 @@ from ray import tune
 from ray.tune.logger import CSVLoggerCallback
 from torch import Tensor, nn
 
-from raybilevel import BilevelSearch, lower_level_trainable
+from raybilevel import BilevelSearch, lower_level_trainable, summarise
 from raybilevel.errors import ConfigError
 from raybilevel.methods._base import UpperResult, UpperStep
 from raybilevel.methods._default import Default
@@ -46,8 +46,9 @@ class Slow(Parabola):
         return torch.optim.SGD(model.parameters(), lr=0.5)
 
 
-class UntilFour(tune.Stopper):  # type: ignore[misc]
-    """Ends a run when a search, which no pickle of this keeps, has four trainings."""
+class InterruptsAtFour(tune.Stopper):  # type: ignore[misc]
+    """Interrupts a run, as Ctrl-C does, when a search, which no pickle of this keeps, has four trainings. Tune then
+    waits until its last snapshot is in the storage."""
 
     search: BilevelSearch | None = None
 
@@ -56,14 +57,7 @@ class UntilFour(tune.Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         search = type(self).search
-        return search is not None and len(search.state.done) >= 4
-
-
-class InterruptsAtFour(UntilFour):
-    """Interrupts it, as Ctrl-C does. Tune waits then until its last snapshot is in the storage."""
-
-    def stop_all(self) -> bool:
-        if super().stop_all():
+        if search is not None and len(search.state.done) >= 4:
             os.kill(os.getpid(), signal.SIGINT)
         return False
 
@@ -78,6 +72,23 @@ class Endless(Default):
         Path(self.folder, str(os.getpid())).touch()
         time.sleep(600)
         return UpperResult(None, None)
+
+
+class OnceAStepRuns(tune.Stopper):  # type: ignore[misc]
+    """Ends a run when the process of a step has left its number in a folder."""
+
+    folder: Path | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        folder = type(self).folder
+        return folder is not None and bool(processes_of_steps(folder))
+
+
+def processes_of_steps(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
 
 
 def tuner(search: BilevelSearch, folder: Path, samples: int, **options: Any) -> tune.Tuner:
@@ -105,11 +116,17 @@ def test_a_search_with_a_space_of_its_own_hears_of_constants_and_goes_on_in_a_se
     assert all(Path(str(path)).exists() for path in paths)
 
 
-def test_tune_s_metric_reaches_a_search_to_which_it_gives_no_space(tmp_path: Path) -> None:
+def test_tune_s_metric_reaches_a_search_to_which_it_gives_no_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     search = BilevelSearch(Parabola(), space=SPACE, max_concurrent=2)
-    scores = [
-        r.metrics["score"] for r in tuner(search, tmp_path, 3, tune_config={"metric": "score", "mode": "max"}).fit()
-    ]
+    results = tuner(search, tmp_path, 3, tune_config={"metric": "score", "mode": "max"}).fit()
+    scores = [result.metrics["score"] for result in results]
+    # Without a logger, Tune's snapshot has the results.
+    assert not list(tmp_path.rglob("result.json"))
+    history = summarise(results)["history"]
+    assert sorted(entry["test_loss"] for entry in history) == sorted(r.metrics["test_loss"] for r in results)
     assert sorted(t.upper_loss for t in search.state.measured) == pytest.approx(sorted(-score for score in scores))
     given = BilevelSearch(Parabola(), space=SPACE, metric="upper_loss", mode="min")
     with pytest.raises(ConfigError, match="Tune is given metric='score', mode='max', and this search has 'upper_loss'"):
@@ -117,22 +134,13 @@ def test_tune_s_metric_reaches_a_search_to_which_it_gives_no_space(tmp_path: Pat
     assert not given.state.trainings
 
 
-@pytest.mark.slow
-def test_a_run_that_a_stopper_ends_cancels_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cancelled: list[int] = []
-
-    def cancel(self: BilevelSearch, timeout: float = 0.0) -> None:
-        cancelled.append(len(self.state.told))
-        upstream(self, timeout)
-
-    upstream = BilevelSearch.cancel_steps
-    monkeypatch.setattr(BilevelSearch, "cancel_steps", cancel)
-    search = BilevelSearch(Parabola(), max_concurrent=1)
-    monkeypatch.setattr(UntilFour, "search", search)
-    tuner(search, tmp_path, 9, param_space=SPACE, run_config={"stop": UntilFour()}).fit()
-    told = len(search.state.told)
-    assert 4 <= told < 9
-    assert cancelled == [told] and search.steps_under_way == 0
+def test_no_step_outlives_a_run_that_a_stopper_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnceAStepRuns, "folder", tmp_path)
+    search = BilevelSearch(Parabola(), method=Endless(folder=str(tmp_path)), max_concurrent=1)
+    tuner(search, tmp_path / "storage", 100, param_space=SPACE, run_config={"stop": OnceAStepRuns()}).fit()
+    assert 3 <= len(search.state.told) < 100 and search.steps_under_way == 0
+    processes = processes_of_steps(tmp_path)
+    assert processes and all(ends(process) for process in processes)
 
 
 def test_a_restored_run_that_is_given_its_space_keeps_its_number_of_trials(
@@ -171,7 +179,7 @@ def test_no_step_outlives_a_time_budget(resources: dict[str, float] | None, tmp_
             Parabola(), method=Endless(folder=str(folder)), max_concurrent=1, upper_resources=resources
         )
         tuner(search, folder / "storage", 100, param_space=SPACE, tune_config={"time_budget_s": budget}).fit()
-        processes = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+        processes = processes_of_steps(folder)
         budget *= 2
     assert search.steps_under_way == 0
     assert all(ends(process) for process in processes)

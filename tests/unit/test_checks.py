@@ -235,11 +235,16 @@ class Detached(torch.autograd.Function):
     [
         (lambda extra, weights: 0 * extra, False),
         (lambda extra, weights: 1e-30 * extra, False),
+        (lambda extra, weights: extra.log() / extra.log() * weights.square().sum(), False),
+        (lambda extra, weights: (extra.log() - extra.log() + extra**0) * weights.square().sum(), False),
+        (lambda extra, weights: (extra.sin() ** 2 + extra.cos() ** 2) * weights.square().sum(), False),
         (lambda extra, weights: extra - extra.detach(), False),
         (lambda extra, weights: extra, False),
         (lambda extra, weights: Detached.apply(extra * weights).square().sum(), True),
         (lambda extra, weights: 0 * extra * weights.square().sum(), False),
         (lambda extra, weights: (extra - 0.5).relu() * weights.square().sum(), True),
+        (lambda extra, weights: (extra - 0.9).relu() * weights.square().sum(), True),
+        (lambda extra, weights: extra.clamp(max=0.1) * weights.square().sum(), True),
         (lambda extra, weights: extra * (weights - weights.detach()).square().sum(), False),
     ],
 )
@@ -254,6 +259,23 @@ def test_a_hyperparameter_that_changes_no_gradient_is_searched_by_values(
     space = Space((*Ridge().space.parameters, Parameter(("extra",), 0.0, 1.0)))
     assert check_problem(Idle(), space).smooth[-1] is smooth
     assert ("extra: it changes nothing in the gradient of Idle.lower_loss in the weights" in caplog.text) is not smooth
+
+
+def test_a_hyperparameter_that_changes_f_by_rounding_only_is_searched_by_values():
+    class Cancelling(Ridge):
+        def upper_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:  # type: ignore[override]
+            extra = hyperparameters["extra"]
+            return super().upper_loss(model, batch) * ((7 * extra).log() - extra.log())
+
+    space = Space((*Ridge().space.parameters, Parameter(("extra",), 1e-3, 1.0, log=True)))
+    assert check_problem(Cancelling(), space).smooth == (True, True, True, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decay_that_is_next_to_nothing_at_the_centre_has_a_gradient(dtype: torch.dtype):
+    problem, space = Network(), Space((Parameter(("decay",), 1e-12, 1e-1, log=True),))
+    problem.dtype = dtype
+    assert check_problem(problem, space).smooth == (True,)
 
 
 def test_a_gradient_that_only_later_batches_or_moved_weights_have_is_one():

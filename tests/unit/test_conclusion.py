@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from raybilevel._lower.paired import Gain, Gains
 from raybilevel._records.conclusion import conclude, hyperparameters, so_far, with_error
 from raybilevel._records.record import Observation, Record, Settings
+from raybilevel._records.shared_value import Compared, best_shared
 from raybilevel._records.summary import as_text, summary_of
 from raybilevel.methods import make_method
 from raybilevel.search_state import Proposal, SearchState, Training
@@ -72,6 +74,70 @@ def gain(mean: float, of: str = "test_loss") -> dict[str, Any]:
 )
 def test_a_gain_says_whether_it_may_be_chance(found: dict[str, Any], words: str) -> None:
     assert re.match(words, conclude(summary(gain=found)).helped)
+
+
+def shared(**changes: Any) -> dict[str, Any]:
+    found = {"training": 3, "hyperparameters": {"decay": {"a": 0.5}}, "upper_loss": 0.45, "test_loss": 0.58, "tried": 3}
+    return {**found, **changes}
+
+
+@pytest.mark.parametrize(
+    ("entry", "over", "words"),
+    [
+        (
+            shared(),
+            gain(0.1),
+            "Test loss lower by 0.100 ± 0.021 than with one shared value (training 3, the best of 3 tried), beyond two "
+            "standard errors",
+        ),
+        (
+            shared(tried=1),
+            gain(-0.01, "upper_loss"),
+            "F higher by 0.010 ± 0.021 than with one shared value (training 3, the only one tried), within two "
+            "standard errors",
+        ),
+        (shared(), None, "Test loss 0.58 with one shared value (training 3, the best of 3 tried)"),
+        (shared(test_loss=None), None, "F 0.45 with one shared value (training 3, the best of 3 tried)"),
+        (shared(training=1), gain(0.1), "The start has one shared value, the best of 3 tried"),
+        (shared(training=4), None, "The result has one shared value, the best of 3 tried"),
+    ],
+)
+def test_the_result_is_compared_with_one_shared_value(entry: Any, over: Any, words: str) -> None:
+    whole = summary(gain=gain(0.3413), shared=entry, gain_over_shared=over)
+    assert words in conclude(whole).helped.split(". ")
+
+
+def test_without_groups_nothing_is_said_of_shared_values() -> None:
+    assert "shared" not in conclude(summary(shared=None, gain_over_shared=None)).helped
+
+
+def test_the_best_shared_value_is_of_trainings_whose_groups_have_one_value_each() -> None:
+    space = Space((
+        *(Parameter(("decay", name), 1e-3, 1.0, log=True) for name in "ab"),
+        Parameter(("last",), 0.0, 1.0),
+    ))  # fmt: skip
+    units = ((0.5, 0.5, 0.1), (0.2, 0.3, 0.1), (0.25, 0.25, 0.9), (0.75, 0.75, 0.5))
+    uppers = (3.0, 1.0, 2.0, 2.5)
+    state = SearchState(tuple(
+        Training(i, Proposal(unit, "start"), "done", i, 1.0, upper, (0.0,) * 3, 10.0)
+        for i, (unit, upper) in enumerate(zip(units, uppers, strict=True))
+    ))  # fmt: skip
+    found = best_shared(state, space)
+    assert found is not None and (found.training.index, found.tried) == (2, 3)
+    assert best_shared(state, Space(space.parameters[1:])) is None
+    compared = Compared.of(state, space)
+    first, lowest, best_of_shared, _ = state.trainings
+    assert compared.beside(lowest) == [first, best_of_shared]
+    assert compared.beside(first) == [best_of_shared]
+    over = Gain("upper_loss", 0.1, 0.02, 90)
+    assert compared.gains({2: over}) == Gains(None, over) and compared.gains({0: over}) == Gains(over, None)
+    written = summary_of(
+        state, space, make_method("default"), {}, {}, {}, None, 1.0, Gains(None, Gain("upper_loss", 0.1, 0.02, 90))
+    )
+    assert written["shared"]["training"] == 3 and written["shared"]["tried"] == 3
+    assert written["gain_over_shared"]["mean"] == 0.1
+    words = "F lower by 0.100 ± 0.020 than with one shared value (training 3, the best of 3 tried)"
+    assert words in written["in_words"][1]
 
 
 def test_a_gain_without_an_error_has_four_places() -> None:

@@ -92,6 +92,19 @@ def test_a_refit_worse_than_an_earlier_incumbent_shows_overfitting() -> None:
     assert verdict(state, True, falling, refit_loss=2.0) == "validation set overfitted"
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e3, -1.0])
+@pytest.mark.parametrize("unit", [1.0, 1e-8])
+def test_overfitting_depends_neither_on_a_shift_of_the_loss_nor_on_its_unit(shift: float, unit: float) -> None:
+    state = descent()
+    for t in state.trainings:
+        state = state.change(t.index, upper_loss=unit * (t.upper_loss + shift))
+    rising = {i: unit * (1 - t.upper_loss + shift) for i, t in enumerate(descent().trainings)}
+    assert verdict(state, True, rising) == "validation set overfitted"
+    # A rise that the scatter of F hides is none: the last step gained little.
+    level = {i: unit * (0.001 * i + shift) for i in range(len(state.trainings))}
+    assert verdict(state, True, level) == "converged"
+
+
 def test_the_incumbent_is_not_the_luckiest_where_values_are_noisy() -> None:
     noisy = StepRecord(4, 0, 0.0, seen=4, expected=((2, 0.24), (3, 0.3)))
     state = replace(descent(), steps=(noisy,)).change(3, upper_loss=0.05)

@@ -53,6 +53,18 @@ def test_its_summary_is_that_of_the_search(folder: Path, saved: state_file.Saved
     assert summary["in_words"][0].startswith("Found: F")
 
 
+def test_without_tune_s_json_logger_its_snapshot_of_the_trials_is_read(folder: Path) -> None:
+    expected, trials = raybilevel.summarise(folder), []
+    for path in sorted(folder.glob("*/result.json")):
+        result = json.loads(path.read_text())
+        trials.append([json.dumps({"trial_id": result["trial_id"]}), json.dumps({"last_result": result})])
+        path.unlink()
+    waiting = [json.dumps({"trial_id": "new"}), json.dumps({"last_result": {"trial_id": "new"}})]
+    (folder / "experiment_state-2.json").write_text(json.dumps({"trial_data": [*trials, waiting]}))
+    assert raybilevel.summarise(folder) == expected
+    assert any(entry.get("test_loss") for entry in expected["history"])
+
+
 def test_a_metric_that_is_maximised_has_its_own_sign(folder: Path, saved: state_file.SavedSearch) -> None:
     state_file.write(folder / "searcher-state-1.pkl", replace(saved, metric="score", mode="max"))
     summary = raybilevel.summarise(folder)

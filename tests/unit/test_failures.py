@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,53 @@ def test_causes_that_differ_by_a_number_in_any_notation_are_one(tmp_path: Path) 
     values = ("0.0316 of <Model at 0x7f8e4c00ab>", "3.16e-05 of <Model at 0x7fa1>", "-2 of <Model at 0xbeef>")
     said = failing(tmp_path, *(f"ValueError: decay is {value}" for value in values))
     assert said[-1] is not None and said[-1].startswith("the first 3 trainings failed alike")
+
+
+DIED = """Failure # 1 (occurred at 2025-01-01_00-00-00)
+The actor died unexpectedly before finishing this task.
+\tclass_name: ImplicitFunc
+\tactor_id: {number}bb820350d886a8a5c301000000
+\tpid: {number}
+The actor is dead because its worker process has died. Worker exit type: {kind} Worker exit detail: Worker \
+unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was killed.
+"""
+NODE_DIED = """Failure # 1 (occurred at 2025-01-01_00-00-00)
+The actor died unexpectedly before finishing this task.
+\tpid: {number}
+The actor died because its node has died. Node Id: {number}
+\tthe actor's node was terminated: {kind}
+"""
+KILLED = """Failure # 1 (occurred at 2025-01-01_00-00-00)
+Task was killed due to the node running low on memory.
+Memory on the node (IP: 10.0.0.{number}) was 9{number}GB / 100GB; {kind}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "cause"),
+    [
+        (
+            DIED,
+            "SYSTEM_ERROR",
+            r"the worker process died \(SYSTEM_ERROR\), as by os\._exit, a crash, or for want of memory",
+        ),
+        (DIED, "INTENDED_USER_EXIT", r"the worker process died \(INTENDED_USER_EXIT\)"),
+        (KILLED, "", "Ray killed the worker, as its node had no memory left"),
+        (DIED, "INTENDED_SYSTEM_EXIT", None),
+        (NODE_DIED, "preempted", None),
+    ],
+)
+def test_workers_that_die_alike_end_the_search(tmp_path: Path, text: str, kind: str, cause: str | None) -> None:
+    failures, said = FailedTrainings(), None
+    for number in range(3):
+        (tmp_path / f"t{number}").write_text(text.format(number=number, kind=kind))
+        assert said is None
+        failures.failed(f"t{number}")
+        said = failures.always(lambda trial: str(tmp_path / trial))
+    if cause is None:
+        assert said is None
+    else:
+        assert re.search(f"the first 3 trainings failed alike, and none succeeded: {cause}", str(said))
 
 
 @pytest.mark.parametrize(

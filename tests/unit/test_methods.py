@@ -485,7 +485,7 @@ class Cone:
 )
 def test_the_trusted_radius_halves_until_the_value_is_known(slack: float, expected: float):
     # the steepest coordinate goes the whole way: 0.2, 0.1, 0.05, ... from the centre
-    descent = LagrangianPoint(Hypergradient(vector(-4.0, 1.0), 1.0), 1.0, 0.05, slack, vector())
+    descent = LagrangianPoint(Hypergradient(vector(-4.0, 1.0), 1.0), 1.0, 0.05, slack, vector(), vector(0, 0).bool())
     found = trusted_radius(Cone(), vector(0.5, 0.5), descent, 0.2)
     assert found == pytest.approx(expected)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from raybilevel._lower.paired import Gain, Weights, paired_gain, terms_of
+from raybilevel._lower.paired import Gain, Weights, paired_gains, terms_of
 from raybilevel.errors import ProblemError
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level
 
@@ -79,7 +79,7 @@ def test_a_mean_that_leaves_examples_out_has_no_known_terms() -> None:
 
 def test_without_losses_of_test_examples_the_gain_is_that_of_f() -> None:
     # The losses are (w - 2)^2 x^2, so the differences from w = 1 to w = 2 are x^2 = 1, 4, 9, 16, 25.
-    found = paired_gain(Line(), at(1.0), at(2.0))
+    found = paired_gains(Line(), {7: at(1.0)}, at(2.0))[7]
     assert found is not None
     assert (found.of, found.mean, found.examples) == ("upper_loss", pytest.approx(11.0), 5)
     assert found.standard_error == pytest.approx(math.sqrt(374 / 4) / math.sqrt(5))
@@ -87,9 +87,11 @@ def test_without_losses_of_test_examples_the_gain_is_that_of_f() -> None:
 
 def test_losses_of_test_examples_come_first_and_a_loss_is_a_negative_gain() -> None:
     # |w| x for x = 1, 2, 3: it rises by 1, 2, 3 from w = 1 to w = 2.
-    assert paired_gain(WithTestLosses(), at(1.0), at(2.0)) == Gain(
-        "test_loss", -2.0, pytest.approx(1 / math.sqrt(3)), 3
-    )
+    found = paired_gains(WithTestLosses(), {0: at(1.0), 4: at(2.0)}, at(2.0))
+    assert found == {
+        0: Gain("test_loss", -2.0, pytest.approx(1 / math.sqrt(3)), 3),
+        4: Gain("test_loss", 0.0, 0.0, 3),
+    }
 
 
 def test_a_loss_that_is_no_plain_mean_has_no_gain() -> None:
@@ -105,7 +107,7 @@ def test_a_loss_that_is_no_plain_mean_has_no_gain() -> None:
             return functional.mse_loss(model(batch + torch.randn_like(batch)), 2 * batch)
 
     for kind in (Sum, Repeated, Noisy):
-        assert paired_gain(kind(), at(1.0), at(2.0)) is None
+        assert paired_gains(kind(), {0: at(1.0)}, at(2.0)) == {0: None}
 
 
 @pytest.mark.parametrize(
@@ -117,4 +119,4 @@ def test_losses_of_another_shape_are_refused(losses: Any, got: str) -> None:
             return losses
 
     with pytest.raises(ProblemError, match=rf"Wrong.test_losses must return a tensor of shape \(n,\), got {got}"):
-        paired_gain(Wrong(), at(1.0), at(2.0))
+        paired_gains(Wrong(), {0: at(1.0)}, at(2.0))

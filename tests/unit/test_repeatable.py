@@ -254,6 +254,85 @@ def test_the_same_data_at_both_levels_are_said(caplog: pytest.LogCaptureFixture)
     assert not caplog.records
 
 
+@pytest.mark.parametrize("place", ["problem", "model"])
+def test_an_upper_loss_that_reads_what_the_lower_one_has_left_is_refused(place: str):
+    class Left(Network):
+        decay: Any = 0.0
+
+        def lower_loss(self, model: Any, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            (self if place == "problem" else model).decay = hyperparameters["decay"]
+            return super().lower_loss(model, hyperparameters, batch)
+
+        def upper_loss(self, model: Any, batch: Any) -> Tensor:
+            left = getattr(self if place == "problem" else model, "decay", 0.0)
+            return super().upper_loss(model, batch) + torch.as_tensor(left).detach()
+
+    with pytest.raises(ProblemError, match=r"Left\.upper_loss follows what lower_loss was last evaluated at.*argument"):
+        check_problem(Left(), DECAY)
+
+
+def test_a_loss_that_changes_the_hyperparameters_that_it_is_given_is_explained():
+    class Doubles(Network):
+        def lower_loss(self, model: Any, hyperparameters: Any, batch: Any) -> Tensor:
+            hyperparameters["decay"] = 2 * hyperparameters["decay"]
+            return super().lower_loss(model, hyperparameters, batch)
+
+    with pytest.raises(ProblemError, match=r"a second time.*leave the hyperparameters as they are given"):
+        check_problem(Doubles(), DECAY)
+
+
+class Elsewhere(Network):
+    """Both levels yield the same batch. what: it is; of_level: the data of a level's loss."""
+
+    def __init__(self, what: Any, of_level: Any) -> None:
+        super().__init__()
+        self.what, self.of_level = what, of_level
+
+    def loss(self, model: nn.Module, batch: Any, lower: bool) -> Tensor:
+        return F.cross_entropy(*self.of_level(self, model, batch, lower))
+
+    def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+        penalty = sum(parameter.square().sum() for parameter in model.parameters())
+        return self.loss(model, batch, True) + hyperparameters["decay"] * penalty
+
+    def upper_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.loss(model, batch, False)
+
+    def batches(self, level: Level, generator: torch.Generator | None) -> Iterable[Any]:
+        return [self.what(self)]
+
+
+def half(lower: bool) -> slice:
+    return slice(0, 12) if lower else slice(12, 23)
+
+
+@pytest.mark.parametrize(
+    ("what", "of_level", "warned"),
+    [
+        (lambda p: (p.x, p.y), lambda p, model, b, lower: (model(b[0]), b[1]), True),
+        (lambda p: (p.x, p.y), lambda p, model, b, lower: (model(b[0])[half(lower)], b[1][half(lower)]), False),
+        (lambda p: torch.zeros(4), lambda p, model, b, lower: (model(p.x[half(lower)]), p.y[half(lower)]), False),
+        (
+            lambda p: torch.arange(11),
+            lambda p, model, b, lower: (model(p.x[half(lower)][b]), p.y[half(lower)][b]),
+            False,
+        ),
+        (
+            lambda p: {"x": p.x, "y": p.y, "train": torch.arange(23) < 12},
+            lambda p, model, b, lower: (model(b["x"])[b["train"] == lower], b["y"][b["train"] == lower]),
+            False,
+        ),
+        (lambda p: torch.zeros(4, 1), lambda p, model, b, lower: (model(p.x[half(lower)]), p.y[half(lower)]), False),
+    ],
+    ids=["given", "masks", "constant", "index", "masks_in_batch", "constant_matrix"],
+)
+def test_the_same_batch_at_both_levels_is_said_only_where_it_has_the_data(
+    what: Any, of_level: Any, warned: bool, caplog: pytest.LogCaptureFixture
+):
+    check_problem(Elsewhere(what, of_level), DECAY)
+    assert ("yields the same data for both levels" in caplog.text) is warned
+
+
 def test_a_level_by_a_prefix_of_another_name_is_named():
     class Prefixed(Network):
         def batches(self, level: Any, generator: torch.Generator | None) -> Iterable[Any]:

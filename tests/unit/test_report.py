@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.suite import MethodEntry, ProblemEntry, Run, execute
 from raybilevel._records import store as records
-from raybilevel._records.record import Observation, Record
+from raybilevel._records.record import Observation, Overhead, Record, TrialLog
 from raybilevel.errors import DataError, RaybilevelError
 from raybilevel.report import _comparison as comparison
 from raybilevel.report import _frames as frames
@@ -118,6 +118,52 @@ def test_the_curve_is_the_mean_of_the_best_so_far(runs: list[tuple[Run, Record]]
     assert at["mean"] == pytest.approx(sum(best) / 2)
     assert (at["low"], at["high"]) == pytest.approx((min(best), max(best)))
     assert data["x"].iloc[-1] == BUDGET
+
+
+@pytest.mark.parametrize(
+    ("ends", "intervals", "seeds", "words"),
+    [
+        ({"a": 0.5, "b": 0.4, "c": 0.9}, {}, 1, "b is lowest (0.4), then a (0.5). With one seed that may be luck."),
+        (
+            {"a": 0.5, "b": 0.4},
+            {"a": (0.45, 0.55), "b": (0.3, 0.46)},
+            5,
+            "b is lowest (0.4), then a (0.5). Their intervals overlap, so these seeds do not tell them apart.",
+        ),
+        (
+            {"a": 0.5, "b": 0.4},
+            {"a": (0.45, 0.55), "b": (0.38, 0.42)},
+            5,
+            "b is lowest (0.4), then a (0.5). Their intervals do not overlap.",
+        ),
+        (
+            {"a": 0.5, "b": 0.4},
+            {"a": (0.45, 0.55), "b": (0.38, 0.42)},
+            2,
+            "b is lowest (0.4), then a (0.5). Their intervals do not overlap, but 2 seeds are few.",
+        ),
+    ],
+)
+def test_a_caption_says_what_follows_from_the_curves(ends: Any, intervals: Any, seeds: int, words: str) -> None:
+    assert comparison.in_the_end(ends, intervals, seeds) == f" In the end {words}"
+    assert comparison.in_the_end({"a": 0.5}, {}, 1) == ""
+
+
+def test_a_caption_names_no_first_of_two_equal_methods() -> None:
+    words = comparison.in_the_end({"a": 0.500001, "b": 0.5, "c": 0.9}, {}, 1)
+    assert words == " In the end b and a are equal (0.5)."
+
+
+def test_figures_of_a_comparison_say_what_is_seen_and_what_follows(runs: list[tuple[Run, Record]]) -> None:
+    for chart in comparison.charts([record for _, record in runs]):
+        assert chart.caption.startswith("The lowest validation loss F up to each ")
+        assert " In the end " in chart.caption and ";" not in chart.caption
+    found = [
+        record.model_copy(update={"trials": (TrialLog(trial="t", took=(2.0, 1.0)),), "overhead": overhead})
+        for (_, record), overhead in zip(runs, [Overhead(upper_seconds=1.0), *[Overhead()] * 5], strict=True)
+    ]
+    caption = comparison.overhead(found, METHODS).caption
+    assert re.search(r"What is beside trainings is the price of a method\. .* is that of default, 14%\.$", caption)
 
 
 def test_the_paired_test_is_against_the_peer_with_the_lowest_mean(runs: list[tuple[Run, Record]]) -> None:

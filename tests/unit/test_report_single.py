@@ -162,11 +162,32 @@ def test_the_table_of_results_has_the_gain_with_its_standard_error() -> None:
     found = record(2).model_copy(update={"gain": Gain("upper_loss", 0.3413, 0.0214, 90)})
     table = tables.result(found)
     assert table.headers == ("", "F (validation loss)")
-    assert ("gain ± standard error", "0.341 ± 0.021") in table.rows
+    assert ("gain over the start", "0.341 ± 0.021") in table.rows
     assert "F lower by 0.341 ± 0.021 over 90 validation examples, beyond two standard errors." in table.note
     of_another = record(2).model_copy(update={"gain": Gain("test_loss", 0.3413, 0.0214, 90)})
-    assert ("gain ± standard error", "-") in tables.result(of_another).rows
-    assert "gain ± standard error" not in [row[0] for row in tables.result(record(2)).rows]
+    assert ("gain over the start", "-") in tables.result(of_another).rows
+    assert "gain over the start" not in [row[0] for row in tables.result(record(2)).rows]
+
+
+def test_the_table_of_results_has_the_best_shared_value() -> None:
+    found = record(2)
+    best, start = found.observations[-1].incumbent, found.start
+    shared = next(i for i in range(len(found.observations)) if i not in (best, start))
+    gain = Gain("upper_loss", 0.25, 0.0214, 90)
+    found = found.model_copy(update={"shared": shared, "gain_over_shared": gain})
+    table = tables.result(found)
+    names = [row[0].partition(" (")[0] for row in table.rows]
+    assert names[:5] == [
+        "start",
+        "best shared value tried",
+        "result",
+        "against the start",
+        "gain over the shared value",
+    ]
+    assert table.rows[4][1] == "0.250 ± 0.021"
+    # The start is one itself: one row, one gain.
+    table = tables.result(found.model_copy(update={"shared": start}))
+    assert not any("shared" in row[0] for row in table.rows)
 
 
 def test_on_a_phone_a_row_of_many_columns_is_a_list_with_their_names() -> None:

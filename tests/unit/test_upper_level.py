@@ -75,10 +75,11 @@ def test_an_evaluation_against_the_formulas():
     assert found.lower.in_x.tolist() == pytest.approx(in_x.tolist(), rel=1e-12)
 
 
-def test_constants_reach_both_levels():
+def test_constants_reach_both_levels_as_the_tensors_of_a_training():
     class Shifted(Ridge):
         def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
-            return super().lower_loss(model, hyperparameters, batch) + hyperparameters["decay"]["shift"]
+            shift = hyperparameters["decay"]["shift"].square().sqrt()
+            return super().lower_loss(model, hyperparameters, batch) + shift
 
     problem = Shifted()
     model = problem.model().double()
@@ -115,6 +116,36 @@ def test_float32_and_frozen_parameters():
 
 
 # Hypergradients.
+
+
+class Direct(Ridge):
+    """F has a slope in the logarithm of each decay as well."""
+
+    slopes: Tensor
+
+    def upper_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:  # type: ignore[override]
+        return super().upper_loss(model, batch) + (self.slopes * self.decay(hyperparameters).log()).sum()
+
+
+@pytest.mark.parametrize(("time", "error"), [(None, 0.03), (5.0, 0.2)])
+def test_an_entry_is_left_out_where_its_parts_cancel_to_less_than_their_error(
+    time: float | None, error: float, caplog: pytest.LogCaptureFixture
+):
+    fixed_x.say_cancelled.cache_clear()
+    problem, through = Direct(), Ridge()
+    point = trained_point(through, UNIT)
+    point.time = None if time is None else torch.full_like(point.y, time)
+    indirect = lagrangian_point(point, 0.05, MANY).gradient
+    # Of a log-uniform box: d log(decay) / d unit is log(upper / lower).
+    unit = math.log(10.0 / 1e-3)
+    problem.slopes = indirect / unit * vector(-1 - 0.8 * error, -1 - 1.5 * error, 0.0)
+    point = trained_point(problem, UNIT)
+    point.time = None if time is None else torch.full_like(point.y, time)
+    found = lagrangian_point(point, 0.05, MANY)
+    assert found.gradient.tolist() == pytest.approx((indirect + unit * problem.slopes).tolist(), rel=1e-6)
+    assert found.known.isnan().tolist() == [True, False, False]
+    assert found.hypergradient.error == pytest.approx(error * indirect.norm().item(), rel=1e-3)
+    assert "Direct: what F changes with a hyperparameter directly" in caplog.text
 
 
 @pytest.fixture
