@@ -5,8 +5,9 @@
 Every searcher has the same number of trials, on a local Ray. raybilevel's upper-level steps are charged, in trials, and
 what it finds beyond the others' cost does not count. OUT/records.jsonl gets a line for each run, and a run that has one
 is not run again. The table is made from these lines alone: the lowest validation loss that a search has seen, its test
-loss, and the difference from random search with the same seeds, each as a mean over seeds with its interval. A second
-one says what the ports to raybilevel take.
+loss, and how far raybilevel's lowest validation loss is above that of each other with the same seeds (below it, if
+negative), each as a mean over seeds with its interval. A second one says what the ports to raybilevel take. Searchers
+whose packages are not installed are left out, which is said.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from benchmarks import ports
+from benchmarks.botorch_search import BoTorchSearch
 from benchmarks.families import shown, table, wide_console
 from benchmarks.ports import FOLDER, PORTED
 from raybilevel._records.experiment import read_search
@@ -36,8 +39,11 @@ SCRIPTS = (
     "tabular_mlp", "timm_recipe", "torchvision_recipe",
 )  # fmt: skip
 OURS = "raybilevel"
-SEARCHERS = ("random", "optuna-tpe", "optuna-gp", OURS)
-REFERENCE = "random"
+BOTORCH = "botorch"
+SEARCHERS = ("random", "optuna-tpe", "optuna-gp", BOTORCH, OURS)
+NEEDS = {"optuna-tpe": "optuna", "optuna-gp": "optuna"}
+"""The package of a searcher."""
+NOT_RUN = "bohb: left out; it learns only of trials that HyperBandForBOHB pauses, and here all run to their end"
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ def performed(key: Key) -> Run:
         results = importlib.import_module(f"{key.script}_bilevel").main(num_samples=key.trials, seed=key.seed)
         costs = costs_of(Path(results.experiment_path))
     else:
-        results = importlib.import_module(key.script).main(searcher=key.searcher, num_samples=key.trials, seed=key.seed)
+        searcher = BoTorchSearch if key.searcher == BOTORCH else key.searcher
+        results = importlib.import_module(key.script).main(searcher=searcher, num_samples=key.trials, seed=key.seed)
         costs = {}
     seconds = time.monotonic() - begun
     shutil.rmtree(results.experiment_path)  # under ~/ray_results, where scripts leave it
@@ -153,12 +160,12 @@ def rows(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
     """A row for each script and searcher that has a run."""
     for script in dict.fromkeys(run.key.script for run in runs):
         of_script = [run for run in runs if run.key.script == script]
-        reference = [run for run in of_script if run.key.searcher == REFERENCE]
+        ours = [run for run in of_script if run.key.searcher == OURS]
         for searcher in dict.fromkeys(run.key.searcher for run in of_script):
             given = [run for run in of_script if run.key.searcher == searcher]
             best = [run.best for run in given if run.best]
             trials = [trial for run in given for trial in run.trials]
-            mine, theirs = pairs(given, reference)
+            mine, theirs = pairs(ours, given)
             yield (
                 f"{script}, {searcher}",
                 str(len(given)),
@@ -168,13 +175,13 @@ def rows(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
                 mean([trial.val_loss for trial in best]),
                 mean([trial.test_loss for trial in best]),
                 mean([trial.test_accuracy for trial in best]),
-                shown(paired_test(mine, theirs).difference, 4) if mine and searcher != REFERENCE else "",
+                shown(paired_test(mine, theirs).difference, 4) if mine and searcher != OURS else "",
             )
 
 
 COLUMNS = (
     "script, searcher", "runs", "failed trials", "cost", "s/trial", "best val loss", "its test loss",
-    "its test accuracy", f"less {REFERENCE}",
+    "its test accuracy", f"{OURS} less it",
 )  # fmt: skip
 
 
@@ -205,12 +212,13 @@ def start_ray(cpus: int | None) -> None:
 def main(given: Sequence[str] | None = None) -> None:
     options = arguments().parse_args(given)
     file, console = options.out / "records.jsonl", wide_console()
+    absent = {searcher for searcher, package in NEEDS.items() if find_spec(package) is None} & {*options.searchers}
     wanted = [
         Key(script, searcher, seed, options.trials)
         for script in options.scripts
         for seed in range(options.seeds)
         for searcher in options.searchers
-        if searcher != OURS or script in PORTED
+        if searcher not in absent and (searcher != OURS or script in PORTED)
     ]
     known = {run.key for run in read(file)}
     missing = [key for key in wanted if key not in known]
@@ -224,6 +232,9 @@ def main(given: Sequence[str] | None = None) -> None:
     if OURS in options.searchers:
         ported = [ports.port_of(script) for script in options.scripts if script in PORTED]
         console.print(table(ports.COLUMNS, list(ports.rows(ported))), highlight=False)
+    for searcher in sorted(absent):
+        console.print(f"{searcher}: left out; {NEEDS[searcher]} is not installed", highlight=False)
+    console.print(NOT_RUN, highlight=False)
     console.print(f"records in {file}", highlight=False)
 
 

@@ -95,6 +95,8 @@ class Parameter:
         are none.
     switch:  its choices are the numbers of alternative parts of the config. It has no entry of its own there.
     grid:    its choices are not searched: each gets an equal share of the trials.
+    prior:   where its user expects the optimum, see `_prior`: of a number a value and a deviation, of choices a weight
+        for each. Empty where nothing is said.
 
     Raises:
         SpaceError: the bounds are not finite or not in order, a logarithmic scale reaches 0, no multiple of the step
@@ -113,6 +115,7 @@ class Parameter:
     when: tuple[Condition, ...] = ()
     switch: bool = False
     grid: bool = False
+    prior: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for bound in ("low", "high"):  # so that values at a bound are floats, too
@@ -233,9 +236,14 @@ class Parameter:
         choices are plain values, of one coordinate."""
         if self.choices or self.integer:
             return self.to_value(unit.item())
+        return self.number(unit)
+
+    def number(self, unit: Tensor) -> Tensor:
+        """The number at unit-cube coordinates, any shape, differentiable: not rounded. Of a choice it is its number."""
         if self.normal:
             # Quantiles from BELOW to 1 - BELOW: the tails are cut off.
-            return self._mean + self._deviation * torch.special.ndtri(BELOW + unit * (1 - 2 * BELOW))
+            quantile: Tensor = torch.special.ndtri(BELOW + unit * (1 - 2 * BELOW))
+            return self._mean + self._deviation * quantile
         if self.log:
             return torch.exp(math.log(self._low) + unit * self.width)
         return self._low + unit * self.width

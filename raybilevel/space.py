@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from raybilevel._dependent import Dependent, resolved
 from raybilevel._parameter import Condition, Parameter, is_finite_number, same
+from raybilevel._prior import given_priors, log_density, mode, quantiles
 from raybilevel._tree import MISSING, Path, flatten, leaves, look_up, nest, nest_lists, replaced
 from raybilevel.errors import SpaceError
 
-__all__ = ["Fixed", "Parameter", "Space", "flatten", "nest"]
+__all__ = ["Fixed", "Parameter", "Space", "flatten", "nest", "with_priors"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,31 @@ class Space:
     def smooth(self) -> tuple[bool, ...]:
         """Of each coordinate, whether the lower level's loss is differentiable in it."""
         return tuple(p.smooth and not p.levels and not p.integer for p in self.parameters)
+
+    @cached_property
+    def has_priors(self) -> bool:
+        """Whether the user has said of a hyperparameter where its optimum is expected."""
+        return any(p.prior for p in self.parameters)
+
+    def log_prior(self, unit: Tensor) -> Tensor:
+        """The logarithm of the density of the optimum that the user expects, shape (..., d) -> (...), differentiable;
+        0 at its largest. Coordinates that are not active, or have no prior, do not count."""
+        active = self.active(unit)
+        found = unit.new_zeros(unit.shape[:-1])
+        for coordinate, p in enumerate(self.parameters):
+            if p.prior:
+                found = found + torch.where(active[..., coordinate], log_density(p, unit[..., coordinate]), 0.0)
+        return found
+
+    def expected(self, points: Tensor) -> Tensor:
+        """A design, shape (n, d), with half of its points moved to where the optimum is expected: the first to the mode
+        of the prior, every second one of the others to its quantiles. The rest stays, for a prior that is wrong."""
+        moved = points.clone()
+        for coordinate, p in enumerate(self.parameters):
+            if p.prior:
+                moved[1::2, coordinate] = quantiles(p, points[1::2, coordinate])
+                moved[0, coordinate] = mode(p)
+        return moved
 
     @cached_property
     def conditional(self) -> bool:
@@ -351,6 +377,18 @@ class Space:
         if not is_finite_number(entry):
             raise SpaceError(f"{parameter.name}: expected a finite number, got {entry!r}")
         return float(entry)
+
+
+def with_priors(space: Space, priors: Mapping[str, Any]) -> Space:
+    """The space with what the user expects of the optimum, as `BilevelSearch` takes it.
+
+    priors: nested like the space. Of a number a value and a standard deviation, in decades on a logarithmic scale and
+        else in its own unit. Of a choice a weight for each of its values. An entry at a group holds for all in it.
+
+    Raises:
+        SpaceError: an entry is none of these, or belongs to no hyperparameter.
+    """
+    return replace(space, parameters=given_priors(space.parameters, priors)) if priors else space
 
 
 def is_met(when: Sequence[Condition], chosen: Mapping[int, int]) -> bool:

@@ -4,14 +4,21 @@ import argparse
 import inspect
 import sys
 
-import optuna
 from ray.tune.search import BasicVariantGenerator
-from ray.tune.search.optuna import OptunaSearch
+
+
+def optuna_search(sampler, seed):
+    # Here, so that the other searchers need no Optuna.
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    return OptunaSearch(sampler=getattr(optuna.samplers, sampler)(seed=seed))
+
 
 SEARCHERS = {
     "random": lambda seed: BasicVariantGenerator(random_state=seed),
-    "optuna-tpe": lambda seed: OptunaSearch(sampler=optuna.samplers.TPESampler(seed=seed)),
-    "optuna-gp": lambda seed: OptunaSearch(sampler=optuna.samplers.GPSampler(seed=seed)),
+    "optuna-tpe": lambda seed: optuna_search("TPESampler", seed),
+    "optuna-gp": lambda seed: optuna_search("GPSampler", seed),
 }
 
 

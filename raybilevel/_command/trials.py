@@ -39,6 +39,7 @@ def searcher_of(plan: Plan, place: Storage) -> BilevelSearch:
         max_concurrent=plan.max_concurrent,
         points_to_evaluate=plan.points,
         constraints=plan.constraints,
+        priors=plan.config.search.priors,
         upper_resources=plan.step,
         lower_resources=for_tune(plan.training),
         storage_filesystem=place.filesystem,

@@ -33,6 +33,8 @@ class SearchConfig(Checked):
         training that keeps them all.
     other_objectives: what `evaluate` returns that is to be weighed against F, e.g. {latency_ms: min}. The result is a
         Pareto front.
+    priors:         where the optimum is expected, nested like the space. Of a number [value, standard deviation], in
+        decades on a logarithmic scale and else in its own unit. Of a choice a weight for each value, {a: 3, b: 1}.
     max_concurrent: limit of concurrent trainings and upper-level steps. The default is as many trainings as fit into
         the cluster, but at most 16, or a quarter of all trainings if that is more.
     epoch_time_limit, step_time_limit: timeouts in seconds. An epoch of a training, or an upper-level step, that takes
@@ -48,6 +50,7 @@ class SearchConfig(Checked):
     points_to_evaluate: list[dict[str, Any]] = Field(default_factory=list)
     constraints: dict[str, str] = Field(default_factory=dict)
     other_objectives: dict[str, str] = Field(default_factory=dict)
+    priors: dict[str, Any] = Field(default_factory=dict)
     epoch_time_limit: float | None = Field(default=None, gt=0)
     step_time_limit: float | None = Field(default=None, gt=0)
     max_failures: int = Field(default=0, ge=-1)

@@ -15,12 +15,12 @@ from raybilevel._metric_bounds import read_bounds
 from raybilevel._objectives import read_others
 from raybilevel.errors import ConfigError, ProblemError, RaybilevelError, SpaceError
 from raybilevel.methods import make_method
-from raybilevel.methods._base import Method, check_constraints, check_others
+from raybilevel.methods._base import Method, check_constraints, check_others, check_priors
 from raybilevel.methods._registry import name_for
 from raybilevel.problem import BilevelProblem, LargeUpperLevel
 from raybilevel.problems import make_problem
 from raybilevel.search._checks import check_search
-from raybilevel.space import STARTS, Space, check_points
+from raybilevel.space import STARTS, Space, check_points, with_priors
 
 Made = TypeVar("Made")
 
@@ -111,6 +111,7 @@ def resolve(config: ExperimentConfig, data: str | None = None, machine: Machine 
     mistakes.made_by(lambda: check_points(search.points_to_evaluate, space, "search.points_to_evaluate"))
     mistakes.made_by(lambda: check_constraints(method, read_bounds(search.constraints)))
     mistakes.made_by(lambda: check_others(method, read_others(search.other_objectives)))
+    mistakes.made_by(lambda: check_priors(method, with_priors(space, search.priors)))
     checked = mistakes.made_by(lambda: check_levels(problem, space, config.constants, method))
     if checked is None or mistakes.found:
         raise mistakes.as_one()

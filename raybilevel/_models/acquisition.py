@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -222,15 +222,21 @@ class FeasibleDecrease(AcquisitionFunction):  # type: ignore[misc]
         return torch.where(gained > 0, p * gained, (2 - p) * gained)
 
 
-class FeasibleImprovement(LogExpectedImprovement):  # type: ignore[misc]
-    """log EI + log p: expected improvement times the probability of a feasible training (Gardner et al. 2014)."""
+Factor = Callable[[Tensor], Tensor]
+"""The logarithm of something that multiplies an expected improvement, at points, shape (..., d) -> (...)."""
 
-    feasibility: Feasible | None = None
+
+class WeightedImprovement(LogExpectedImprovement):  # type: ignore[misc]
+    """Expected improvement times some factors, as a logarithm. One may be the probability of a feasible training
+    (Gardner et al. 2014)."""
+
+    factors: Sequence[Factor] = ()
 
     def forward(self, X: Tensor) -> Tensor:
         improvement: Tensor = super().forward(X)
-        known = self.feasibility
-        return improvement if known is None else improvement + known.log_probability(X.squeeze(-2))
+        for factor in self.factors:
+            improvement = improvement + factor(X.squeeze(-2))
+        return improvement
 
 
 def expected_improvement(
@@ -240,14 +246,14 @@ def expected_improvement(
     seed: int,
     discrete: Levels = NONE,
     at_rest: AtRest = all_active,
-    feasibility: Feasible | None = None,
+    factors: Sequence[Factor] = (),
 ) -> Tensor:
     """The point of the unit cube with the largest (log) expected improvement over the incumbent, shape (d,).
 
     The model has an incumbent, i.e. a `best`.
     """
-    acquisition = FeasibleImprovement(model.process.model, best_f=model.best, maximize=False)
-    acquisition.feasibility = feasibility
+    acquisition = WeightedImprovement(model.process.model, best_f=model.best, maximize=False)
+    acquisition.factors = factors
     low, high = torch.zeros(dimension).double(), torch.ones(dimension).double()
     return maximise(acquisition, low, high, starts, seed, discrete=discrete, at_rest=at_rest)
 

@@ -19,8 +19,7 @@ from botorch.utils.multi_objective import infer_reference_point, is_non_dominate
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
-from raybilevel._models.acquisition import UpperModel, fit_upper_model, maximise
-from raybilevel._models.constraints import Feasible
+from raybilevel._models.acquisition import Factor, UpperModel, fit_upper_model, maximise
 from raybilevel._models.discrete import NONE, AtRest, Levels, all_active
 from raybilevel.search_state import SearchState, Training
 
@@ -66,15 +65,16 @@ def nothing_compiled() -> Iterator[None]:
         logei._load_attempted = before
 
 
-class FeasibleHypervolume(qLogNoisyExpectedHypervolumeImprovement):  # type: ignore[misc]
-    """Its logarithm plus that of the probability of a feasible training."""
+class WeightedHypervolume(qLogNoisyExpectedHypervolumeImprovement):  # type: ignore[misc]
+    """Its logarithm plus those of some factors."""
 
-    feasibility: Feasible | None = None
+    factors: Sequence[Factor] = ()
 
     def forward(self, X: Tensor) -> Tensor:
         improvement: Tensor = super().forward(X)
-        known = self.feasibility
-        return improvement if known is None else improvement + known.log_probability(X[..., 0, :])
+        for factor in self.factors:
+            improvement = improvement + factor(X[..., 0, :])
+        return improvement
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ class FrontModel:
         waiting = torch.stack(list(pending)) if pending else torch.empty(0, len(near), dtype=torch.double)
         return cls(tuple(models), known, torch.stack(columns, -1), waiting)
 
-    def acquisition(self, seed: int, feasibility: Feasible | None = None) -> FeasibleHypervolume:
+    def acquisition(self, seed: int, factors: Sequence[Factor] = ()) -> WeightedHypervolume:
         """The expected growth of the volume that the front dominates, where all is noisy: qLogNEHVI (Daulton et al.
         2021, arXiv:2105.08195; Ament et al. 2023, arXiv:2310.20708)."""
         signs = -torch.ones(len(self.models), dtype=torch.double)
         options: dict[str, Any] = {"X_pending": self.pending} if len(self.pending) else {}
         best = -self.seen[is_non_dominated(-self.seen)]
         with nothing_compiled():
-            found = FeasibleHypervolume(
+            found = WeightedHypervolume(
                 model=ModelListGP(*(model.process.model for model in self.models)),
                 ref_point=infer_reference_point(best),
                 X_baseline=self.known,
@@ -140,7 +140,7 @@ class FrontModel:
                 cache_root=False,
                 **options,
             )
-        found.feasibility = feasibility
+        found.factors = factors
         return found
 
     def propose(
@@ -148,7 +148,7 @@ class FrontModel:
         seed: int,
         discrete: Levels = NONE,
         at_rest: AtRest = all_active,
-        feasibility: Feasible | None = None,
+        factors: Sequence[Factor] = (),
     ) -> Tensor:
         """The point of the unit cube from which the front is expected to gain most, shape (d,)."""
         d = self.known.shape[-1]
@@ -160,5 +160,5 @@ class FrontModel:
             # Of points close to each other, whose joint posterior is nearly singular.
             warnings.simplefilter("ignore", NumericalWarning)
             torch.manual_seed(seed)
-            acquisition = self.acquisition(seed, feasibility)
+            acquisition = self.acquisition(seed, factors)
             return maximise(acquisition, low, high, spread, seed, 3, discrete, at_rest)

@@ -90,6 +90,7 @@ class Method(Protocol):
     searches_by_values: whether it takes hyperparameters in which the lower level's loss is not differentiable.
     takes_constraints: whether it searches for the lowest F among trainings that keep bounds on other metrics.
     takes_others: whether it searches a Pareto front of F and other metrics.
+    takes_priors: whether it begins, and looks, where the user expects the optimum.
     fills_slots: whether a slot that is free until the first step can be planned may train a space-filling point.
     enough_stopped: after so many trainings that were stopped before their end, and none that was not, it plans steps
         by their values; None if it never does.
@@ -101,6 +102,7 @@ class Method(Protocol):
     searches_by_values: ClassVar[bool] = False
     takes_constraints: ClassVar[bool] = False
     takes_others: ClassVar[bool] = False
+    takes_priors: ClassVar[bool] = False
     fills_slots: ClassVar[bool] = False
     enough_stopped: ClassVar[int | None] = None
 
@@ -174,3 +176,13 @@ def check_others(method: Method, others: Others) -> None:
             f"{type(method).__name__} searches one metric, not {', '.join(as_written(others))} too; use "
             "method='default', or leave them out"
         )
+
+
+def check_priors(method: Method, space: Space) -> None:
+    """Refuse priors where a method takes none.
+
+    Raises:
+        ConfigError: it takes none, and there are some.
+    """
+    if space.has_priors and not method.takes_priors:
+        raise ConfigError(f"priors: {type(method).__name__} takes none; use method='default', or leave them out")

@@ -25,6 +25,7 @@ from raybilevel._lower.precision import full_precision
 from raybilevel._lower.trained_time import per_weight
 from raybilevel._lower.variables import BoxVariables
 from raybilevel._models.acquisition import (
+    Factor,
     UpperModel,
     expected_improvement,
     fit_upper_model,
@@ -56,6 +57,8 @@ FULL_SHARE, SELDOM = 2.0, 0.25
 """Share of steps that take hypergradients for each unit of trust, and the least."""
 VALUES_TO_MEET = 6
 """Values of a hyperparameter that the start design meets all of; of more, some."""
+PRIOR_WEIGHT = 10.0
+"""Over the number of trainings it is the exponent of the user's prior, beta of Hvarfner et al. (2022)."""
 PLAIN_STEPS = 4
 """Upper-level steps before groups of hyperparameters are held together: from points at which their members are equal,
 nothing is seen of what their differences are worth."""
@@ -83,6 +86,7 @@ class Default(Method):
     searches_by_values: ClassVar[bool] = True
     takes_constraints: ClassVar[bool] = True
     takes_others: ClassVar[bool] = True
+    takes_priors: ClassVar[bool] = True
     fills_slots: ClassVar[bool] = True
     enough_stopped: ClassVar[int | None] = ENOUGH_TO_BEGIN
 
@@ -129,7 +133,8 @@ class Default(Method):
         most = max((len(values) for values in space.discrete.values()), default=0)
         count = max(slots, self.start_points, min(most, VALUES_TO_MEET))
         points = torch.cat([diagonal, sobol_points(space.dimension, max(1, count - 3), seed)])[:count]
-        return covering(points, space.discrete, seed)
+        points = covering(points, space.discrete, seed)
+        return space.expected(points) if space.has_priors else points
 
     def plan(self, state: SearchState, running: tuple[UpperStep, ...], slots: int, seed: int) -> UpperStep | None:
         # Plans follow F with the penalty. The step gets plain F, as it learns the penalty's strength anew.
@@ -450,13 +455,24 @@ class Default(Method):
             low[~space.active(centre)], high[~space.active(centre)] = 0.0, 1.0
         if feasibility is not None and not step.state.trainings[step.centre].feasible:
             return most_feasible(model, feasibility, low, high, starts, step.seed, discrete, space.at_rest)
+        factors = self._factors(step.state, space, feasibility)
         if front_model is not None:
-            return front_model.propose(step.seed, discrete, space.at_rest, feasibility)
+            return front_model.propose(step.seed, discrete, space.at_rest, factors)
         if step.origin == "global":
-            return expected_improvement(model, len(centre), starts, step.seed, discrete, space.at_rest, feasibility)
+            return expected_improvement(model, len(centre), starts, step.seed, discrete, space.at_rest, factors)
         # The deviation is small beside pending points, so that weight on it leads away from them.
         beta = self.beta + 0.25 * step.rank
         return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, discrete, space.at_rest, feasibility)
+
+    @staticmethod
+    def _factors(state: SearchState, space: Space, feasibility: Feasible | None) -> list[Factor]:
+        """What multiplies an expected improvement: the probability of a feasible training, and the user's prior with an
+        exponent that falls with every training (Hvarfner et al. 2022, piBO, arXiv:2204.11051)."""
+        factors: list[Factor] = [] if feasibility is None else [feasibility.log_probability]
+        if space.has_priors:
+            exponent = PRIOR_WEIGHT / max(1, len(state.measured))
+            factors.append(lambda x: exponent * space.log_prior(x))
+        return factors
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from raybilevel._lower.training import TrainedLowerLevel, load_checkpoint, train
 from raybilevel._metric_bounds import Bounds, read_bounds
 from raybilevel._objectives import Others, read_others
 from raybilevel.errors import ConfigError, NotFiniteError, ProblemError
-from raybilevel.methods._base import check_constraints, check_others
+from raybilevel.methods._base import check_constraints, check_others, check_priors
 from raybilevel.problem import BilevelProblem
 from raybilevel.search._checks import check_search
 from raybilevel.search._optimizer import BilevelOptimizer, Observation
@@ -64,13 +64,14 @@ def search(
     other_objectives: what it returns that is to be weighed against F, with its mode, such as {"latency_ms": "min"}.
 
     Raises:
-        ConfigError: the method's trials are descents, or it takes no constraints or no other objectives.
+        ConfigError: the method's trials are descents, or it takes no constraints, other objectives or priors.
         ProblemError, NotFiniteError: before anything is trained; see `check_problem`. After the first training, where a
             metric that has a bound, or is an objective, is not returned.
     """
     constants, bounds, others = constants or {}, read_bounds(constraints), read_others(other_objectives)
     check_constraints(optimizer.method, bounds)
     check_others(optimizer.method, others)
+    check_priors(optimizer.method, optimizer.space)
     space = optimizer.space = check_search(problem, optimizer.space, constants, optimizer.method)
     if optimizer.method.descent is not None:
         raise ConfigError(f"the trials of {type(optimizer.method).__name__} are descents, which are not run here")

@@ -152,10 +152,15 @@ def told_apart(one: Sequence[Parameter], other: Sequence[Parameter]) -> tuple[st
     only = [p for p in one if p not in other], [p for p in other if p not in one]
     if not any(only):
         only = list(one), list(other)  # in another order
-    words = [[f"{p.name}: {p.domain}({', '.join(map(repr, p.arguments))})" for p in found] for found in only]
+    words = [[in_words(p) for p in found] for found in only]
     if words[0] == words[1]:  # they differ in something else, such as conditions
         words = [list(map(str, found)) for found in only]
     return ", ".join(words[0]) or "nothing else", ", ".join(words[1]) or "nothing else"
+
+
+def in_words(parameter: Parameter) -> str:
+    prior = f" and prior {parameter.prior}" if parameter.prior else ""
+    return f"{parameter.name}: {parameter.domain}({', '.join(map(repr, parameter.arguments))}){prior}"
 
 
 def adopt_records(

@@ -85,6 +85,8 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
     constraints: bounds on metrics that trials report, e.g. {"latency_ms": "<= 5", "recall": ">= 0.9"}. The best is the
         best of the trainings that keep them all; see `Training.feasible`. A trial that was stopped early and has not
         reported them is not known to.
+    priors: where you expect the optimum, nested as the space is: of a number a value and a standard deviation, e.g.
+        {"lr": (1e-3, 0.5)}, in decades on a logarithmic scale; of a choice a weight for each of its values.
     step_time_limit: seconds that an upper-level step may run. One that runs for longer is treated as hung: its
         worker is killed, and after three retries it counts as failed. None for no limit.
 
@@ -110,6 +112,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         step_time_limit: float | None = None,
         evaluated_rewards: Sequence[float] | None = None,
         constraints: Mapping[str, str] | None = None,
+        priors: Mapping[str, Any] | None = None,
     ) -> None:
         metric, mode, self._others = split(metric, mode)
         check_arguments(problem, mode, max_concurrent, step_time_limit)
@@ -125,7 +128,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
         self._step_options = step_options(upper_resources, problem)
         self._step_time_limit = step_time_limit
         self._filesystem = storage_filesystem
-        self._bounds = read_bounds(constraints)
+        self._bounds, self._priors = read_bounds(constraints), priors or {}
         self._slots = Slots(max_concurrent, bundles_of(lower_resources, problem))
         self._checkpoints = Checkpoints(storage_filesystem)
         self._optimizer: BilevelOptimizer | None = None
@@ -331,6 +334,7 @@ class BilevelSearch(FollowsRuns, BeginsFromEarlier, ResumableSearcher):
             self._samples,
             self._bounds,
             self._others,
+            self._priors,
         )
         # A space of the search's own is not in Tune's table, which has constants alone then.
         if table is not None and self._space is None:

@@ -16,11 +16,11 @@ from raybilevel._objectives import Others
 from raybilevel._tree import flatten, nest
 from raybilevel.errors import ConfigError
 from raybilevel.methods import Method
-from raybilevel.methods._base import check_constraints, check_others
+from raybilevel.methods._base import check_constraints, check_others, check_priors
 from raybilevel.problem import BilevelProblem, trains_itself
 from raybilevel.search._checks import check_search, metric_names
 from raybilevel.search_state import SearchState
-from raybilevel.space import Space, check_points
+from raybilevel.space import Space, check_points, with_priors
 from raybilevel.tune._domains import split_param_space
 from raybilevel.tune._failures import ALIKE_AT_MOST
 from raybilevel.tune._results import Objective
@@ -47,6 +47,7 @@ def set_up(
     samples: int | None = None,
     bounds: Bounds = (),
     others: Others = (),
+    priors: Mapping[str, Any] | None = None,
 ) -> SetUp:
     """Check everything that can be wrong with a search once its space is known.
 
@@ -54,10 +55,12 @@ def set_up(
     samples:        trials that there will be, if that is known.
     bounds:         of other metrics.
     others:         objectives beside the first.
+    priors:         of the optimum; see `with_priors`.
 
     Raises:
-        ConfigError: the method cannot search this metric, problem or space, or takes no constraints or one metric only.
-        SpaceError: the space cannot be searched, or points are not in it.
+        ConfigError: the method cannot search this metric, problem or space, or takes no constraints, one metric only or
+            no priors.
+        SpaceError: the space cannot be searched, or points or priors are not in it.
         ProblemError, NotFiniteError: see `check_search`.
     """
     space, constants = split_param_space(param_space)
@@ -68,6 +71,8 @@ def set_up(
         )
     check_constraints(method, bounds)
     check_others(method, others)
+    space = with_priors(space, priors or {})
+    check_priors(method, space)
     # The space that comes back says in which hyperparameters f is differentiable.
     space = check_search(problem, space, constants, method)
     check_points(points, space)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +8,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray import tune
 
 from benchmarks import scripts
+from benchmarks.botorch_search import BoTorchSearch
 from benchmarks.scripts import Key, Run, Trial, append, read, rows
 from tests.unit.test_scripts import SCRIPTS
 
@@ -67,12 +70,12 @@ def test_what_was_found_beyond_the_cost_of_the_trials_does_not_count() -> None:
 
 
 def test_rows_compare_searchers_on_the_seeds_that_both_have() -> None:
-    records = [run("random", 0, 0.5, 0.4), run("random", 1, 0.3, 0.6), run("optuna-tpe", 1, 0.2, 0.9)]
+    records = [run("random", 0, 0.5, 0.4), run("random", 1, 0.3, 0.6), run("raybilevel", 1, 0.2, 0.9)]
     failed = Run(Key("timm_recipe", "optuna-gp", 0, 1), (), 1, 1.0, {})
-    random, tpe, gp = rows([*records, failed])
+    random, ours, gp = rows([*records, failed])
     assert random[:4] == ("timm_recipe, random", "2", "0", "2.0 [2.0, 2.0]") and random[5].startswith("0.3500 [")
-    assert random[-1] == ""
-    assert tpe == ("timm_recipe, optuna-tpe", "1", "0", "2.0", "2.0 [2.0, 2.0]", "0.2000", "2.0000", "", "-0.1000")
+    assert random[-1] == "-0.1000"
+    assert ours == ("timm_recipe, raybilevel", "1", "0", "2.0", "2.0 [2.0, 2.0]", "0.2000", "2.0000", "", "")
     assert gp == ("timm_recipe, optuna-gp", "1", "1", "1.0", "", "", "", "", "")
 
 
@@ -92,3 +95,37 @@ def test_runs_that_have_a_record_are_not_run_again(
     scripts.main([*chosen, "--seeds", "2"])
     assert performed == [Key("char_gpt", "random", seed, 2) for seed in (0, 1)]
     assert "char_gpt, random" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    performed: list[str] = []
+    monkeypatch.setattr(scripts, "find_spec", lambda package: None)
+    monkeypatch.setattr(scripts, "start_ray", lambda cpus: None)
+    monkeypatch.setattr(
+        scripts,
+        "performed",
+        lambda key: performed.append(key.searcher) or Run(key, (Trial(0.5, 0.5, 0.9, 1.0),), 0, 1.0, {}),
+    )
+    scripts.main(
+        ["--out", str(tmp_path), "--scripts", "char_gpt", "--searchers", "random", "optuna-gp", "--seeds", "1"]
+    )
+    assert performed == ["random"]
+    printed = capsys.readouterr().out
+    assert "optuna-gp: left out; optuna is not installed" in printed and "bohb: left out" in printed
+
+
+def test_botorch_learns_of_values_over_a_mixed_space() -> None:
+    space = {"lr": tune.loguniform(1e-4, 1.0), "kind": tune.choice(["a", "b"]), "depth": tune.randint(1, 5)}
+    search = BoTorchSearch(seed=0)
+    assert search.set_search_properties("loss", "min", space)
+    losses = []
+    for number in range(16):
+        config = search.suggest(str(number))
+        loss = (math.log10(config["lr"]) + 0.5) ** 2 / 4 + (config["kind"] == "a") + 0.2 * (config["depth"] - 4) ** 2
+        losses.append(loss)
+        search.on_trial_complete(str(number), {"loss": loss} if number != 3 else None, error=number == 3)
+    assert len(search.told) == 15
+    # After eight Sobol points.
+    assert min(losses[8:]) < 0.2 * min(losses[:8])

@@ -143,7 +143,7 @@ def test_a_pending_point_is_not_proposed_again():
 def test_where_trainings_break_constraints_nothing_is_proposed():
     state = measured(sobol_points(2, 12, 3), bounded=True)  # feasible on the right
     kept = Feasible(fit_metrics(state.measured, vector(0.5, 0.5), 500))
-    assert model_of(state).propose(seed=0, feasibility=kept)[0] > 0.45
+    assert model_of(state).propose(seed=0, factors=[kept.log_probability])[0] > 0.45
 
 
 def test_a_training_without_an_objective_is_left_out():
