@@ -79,17 +79,13 @@ class LagrangianPoint:
     """How trained weights y_i answer to x, and where that leaves the Lagrangian F + m f at fixed x.
 
     hypergradient: in the unit cube.
-    multiplier:    m, at which F, linearised, falls by `decrease`.
+    multiplier:    m, at which F, linearised, falls by `decrease` from y_i to the minimiser y_m.
     decrease:      how far F at y_m lies below F at the trained weights, relative to |F| there.
-    slack:         f(x, y_m) - v(x) >= 0: y_m minimises F where f <= v + slack.
-    displacement:  y_m - y_i, shape (n,).
     """
 
     hypergradient: Hypergradient
     multiplier: float
     decrease: float
-    slack: float
-    displacement: Tensor
 
     @property
     def gradient(self) -> Tensor:
@@ -104,12 +100,12 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
     As m grows that tends to dF/dx - d2f/dxdy q, with q = H^-1 dF/dy if the training ended at a minimum. If it did not,
     q is the response of the training (`response`).
     """
-    upper = point.here.upper
+    upper = point.upper
     if not upper.in_y.any():  # F does not depend on y
-        return unmoved(point, Hypergradient(upper.in_x, upper.value))
+        return unmoved(Hypergradient(upper.in_x, upper.value))
     found = response(point, budget)
     if not found.vector.any():  # f is flat along all that F follows
-        return unmoved(point, Hypergradient(upper.in_x, upper.value, products=found.products))
+        return unmoved(Hypergradient(upper.in_x, upper.value, products=found.products))
     gradient = upper.in_x - point.products.mixed(found.vector)
     fall = inner(upper.in_y, found.vector)  # of F, linearised, along y_m - y_i = -q / m, times m
     # F falls by fall / m in all. Choose m so that this is `decrease` |F|.
@@ -124,14 +120,13 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
         )
     )
     if not fall > 0:  # no multiplier lowers F to first order
-        return unmoved(point, hypergradient)
-    # slack: f rises by <q, H q> / (2 m^2), and H q = dF/dy.
-    return LagrangianPoint(hypergradient, multiplier, decrease, fall / (2 * multiplier**2), -found.vector / multiplier)
+        return unmoved(hypergradient)
+    return LagrangianPoint(hypergradient, multiplier, decrease)
 
 
-def unmoved(point: TrainedPoint, hypergradient: Hypergradient) -> LagrangianPoint:
+def unmoved(hypergradient: Hypergradient) -> LagrangianPoint:
     """Where F does not fall from the trained weights, to first order."""
-    return LagrangianPoint(hypergradient, 0.0, 0.0, 0.0, point.still)
+    return LagrangianPoint(hypergradient, 0.0, 0.0)
 
 
 def response(point: TrainedPoint, budget: Budget) -> Filtered:
@@ -151,7 +146,7 @@ def response(point: TrainedPoint, budget: Budget) -> Filtered:
     Raises:
         NoisyError: gradients are so coarse that q is far too short for that.
     """
-    force, products = point.here.upper.in_y, point.products
+    force, products = point.upper.in_y, point.products
     if point.time is None or bool(point.time.isinf().any()):
         found = filtered(
             products.hessian, force, lambda h: at_a_minimum(h, products.noise), FINISHED_TOLERANCE, budget.most
