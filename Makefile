@@ -95,7 +95,7 @@ bench-generalisation: $(STAMP)
 		--editable ".[bench]"
 	$(BIN)/python -m benchmarks.generalisation --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
-# What a search costs its driver, and how many slots it keeps busy. A part: ARGS=latency|memory|slots|overhead|sharing.
+# What a search costs its driver, and how many slots it keeps busy. A part: ARGS=steps|latency|memory|slots|overhead|sharing.
 bench-scale: $(STAMP)
 	$(BIN)/python -m benchmarks.scale $(or $(ARGS),all)
 

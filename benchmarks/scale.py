@@ -1,8 +1,9 @@
 """What a search costs its driver, and how many slots it keeps busy: make bench-scale.
 
-    python -m benchmarks.scale latency|memory|slots|overhead|sharing|sharded|all
+    python -m benchmarks.scale steps|latency|memory|slots|overhead|sharing|sharded|all
         [--simulated 1,4,...] [--slots 1,2,...] [--trials N] [--seconds S] [--once]
 
+steps:    processor time of an upper-level step, in searches of 8 and of 64 weight decays.
 latency:  of `suggest` and `on_trial_complete` with 1,000 observations in 20 dimensions, the searcher alone.
 memory:   of the searcher at 10,000 observations.
 slots:    idle slots at up to 256 slots, in simulated time: the real search, trainings and steps that only take time.
@@ -37,6 +38,7 @@ from ray import cloudpickle, tune
 from benchmarks.made_up import DIMENSION, Answers, Quadratic, space
 from benchmarks.overhead import SEARCHES, met, overhead
 from benchmarks.sharded import sharded
+from benchmarks.step_time import step_times
 from raybilevel._cluster.sent_state import SentState
 from raybilevel._cluster.step_call import StepCall
 from raybilevel._command.cluster import cluster
@@ -46,6 +48,8 @@ from raybilevel.search._optimizer import BilevelOptimizer, Observation
 from raybilevel.tune._domains import split_param_space
 from raybilevel.tune._searcher import BilevelSearch
 from raybilevel.tune._trainable import lower_level_trainable
+
+PARTS = ("steps", "latency", "memory", "slots", "overhead", "sharing", "sharded")
 
 
 def drive(observations: int, watch: Callable[[str, float], None] | None = None, slots: int = 16) -> BilevelSearch:
@@ -91,6 +95,11 @@ def drive(observations: int, watch: Callable[[str, float], None] | None = None, 
         else:
             timed("on_trial_complete", partial(search._tell, busy.pop(0), answers.training()))
     return search
+
+
+def steps() -> None:
+    print("processor time of a step, hypergradients apart:")
+    step_times()
 
 
 def latency(observations: int = 1000) -> bool:
@@ -208,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="make bench-scale", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("latency", "memory", "slots", "overhead", "sharing", "sharded", "all"))
+    parser.add_argument("what", choices=(*PARTS, "all"))
     parser.add_argument("--trials", type=int, default=1000, help="of overhead")
     parser.add_argument("--seconds", type=float, default=0.1, help="for which a training of overhead sleeps, a slot")
     parser.add_argument("--slots", default="1,2,4", help="of overhead: each is a process of 100 MB")
@@ -217,6 +226,7 @@ def main() -> None:
     given = parser.parse_args()
     counts = [int(count) for count in given.slots.split(",")]
     parts: dict[str, Callable[[], bool | None]] = {
+        "steps": steps,
         "latency": latency,
         "memory": memory,
         "slots": lambda: slots([int(count) for count in given.simulated.split(",")]),

@@ -44,7 +44,7 @@ class Proposal:
     predicted_upper_loss: F expected there.
     gain:            of the Kalman update of the model of F by the training: the share that it will believe of how far F
         is from what was predicted, 0 to 1; less than 1 where values are noisy.
-    predicted_value: v_hat there, before it is trained; its error is a diagnostic.
+    predicted_value: v_hat there, before it is trained, of a method that has a v_hat; its error is a diagnostic.
     deviation:       posterior standard deviation of v_hat there.
     violation:       of the constraint where the descent ended that proposed it.
     """
@@ -151,7 +151,8 @@ class StepRecord(PickledOnce):
     """One finished upper-level step.
 
     centre:      index of the training whose weights it started from.
-    multiplier, violation: of its augmented Lagrangian; None where it had no hypergradient to take.
+    multiplier:  of its augmented Lagrangian; None where it had no hypergradient to take.
+    violation:   of the constraint of v_hat at the end of its descent; None of a method without v_hat.
     decrease:    F at the trained weights less F where that Lagrangian is least, relative to |F|.
     penalty, rate, momentum: of the published scheme, for its next descent.
     finished:    how many trainings had finished when its result came.

@@ -53,7 +53,7 @@ class Shown:
     trainings: how many there will be.
     resumed:   whether some have ended before.
     config_of: None where a training's point is not its result, as of descents.
-    verbose:   also the inside of the method: upper-level steps, multiplier, violation and error of v.
+    verbose:   also the inside of the method: upper-level steps, multiplier, and what is known of v_hat.
     """
 
     title: str
@@ -190,9 +190,8 @@ class LiveView:
         if self.shown.verbose:
             inside = newest(state)
             table.add_row("upper-level steps", f"{len(state.steps)} done, {steps_under_way} running")
-            table.add_row("multiplier", number(inside.multiplier))
-            table.add_row("violation", number(inside.violation))
-            table.add_row("error of v", number(inside.value_error))
+            for name, value in numbers(inside).items():
+                table.add_row(name, value)
         table.add_row("time", self.clock.text(len(told)))
         table.add_row("", ProgressBar(total=self.shown.trainings, completed=len(told), width=40))
         return Group(Text(self.shown.title, style="bold", overflow="fold"), table)
@@ -217,13 +216,13 @@ class Clock:
 
 
 def details(found: Newest) -> str:
-    text = "" if found.multiplier is None else f"  multiplier {number(found.multiplier)}"
-    text += "" if found.violation is None else f"  violation {number(found.violation)}"
-    return text + ("" if found.value_error is None else f"  error of v {number(found.value_error)}")
+    return "".join(f"  {name} {value}" for name, value in numbers(found).items())
 
 
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def numbers(found: Newest) -> dict[str, str]:
+    """Those that are known, by name; the last two are of methods with a v_hat."""
+    known = {"multiplier": found.multiplier, "violation": found.violation, "error of v": found.value_error}
+    return {name: f"{value:.3g}" for name, value in known.items() if value is not None}
 
 
 def duration(seconds: float) -> str:

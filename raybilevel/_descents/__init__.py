@@ -1,1 +1,1 @@
-"""Descents from trained weights: hypergradients at fixed x, and steps in (x, y) jointly. No Ray."""
+"""Hypergradients at trained weights, and the augmented Lagrangian of the published scheme. No Ray."""

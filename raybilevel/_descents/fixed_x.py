@@ -89,10 +89,8 @@ class LagrangianPoint:
     """How trained weights y_i answer to x, and where that leaves the Lagrangian F + m f at fixed x.
 
     hypergradient: in the unit cube.
-    multiplier:    m, at which F, linearised, falls by `decrease`.
+    multiplier:    m, at which F, linearised, falls by `decrease` from y_i to the minimiser y_m.
     decrease:      how far F at y_m lies below F at the trained weights, relative to |F| there.
-    slack:         f(x, y_m) - v(x) >= 0: y_m minimises F where f <= v + slack.
-    displacement:  y_m - y_i, shape (n,).
     drowned:       entries of the gradient that are less than their error, shape (d,): F depends on x directly there,
         and nearly cancels what it changes through the weights.
     """
@@ -100,8 +98,6 @@ class LagrangianPoint:
     hypergradient: Hypergradient
     multiplier: float
     decrease: float
-    slack: float
-    displacement: Tensor
     drowned: Tensor
 
     @property
@@ -122,12 +118,12 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
     As m grows that tends to dF/dx - d2f/dxdy q, with q = H^-1 dF/dy if the training ended at a minimum. If it did not,
     q is the response of the training (`response`).
     """
-    upper = point.here.upper
+    upper = point.upper
     if not upper.in_y.any():  # F does not depend on y
-        return unmoved(point, Hypergradient(upper.in_x, upper.value))
+        return unmoved(Hypergradient(upper.in_x, upper.value))
     found = response(point, budget)
     if not found.vector.any():  # f is flat along all that F follows
-        return unmoved(point, Hypergradient(upper.in_x, upper.value, products=found.products))
+        return unmoved(Hypergradient(upper.in_x, upper.value, products=found.products))
     indirect = point.products.mixed(found.vector)
     gradient = upper.in_x - indirect
     error = (
@@ -150,16 +146,14 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
         )
     )
     if not fall > 0:  # no multiplier lowers F to first order
-        return replace(unmoved(point, hypergradient), drowned=drowned)
-    # slack: f rises by <q, H q> / (2 m^2), and H q = dF/dy.
-    slack, displacement = fall / (2 * multiplier**2), -found.vector / multiplier
-    return LagrangianPoint(hypergradient, multiplier, decrease, slack, displacement, drowned)
+        return replace(unmoved(hypergradient), drowned=drowned)
+    return LagrangianPoint(hypergradient, multiplier, decrease, drowned)
 
 
-def unmoved(point: TrainedPoint, hypergradient: Hypergradient) -> LagrangianPoint:
+def unmoved(hypergradient: Hypergradient) -> LagrangianPoint:
     """Where F does not fall from the trained weights, to first order."""
     nothing = torch.zeros_like(hypergradient.gradient, dtype=torch.bool)
-    return LagrangianPoint(hypergradient, 0.0, 0.0, 0.0, point.still, nothing)
+    return LagrangianPoint(hypergradient, 0.0, 0.0, nothing)
 
 
 @lru_cache
@@ -188,7 +182,7 @@ def response(point: TrainedPoint, budget: Budget) -> Filtered:
     Raises:
         NoisyError: gradients are so coarse that q is far too short for that.
     """
-    force, products = point.here.upper.in_y, point.products
+    force, products = point.upper.in_y, point.products
     if point.time is None or not point.finite:
         found = filtered(
             products.hessian, force, lambda h: at_a_minimum(h, products.noise), FINISHED_TOLERANCE, budget.most

@@ -17,7 +17,7 @@ from torch import Tensor
 from raybilevel._models import leave_one_out
 from raybilevel._models.constraints import Feasible
 from raybilevel._models.discrete import NONE, AtRest, Levels, all_active, promising, snapped, widened, with_setting
-from raybilevel._models.gaussian_process import FittedGP, differs, exact, fit, value_rows
+from raybilevel._models.gaussian_process import FittedGP, differs, fit, value_rows
 from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.value_function import nearest, thinned
 from raybilevel.search_state import Training, or_zero
@@ -140,8 +140,7 @@ def fit_upper_model(
     if pending:
         # Kriging believer (Ginsbourger et al. 2010): a pending point counts as observed at its posterior mean.
         points = torch.stack(list(pending))
-        with exact(), torch.no_grad():
-            believed = process.model.posterior(points).mean.squeeze(-1)
+        believed = process.model.conditioned.means(points)
         rows = torch.cat([process.model.train_inputs[0], value_rows(points)])
         # strict=False lets the number of rows change.
         process.model.set_train_data(rows, torch.cat([process.model.train_targets, believed]), strict=False)
@@ -191,11 +190,12 @@ class PenalisedConfidenceBound(AcquisitionFunction):  # type: ignore[misc]
 
     def forward(self, X: Tensor) -> Tensor:
         process, warp = self.upper.process, self.upper.warp
-        posterior = process.model.posterior(X)
-        bound = posterior.mean[..., 0, 0]
         if self.beta > 0:
+            mean, covariance = process.model.conditioned.moments(X)
             # The root has no finite gradient at a variance of 0.
-            bound = bound - math.sqrt(self.beta) * posterior.variance[..., 0, 0].clamp_min(1e-18).sqrt()
+            bound = mean[..., 0] - math.sqrt(self.beta) * covariance[..., 0, 0].clamp_min(1e-18).sqrt()
+        else:
+            bound = process.model.conditioned.means(X)[..., 0]
         # The warp is monotone, so the bound of z is warped back to that of F.
         upper = torch.exp(process.shift + process.scale * bound) + warp.low - warp.spread
         return -self.penalty(upper, X.squeeze(-2))

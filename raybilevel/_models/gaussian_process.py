@@ -7,36 +7,36 @@ model like any other.
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import gpytorch
+import numpy as np
 import torch
-from botorch.exceptions.warnings import OptimizationWarning
 from botorch.models.gpytorch import GPyTorchModel
-from botorch.optim.fit import fit_gpytorch_mll_scipy
 from botorch.posteriors.gpytorch import GPyTorchPosterior
 from gpytorch.constraints import GreaterThan
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods.gaussian_likelihood import _GaussianLikelihoodBase
 from gpytorch.likelihoods.noise_models import Noise
 from gpytorch.priors import LogNormalPrior, NormalPrior
-from linear_operator.operators import DiagLinearOperator
+from linear_operator.operators import DiagLinearOperator, to_linear_operator
+from scipy.optimize import Bounds
 from torch import Tensor, nn
+
+from raybilevel._models.marginal_likelihood import MarginalLikelihood, Priors, Row, factorised
 
 NUGGET = 1e-9
 ROUNDINGS = 16
 """Of values that are equal but for rounding, in units of their precision."""
 SAME_CHOICE = 1e-6
 """Coordinates of one choice differ by rounding only."""
-# L-BFGS-B iterations from each of the two starts of the noise in `fit`.
-SCREENING = 10
+SCREENING, SCREENED = 10, 120
+"""L-BFGS-B iterations from each of the two starts of the noise in `fit`, and rows of their likelihood."""
 
 
 class DerivativeRBFKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
@@ -55,13 +55,12 @@ class DerivativeRBFKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
 
     has_lengthscale = True
 
-    def __init__(self, dimension: int, ard: bool = True, categorical: Sequence[int] = ()) -> None:
+    def __init__(self, dimension: int, categorical: Sequence[int] = ()) -> None:
         # The prior of Hvarfner, Hellsten & Nardi (2024), BoTorch's default: length scales grow with sqrt(d). Narrower
         # in few dimensions, where every coordinate matters: a short scale would rather mean that trainings are noisy.
-        count = dimension if ard else 1
         prior = LogNormalPrior(math.sqrt(2) + math.log(dimension) / 2, math.sqrt(min(3.0, 1 + math.log(dimension))))
         super().__init__(
-            ard_num_dims=count if ard else None,
+            ard_num_dims=dimension,
             lengthscale_prior=prior,
             # The floor is BoTorch's default, too.
             lengthscale_constraint=logarithmic(2.5e-2, math.sqrt(dimension)),
@@ -71,24 +70,18 @@ class DerivativeRBFKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
         smooth[list(categorical)] = 0
         self.register_buffer("smooth", smooth)
 
-    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: Any) -> Tensor:
+    def forward(self, x1: Tensor, x2: Tensor, **_: Any) -> Tensor:
         d = self.dimension
-        scale = self.lengthscale  # (1, d) or (1, 1)
+        scale = self.lengthscale  # (1, d)
         # Divided by l, points give D and directions give a . e = (a / l) . D.
         p1, s1, a1 = x1[..., :d] / scale, x1[..., d : d + 1], x1[..., d + 1 :] / scale
         p2, s2, a2 = x2[..., :d] / scale, x2[..., d : d + 1], x2[..., d + 1 :] / scale
         apart: Tensor | float = 0.0
         if self.categorical:
             p1, p2 = p1 * self.smooth, p2 * self.smooth
-            apart = self.between_choices(x1[..., :d], x2[..., :d], diag)
-        if diag:
-            p, s, a = p1 - p2, (s1 * s2).squeeze(-1), (a1 * a2).sum(-1)
-            k = torch.exp(-0.5 * (p.square().sum(-1) + apart))
-            along1, along2 = (a1 * p).sum(-1), (a2 * p).sum(-1)
-            diagonal: Tensor = k * (s + s1.squeeze(-1) * along2 - s2.squeeze(-1) * along1 + a - along1 * along2)
-            return diagonal
+            apart = self.between_choices(x1[..., :d], x2[..., :d])
         t1, t2 = p2.transpose(-1, -2), a2.transpose(-1, -2)
-        k = torch.exp(-0.5 * (self.covar_dist(p1, p2, square_dist=True, diag=False) + apart))
+        k = torch.exp(-0.5 * (squared_distance(p1, p2) + apart))
         # a . e and a' . e of every pair, (..., n, m), without the (..., n, m, d) of the differences.
         along1 = (a1 * p1).sum(-1, keepdim=True) - a1 @ t1
         along2 = p1 @ t2 - (a2 * p2).sum(-1, keepdim=True).transpose(-1, -2)
@@ -96,17 +89,27 @@ class DerivativeRBFKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]
         full: Tensor = k * (s1 * s2 + s1 * along2 - s2 * along1 + a1 @ t2 - along1 * along2)
         return full
 
-    def between_choices(self, x1: Tensor, x2: Tensor, diag: bool) -> Tensor:
-        """Squared distance of unordered choices, (..., n, d) and (..., m, d) -> (..., n, m); of pairs, (..., n)."""
-        scale = self.lengthscale.expand(1, self.dimension)
-        total: Tensor | None = None
-        for j in self.categorical:
-            one, other = x1[..., j], x2[..., j]
-            differs = (one - other if diag else one.unsqueeze(-1) - other.unsqueeze(-2)).abs() > SAME_CHOICE
-            part = differs / scale[0, j].square()
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+    def of_values(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """k of points, (..., n, d) and (..., m, d) -> (..., n, m)."""
+        p1, p2 = x1 / self.lengthscale * self.smooth, x2 / self.lengthscale * self.smooth
+        squared = squared_distance(p1, p2)
+        if self.categorical:
+            squared = squared + self.between_choices(x1, x2)
+        return torch.exp(-0.5 * squared)
+
+    def between_choices(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Squared distance of unordered choices, (..., n, d) and (..., m, d) -> (..., n, m)."""
+        chosen = list(self.categorical)
+        differs = (x1[..., chosen].unsqueeze(-2) - x2[..., chosen].unsqueeze(-3)).abs() > SAME_CHOICE
+        squared: Tensor = (differs / self.lengthscale[0, chosen].square()).sum(-1)
+        return squared
+
+
+def squared_distance(one: Tensor, other: Tensor) -> Tensor:
+    """Of every pair of points, (..., n, d) and (..., m, d) -> (..., n, m)."""
+    lengths = one.square().sum(-1, keepdim=True) + other.square().sum(-1).unsqueeze(-2)
+    # A rounding error may be below 0.
+    return (lengths - 2 * one @ other.transpose(-1, -2)).clamp_min(0.0)
 
 
 class RowNoise(Noise):  # type: ignore[misc]
@@ -156,11 +159,9 @@ class DerivativeGP(gpytorch.models.ExactGP, GPyTorchModel):  # type: ignore[misc
     # `GPyTorchModel.num_outputs` reads this.
     _num_outputs = 1
 
-    def __init__(
-        self, rows: Tensor, targets: Tensor, dimension: int, ard: bool, categorical: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, rows: Tensor, targets: Tensor, dimension: int, categorical: Sequence[int] = ()) -> None:
         kernel = gpytorch.kernels.ScaleKernel(
-            DerivativeRBFKernel(dimension, ard, categorical),
+            DerivativeRBFKernel(dimension, categorical),
             outputscale_prior=LogNormalPrior(0.0, 1.5),
             outputscale_constraint=logarithmic(1e-6, 1.0),
         )
@@ -171,25 +172,150 @@ class DerivativeGP(gpytorch.models.ExactGP, GPyTorchModel):  # type: ignore[misc
         self.mean_constant = nn.Parameter(torch.zeros((), dtype=torch.double))
         self.register_prior("mean_prior", NormalPrior(0.0, 1.0), lambda m: m.mean_constant)
         self.to(torch.double)
+        # Acquisitions are differentiated in x alone, and the fit has its own derivatives.
+        self.requires_grad_(False)
+        self._conditioned: Conditioned | None = None
 
-    def bounds(self) -> dict[str, tuple[float, float]]:
+    @property
+    def bounds(self) -> Bounds:
         """Of the hyperparameters (logarithms, but for the mean), so that a line search cannot leave what is sane."""
         # At 30 sqrt(d) the two ends of a coordinate have a correlation of 0.999 or more: it has no effect.
-        longest = math.log(30 * math.sqrt(self.dimension))
-        return {
-            "mean_constant": (-5.0, 5.0),
-            "covar_module.raw_outputscale": (math.log(1e-3), math.log(1e3)),
-            "covar_module.base_kernel.raw_lengthscale": (math.log(1e-2), longest),
-            "likelihood.noise_covar.raw_value_noise": (math.log(1e-8), 0.0),
-            "likelihood.noise_covar.raw_derivative_noise": (math.log(1e-8), math.log(1e2)),
-        }
+        length = (math.log(1e-2), math.log(30 * math.sqrt(self.dimension)))
+        variance, noise = (math.log(1e-3), math.log(1e3)), math.log(1e-8)
+        pairs = [(-5.0, 5.0), variance, *[length] * self.dimension, (noise, 0.0), (noise, math.log(1e2))]
+        return Bounds(*np.array(pairs).T)
+
+    @property
+    def hyperparameters(self) -> Row:
+        """The mean, then the raw variance, lengths and noises of values and of derivatives, shape (d + 4,)."""
+        return np.concatenate([parameter.numpy().ravel() for parameter in self._raw])
+
+    @hyperparameters.setter
+    def hyperparameters(self, found: Row) -> None:
+        parts = np.split(found, [1, 2, 2 + self.dimension, 3 + self.dimension])
+        for parameter, part in zip(self._raw, parts, strict=True):
+            parameter.copy_(torch.from_numpy(part).reshape(parameter.shape))
+        self._conditioned = None
+
+    @property
+    def _raw(self) -> tuple[nn.Parameter, ...]:
+        kernel, noise = self.covar_module, self.likelihood.noise_covar
+        return (
+            self.mean_constant, kernel.raw_outputscale, kernel.base_kernel.raw_lengthscale,
+            noise.raw_value_noise, noise.raw_derivative_noise,
+        )  # fmt: skip
+
+    @property
+    def priors(self) -> Priors:
+        """Of the hyperparameters but the mean, in their order."""
+        kernel, noise = self.covar_module, self.likelihood.noise_covar
+        lengths, d = kernel.base_kernel, self.dimension
+        found = [
+            (kernel.outputscale_prior, kernel.raw_outputscale_constraint, 1),
+            (lengths.lengthscale_prior, lengths.raw_lengthscale_constraint, d),
+            (noise.value_prior, noise.raw_value_noise_constraint, 1),
+            (noise.derivative_prior, noise.raw_derivative_noise_constraint, 1),
+        ]
+        columns = [
+            [prior.loc.item(), prior.scale.item(), constraint.lower_bound.item()]
+            for prior, constraint, count in found
+            for _ in range(count)
+        ]
+        return Priors(*torch.tensor(columns, dtype=torch.double).T)
 
     def forward(self, rows: Tensor) -> MultivariateNormal:
         return MultivariateNormal(self.mean_constant * rows[..., self.dimension], self.covar_module(rows))
 
-    def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> GPyTorchPosterior:
-        with exact():
-            return super().posterior(value_rows(X), *args, **kwargs)
+    def set_train_data(self, *args: Any, **kwargs: Any) -> None:
+        super().set_train_data(*args, **kwargs)
+        self._conditioned = None
+
+    @property
+    def conditioned(self) -> Conditioned:
+        """On the rows that it has now."""
+        if self._conditioned is None:
+            self._conditioned = Conditioned.of(self)
+        return self._conditioned
+
+    def posterior(
+        self,
+        X: Tensor,
+        output_indices: list[int] | None = None,
+        observation_noise: bool = False,
+        posterior_transform: Any = None,
+    ) -> GPyTorchPosterior:
+        assert output_indices is None and observation_noise is False
+        # Not gpytorch's, whose lazy operators take ten times as long for the few points of an acquisition.
+        mean, covariance = self.conditioned.moments(X)
+        # As an operator, which is factorised only where samples are drawn, and then with a jitter.
+        found = GPyTorchPosterior(MultivariateNormal(mean, to_linear_operator(covariance)))
+        return found if posterior_transform is None else posterior_transform(found)
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """The posterior of values: with K the covariance of the rows, k that of a point with them, and r the targets less
+    their mean, m + k K^-1 r and k(x, x') - k K^-1 k'.
+
+    points, place: of the rows, shapes (p, d) and (n,).
+    is_value, directions, along: of each row s, a / l^2 and a . x / l^2, shapes (n,), (n, d) and (n,).
+    weights: K^-1 r, shape (n,); whitening: the inverse of the Cholesky factor of K, shape (n, n).
+    """
+
+    kernel: DerivativeRBFKernel
+    mean: Tensor
+    variance: Tensor
+    points: Tensor
+    place: Tensor
+    is_value: Tensor
+    directions: Tensor
+    along: Tensor
+    weights: Tensor
+    whitening: Tensor
+
+    @classmethod
+    def of(cls, model: DerivativeGP) -> Conditioned:
+        d, rows = model.dimension, model.train_inputs[0]
+        kernel, variance = model.covar_module.base_kernel, model.covar_module.outputscale
+        points, place = torch.unique(rows[:, :d], dim=0, return_inverse=True)
+        noise = model.likelihood.noise_covar(rows).diagonal()
+        factor = factorised(variance * kernel.forward(rows, rows), noise)
+        residual = (model.train_targets - model.mean_constant * rows[:, d]).unsqueeze(1)
+        weights = torch.cholesky_solve(residual, factor).squeeze(1)
+        whitening = torch.linalg.solve_triangular(factor, torch.eye(len(rows)).to(factor), upper=False)
+        directions = rows[:, d + 1 :] / kernel.lengthscale.square()
+        along = (directions * rows[:, :d]).sum(1)
+        return cls(
+            kernel, model.mean_constant, variance, points, place, rows[:, d], directions, along, weights, whitening
+        )
+
+    def across(self, x: Tensor) -> Tensor:
+        """k at points, shape (..., q, d) -> (..., q, n)."""
+        near = self.variance * self.kernel.of_values(x, self.points)
+        # k (s' + a' . e), e = L^-2 (x - x').
+        return near[..., self.place] * (self.is_value + x @ self.directions.T - self.along)
+
+    def means(self, x: Tensor) -> Tensor:
+        """At points, shape (..., q, d) -> (..., q)."""
+        # The rows of a point are one here: m + sum_i k_i (a_i + b_i . L^-2 (x - x_i)).
+        values, slopes, along = self._by_point
+        near = self.variance * self.kernel.of_values(x, self.points)
+        return self.mean + (near * (values - along + x @ slopes.T)).sum(-1)
+
+    @cached_property
+    def _by_point(self) -> tuple[Tensor, Tensor, Tensor]:
+        """a, L^-2 b and b . L^-2 x of the points, shapes (p,), (p, d) and (p,)."""
+        zero = torch.zeros(len(self.points), dtype=self.weights.dtype)
+        values = zero.index_add(0, self.place, self.weights * self.is_value)
+        slopes = torch.zeros_like(self.points).index_add(0, self.place, self.weights.unsqueeze(1) * self.directions)
+        return values, slopes, (slopes * self.points).sum(1)
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance at points, shape (..., q, d) -> (..., q) and (..., q, q)."""
+        across = self.across(x)
+        whitened = across @ self.whitening.T
+        prior = self.variance * self.kernel.of_values(x, x)
+        return self.mean + across @ self.weights, prior - whitened @ whitened.transpose(-1, -2)
 
 
 def differs(spread: float, value: float) -> bool:
@@ -214,13 +340,12 @@ class FittedGP:
 
     def mean(self, x: Tensor) -> Tensor:
         """Posterior mean at x, shape (d,) -> (), differentiable."""
-        mean: Tensor = self.model.posterior(x.unsqueeze(0)).mean
-        return self.shift + self.scale * mean.squeeze()
+        return self.shift + self.scale * self.model.conditioned.means(x.unsqueeze(0)).squeeze()
 
     def deviation(self, x: Tensor) -> Tensor:
         """Posterior standard deviation (noise excluded) at x, shape (d,) -> ()."""
-        variance: Tensor = self.model.posterior(x.unsqueeze(0)).variance
-        return self.scale * variance.squeeze().clamp_min(0).sqrt()
+        _, covariance = self.model.conditioned.moments(x.unsqueeze(0))
+        return self.scale * covariance.squeeze().clamp_min(0).sqrt()
 
 
 def value_rows(x: Tensor) -> Tensor:
@@ -247,7 +372,6 @@ def fit(
     x: Tensor,
     values: Tensor,
     gradients: Mapping[int, Tensor],
-    ard: bool = True,
     max_iterations: int = 50,
     max_rows: int = 250,
     infer_gradient_noise: bool = True,
@@ -279,35 +403,23 @@ def fit(
     # A derivative is scaled as values are, but not shifted.
     known = [gradient[~gradient.isnan()] * (weights[i] / scale) for i, gradient in gradients.items()]
     targets = torch.cat([(values - shift) / scale, *known])
-    # Rows drawn at random, or all derivatives of fewer points, were worse on digits with 64 decays (method.md).
-    chosen = spaced(rows[:, -x.shape[-1] :].sign(), max_rows)
-    model = DerivativeGP(rows[chosen], targets[chosen], x.shape[-1], ard, categorical)
-    marginal = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
+    # The posterior is conditioned on all rows.
+    model = DerivativeGP(rows, targets, x.shape[-1], categorical).eval()
 
-    def descend(iterations: int) -> float:
-        options = {"maxiter": iterations, "ftol": 1e-6}
-        with exact(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", OptimizationWarning)  # an iteration limit is not a failure here
-            return float(fit_gpytorch_mll_scipy(marginal, bounds=model.bounds(), options=options).fval)
+    def some(most: int) -> MarginalLikelihood:
+        # Rows drawn at random, or all derivatives of fewer points, were worse on digits with 64 decays (method.md).
+        chosen = spaced(rows[:, -x.shape[-1] :].sign(), most)
+        return MarginalLikelihood(rows[chosen], targets[chosen], categorical, model.priors, NUGGET)
 
+    start = model.hyperparameters
     if len(rows) > len(x) and infer_gradient_noise:
         # The likelihood has an optimum where derivatives are exact and one where they are noise, far apart: a few
-        # iterations from either side show which is better.
-        believed = copy.deepcopy(model.state_dict())
-        noise = targets[len(x) :].square().mean().clamp(1e-6, 10.0)
-        model.likelihood.noise_covar.initialize(raw_derivative_noise=noise.log())
-        as_noise = descend(SCREENING), copy.deepcopy(model.state_dict())
-        model.load_state_dict(believed)
-        # fval is the negative logarithm, so that the larger one is the worse.
-        if descend(SCREENING) > as_noise[0]:
-            model.load_state_dict(as_noise[1])
-    descend(max_iterations)
-    # The posterior, conditioned on all rows.
-    model.eval()
-    if len(chosen) < len(rows):
-        model.set_train_data(rows, targets, strict=False)
-    # Acquisitions are differentiated in x alone.
-    model.requires_grad_(False)
+        # iterations from either side, on fewer rows, show which is better.
+        as_noise = start.copy()
+        as_noise[-1] = targets[len(x) :].square().mean().clamp(1e-6, 10.0).log()
+        few = some(min(SCREENED, max_rows))
+        _, start = min((few.descend(s, model.bounds, SCREENING) for s in (start, as_noise)), key=lambda f: f[0])
+    _, model.hyperparameters = some(max_rows).descend(start, model.bounds, max_iterations)
     return FittedGP(model, shift, scale)
 
 
@@ -328,17 +440,3 @@ def spaced(derivatives: Tensor, most: int) -> Tensor:
         if bool((met >= (met.mean() / 3).floor()).all()):
             return chosen
     return evenly(most)
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """Dense Cholesky algebra at every size: gpytorch's default switches to conjugate gradients above 800 rows."""
-    with (
-        gpytorch.settings.max_cholesky_size(1_000_000),
-        gpytorch.settings.fast_computations(False, False, False),
-        gpytorch.settings.cholesky_jitter(double_value=1e-9),
-        warnings.catch_warnings(),
-    ):
-        # linear_operator builds a sparse matrix without saying whether it should be checked.
-        warnings.filterwarnings("ignore", message="Sparse invariant checks")
-        yield

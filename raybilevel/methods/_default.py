@@ -1,4 +1,4 @@
-"""The default method: hypergradients from augmented Lagrangian descents, models of v and F, trust regions."""
+"""The default method: hypergradients at trained weights, a model of F, trust regions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from raybilevel._descents.fixed_x import Budget, LagrangianPoint, lagrangian_point
-from raybilevel._descents.joint import joint_descent
 from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.likelihood import upper_likelihood
@@ -39,7 +38,6 @@ from raybilevel._models.generalisation import Surface, learn
 from raybilevel._models.pareto import FrontModel, newest_of_front
 from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.trust import promises, trust
-from raybilevel._models.value_function import ValueFunction, fit_value_function
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError
 from raybilevel.methods._base import LoadCheckpoint, Method, StepMethod, UpperResult, UpperStep
 from raybilevel.methods._trust_region import TrustRegion, TrustRegionRule, distance
@@ -73,7 +71,6 @@ class Default(Method):
     hypergradients: False for values of F only, where the metric that is searched is not the upper-level loss.
     upper_share:   gradient evaluations of one hypergradient, as a share of a training's. Trainings to a minimum and
         short ones get more (`Budget`). Where that is too few, there are no hypergradients.
-    joint_share:   the same, of a descent in (x, y) jointly; 0 for none.
     explore_every: one proposal in so many looks at the whole box, half of those far from all that is known.
     max_regions:   trust regions open at once, where there are slots for them.
     settled:       a region is left when a step promised and brought less than this share of the spread of F.
@@ -95,8 +92,6 @@ class Default(Method):
     hypergradients: bool = True
     decrease: float = 0.05
     upper_share: float = 0.2
-    # Off, since it made no visible difference on digits (method.md).
-    joint_share: float = 0.0
     explore_every: int = 6
     max_regions: int = 4
     max_rows: int = 500
@@ -110,8 +105,6 @@ class Default(Method):
         for name in ("decrease", "upper_share"):
             if not 0 < getattr(self, name) <= 10:
                 raise ConfigError(f"{name} must be positive (and at most 10), got {getattr(self, name)}")
-        if self.joint_share < 0:
-            raise ConfigError(f"joint_share must not be negative, got {self.joint_share}")
         for name, least in (("start_points", 1), ("explore_every", 2), ("max_regions", 1), ("max_rows", 20)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -276,7 +269,6 @@ class Default(Method):
         found: dict[int, Unit] = {}
         unreadable: dict[int, str] = {}
         record: dict[str, Any] = {}
-        point = descent = None
         # Hypergradients, each at the weights of its training.
         for index in step.targets:
             looked = self._look_at(problem, space, constants, step, index, load)
@@ -285,17 +277,11 @@ class Default(Method):
                 unreadable[index] = looked.unreadable
             if looked.descent is None:
                 continue
-            if index == step.centre:
-                point, descent = looked.point, looked.descent
             # So that the models below learn from it.
             state = state.change(index, hypergradient=found[index])
-            record = {
-                "multiplier": looked.descent.multiplier,
-                # With eps = f(x_i, y_m) - v(x_i), y_m fulfils the constraint with equality.
-                "violation": 0.0,
-                "decrease": looked.descent.decrease,
-            }
-        # The models: of F, of where trainings are feasible, of how far groups may differ, and of v.
+            record = {"multiplier": looked.descent.multiplier, "decrease": looked.descent.decrease}
+        # The models: of F, of where trainings are feasible, and of how far groups may differ. None of v: it would
+        # decide nothing (method.md).
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
         pending = [torch.tensor(unit, dtype=torch.double) for unit in step.pending]
         trusted = trust(promises(state))
@@ -304,26 +290,11 @@ class Default(Method):
         front_model = FrontModel.of(state, model_of_upper, pending, centre, self.max_rows, space.unordered)
         feasibility = self._feasibility(state, centre, space)
         shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
-        value_function = None
-        if state.done:
-            # `done` alone: a training that was stopped early says nothing of v.
-            value_function = fit_value_function(state.done, centre, True, self.max_rows, space.unordered)
-        starts = [centre]
-        # A second start, by a descent in (x, y) jointly, where v_hat is known well enough.
-        if point is not None and descent is not None and value_function is not None and self.joint_share > 0:
-            radius = trusted_radius(value_function, centre, descent, step.radius)
-            if radius > 0.1 * step.radius:
-                before = point.levels.passes
-                budget = self.joint_share * state.passes_per_training
-                joint = joint_descent(point, descent, value_function, radius, budget)
-                passes += point.levels.passes - before
-                starts.append(joint.x)
-                record |= {"multiplier": joint.multipliers.multiplier, "violation": joint.multipliers.violation}
         # The next training, and what is noted of the step.
         penalty = GroupPenalty.of(shrinkage) if shrinkage is not None and shrinkage.applied else None
 
         def propose(step: UpperStep, penalty: GroupPenalty | None) -> Tensor:
-            found = self._propose(step, space, model_of_upper, feasibility, centre, starts, penalty, front_model)
+            found = self._propose(step, space, model_of_upper, feasibility, centre, penalty, front_model)
             return snap(found, space)
 
         asked, (step, unit) = step, new_point(step, propose, penalty)
@@ -333,8 +304,6 @@ class Default(Method):
             tuple(unit.tolist()), step.origin, step.region,
             # Around a training that breaks constraints a step seeks to keep them, and promises nothing of F.
             model_of_upper.mean(unit) if state.trainings[step.centre].feasible else None,
-            None if value_function is None else value_function.mean(unit).item(),
-            None if value_function is None else value_function.deviation(unit).item(),
             gain=model_of_upper.gain(unit),
         )  # fmt: skip
         candidates = [t for t in state.done if t.feasible] or state.done
@@ -396,7 +365,7 @@ class Default(Method):
         except (NotFiniteError, NoisyError) as error:
             logger.warning("no hypergradient at training %d: %s", index, error)
             return Looked(passes=levels.passes)
-        return Looked(space.known(descent.known.tolist(), unit), levels.passes, point, descent)
+        return Looked(space.known(descent.known.tolist(), unit), levels.passes, descent)
 
     @staticmethod
     def _due(state: SearchState) -> bool:
@@ -439,13 +408,13 @@ class Default(Method):
         model: UpperModel,
         feasibility: Feasible | None,
         centre: Tensor,
-        starts: list[Tensor],
         penalty: GroupPenalty | None = None,
         front_model: FrontModel | None = None,
     ) -> Tensor:
         if step.origin == "fill":
             known = [t.unit for t in step.state.trainings] + list(step.pending)
             return farthest(torch.tensor(known, dtype=torch.double), step.seed, feasibility)
+        starts = [centre]
         cell = space.next_cell([t.unit for t in step.state.trainings])
         discrete = {**space.discrete, **{coordinate: (value,) for coordinate, value in cell.items()}}
         low, high = torch.zeros_like(centre), torch.ones_like(centre)
@@ -481,13 +450,12 @@ class Looked:
 
     gradient:   its hypergradient; empty where there is none, so that no step looks again.
     passes:     what that cost.
-    point, descent: where it comes from.
+    descent:    where it comes from.
     unreadable: why its checkpoint could not be read.
     """
 
     gradient: Unit = ()
     passes: float = 0.0
-    point: TrainedPoint | None = None
     descent: LagrangianPoint | None = None
     unreadable: str | None = None
 
@@ -564,17 +532,3 @@ def is_new(unit: Tensor, step: UpperStep) -> bool:
     """Whether a point is none of those trained or under way, to a thousandth of the box."""
     point, known = tuple(unit.tolist()), [t.unit for t in step.state.trainings] + list(step.pending)
     return all(distance(point, other) > SAME for other in known)
-
-
-def trusted_radius(value_function: ValueFunction, centre: Tensor, descent: LagrangianPoint, radius: float) -> float:
-    """The largest step along the steepest descent at which v_hat's standard deviation is within the slack.
-
-    An error of v_hat enters the Lagrangian multiplied by the multiplier, so the descent in (x, y) is let only where
-    v_hat is known better than the tolerance of its constraint.
-    """
-    direction = descent.gradient / descent.gradient.abs().max().clamp_min(1e-300)
-    while radius > 1e-4:
-        if value_function.deviation((centre - radius * direction).clamp(0, 1)) <= descent.slack:
-            return radius
-        radius /= 2
-    return 0.0

@@ -56,29 +56,35 @@ def trained(saved: SavedSearch, prefix: str) -> Chart:
 
 
 def predictions(state: SearchState, prefix: str) -> Chart:
-    """The value that v_hat predicted for each training, against the trained value."""
-    foretold = [t for t in state.done if t.proposal.predicted_value is not None]
-    values = [t.lower_loss for t in foretold]
-    predicted = [float(t.proposal.predicted_value or 0.0) for t in foretold]
-    deviations = [2 * (t.proposal.deviation or 0.0) for t in foretold]
+    """What a model predicted for each training, against what was trained: v_hat, or F if the method has no v_hat."""
+    of_value = any(t.proposal.predicted_value is not None for t in state.done)
+    model, loss, deviations = ("v_hat", "f", ", two deviations") if of_value else ("F_hat", "F", "")
+    foretold = [
+        (t, expected, t.lower_loss if of_value else t.upper_loss)
+        for t in state.done
+        if (expected := t.proposal.predicted_value if of_value else t.proposal.predicted_upper_loss) is not None
+    ]
+    predicted, values = [expected for _, expected, _ in foretold], [value for *_, value in foretold]
     ends = [min([*values, *predicted]), max([*values, *predicted])] if values else []
     series = (
         # Colour 7 is the palette's grey.
         Series("trained = predicted", "line", ends, ends, colour=7),
         Series(
-            "v_hat, two deviations", "points", values, predicted, error=deviations,
-            notes=[f"training {t.index}" for t in foretold],
+            f"{model}{deviations}", "points", values, predicted,
+            error=[2 * (t.proposal.deviation or 0.0) for t, *_ in foretold] if of_value else None,
+            notes=[f"training {t.index}" for t, *_ in foretold],
         ),
     )  # fmt: skip
-    covered = sum(abs(v - p) <= d for v, p, d in zip(values, predicted, deviations, strict=True))
+    missed = median(abs(v - p) for v, p in zip(values, predicted, strict=True)) if values else math.nan
     return Chart(
         name=f"{prefix}predictions",
-        title="v_hat against trained values",
-        caption="What the model of the value function expected before each training, with two posterior deviations, "
-        "against the value that the training had. Points on the line were foreseen.",
-        alt=f"{len(values)} predictions; {covered} of the trained values lie within two deviations.",
-        x_label="trained value f(x, y)",
-        y_label="v_hat(x)",
+        title=f"{model} against trained values",
+        caption=f"What the model of {'the value function' if of_value else 'F'} expected before each training"
+        f"{', with two posterior deviations,' if of_value else ''} against the value that the training had. Points on "
+        "the line were foreseen.",
+        alt=f"{len(values)} predictions; their median error is {missed:.3g}.",
+        x_label=f"trained value of {loss}",
+        y_label=f"{model}(x)",
         series=series if values else (),
     )
 
@@ -284,7 +290,7 @@ def slopes(saved: SavedSearch, prefix: str) -> Chart:
 
 
 def multipliers(state: SearchState, prefix: str) -> Chart:
-    """The multiplier and the violation at the end of each augmented Lagrangian descent."""
+    """The multiplier of each augmented Lagrangian, and the violation of its constraint."""
     steps = [s for s in state.steps if s.multiplier is not None]
     x = [s.number for s in steps]
     series = [Series("multiplier", "points", x, [s.multiplier for s in steps], colour=0)]
@@ -297,8 +303,8 @@ def multipliers(state: SearchState, prefix: str) -> Chart:
     return Chart(
         name=f"{prefix}multipliers",
         title="Multiplier and violation",
-        caption="At the end of each upper-level step: the multiplier of f - v_hat <= eps, and how much the constraint "
-        "is violated, where it is.",
+        caption="The multiplier of f - v <= eps in each upper-level step, and how much that constraint is violated at "
+        "the end of a descent that goes by v_hat.",
         alt=f"{len(steps)} steps; the last multiplier is {last.multiplier:.3g}; {len(violated)} steps end with a "
         "violation." if last and last.multiplier is not None else "No step.",
         x_label="upper-level step",

@@ -26,8 +26,9 @@ RISE = 0.1
 class Newest:
     """Of the newest training and step.
 
-    value_error:           |v_hat - v| at the newest point that v_hat had predicted.
-    multiplier, violation: where the last augmented Lagrangian descent ended.
+    value_error: |v_hat - v| at the newest point that v_hat had predicted; None of a method without v_hat.
+    multiplier:  of the last augmented Lagrangian.
+    violation:   of its constraint; None of a method without v_hat.
     """
 
     value_error: float | None
@@ -40,7 +41,7 @@ class Diagnostics(Newest):
     """Of the whole search as well.
 
     expected_upper_loss: F by the model of F at the training with the lowest F seen; above that where values are noisy.
-    typical_value_error: the median.
+    typical_value_error: the median of all such errors.
     hypergradient_norm:  at the training whose hypergradient is newest.
     hypergradient_steps: steps within trust regions that have a hypergradient at both ends.
     hypergradient_direction: quadrant correlation (Blomqvist 1950) of the changes of F that hypergradients promised on

@@ -48,7 +48,8 @@ def conclude(
         ProblemError: `problem` is no `BilevelProblem` instance, is `optimistic`, or makes another model; or a tensor of
             weights has no time, or one of another shape.
         ConfigError: `passes` is not a positive number.
-        NotFiniteError: f, F or df/dx is NaN or infinite: the trial fails, and the search goes on without it.
+        NotFiniteError: f or F is NaN or infinite: the trial fails, and the search goes on without it. An entry of df/dx
+            that is not finite is left out, and the trial counts.
     """
     if not isinstance(problem, BilevelProblem):
         raise ProblemError(f"conclude: expected a BilevelProblem instance, got {problem!r}")

@@ -21,7 +21,7 @@ SHARE_OF_TIME = 0.05
 class SearchScalars(Callback):  # type: ignore[misc]
     """Adds `search/...` to each result of each trial: best_upper_loss, cost, trainings, upper_steps, multiplier,
     violation, value_error, expected_upper_loss, hypergradient_norm, hypergradient_steps, hypergradient_direction,
-    hypergradient_length; those that are known by then.
+    hypergradient_length; those that are known by then. Violation and value_error are of methods with a v_hat.
 
         search = BilevelSearch(problem)
         tune.RunConfig(callbacks=[SearchScalars(search)])

@@ -16,7 +16,7 @@ from raybilevel.tune._scalars import SearchScalars
 from tests.clock import Clock
 from tests.tiny_problems import Parabola
 
-KNOWN = {"best_upper_loss", "cost", "trainings", "upper_steps", "multiplier", "value_error"}
+KNOWN = {"best_upper_loss", "cost", "trainings", "upper_steps", "multiplier"}
 
 
 class Longer(Parabola):

@@ -158,10 +158,10 @@ def test_the_lowest_means_and_the_lowest_value():
     model = fit_upper_model(trainings, (), torch.full((2,), 0.5), 500)
     found = dict(model.lowest(trainings))
     assert lucky in found and len(found) in (8, 9)
-    means = {i: model.mean(torch.tensor(t.unit)) for i, t in enumerate(trainings)}
+    means = {i: model.mean(vector(*t.unit)) for i, t in enumerate(trainings)}
     assert set(sorted(means, key=means.__getitem__)[:8]) <= set(found)
     assert [found[i] for i in found] == pytest.approx([means[i] for i in found], abs=1e-5)  # as of the condition
-    assert 0 < model.gain(torch.tensor(trainings[lucky].unit)) < 1
+    assert 0 < model.gain(vector(*trainings[lucky].unit)) < 1
 
 
 def test_a_pending_point_is_believed_at_its_mean():

@@ -99,19 +99,6 @@ def test_the_kernel_against_autograd_of_the_plain_one():
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)  # rounding as above
 
 
-def test_the_diagonal_is_that_of_the_matrix():
-    rows = all_rows(sobol_points(3, 4, 0))
-    other = rows.roll(1, 0)
-    covariance = kernel(3).forward  # as ScaleKernel calls it: `__call__` takes rows wider than d for a mistake
-    for a, b in ((rows, rows), (rows, other)):
-        assert torch.allclose(covariance(a, b, diag=True), covariance(a, b).diagonal(), rtol=0, atol=1e-12)
-
-
-def test_one_length_scale_for_all_without_ard():
-    assert DerivativeRBFKernel(3, ard=False).lengthscale.shape == (1, 1)
-    assert DerivativeRBFKernel(3).lengthscale.shape == (1, 3)
-
-
 # The posterior.
 
 
@@ -276,11 +263,7 @@ def test_choices_are_as_far_apart_as_in_a_one_hot_code() -> None:
     x[:, 2] = (x[:, 2] * 3).floor() / 2
     found = made.forward(value_rows(x), value_rows(x))
     torch.testing.assert_close(found, torch.exp(-0.5 * one_hot_distances(x, lengths, 3)))
-    torch.testing.assert_close(made.forward(value_rows(x), value_rows(x), diag=True), torch.ones(9, dtype=torch.double))
-    other = x.roll(1, 0)
-    torch.testing.assert_close(
-        made.forward(value_rows(x), value_rows(other), diag=True), made.forward(value_rows(x), value_rows(other)).diag()
-    )
+    torch.testing.assert_close(made.of_values(x, x), found)
 
 
 def test_derivatives_beside_choices_are_those_of_the_kernel() -> None:

@@ -123,7 +123,6 @@ def test_a_step_that_diverges_does_not_end_the_search():
 
 METHODS = {
     "default": Default(),
-    "joint": Default(joint_share=1.0, decrease=0.5),
     "paper": Paper(iterations=2, steps=10, learning_rates=(0.05,), momenta=(0.5,)),
 }
 

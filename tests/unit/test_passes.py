@@ -136,7 +136,6 @@ def test_an_optimistic_training(problem: Counting) -> None:
 
 METHODS = {
     "default": Default(),
-    "default, joint descents": Default(joint_share=1.0, decrease=0.5),
     "paper": Paper(iterations=2, steps=10, learning_rates=(0.02, 0.05), momenta=(0.5,)),
 }
 

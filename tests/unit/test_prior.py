@@ -148,7 +148,7 @@ def test_a_good_prior_helps_and_a_wrong_one_is_overcome() -> None:
     box = Space(tuple(Parameter((name,), 0.0, 1.0, smooth=False) for name in "abc"))
     good = with_priors(box, dict.fromkeys("abc", (0.85, 0.1)))
     wrong = with_priors(box, dict.fromkeys("abc", (0.1, 0.1)))
-    assert lowest(good, 0.8, 6) < 0.2 * lowest(box, 0.8, 6)
+    assert lowest(good, 0.8, 5) < 0.2 * lowest(box, 0.8, 5)
     assert lowest(wrong, 0.8, 16) < 0.01
 
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel._descents import fixed_x
-from raybilevel._descents.fixed_x import Budget, LagrangianPoint, at_a_minimum, lagrangian_point
-from raybilevel._descents.joint import joint_descent
+from raybilevel._descents.fixed_x import Budget, LagrangianPoint, at_a_minimum, lagrangian_point, response
 from raybilevel._descents.trained_point import TrainedPoint
 from raybilevel._lower.levels import Levels
-from raybilevel._lower.linearisation import NoisyError, inner
+from raybilevel._lower.linearisation import NoisyError
 from raybilevel._lower.variables import BoxVariables
 from raybilevel.errors import NotFiniteError
 from raybilevel.problem import Hyperparameters
@@ -21,7 +20,6 @@ from tests.problems_for_tests import Formula, Logistic, Network, Ridge, point_at
 UNIT = vector(0.4, 0.6, 0.5)
 MANY = Budget(100, 100)
 """More products than there are weights."""
-LINE_SEARCH = 25  # evaluations that one line search of torch's L-BFGS may take
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -43,38 +41,6 @@ def implicit(problem: Ridge, y: Tensor, unit: Tensor) -> Tensor:
     return -torch.autograd.grad(slope @ solved, tracked)[0]
 
 
-# The tilt.
-
-
-def test_the_tilted_gradient_is_exactly_zero_at_an_unfinished_training():
-    point = unfinished()
-    assert inner(point.tilt, point.tilt) > 1e-4  # the training is far from its end
-    here = point.evaluate(UNIT, point.still)
-    assert not here.lower.in_y.any() and not point.here.lower.in_y.any()
-    assert here.lower.value == point.here.lower.value
-
-
-def test_the_tilt_is_a_linear_function_of_the_displacement():
-    point = unfinished()
-    move = torch.full_like(point.y, 0.1)
-    problem, y = Logistic(rows=20), point.y
-    x = problem.values(UNIT)
-    expected = problem.f(x, y + 0.1) - 0.1 * torch.autograd.functional.jacobian(lambda y: problem.f(x, y), y).sum()
-    assert point.evaluate(UNIT, move).lower.value == pytest.approx(expected.item(), rel=1e-13)
-
-
-def test_an_evaluation_against_the_formulas():
-    point, other = unfinished(), vector(0.2, 0.9, 0.3)
-    move = torch.full_like(point.y, -0.2)
-    found = point.evaluate(other, move)
-    problem, y = Logistic(rows=20), point.y - 0.2
-    assert found.upper.value == pytest.approx(problem.F(y).item(), rel=1e-13)
-    in_y = torch.autograd.functional.jacobian(lambda y: problem.f(problem.values(other), y), y) - point.tilt
-    in_x = torch.autograd.functional.jacobian(lambda unit: problem.f(problem.values(unit), y), other)
-    assert found.lower.in_y.tolist() == pytest.approx(in_y.tolist(), abs=1e-14)
-    assert found.lower.in_x.tolist() == pytest.approx(in_x.tolist(), rel=1e-12)
-
-
 def test_constants_reach_both_levels_as_the_tensors_of_a_training():
     class Shifted(Ridge):
         def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
@@ -84,16 +50,12 @@ def test_constants_reach_both_levels_as_the_tensors_of_a_training():
     problem = Shifted()
     model = problem.model().double()
     variables = [BoxVariables(problem.space, {"decay": {"shift": shift}}) for shift in (0.0, 2.5)]
-    values = [TrainedPoint(Levels(problem, model, v), UNIT).here.lower.value for v in variables]
+    values = [TrainedPoint(Levels(problem, model, v), UNIT).lower.value for v in variables]
     assert values[1] - values[0] == pytest.approx(2.5, rel=1e-12)
 
 
-def test_what_an_evaluation_costs():
-    point = unfinished()
-    assert point.evaluation_passes == 1 + 30 / 20
-    before = point.levels.passes
-    point.evaluate(UNIT, point.still)
-    assert point.levels.passes - before == point.evaluation_passes
+def test_what_a_point_costs():
+    assert unfinished().levels.passes == 1 + 30 / 20  # a gradient of each level
 
 
 def test_float32_and_frozen_parameters():
@@ -214,8 +176,8 @@ def test_an_unfinished_training_answers_as_its_own_time_lets_it():
 def test_weights_that_were_never_trained_do_not_answer():
     point = trained_point(Logistic(rows=20), UNIT)
     point.time = vector(10.0, 0.0, 10.0)
-    displacement = lagrangian_point(point, 0.05, MANY).displacement
-    assert displacement[1] == 0 and displacement[0] != 0
+    answer = response(point, MANY).vector
+    assert answer[1] == 0 and answer[0] != 0
 
 
 @pytest.mark.parametrize(
@@ -243,7 +205,7 @@ def test_an_f_that_is_flat_along_f_does_not_move():
     problem = Formula(1, 2, lambda x, y: (y[0] - x[0]).square(), lambda y: y[1])  # F follows what f leaves alone
     found = lagrangian_point(trained_point(problem, vector(0.25)), 0.05, MANY)
     assert found.gradient.tolist() == [0.0]
-    assert (found.multiplier, found.decrease, found.slack) == (0.0, 0.0, 0.0)
+    assert (found.multiplier, found.decrease) == (0.0, 0.0)
 
 
 def test_products_are_as_many_as_the_memory_holds():
@@ -278,7 +240,7 @@ def test_a_direction_along_which_f_falls_is_not_followed(time: float | None):
     point = point_at(problem, model, vector(0.4))
     point.time = None if time is None else vector(time, time)
     found = lagrangian_point(point, 0.05, MANY)
-    assert 0.5 < found.gradient.item() < 1.01 and found.slack > 0
+    assert 0.5 < found.gradient.item() < 1.01 and found.multiplier > 0
 
 
 @pytest.mark.parametrize(
@@ -307,13 +269,13 @@ def test_a_hypergradient_keeps_to_its_passes(passes: float):
 @pytest.mark.usefixtures("to_the_end")
 def test_the_lagrangian_point_minimises_f_plus_its_multiple():
     problem = Logistic(rows=20)
-    found = lagrangian_point(trained_point(problem, UNIT), 1e-4, MANY)
     point = trained_point(problem, UNIT)
-    at = point.evaluate(UNIT, found.displacement)
-    force = at.upper.in_y + found.multiplier * at.lower.in_y
-    assert force.norm() < 1e-3 * at.upper.in_y.norm()  # of second order in the displacement
-    assert point.here.upper.value - at.upper.value == pytest.approx(1e-4 * point.here.upper.value, rel=1e-2)
-    assert at.lower.value - point.here.lower.value == pytest.approx(found.slack, rel=1e-2)
+    multiplier, x = lagrangian_point(point, 1e-4, MANY).multiplier, problem.values(UNIT)
+    y = point.y - response(point, MANY).vector / multiplier
+    upper, lower = (torch.autograd.functional.jacobian(level, y) for level in (problem.F, lambda y: problem.f(x, y)))
+    force = upper + multiplier * (lower - point.lower.in_y)
+    assert force.norm() < 1e-3 * upper.norm()  # of second order in the displacement
+    assert point.upper.value - problem.F(y).item() == pytest.approx(1e-4 * point.upper.value, rel=1e-2)
 
 
 class Scaled(Logistic):
@@ -356,7 +318,6 @@ def test_units_do_not_matter(units: tuple[float, float, float], time: float | No
     agreement = 1e-5  # of differences
     assert (scaled.gradient / units[0] - plain.gradient).norm() < agreement * plain.gradient.norm()
     assert scaled.multiplier * units[1] / units[0] == pytest.approx(plain.multiplier, rel=agreement)
-    assert scaled.slack / units[1] == pytest.approx(plain.slack, rel=agreement)
 
 
 def constant(kind: type[Ridge]) -> type[Ridge]:
@@ -371,8 +332,7 @@ def test_nothing_moves_if_the_upper_level_is_constant():
     point = unfinished(constant(Logistic))
     found = lagrangian_point(point, 0.05, MANY)
     assert found.gradient.tolist() == [0.0, 0.0, 0.0]
-    assert inner(found.displacement, found.displacement) == 0
-    assert (found.multiplier, found.decrease, found.slack) == (0.0, 0.0, 0.0)
+    assert (found.multiplier, found.decrease) == (0.0, 0.0)
 
 
 # Precision of gradients.
@@ -453,7 +413,7 @@ def test_kinks_within_the_usual_length_make_a_difference_shorter():
     with torch.no_grad():
         model.get_parameter("weight").copy_(torch.tensor([[1.0, 1.1e-4]]))
     point = point_at(problem, model, vector(0.5))
-    product = point.products.hessian(point.here.upper.in_y)
+    product = point.products.hessian(point.upper.in_y)
     assert product.tolist() == pytest.approx([2, 0], rel=0.02)
 
 
@@ -469,84 +429,3 @@ def test_what_noise_drowns_is_said():
     point = point_at(Chance(rows=20), Logistic().model().double(), UNIT)
     with pytest.raises(NoisyError, match=r"changes by \d+ % from one length to another, so it is noise"):
         lagrangian_point(point, 0.05, MANY)
-
-
-# Descents in (x, y).
-
-SLOPES = torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.0, 0.3]], dtype=torch.double)
-TARGET = vector(0.9, 1.0, 0.8)
-
-
-def offset(x: Tensor) -> Tensor:
-    return torch.sin(3 * x).sum()
-
-
-PROJECTION = Formula(
-    # f = |y - S x|^2 + g(x) and F = |y - t|^2 / 2, so v = g. Where f <= v + s, y is within d = sqrt(s) of S x. So the
-    # optimum projects t on the image of S, and y lies d towards t from there; with r = |t - S x|, stationarity in y,
-    # r - d = 2 lam d, gives the multiplier.
-    2,
-    3,
-    lambda x, y: (y - SLOPES @ x).square().sum() + offset(x),
-    lambda y: (y - TARGET).square().sum() / 2,
-)
-
-
-class ExactValue:
-    """v, off by a constant: a joint descent shifts it to be exact at its centre."""
-
-    def mean(self, unit: Tensor) -> Tensor:
-        return offset(unit) + 5.0
-
-
-def exact_optimum() -> Tensor:
-    return torch.linalg.lstsq(SLOPES, TARGET.unsqueeze(1)).solution[:, 0]
-
-
-def test_a_joint_descent_reaches_the_known_constrained_optimum():
-    point = trained_point(PROJECTION, vector(0.5, 0.5))
-    start = lagrangian_point(point, 0.05, MANY)
-    found = joint_descent(point, start, ExactValue(), 0.4, 1000, rounds=6)
-    best, d = exact_optimum(), math.sqrt(start.slack)
-    # L-BFGS stops at a gradient of 1e-2 of its start, some 1e-2^2 of what there was to gain
-    assert found.x.tolist() == pytest.approx(best.tolist(), abs=1e-3)
-    r = (TARGET - SLOPES @ best).norm().item()
-    assert found.multipliers.multiplier == pytest.approx((r - d) / (2 * d), rel=0.05)
-    assert found.multipliers.violation < 1e-2 * start.slack
-    assert (found.y - SLOPES @ found.x).norm().item() == pytest.approx(d, rel=0.05)
-
-
-def test_a_joint_descent_stays_within_its_radius():
-    centre = vector(0.3, 0.7)
-    point = trained_point(PROJECTION, centre)
-    start = lagrangian_point(point, 0.05, MANY)
-    found = joint_descent(point, start, ExactValue(), 0.4, 1000, rounds=6).x
-    assert (found - centre).abs().max() <= 0.4 + 1e-12
-    # the best of the box has x_0 on its edge; there d/dx_1 |t - S x|^2 = 0
-    edge = 0.7
-    along = SLOPES[:, 1] @ (TARGET - SLOPES[:, 0] * edge) / SLOPES[:, 1].square().sum()
-    assert found.tolist() == pytest.approx([edge, along.item()], abs=1e-3)
-
-
-def test_a_joint_descent_stays_in_the_unit_cube():
-    point = trained_point(PROJECTION, vector(0.95, 0.05))
-    start = lagrangian_point(point, 0.05, MANY)
-    found = joint_descent(point, start, ExactValue(), 0.5, 200).x
-    assert bool(((found >= 0) & (found <= 1)).all())
-
-
-@pytest.mark.parametrize("max_passes", [1.0, 10.0, 100.0])
-def test_a_joint_descent_keeps_to_its_passes_but_for_a_line_search(max_passes: float):
-    point = trained_point(PROJECTION, vector(0.5, 0.5))
-    start = lagrangian_point(point, 0.05, MANY)
-    before = point.levels.passes
-    joint_descent(point, start, ExactValue(), 0.4, max_passes)
-    # beside the line search: an update after each of two rounds, and the last look
-    assert point.levels.passes - before <= max_passes + (LINE_SEARCH + 3) * point.evaluation_passes
-
-
-def test_a_joint_descent_does_not_move_if_the_upper_level_is_constant():
-    problem = Formula(2, 3, PROJECTION.f, lambda y: 3.0 + 0 * y.sum())
-    point = trained_point(problem, vector(0.5, 0.5))
-    found = joint_descent(point, lagrangian_point(point, 0.05, MANY), ExactValue(), 0.4, 100)
-    assert found.x.tolist() == pytest.approx([0.5, 0.5], abs=1e-12)
