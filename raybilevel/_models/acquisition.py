@@ -17,7 +17,8 @@ from torch import Tensor
 from raybilevel._models import leave_one_out
 from raybilevel._models.constraints import Feasible
 from raybilevel._models.discrete import NONE, AtRest, Levels, all_active, promising, snapped, widened, with_setting
-from raybilevel._models.gaussian_process import FittedGP, differs, fit, value_rows
+from raybilevel._models.gaussian_process import FittedGP, differs, fit
+from raybilevel._models.one_length import fit_one_length
 from raybilevel._models.shrinkage import GroupPenalty
 from raybilevel._models.value_function import nearest, thinned
 from raybilevel.search_state import Training, or_zero
@@ -29,6 +30,8 @@ ROUNDS = 2
 
 LEAST_TRUST = 0.05
 """Below it hypergradients would say that F is flat."""
+FEWEST_GRADIENTS, MOST_POINTS = 5, 30
+"""With room for fewer gradients than these, all of the nearest points are kept, so many, with one length scale."""
 ENOUGH_TO_CONTRADICT = 6
 POOR = 0.7
 """Error of left-out values, in standard deviations of all, from which on gradients may contradict them."""
@@ -84,8 +87,7 @@ class UpperModel:
         """The share of a deviation of F there from its mean that the model would believe, shape (d,)."""
         with torch.no_grad():
             variance: float = self.process.model.posterior(unit.unsqueeze(0)).variance.item()
-        noise: float = self.process.model.likelihood.noise_covar.variance("value").item()
-        return variance / (variance + noise)
+        return variance / (variance + self.process.model.value_noise)
 
     def lowest(
         self, trainings: Sequence[Training], penalty: GroupPenalty | None = None
@@ -114,6 +116,9 @@ def fit_upper_model(
     """The model of measured trainings; where rows run out, hypergradients nearest to `near` are kept, and with them at
     most half of the rows are values (`thinned`).
 
+    In many dimensions so few would be kept that one length scale for all coordinates, with all hypergradients of the
+    nearest trainings, is better (`one_length`).
+
     unordered: coordinates of choices without an order.
     trust:     what hypergradients are multiplied by; with too little they are left out.
     """
@@ -122,33 +127,48 @@ def fit_upper_model(
     steepest = max((abs(or_zero(g)) for t in trainings for g in t.hypergradient or ()), default=0.0)
     warp = Warp.of(torch.tensor([t.upper_loss for t in trainings], dtype=torch.double), steepest)
     with_gradients = trust >= LEAST_TRUST and any(t.hypergradient for t in trainings)
+    # A partial gradient has another covariance along each coordinate.
+    whole = not any(math.isnan(g) for t in trainings for g in t.hypergradient or ())
+    many = with_gradients and whole and not unordered and max_rows // len(near) < FEWEST_GRADIENTS
     trainings = thinned(trainings, near, max_rows // 2 if with_gradients else max_rows)
+    if many:
+        points = torch.tensor([t.unit for t in trainings], dtype=torch.double)
+        trainings = [trainings[i] for i in nearest(points, near, MOST_POINTS)]
     x = torch.tensor([t.unit for t in trainings], dtype=torch.double)
     upper = torch.tensor([t.upper_loss for t in trainings], dtype=torch.double)
     slope = warp.slope(upper)
     known = [i for i, t in enumerate(trainings) if t.hypergradient and trust >= LEAST_TRUST]
-    # A gradient takes d rows.
-    kept = [known[i] for i in nearest(x[known], near, (max_rows - len(x)) // x.shape[1])] if known else []
+    # A gradient takes d rows, but with one length scale.
+    most = len(known) if many else (max_rows - len(x)) // x.shape[1]
+    kept = [known[i] for i in nearest(x[known], near, most)] if known else []
     # The chain rule: dz/dx = z'(F) dF/dx.
     gradients = {i: trust * slope[i] * torch.tensor(trainings[i].hypergradient, dtype=torch.double) for i in kept}
-    process = fit(x, warp(upper), gradients, categorical=unordered)
-    # A second fit is made only where the first predicts values badly: it costs as much again.
-    if gradients and len(x) >= ENOUGH_TO_CONTRADICT and (error := typical_error(process)) > POOR:
-        by_values = fit(x, warp(upper), {}, categorical=unordered)
-        if typical_error(by_values) < CLEARLY_BETTER * error:
-            process = by_values
+    if many and gradients:
+        # Left-out values are not asked: so far apart, gradients at other points say little of them.
+        process = fit_one_length(x, warp(upper), gradients)
+    else:
+        process = fitted_to_both(x, warp(upper), gradients, unordered)
     if pending:
         # Kriging believer (Ginsbourger et al. 2010): a pending point counts as observed at its posterior mean.
         points = torch.stack(list(pending))
         believed = process.model.conditioned.means(points)
-        rows = torch.cat([process.model.train_inputs[0], value_rows(points)])
-        # strict=False lets the number of rows change.
-        process.model.set_train_data(rows, torch.cat([process.model.train_targets, believed]), strict=False)
+        process.model.observe(points, believed)
     # In the units of the process, whose posterior the acquisitions see.
     best = None
     if feasible:
         best = (warp(torch.tensor(min(feasible), dtype=torch.double)) - process.shift).item() / process.scale
     return UpperModel(process, warp, best)
+
+
+def fitted_to_both(x: Tensor, z: Tensor, gradients: Mapping[int, Tensor], unordered: Sequence[int]) -> FittedGP:
+    """The process of values and gradients; of values alone where that predicts left-out values clearly better."""
+    process = fit(x, z, gradients, categorical=unordered)
+    # A second fit is made only where the first predicts values badly: it costs as much again.
+    if gradients and len(x) >= ENOUGH_TO_CONTRADICT and (error := typical_error(process)) > POOR:
+        by_values = fit(x, z, {}, categorical=unordered)
+        if typical_error(by_values) < CLEARLY_BETTER * error:
+            return by_values
+    return process
 
 
 def typical_error(process: FittedGP) -> float:

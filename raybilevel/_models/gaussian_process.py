@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gpytorch
 import numpy as np
@@ -29,6 +29,10 @@ from scipy.optimize import Bounds
 from torch import Tensor, nn
 
 from raybilevel._models.marginal_likelihood import MarginalLikelihood, Priors, Row, factorised
+
+# `one_length` imports this module.
+if TYPE_CHECKING:
+    from raybilevel._models.one_length import OneLengthGP
 
 NUGGET = 1e-9
 ROUNDINGS = 16
@@ -231,6 +235,34 @@ class DerivativeGP(gpytorch.models.ExactGP, GPyTorchModel):  # type: ignore[misc
         self._conditioned = None
 
     @property
+    def categorical(self) -> tuple[int, ...]:
+        """Coordinates of choices without an order."""
+        found: tuple[int, ...] = self.covar_module.base_kernel.categorical
+        return found
+
+    @property
+    def lengths(self) -> Tensor:
+        """Of the coordinates, shape (d,)."""
+        found: Tensor = self.covar_module.base_kernel.lengthscale.squeeze(0)
+        return found
+
+    @property
+    def value_noise(self) -> float:
+        found: Tensor = self.likelihood.noise_covar.variance("value")
+        return found.item()
+
+    @property
+    def has_derivatives(self) -> bool:
+        """Whether it has observed any derivative."""
+        return not bool(self.train_inputs[0][:, self.dimension].all())
+
+    def observe(self, points: Tensor, targets: Tensor) -> None:
+        """Values at more points, shapes (m, d) and (m,), with the same hyperparameters."""
+        rows = torch.cat([self.train_inputs[0], value_rows(points)])
+        # strict=False lets the number of rows change.
+        self.set_train_data(rows, torch.cat([self.train_targets, targets]), strict=False)
+
+    @property
     def conditioned(self) -> Conditioned:
         """On the rows that it has now."""
         if self._conditioned is None:
@@ -246,10 +278,15 @@ class DerivativeGP(gpytorch.models.ExactGP, GPyTorchModel):  # type: ignore[misc
     ) -> GPyTorchPosterior:
         assert output_indices is None and observation_noise is False
         # Not gpytorch's, whose lazy operators take ten times as long for the few points of an acquisition.
-        mean, covariance = self.conditioned.moments(X)
-        # As an operator, which is factorised only where samples are drawn, and then with a jitter.
-        found = GPyTorchPosterior(MultivariateNormal(mean, to_linear_operator(covariance)))
-        return found if posterior_transform is None else posterior_transform(found)
+        return as_posterior(self.conditioned.moments(X), posterior_transform)
+
+
+def as_posterior(moments: tuple[Tensor, Tensor], transform: Any = None) -> GPyTorchPosterior:
+    """Of values with a mean and a covariance."""
+    mean, covariance = moments
+    # As an operator, which is factorised only where samples are drawn, and then with a jitter.
+    found = GPyTorchPosterior(MultivariateNormal(mean, to_linear_operator(covariance)))
+    return found if transform is None else transform(found)
 
 
 @dataclass(frozen=True)
@@ -298,17 +335,17 @@ class Conditioned:
     def means(self, x: Tensor) -> Tensor:
         """At points, shape (..., q, d) -> (..., q)."""
         # The rows of a point are one here: m + sum_i k_i (a_i + b_i . L^-2 (x - x_i)).
-        values, slopes, along = self._by_point
+        values, slopes = self.by_point
         near = self.variance * self.kernel.of_values(x, self.points)
-        return self.mean + (near * (values - along + x @ slopes.T)).sum(-1)
+        return self.mean + (near * (values - (slopes * self.points).sum(1) + x @ slopes.T)).sum(-1)
 
     @cached_property
-    def _by_point(self) -> tuple[Tensor, Tensor, Tensor]:
-        """a, L^-2 b and b . L^-2 x of the points, shapes (p,), (p, d) and (p,)."""
+    def by_point(self) -> tuple[Tensor, Tensor]:
+        """a and L^-2 b of the points, shapes (p,) and (p, d)."""
         zero = torch.zeros(len(self.points), dtype=self.weights.dtype)
         values = zero.index_add(0, self.place, self.weights * self.is_value)
         slopes = torch.zeros_like(self.points).index_add(0, self.place, self.weights.unsqueeze(1) * self.directions)
-        return values, slopes, (slopes * self.points).sum(1)
+        return values, slopes
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and covariance at points, shape (..., q, d) -> (..., q) and (..., q, q)."""
@@ -327,16 +364,9 @@ def differs(spread: float, value: float) -> bool:
 class FittedGP:
     """A fitted process together with the shift and scale of what it observed."""
 
-    model: DerivativeGP
+    model: DerivativeGP | OneLengthGP
     shift: float
     scale: float
-
-    @property
-    def has_derivatives(self) -> bool:
-        """Whether it has observed any derivative."""
-        (rows,) = self.model.train_inputs
-        d = (rows.shape[-1] - 1) // 2
-        return not bool(rows[:, d].all())
 
     def mean(self, x: Tensor) -> Tensor:
         """Posterior mean at x, shape (d,) -> (), differentiable."""
@@ -368,6 +398,17 @@ def relative(gradients: Mapping[int, Tensor]) -> dict[int, float]:
     return {i: 1 / math.hypot(1.0, length / typical) if typical > 0 else 1.0 for i, length in lengths.items()}
 
 
+def standardised(values: Tensor, gradients: Mapping[int, Tensor]) -> tuple[float, float]:
+    """Shift and scale of values, shape (n,)."""
+    # The deviation of a single value is NaN.
+    shift, scale = values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+    # Equal values differ by rounding, which is nothing to be scaled up to 1.
+    if not differs(scale, shift):
+        steepest = torch.cat([torch.zeros(1, dtype=values.dtype), *gradients.values()]).nan_to_num(0.0).abs().max()
+        scale = steepest.item() or 1.0
+    return shift, scale
+
+
 def fit(
     x: Tensor,
     values: Tensor,
@@ -389,12 +430,7 @@ def fit(
         the rows of each are divided by sqrt(1 + (|g_i| / median |g|)^2), so that one noise serves for all.
     categorical:          coordinates that stand for unordered choices.
     """
-    # The deviation of a single value is NaN.
-    shift, scale = values.mean().item(), values.std().item() if len(values) > 1 else 0.0
-    # Equal values differ by rounding, which is nothing to be scaled up to 1.
-    if not differs(scale, shift):
-        steepest = torch.cat([torch.zeros(1, dtype=x.dtype), *gradients.values()]).nan_to_num(0.0).abs().max().item()
-        scale = steepest or 1.0
+    shift, scale = standardised(values, gradients)
     # The rows of all values, then those of the derivatives that are known.
     weights = relative(gradients) if infer_gradient_noise else dict.fromkeys(gradients, 1.0)
     rows = torch.cat([

@@ -89,24 +89,21 @@ class Surface:
 
     @classmethod
     def of(cls, model: UpperModel, likelihood: Likelihood) -> Surface:
-        gaussian, d = model.process.model, model.process.model.dimension
-        rows, conditioned = gaussian.train_inputs[0], gaussian.conditioned
-        points, place, kernel = conditioned.points, conditioned.place, conditioned.kernel
-        # k_i of `Surface` is without the outputscale, which goes into the weights.
-        weights = conditioned.weights * conditioned.variance
-        # The value and the derivatives of a point are rows of their own. In q_i they are one.
+        gaussian, conditioned = model.process.model, model.process.model.conditioned
+        values, slopes = conditioned.by_point
+        # k_i of `Surface` is without the variance of the kernel, which goes into the weights.
         return cls(
-            points,
-            torch.zeros(len(points), dtype=rows.dtype).index_add(0, place, weights * rows[:, d]),
-            torch.zeros_like(points).index_add(0, place, weights.unsqueeze(1) * rows[:, d + 1 :]),
-            kernel.lengthscale.squeeze(0).square().reciprocal(),
-            gaussian.mean_constant.item(),
+            conditioned.points,
+            conditioned.variance * values,
+            conditioned.variance * slopes * gaussian.lengths.square(),
+            gaussian.lengths.square().reciprocal(),
+            conditioned.mean.item(),
             model.process.shift,
             model.process.scale,
             model.warp.low - model.warp.spread,
             max(LEAST_SHARE * model.warp.low, SMALLEST_ERROR),
             likelihood,
-            kernel.categorical,
+            gaussian.categorical,
         )
 
     def value(self, x: Tensor) -> float:

@@ -7,7 +7,7 @@ long. A fit evaluates it fifty times.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,32 +37,36 @@ class MarginalLikelihood:
 
     rows:    (x, s, a) of width 2 d + 1, values first (`gaussian_process`); targets: shape (n,).
     choices: coordinates of unordered choices.
+    priors:  of as many lengths as there are coordinates, or of one for all.
     """
 
     def __init__(self, rows: Tensor, targets: Tensor, choices: Sequence[int], priors: Priors, nugget: float) -> None:
         d = (rows.shape[-1] - 1) // 2
-        self.targets, self.priors, self.nugget, self.dimension = targets, priors, nugget, d
+        self.targets, self.priors, self.nugget = targets, priors, nugget
+        self.lengths = len(priors.floors) - 3
         self.points, self.place = torch.unique(rows[:, :d], dim=0, return_inverse=True)
         self.values = int(rows[:, d].sum())
         self.weight, self.coordinate = rows[self.values :, d + 1 :].max(1)
+        self.length = self.coordinate.clamp_max(self.lengths - 1)
         # x_c of the point of a row less that of each point, times the row's weight.
         own = self.points[self.place[self.values :], self.coordinate]
         self.across = self.weight.unsqueeze(1) * (own.unsqueeze(1) - self.points.T[self.coordinate])
         # Both along the same coordinate: their covariance has a term of its own. Few pairs of rows are such.
         self.one, self.other = (self.coordinate.unsqueeze(1) == self.coordinate).nonzero(as_tuple=True)
         self.alike = self.weight[self.one] * self.weight[self.other]
-        self.features, self.owner = features(self.points, choices)
+        self.features, owner = features(self.points, choices)
+        self.owner = owner.clamp_max(self.lengths - 1)
         # 1 where a row is of a point.
         self.of_point = torch.nn.functional.one_hot(self.place, len(self.points)).to(rows)
 
     def __call__(self, hyperparameters: Row) -> tuple[float, Row]:
-        """The value, and its gradient, shape (d + 4,)."""
-        d, v, count = self.dimension, self.values, len(self.targets)
+        """The value, and its gradient, shape (lengths + 4,)."""
+        lengths, v, count = self.lengths, self.values, len(self.targets)
         given = torch.from_numpy(hyperparameters)
         mean, rising = given[0].item(), given[1:].exp()
         positive = rising + self.priors.floors
-        variance, lengths, noises = positive[0], positive[1 : d + 1], positive[d + 1 :]
-        steep = lengths.square().reciprocal()
+        variance, long, noises = positive[0], positive[1 : lengths + 1], positive[lengths + 1 :]
+        steep = long.square().reciprocal()
         covariance, itself = self._covariance(variance, steep)
         steepest = steep.max()
         noise = torch.cat([
@@ -81,13 +85,13 @@ class MarginalLikelihood:
         of_points = self.of_point.T @ weighted @ self.of_point
         by_feature = (self.features * (of_points @ self.features)).sum(0) - of_points.sum(1) @ self.features.square()
         in_steep = torch.zeros_like(steep).index_add(0, self.owner, by_feature)
-        in_steep = in_steep.index_add(0, self.coordinate, 2 * weighted[v:].sum(1) / steep[self.coordinate])
+        in_steep = in_steep.index_add(0, self.length, 2 * weighted[v:].sum(1) / steep[self.length])
         alike = pull[v:, v:][self.one, self.other] * itself
-        in_steep = in_steep.index_add(0, self.coordinate[self.one], -alike / steep[self.coordinate[self.one]])
+        in_steep = in_steep.index_add(0, self.length[self.one], -alike / steep[self.length[self.one]])
         in_steep[steep.argmax()] += own[v:].sum() * self.nugget * variance
         in_variance = weighted.sum() / variance + self.nugget * (own[:v].sum() + own[v:].sum() * steepest)
         gradient = torch.cat([
-            in_variance.unsqueeze(0), -2 * in_steep * steep / lengths, torch.stack([own[:v].sum(), own[v:].sum()])
+            in_variance.unsqueeze(0), -2 * in_steep * steep / long, torch.stack([own[:v].sum(), own[v:].sum()])
         ])  # fmt: skip
         prior, in_prior = self.priors(positive)
         gradient = (gradient - in_prior) * rising
@@ -99,14 +103,14 @@ class MarginalLikelihood:
         """K without noise, shape (n, n), and that term of its own of derivatives along the same coordinate, by pair."""
         v = self.values
         scaled = self.features * steep[self.owner].sqrt()
-        lengths = scaled.square().sum(1)
-        squared = lengths.unsqueeze(1) + lengths - 2 * scaled @ scaled.T
+        sizes = scaled.square().sum(1)
+        squared = sizes.unsqueeze(1) + sizes - 2 * scaled @ scaled.T
         k = variance * torch.exp(-squared.clamp_min(0) / 2)
         # From points to rows by products with zeros and ones, which take less time than to gather columns.
         covariance = k[self.place] @ self.of_point.T
-        along = (self.across * steep[self.coordinate].unsqueeze(1)) @ self.of_point.T
+        along = (self.across * steep[self.length].unsqueeze(1)) @ self.of_point.T
         derivatives = covariance[v:, v:]
-        itself = derivatives[self.one, self.other] * self.alike * steep[self.coordinate[self.one]]
+        itself = derivatives[self.one, self.other] * self.alike * steep[self.length[self.one]]
         covariance[v:, :v] *= -along[:, :v]
         covariance[:v, v:] = covariance[v:, :v].T
         derivatives.mul_(along[:, v:]).mul_(along[:, v:].T)
@@ -130,6 +134,9 @@ class Priors:
 
     def __init__(self, location: Tensor, scale: Tensor, floors: Tensor) -> None:
         self.location, self.scale, self.floors = location, scale, floors
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.location, self.scale, self.floors))
 
     def __call__(self, positive: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of their logarithms, shape (), and its gradient, shape (d + 3,)."""

@@ -387,7 +387,7 @@ class Default(Method):
         if state.others:
             return None
         # Values alone say too little of the bends of F, by which the evidence is told.
-        if len(state.steps) < PLAIN_STEPS or not model.process.has_derivatives or not state.done:
+        if len(state.steps) < PLAIN_STEPS or not model.process.model.has_derivatives or not state.done:
             return None
         groups = space.groups()
         incumbent = self.incumbent(state)

@@ -94,7 +94,7 @@ def set_up(
     most = method.most_hyperparameters
     if most is not None and space.dimension > most:
         logger.warning(
-            "%d hyperparameters are many for a model of the value function; method='hypergradient' with "
+            "%d hyperparameters are many for a Gaussian process; method='hypergradient' with "
             "hypergradient_trainable follows gradients without one", space.dimension,
         )  # fmt: skip
     return SetUp(space, constants, method)

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from raybilevel._models.acquisition import (
+    FEWEST_GRADIENTS,
+    MOST_POINTS,
     UpperModel,
     Warp,
     expected_improvement,
     fit_upper_model,
     minimise_in_box,
 )
+from raybilevel._models.one_length import OneLengthGP
 from raybilevel.search_state import Proposal, Training
 from raybilevel.space import sobol_points
 from tests.problems_for_tests import vector
@@ -234,3 +237,39 @@ def test_equal_calls_give_equal_points():
     first = expected_improvement(model, 2, [], seed=3)
     torch.manual_seed(99)
     assert torch.equal(first, expected_improvement(model, 2, [], seed=3))
+
+
+# In many dimensions.
+
+
+def many(count: int, d: int = 120) -> list[Training]:
+    """As of a search that has come near to one point."""
+    return trained(0.4 + 0.2 * sobol_points(d, count, 1))
+
+
+def test_with_room_for_few_gradients_one_length_scale_has_all_of_the_nearest_points():
+    near = torch.full((120,), 0.5, dtype=torch.double)
+    few = fit_upper_model(many(6), (vector(*[0.4] * 120),), near, 500)
+    assert isinstance(few.process.model, OneLengthGP)
+    assert len(few.process.model.observed.which) == 6 and len(few.process.model.observed.points) == 7
+    assert 0 < few.gain(near) < 1
+    some = fit_upper_model(many(MOST_POINTS + 5), (), near, 500)
+    assert len(some.process.model.observed.points) == MOST_POINTS
+    assert not isinstance(fit_upper_model(many(6), (), near, 120 * FEWEST_GRADIENTS).process.model, OneLengthGP)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_without_whole_gradients_one_length_scale_is_not_for_it(partial: bool):
+    trainings = [
+        replace(t, hypergradient=(math.nan, *(t.hypergradient or ())[1:]) if partial else None) for t in many(6)
+    ]
+    model = fit_upper_model(trainings, (), torch.full((120,), 0.5, dtype=torch.double), 500)
+    assert not isinstance(model.process.model, OneLengthGP)
+
+
+def test_a_region_step_in_many_dimensions_goes_to_the_optimum():
+    centre = torch.full((120,), 0.5, dtype=torch.double)
+    model = fit_upper_model(many(6), (), centre, 500)
+    found = minimise_in_box(model, centre - 0.2, centre + 0.2, [centre], 0.0, 0)
+    # F is lowest at 0.3.
+    assert bowl(found) - 1 < 0.1 * (bowl(centre) - 1)
