@@ -126,9 +126,8 @@ def lagrangian_point(point: TrainedPoint, decrease: float, budget: Budget) -> La
         return unmoved(Hypergradient(upper.in_x, upper.value, products=found.products))
     indirect = point.products.mixed(found.vector)
     gradient = upper.in_x - indirect
-    error = (
-        max(found.residual, ERROR_OF_UNFINISHED if point.finite else ERROR) + point.products.noise
-    ) * indirect.abs()
+    share = max(found.residual, ERROR_OF_UNFINISHED if point.finite else ERROR) + point.products.noise
+    error = share * indirect.abs()
     drowned = (upper.in_x != 0) & (gradient.abs() < error)
     if drowned.any():
         say_cancelled(type(point.levels.problem).__name__)

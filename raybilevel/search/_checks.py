@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,7 +174,8 @@ def check_at(problem: BilevelProblem, space: Space, constants: Mapping[str, Any]
         probes[upper].warn_of_sum(model, data[upper].first, data[upper].last)
         warn_of_same_data(problem, data, lambda level, batch: probes[level].single(model, batch))
         # Whatever f was evaluated at before.
-        at.probe("lower", 1).draw(model, data[WatchedLevel("lower")].first, 0)
+        with suppress(NotFiniteError, ProblemError):  # at other hyperparameters
+            at.probe("lower", 1).draw(model, data[WatchedLevel("lower")].first, 0)
         probes[upper].check_own(at_start[upper], probes[upper].draw(model, data[upper].first, 0))
         given = at.given(at.entries(0))
         # As for every F and f that the search sees. In train mode dropout would differ from call to call.

@@ -99,23 +99,29 @@ def _of_level(levels: Levels, level: Level, x: Tensor, coordinates: Sequence[int
     levels.value(level, x, y)  # fetches the batch, whose own precision is not that of the loss
     with Narrowest(y.dtype) as computed:
         here = levels.gradient(level, x, y)
-    rounding = torch.finfo(computed.dtype).eps * abs(here.value)
+    eps, size = torch.finfo(computed.dtype).eps, y.norm().item()
+    rounding = eps * abs(here.value)
 
-    def shown(in_x: Tensor, in_y: Tensor, slope: float, longest: float) -> float | None:
-        return contradicted(lambda t: levels.value(level, x + t * in_x, y + t * in_y), slope, rounding, longest)
+    def shown(in_x: Tensor, in_y: Tensor, slope: float, unit: float) -> float | None:
+        """unit: size of what is moved."""
+
+        def value(t: float) -> float:
+            return levels.value(level, x + t * in_x, y + t * in_y)
+
+        return contradicted(value, slope, rounding, eps * unit, LONGEST * unit)
 
     if not here.in_y.any() and not levels_agree(levels, level, x, y, here.value, rounding, draw(y)):
         yield Contradiction(level, None, math.inf)
     for direction in directions(torch.where(here.in_y.isfinite(), here.in_y, 0), trainable(levels.model)):
         slope = here.in_y.nan_to_num(0, 0, 0).dot(direction).item()
-        share = shown(torch.zeros_like(x), direction, slope, LONGEST * y.norm().item())
+        share = shown(torch.zeros_like(x), direction, slope, size)
         if share is not None:
             yield Contradiction(level, None, share)
             break
     for coordinate in coordinates:
         axis = torch.zeros_like(x)
         axis[coordinate] = 1.0
-        share = shown(axis, torch.zeros_like(y), here.in_x[coordinate].item(), LONGEST)
+        share = shown(axis, torch.zeros_like(y), here.in_x[coordinate].item(), 1.0)
         if share is not None:
             yield Contradiction(level, coordinate, share)
 
@@ -146,15 +152,20 @@ def directions(gradient: Tensor, weights: Sequence[Tensor]) -> Iterator[Tensor]:
             yield direction / direction.norm()
 
 
-def contradicted(value: Callable[[float], float], slope: float, rounding: float, longest: float) -> float | None:
+def contradicted(
+    value: Callable[[float], float], slope: float, rounding: float, resolution: float, longest: float
+) -> float | None:
     """Which share of a slope the values of a loss show, if central differences contradict it over every length; None if
     one of them agrees, if the slope is 0 or not finite, or if rounding leaves too few lengths up to `longest`.
 
     A loss with kinks agrees over short lengths. One with steps, or another derivative, does not.
+
+    rounding:   of the loss.
+    resolution: of the lengths, by the rounding of what is moved: a loss may be far less than its slope.
     """
     if not slope or not math.isfinite(slope):
         return None
-    shortest = ABOVE_ROUNDING * max(rounding, torch.finfo(torch.double).tiny) / abs(slope)
+    shortest = ABOVE_ROUNDING * max(rounding / abs(slope), resolution)
     lengths = [length for k in range(LENGTHS) if (length := shortest * LONGER**k) <= longest]
     shares = []
     for length in lengths:

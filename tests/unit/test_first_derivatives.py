@@ -194,9 +194,10 @@ def test_a_module_as_upper_level_is_warned_of(caplog: pytest.LogCaptureFixture) 
         (lambda t: 0.0, 0.0, 1e-16, None),
         (lambda t: float("nan"), 2.0, 1e-16, None),
         (lambda t: 0.0, 2.0, 1e-3, None),  # too coarse to tell
+        (lambda t: 2e-16 * round(1e16 * t), 2.0, 1e-30, None),  # moved by less than the weights resolve
         (lambda t: 1e-12 * round(2e12 * t), 2.0, 1e-16, None),  # coarser than it says, and right over longer lengths
     ],
 )
 def test_a_slope_against_values(value: Any, slope: float, rounding: float, share: float | None) -> None:
-    found = contradicted(value, slope, rounding, longest=0.02)
+    found = contradicted(value, slope, rounding, resolution=1e-16, longest=0.02)
     assert found == (share if share is None else pytest.approx(share))

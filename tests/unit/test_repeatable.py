@@ -271,6 +271,15 @@ def test_an_upper_loss_that_reads_what_the_lower_one_has_left_is_refused(place: 
         check_problem(Left(), DECAY)
 
 
+def test_a_lower_loss_that_is_not_finite_elsewhere_is_no_reason_to_refuse():
+    class AtTheCentre(Network):
+        def lower_loss(self, model: Any, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            elsewhere = (hyperparameters["decay"] - 0.01).abs() > 1e-6
+            return super().lower_loss(model, hyperparameters, batch) + (torch.nan if elsewhere else 0.0)
+
+    check_problem(AtTheCentre(), DECAY)
+
+
 def test_a_loss_that_changes_the_hyperparameters_that_it_is_given_is_explained():
     class Doubles(Network):
         def lower_loss(self, model: Any, hyperparameters: Any, batch: Any) -> Tensor:
