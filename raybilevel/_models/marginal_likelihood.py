@@ -67,7 +67,7 @@ class MarginalLikelihood:
         positive = rising + self.priors.floors
         variance, long, noises = positive[0], positive[1 : lengths + 1], positive[lengths + 1 :]
         steep = long.square().reciprocal()
-        covariance, itself = self._covariance(variance, steep)
+        covariance, itself = self.covariance(variance, steep)
         steepest = steep.max()
         noise = torch.cat([
             (noises[0] + self.nugget * variance).expand(v),
@@ -99,7 +99,7 @@ class MarginalLikelihood:
         in_mean = mean - solved[:v].sum().item()
         return value.item() / count, np.concatenate([[in_mean], gradient.numpy()]) / count
 
-    def _covariance(self, variance: Tensor, steep: Tensor) -> tuple[Tensor, Tensor]:
+    def covariance(self, variance: Tensor, steep: Tensor) -> tuple[Tensor, Tensor]:
         """K without noise, shape (n, n), and that term of its own of derivatives along the same coordinate, by pair."""
         v = self.values
         scaled = self.features * steep[self.owner].sqrt()

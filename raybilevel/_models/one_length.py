@@ -49,9 +49,10 @@ ROWS = 250
 class Observed:
     """What is observed, standardised.
 
-    points: shape (n, d); values: shape (k,), of the first k of them.
-    which:  points with gradients, shape (m,); gradients, weights: of those, divided by what they were multiplied by,
-        shapes (m, d) and (m,).
+    points, values: shapes (n, d) and (n,).
+    which:     of the points that have a gradient, shape (m,).
+    gradients: at these, shape (m, d).
+    weights:   by which rows of derivatives and their targets are multiplied, shape (m,).
     """
 
     points: Tensor
@@ -137,13 +138,13 @@ class OneLengthGP(Model):  # type: ignore[misc]
     categorical: tuple[int, ...] = ()
     has_derivatives = True
 
-    def __init__(self, observed: Observed, hyperparameters: Row, floors: Tensor) -> None:
+    def __init__(self, observed: Observed, hyperparameters: Row, priors: Priors) -> None:
         super().__init__()
         self.mean = float(hyperparameters[0])
         self.variance, self.length, self.value_noise, self.noise = (
-            np.exp(hyperparameters[1:]) + floors.numpy()
+            np.exp(hyperparameters[1:]) + priors.floors.numpy()
         ).tolist()
-        self.observed = observed
+        self.observed, self.priors = observed, priors
         self._conditioned: OneLengthConditioned | None = None
 
     @property
@@ -201,23 +202,20 @@ class OneLengthConditioned:
     def of(cls, model: OneLengthGP) -> OneLengthConditioned:
         observed, variance, steep = model.observed, model.variance, 1 / model.length**2
         rows, targets = observed.inside
-        n, r = len(observed.points), observed.basis.shape[1]
-        z, k = rows[:n, :r], _near(rows[:n, :r], rows[:n, :r], variance, model.length)
-        place = torch.cat([torch.arange(n), observed.which.repeat_interleave(r)])
-        # a . e / l^2 of each row with each point.
-        along = steep * ((rows[:, r + 1 :] * rows[:, :r]).sum(1, keepdim=True) - rows[:, r + 1 :] @ z.T)[:, place]
-        s = rows[:, r : r + 1]
-        alike = s * s.T - along * s.T - s * along.T + steep * rows[:, r + 1 :] @ rows[:, r + 1 :].T + along * along.T
-        nugget, flat = NUGGET * variance, s.squeeze(1)
-        noise = flat * (model.value_noise + nugget) + (1 - flat) * (model.noise + nugget * steep)
-        factor = factorised(k[place][:, place] * alike, noise)
-        residual = (targets - model.mean * flat).unsqueeze(1)
+        r, nugget = observed.basis.shape[1], NUGGET * variance
+        place = torch.cat([torch.arange(len(observed.points)), observed.which.repeat_interleave(r)])
+        is_value = rows[:, r]
+        inside = MarginalLikelihood(rows, targets, (), model.priors, NUGGET)
+        covariance, _ = inside.covariance(*torch.tensor([[variance], [steep]], dtype=torch.double))
+        noise = is_value * (model.value_noise + nugget) + (1 - is_value) * (model.noise + nugget * steep)
+        factor = factorised(covariance, noise)
+        residual = (targets - model.mean * is_value).unsqueeze(1)
         weights = torch.cholesky_solve(residual, factor).squeeze(1)
         whitening = torch.linalg.solve_triangular(factor, torch.eye(len(rows)).to(factor), upper=False)
         likeness, _ = observed.alike(model.length)
         among = variance * steep * likeness + (model.noise + nugget * steep) * torch.eye(len(likeness)).to(likeness)
         mean = torch.tensor(model.mean, dtype=torch.double)
-        return cls(observed, mean, variance, model.length, flat, place, weights, whitening, torch.linalg.inv(among))
+        return cls(observed, mean, variance, model.length, is_value, place, weights, whitening, torch.linalg.inv(among))
 
     @property
     def points(self) -> Tensor:
@@ -286,4 +284,4 @@ def fit_one_length(x: Tensor, values: Tensor, gradients: Mapping[int, Tensor]) -
 
     # From where derivatives are exact and from where they are noise, as there.
     better = min((descend(begin, SCREENING) for begin in (start, as_noise)), key=lambda found: found.fun)
-    return FittedGP(OneLengthGP(observed, descend(better.x, ITERATIONS).x, priors.floors), shift, scale)
+    return FittedGP(OneLengthGP(observed, descend(better.x, ITERATIONS).x, priors), shift, scale)

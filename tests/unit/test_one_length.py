@@ -39,7 +39,7 @@ def both() -> tuple[OneLengthGP, DerivativeGP, Priors]:
     priors = Priors(*(column[[0, 1, -2, -1]] for column in dense.priors))
     stacked = torch.stack(list(gradients.values()))
     observed = Observed(x, values, torch.tensor(WHICH), stacked, vector(*weights.values()))
-    return OneLengthGP(observed, AT, priors.floors), dense, priors
+    return OneLengthGP(observed, AT, priors), dense, priors
 
 
 def test_the_likelihood_is_that_of_all_rows():
