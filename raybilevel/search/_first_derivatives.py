@@ -32,7 +32,7 @@ MOVED = 0.01
 """So far weights and hyperparameters are moved off a kink at the start, e.g. of rectifiers of zeros."""
 FAR = (0.1, -0.1, 0.3, -0.3, 1.0, -1.0)
 """How far weights are looked at, in units of their norm, where a gradient is 0."""
-MOST_COORDINATES = 16
+GROUPS = 16
 MOST_WEIGHTS_IN_DOUBLE = 20_000_000
 
 
@@ -63,7 +63,7 @@ def contradictions(
     It is done in double precision, in which even a fine quantisation is a step, if the problem can be computed so.
 
     x:           shape (p,).
-    coordinates: of x, each of which is looked at; no more than `MOST_COORDINATES` of them are.
+    coordinates: of x, which are looked at; many of them in `GROUPS` groups.
     """
     single = copy.copy(problem)
 
@@ -71,8 +71,6 @@ def contradictions(
         return itertools.islice(make_batches(problem, level, None, config), 1)
 
     single.batches = one_batch  # type: ignore[method-assign]
-    # Some coordinates of many, evenly.
-    chosen = coordinates[:: math.ceil(len(coordinates) / MOST_COORDINATES)] if coordinates else ()
     weights = sum(weight.numel() for weight in model.parameters())
     # An upper-level module stays as it is: x is its parameters.
     wide = [torch.double] if weights <= MOST_WEIGHTS_IN_DOUBLE and variables.module is None else []
@@ -81,7 +79,7 @@ def contradictions(
         try:
             levels = Levels(single, copy.deepcopy(model).to(dtype), variables, config)
             with full_precision():
-                return [*_of_level(levels, "lower", x, chosen), *_of_level(levels, "upper", x, chosen)]
+                return [*_of_level(levels, "lower", x, coordinates), *_of_level(levels, "upper", x, coordinates)]
         except Exception as error:  # whatever a problem raises at tensors of another precision than its own
             logger.debug("%s in %s: %s", type(problem).__name__, dtype, error)
     return []
@@ -118,12 +116,18 @@ def _of_level(levels: Levels, level: Level, x: Tensor, coordinates: Sequence[int
         if share is not None:
             yield Contradiction(level, None, share)
             break
-    for coordinate in coordinates:
-        axis = torch.zeros_like(x)
-        axis[coordinate] = 1.0
-        share = shown(axis, torch.zeros_like(y), here.in_x[coordinate].item(), 1.0)
-        if share is not None:
-            yield Contradiction(level, coordinate, share)
+
+    def shown_by(members: Sequence[int]) -> float | None:
+        """By coordinates of x, each with an equal part in the slope."""
+        axis, steep = torch.zeros_like(x), [i for i in members if here.in_x[i] != 0 and here.in_x[i].isfinite()]
+        axis[steep] = 1 / here.in_x[steep]
+        length = axis.norm().item()
+        return shown(axis / length, torch.zeros_like(y), len(steep) / length, 1.0) if steep else None
+
+    for group in (coordinates[start::GROUPS] for start in range(GROUPS)):
+        if shown_by(group) is not None:
+            found = ((coordinate, shown_by([coordinate])) for coordinate in group)
+            yield from (Contradiction(level, coordinate, share) for coordinate, share in found if share is not None)
 
 
 def levels_agree(
