@@ -7,11 +7,13 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from raybilevel._lower.functions import LevelGradient
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.precision import Narrowest, full_precision
 from raybilevel._lower.variables import UpperVariables, trainable
@@ -32,7 +34,8 @@ MOVED = 0.01
 """So far weights and hyperparameters are moved off a kink at the start, e.g. of rectifiers of zeros."""
 FAR = (0.1, -0.1, 0.3, -0.3, 1.0, -1.0)
 """How far weights are looked at, in units of their norm, where a gradient is 0."""
-MOST_COORDINATES = 16
+GROUPS = 16
+LEVELS: tuple[Level, ...] = ("lower", "upper")
 MOST_WEIGHTS_IN_DOUBLE = 20_000_000
 
 
@@ -63,7 +66,7 @@ def contradictions(
     It is done in double precision, in which even a fine quantisation is a step, if the problem can be computed so.
 
     x:           shape (p,).
-    coordinates: of x, each of which is looked at; no more than `MOST_COORDINATES` of them are.
+    coordinates: of x, which are looked at; many of them in `GROUPS` groups.
     """
     single = copy.copy(problem)
 
@@ -71,8 +74,6 @@ def contradictions(
         return itertools.islice(make_batches(problem, level, None, config), 1)
 
     single.batches = one_batch  # type: ignore[method-assign]
-    # Some coordinates of many, evenly.
-    chosen = coordinates[:: math.ceil(len(coordinates) / MOST_COORDINATES)] if coordinates else ()
     weights = sum(weight.numel() for weight in model.parameters())
     # An upper-level module stays as it is: x is its parameters.
     wide = [torch.double] if weights <= MOST_WEIGHTS_IN_DOUBLE and variables.module is None else []
@@ -81,59 +82,100 @@ def contradictions(
         try:
             levels = Levels(single, copy.deepcopy(model).to(dtype), variables, config)
             with full_precision():
-                return [*_of_level(levels, "lower", x, chosen), *_of_level(levels, "upper", x, chosen)]
+                return [found for level in LEVELS for found in of_level(levels, level, x, coordinates)]
         except Exception as error:  # whatever a problem raises at tensors of another precision than its own
             logger.debug("%s in %s: %s", type(problem).__name__, dtype, error)
     return []
 
 
-def _of_level(levels: Levels, level: Level, x: Tensor, coordinates: Sequence[int]) -> Iterator[Contradiction]:
-    chance, y = torch.Generator().manual_seed(0), levels.y
+def of_level(levels: Levels, level: Level, x: Tensor, coordinates: Sequence[int]) -> Iterator[Contradiction]:
+    probed = Probed.at(levels, level, x, coordinates)
+    in_weights = probed.in_weights()
+    if in_weights is not None:
+        yield in_weights
+    yield from probed.in_hyperparameters(coordinates)
 
-    def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=chance, dtype=torch.double).to(like)
 
-    x, y = x.to(levels.problem.device).clone(), y + MOVED * draw(y)
-    inside = [coordinate for coordinate in coordinates if MOVED < x[coordinate] < 1 - MOVED]
-    x[inside] += MOVED * draw(x[inside]).clamp(-1, 1)
-    levels.value(level, x, y)  # fetches the batch, whose own precision is not that of the loss
-    with Narrowest(y.dtype) as computed:
-        here = levels.gradient(level, x, y)
-    eps, size = torch.finfo(computed.dtype).eps, y.norm().item()
-    rounding = eps * abs(here.value)
+@dataclass(frozen=True)
+class Probed:
+    """A level near the start, off the kinks that may lie there.
 
-    def shown(in_x: Tensor, in_y: Tensor, slope: float, unit: float) -> float | None:
-        """unit: size of what is moved."""
+    here: its value and gradients at x, shape (p,), and y, shape (n,).
+    eps:  of the precision in which it is computed.
+    """
+
+    levels: Levels
+    level: Level
+    x: Tensor
+    y: Tensor
+    here: LevelGradient
+    eps: float
+
+    @classmethod
+    def at(cls, levels: Levels, level: Level, x: Tensor, coordinates: Sequence[int]) -> Probed:
+        chance, y = torch.Generator().manual_seed(0), levels.y
+        x, y = x.to(levels.problem.device).clone(), y + MOVED * draw(y, chance)
+        inside = [coordinate for coordinate in coordinates if MOVED < x[coordinate] < 1 - MOVED]
+        x[inside] += MOVED * draw(x[inside], chance).clamp(-1, 1)
+        levels.value(level, x, y)  # fetches the batch, whose own precision is not that of the loss
+        with Narrowest(y.dtype) as computed:
+            here = levels.gradient(level, x, y)
+        return cls(levels, level, x, y, here, torch.finfo(computed.dtype).eps)
+
+    @property
+    def rounding(self) -> float:
+        return self.eps * abs(self.here.value)
+
+    def in_weights(self) -> Contradiction | None:
+        gradient = torch.where(self.here.in_y.isfinite(), self.here.in_y, 0)
+        if not gradient.any():
+            return None if self.constant() else Contradiction(self.level, None, math.inf)
+        unit = self.y.norm().item()
+        for along in directions(gradient, trainable(self.levels.model)):
+            share = self.share(torch.zeros_like(self.x), along, gradient.dot(along).item(), unit)
+            if share is not None:
+                return Contradiction(self.level, None, share)
+        return None
+
+    def in_hyperparameters(self, coordinates: Sequence[int]) -> Iterator[Contradiction]:
+        for group in (coordinates[start::GROUPS] for start in range(GROUPS)):
+            if self.of_group(group) is not None:
+                for coordinate in group:
+                    share = self.of_group([coordinate])
+                    if share is not None:
+                        yield Contradiction(self.level, coordinate, share)
+
+    def of_group(self, group: Sequence[int]) -> float | None:
+        """As `contradicted`, along coordinates of x that have an equal part each in the slope."""
+        in_x, along = self.here.in_x, torch.zeros_like(self.x)
+        steep = [coordinate for coordinate in group if in_x[coordinate] != 0 and in_x[coordinate].isfinite()]
+        if not steep:
+            return None
+        along[steep] = 1 / in_x[steep]
+        length = along.norm().item()
+        return self.share(along / length, torch.zeros_like(self.y), len(steep) / length, 1.0)
+
+    def share(self, in_x: Tensor, in_y: Tensor, slope: float, unit: float) -> float | None:
+        """As `contradicted`, along a direction. unit: size of what is moved."""
 
         def value(t: float) -> float:
-            return levels.value(level, x + t * in_x, y + t * in_y)
+            return self.levels.value(self.level, self.x + t * in_x, self.y + t * in_y)
 
-        return contradicted(value, slope, rounding, eps * unit, LONGEST * unit)
+        return contradicted(value, slope, self.rounding, self.eps * unit, LONGEST * unit)
 
-    if not here.in_y.any() and not levels_agree(levels, level, x, y, here.value, rounding, draw(y)):
-        yield Contradiction(level, None, math.inf)
-    for direction in directions(torch.where(here.in_y.isfinite(), here.in_y, 0), trainable(levels.model)):
-        slope = here.in_y.nan_to_num(0, 0, 0).dot(direction).item()
-        share = shown(torch.zeros_like(x), direction, slope, size)
-        if share is not None:
-            yield Contradiction(level, None, share)
-            break
-    for coordinate in coordinates:
-        axis = torch.zeros_like(x)
-        axis[coordinate] = 1.0
-        share = shown(axis, torch.zeros_like(y), here.in_x[coordinate].item(), 1.0)
-        if share is not None:
-            yield Contradiction(level, coordinate, share)
+    def constant(self) -> bool:
+        """Whether the level has one value at several weights, some of them far away, as it should where its gradient is
+        0. An accuracy has such a gradient as well."""
+        along = draw(self.y, torch.Generator().manual_seed(1))
+        along *= self.y.norm() / along.norm()
+        values = [self.levels.value(self.level, self.x, self.y + factor * along) for factor in FAR]
+        most = ABOVE_ROUNDING * self.rounding
+        return all(abs(value - self.here.value) <= most for value in values if math.isfinite(value))
 
 
-def levels_agree(
-    levels: Levels, level: Level, x: Tensor, y: Tensor, value: float, rounding: float, direction: Tensor
-) -> bool:
-    """Whether a level has one value at several weights, some of them far away, as it should where its gradient is 0; an
-    accuracy has such a gradient as well."""
-    direction = direction / direction.norm() * y.norm()
-    values = [levels.value(level, x, y + factor * direction) for factor in FAR]
-    return all(abs(other - value) <= ABOVE_ROUNDING * rounding for other in values if math.isfinite(other))
+def draw(like: Tensor, chance: torch.Generator) -> Tensor:
+    """Normal random numbers, the same on each device."""
+    return torch.randn(like.shape, generator=chance, dtype=torch.double).to(like)
 
 
 def directions(gradient: Tensor, weights: Sequence[Tensor]) -> Iterator[Tensor]:

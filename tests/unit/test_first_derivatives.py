@@ -174,6 +174,18 @@ def test_a_use_of_a_hyperparameter_that_gradients_do_not_see(use: Any, caplog: p
     assert "last: Computed.lower_loss changes with it by 4 of what its gradient says" in caplog.text
 
 
+def test_one_of_many_hyperparameters_that_gradients_do_not_see_whole(caplog: pytest.LogCaptureFixture) -> None:
+    class Many(Network):
+        def lower_loss(self, model: Any, hyperparameters: Hyperparameters, batch: Any) -> Tensor:
+            x = torch.stack([hyperparameters["x"][str(i)] for i in range(40)])
+            hidden = 2 * hyperparameters["x"]["7"].item()
+            return self.upper_loss(model, batch) + (x.sum() + hidden) * model[-1].weight.square().sum()
+
+    space = Space(tuple(Parameter(("x", str(i)), 1e-4, 1.0, log=True) for i in range(40)))
+    assert [p.name for p in check_problem(Many(), space).parameters if not p.smooth] == ["x/7"]
+    assert "x/7: Many.lower_loss changes with it by 3 of what its gradient says" in caplog.text
+
+
 def test_a_module_as_upper_level_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     class Rounded(ManyParabolas):
         def upper_loss(self, model: Any, batch: Any) -> Tensor:
