@@ -424,7 +424,7 @@ class Default(Method):
             low[~space.active(centre)], high[~space.active(centre)] = 0.0, 1.0
         if feasibility is not None and not step.state.trainings[step.centre].feasible:
             return most_feasible(model, feasibility, low, high, starts, step.seed, discrete, space.at_rest)
-        factors = self._factors(step.state, space, feasibility)
+        factors = factors_of(step.state, space, feasibility)
         if front_model is not None:
             return front_model.propose(step.seed, discrete, space.at_rest, factors)
         if step.origin == "global":
@@ -432,16 +432,6 @@ class Default(Method):
         # The deviation is small beside pending points, so that weight on it leads away from them.
         beta = self.beta + 0.25 * step.rank
         return minimise_in_box(model, low, high, starts, beta, step.seed, penalty, discrete, space.at_rest, feasibility)
-
-    @staticmethod
-    def _factors(state: SearchState, space: Space, feasibility: Feasible | None) -> list[Factor]:
-        """What multiplies an expected improvement: the probability of a feasible training, and the user's prior with an
-        exponent that falls with every training (Hvarfner et al. 2022, piBO, arXiv:2204.11051)."""
-        factors: list[Factor] = [] if feasibility is None else [feasibility.log_probability]
-        if space.has_priors:
-            exponent = PRIOR_WEIGHT / max(1, len(state.measured))
-            factors.append(lambda x: exponent * space.log_prior(x))
-        return factors
 
 
 @dataclass(frozen=True)
@@ -467,6 +457,16 @@ def stopped_as_done(state: SearchState) -> SearchState:
     trainings = tuple(replace(t, status="done", hypergradient=()) if t.status == "stopped" else t
                       for t in state.trainings)  # fmt: skip
     return replace(state, trainings=trainings)
+
+
+def factors_of(state: SearchState, space: Space, feasibility: Feasible | None) -> list[Factor]:
+    """What multiplies an expected improvement: the probability of a feasible training, and the user's prior with an
+    exponent that falls with every training (Hvarfner et al. 2022, piBO, arXiv:2204.11051)."""
+    factors: list[Factor] = [] if feasibility is None else [feasibility.log_probability]
+    if space.has_priors:
+        exponent = PRIOR_WEIGHT / max(1, len(state.measured))
+        factors.append(lambda x: exponent * space.log_prior(x))
+    return factors
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from raybilevel._config.experiment import ExperimentConfig
 from raybilevel._config.plan import resolve
 from raybilevel.errors import ConfigError, SpaceError, StateError
 from raybilevel.methods import Default, Paper
-from raybilevel.methods import _default as default
+from raybilevel.methods._default import factors_of
 from raybilevel.search import _state_file as state_file
 from raybilevel.search._optimizer import BilevelOptimizer, Observation
 from raybilevel.search_state import SearchState
@@ -124,10 +124,10 @@ def test_the_prior_weighs_less_with_every_training(trainings: int) -> None:
     optimizer = BilevelOptimizer(space, Default())
     for number in range(trainings):
         optimizer.add(str(number), {"lr": 1e-3}, Observation(1.0, 1.0, (0.0,), 1.0))
-    (factor,) = default.Default._factors(optimizer.state, space, None)
+    (factor,) = factors_of(optimizer.state, space, None)
     at = space.encode({"lr": 1e-1})
     assert factor(at).item() == pytest.approx(-2.0 * 10 / trainings)
-    assert default.Default._factors(SearchState(), Space((LR,)), None) == []
+    assert factors_of(SearchState(), Space((LR,)), None) == []
 
 
 def lowest(space: Space, target: float, trainings: int, seed: int = 0) -> float:
