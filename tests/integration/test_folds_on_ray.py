@@ -76,6 +76,7 @@ class Failing(Line):
         return super().optimizer(model)
 
 
+@pytest.mark.slow
 def test_what_a_fold_raises_is_what_its_trial_raises(tmp_path: Path) -> None:
     problem = CrossValidated(Failing, EXAMPLES, folds=2)
     results = tune.Tuner(

