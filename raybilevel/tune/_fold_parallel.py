@@ -11,7 +11,7 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raybilevel._cluster.resources import bundles_of
+from raybilevel._cluster.resources import bundles_of, task_options
 from raybilevel._cluster.shared import Shared
 from raybilevel.errors import ConfigError, ProblemError
 from raybilevel.folds import CrossValidated, TrainedFold
@@ -75,14 +75,7 @@ class OnTasks:
     the trial's own process, which has the first bundle."""
 
     def __init__(self, problem: Shared[CrossValidated], bundle: Mapping[str, float]) -> None:
-        self.problem = problem
-        custom = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU", "memory")}
-        self.options = {
-            "num_cpus": bundle.get("CPU", 0.0),
-            "num_gpus": bundle.get("GPU", 0.0),
-            "memory": bundle.get("memory"),
-            "resources": custom,
-        }
+        self.problem, self.options = problem, task_options(bundle)
 
     def __call__(self, config: Mapping[str, Any], seed: int, folds: Sequence[int]) -> Iterator[TrainedFold]:
         if not folds:  # a trial that is tried again after its last one
