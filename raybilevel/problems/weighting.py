@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
-from raybilevel.errors import ConfigError
 from raybilevel.hypergradient import BilevelFunctions, solve_lower
 from raybilevel.problem import Hyperparameters, LargeUpperLevel, Level
-from raybilevel.problems import _datasets as datasets
 from raybilevel.problems._classification import Examples, SplitData, check_positive, data_folder
+from raybilevel.problems._noisy import CLASSES, check_sizes, noisy_mnist
 
 PIXELS = 14 * 14
-CLASSES = 10
 
 
 class Weighted(NamedTuple):
@@ -77,29 +75,22 @@ class NoisyLabels(LargeUpperLevel, SplitData):
         split_seed: int = 0,
     ) -> None:
         check_positive(train=train, validation=validation, hidden=hidden, decay=decay)
-        if not 0 <= wrong < 1 or train + validation > 60_000:
-            raise ConfigError(f"wrong must be from 0 to below 1, and MNIST has 60,000 examples; got {wrong}")
+        check_sizes(train, validation, wrong)
         self.data = data_folder(self, data)
         self.train, self.validation, self.wrong, self.hidden = train, validation, wrong, hidden
         self.decay, self.split_seed = decay, split_seed
 
     def load(self) -> dict[str, Examples]:
-        (images, labels), test = datasets.mnist(self.data)
-        generator = torch.Generator().manual_seed(self.split_seed)
-        order = torch.randperm(len(labels), generator=generator)
-        lower, upper = order[: self.train], order[self.train : self.train + self.validation]
-        false = torch.rand(self.train, generator=generator) < self.wrong
-        shift = torch.randint(1, CLASSES, (self.train,), generator=generator)
-        given = torch.where(false, (labels[lower] + shift) % CLASSES, labels[lower])
+        found = noisy_mnist(self.data, self.train, self.validation, self.wrong, self.split_seed)
         # Beside the splits, whose entries are pairs. It is dropped with them when the problem is sent.
-        self._right = ~false
-        half = self.validation // 2
+        self._right = found.right
+        above, labels, half = self.inputs(found.above.images), found.above.labels, self.validation // 2
         return {
-            "lower": (self.inputs(images[lower]), given),
-            "upper": (self.inputs(images[upper[half:]]), labels[upper[half:]]),
+            "lower": (self.inputs(found.images), found.given),
+            "upper": (above[half:], labels[half:]),
             # Apart from F's examples: the signs are losses of a model that was trained on these.
-            "guide": (self.inputs(images[upper[:half]]), labels[upper[:half]]),
-            "test": (self.inputs(test.images), test.labels),
+            "guide": (above[:half], labels[:half]),
+            "test": (self.inputs(found.test.images), found.test.labels),
         }
 
     def inputs(self, images: Tensor) -> Tensor:
