@@ -36,7 +36,7 @@ from raybilevel.report._statistics import bootstrap, paired_test
 
 SCRIPTS = (
     "cifar_cnn", "mnist_step_lr", "char_gpt", "lightning_digits", "hf_bert", "sgd_classifier", "graph_network",
-    "tabular_mlp", "timm_recipe", "torchvision_recipe",
+    "tabular_mlp", "timm_recipe", "torchvision_recipe", "digits_mlp",
 )  # fmt: skip
 OURS = "raybilevel"
 BOTORCH = "botorch"

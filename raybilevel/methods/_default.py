@@ -55,6 +55,8 @@ FULL_SHARE, SELDOM = 2.0, 0.25
 """Share of steps that take hypergradients for each unit of trust, and the least."""
 VALUES_TO_MEET = 6
 """Values of a hyperparameter that the start design meets all of; of more, some."""
+MORE_BY_VALUES = 4
+"""Points that the start design may have more, one for each hyperparameter that is searched by values."""
 PRIOR_WEIGHT = 10.0
 """Over the number of trainings it is the exponent of the user's prior, beta of Hvarfner et al. (2022)."""
 PLAIN_STEPS = 4
@@ -66,7 +68,7 @@ nothing is seen of what their differences are worth."""
 class Default(Method):
     """Trust regions on a model of F with hypergradients; docs/explanation/method.md has the equations.
 
-    start_points:  size of the start design, if there are not more slots.
+    start_points:  size of the start design, if there are not more slots, and all hyperparameters have gradients.
     decrease:      how far below the trained F the Lagrangian point lies, relative to |F|; decides the multiplier.
     hypergradients: False for values of F only, where the metric that is searched is not the upper-level loss.
     upper_share:   gradient evaluations of one hypergradient, as a share of a training's. Trainings to a minimum and
@@ -119,13 +121,20 @@ class Default(Method):
     def start_design(self, space: Space, slots: int, seed: int) -> Tensor:
         """Centre, two more points of the diagonal, and a scrambled Sobol sequence; at least one point a slot.
 
+        Hyperparameters that are searched by values are on the diagonal at the centre alone, and have more points.
         Whole numbers and choices go through their values instead, and there are points enough to meet each of a few.
         """
         # On many regularisation problems most of the gain of a random search is on the diagonal, one shared value.
         diagonal = torch.tensor([[0.5], [0.25], [0.75]], dtype=torch.double).expand(3, space.dimension)
         most = max((len(values) for values in space.discrete.values()), default=0)
-        count = max(slots, self.start_points, min(most, VALUES_TO_MEET))
-        points = torch.cat([diagonal, sobol_points(space.dimension, max(1, count - 3), seed)])[:count]
+        by_values = ~torch.tensor(space.smooth)
+        more = min(int(by_values.sum()), MORE_BY_VALUES)
+        count = max(slots, self.start_points + more, min(most, VALUES_TO_MEET))
+        sequence = sobol_points(space.dimension, max(3, count - 1), seed)
+        points = torch.cat([diagonal, sequence[:-2]])
+        # On a diagonal, with all others, the effect of one could not be told.
+        points[1:3, by_values] = sequence[-2:, by_values]
+        points = points[:count]
         points = covering(points, space.discrete, seed)
         return space.expected(points) if space.has_priors else points
 

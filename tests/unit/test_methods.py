@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raybilevel._lower.training import load_checkpoint, train
+from raybilevel._parameter import Parameter
 from raybilevel.errors import ConfigError
 from raybilevel.methods import METHODS, Default, Paper, make_method
 from raybilevel.methods import _default as default
@@ -18,7 +19,7 @@ from raybilevel.methods._default import is_new
 from raybilevel.problem import Hyperparameters
 from raybilevel.search._local import observe
 from raybilevel.search_state import Origin, Proposal, SearchState, Status, StepRecord, Training
-from raybilevel.space import sobol_points
+from raybilevel.space import Space, sobol_points
 from tests.problems_for_tests import Ridge, unit_box, vector
 
 METHOD = Default()
@@ -116,6 +117,16 @@ def test_the_start_design_fills_the_slots(dimension: int, slots: int, count: int
     assert bool(((design >= 0) & (design <= 1)).all())
     if count > 3:
         assert torch.equal(design[3:], sobol_points(dimension, count - 3, 0))
+
+
+@pytest.mark.parametrize(("by_values", "count"), [(0, 3), (1, 4), (4, 7), (6, 7)])
+def test_the_start_design_has_more_points_for_what_is_searched_by_values(by_values: int, count: int):
+    named = [Parameter((f"x{i}",), 0.0, 1.0, smooth=i >= by_values) for i in range(8)]
+    design = METHOD.start_design(Space(tuple(named)), 1, 0)
+    assert design.shape == (count, 8)
+    assert design[:3, by_values:].tolist() == [[u] * (8 - by_values) for u in (0.5, 0.25, 0.75)]
+    # Off the diagonal, and no two equal: the effect of each can be told from that of the others.
+    assert all(len(set(point.tolist())) == by_values + 1 for point in design[1:3])
 
 
 def test_the_start_design_may_be_the_centre_alone():

