@@ -27,6 +27,8 @@ PEERS := $(VENV)/peers
 
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
+# Ray's own is 15: beside a busy process, such as the other half of the tests, its workers would wait.
+export RAY_worker_niceness ?= 0
 
 .PHONY: setup run test test-all test-cluster test-ray test-pythons compare check format docs clean bench-algorithm bench-scale bench-recycling bench-scripts \
 	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-generalisation bench-hypergradient \
