@@ -35,6 +35,7 @@ from raybilevel.problems.mnist import Mnist1K
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
+from raybilevel.search import ForRefit, config_for_refit
 from raybilevel.space import Space
 
 PEER_PACKAGES = ("scipy", "optuna", "cmaes")
@@ -308,18 +309,26 @@ def execute(run: Run) -> Record:
 
 
 def _refits(problem: BilevelProblem, observations: Sequence[Observation], run: Run) -> dict[int, dict[str, float]]:
-    """Metrics after a refit with the incumbent's hyperparameters, by the incumbent's position, for each mark."""
+    """Metrics after a refit with the incumbent's hyperparameters, by the incumbent's position, for each mark.
+
+    Of a method that holds hyperparameters of a kind together, as `config_for_refit` chooses, with its `spread`.
+    """
     found: dict[int, dict[str, float]] = {}
+    method = run.method.method
+    generalises = method in METHODS and getattr(configured(method, run.method.settings), "generalise", False)
     for mark in (*run.marks, run.budget):
         index = incumbent_at(observations, mark)
         if index is None or index in found:
             continue
+        chosen = ForRefit(observations[index].hyperparameters)
+        if generalises:
+            chosen = config_for_refit(problem, chosen.config, box_of(problem), run.seed)
         try:
-            metrics = refit(problem, observations[index].hyperparameters, run.seed)
+            metrics = refit(problem, chosen.config, run.seed)
         # A refit that diverges has no metrics.
         except ArithmeticError:
             continue
         if metrics is None:
             return {}
-        found[index] = metrics
+        found[index] = {**metrics, "spread": chosen.spread} if generalises else metrics
     return found
