@@ -36,14 +36,20 @@ MARKS = (2.0, 4.0, 6.0, 8.0, 10.0, 13.0, 16.0, 20.0, 25.0)
 SPLITS = 10
 OURS, LOWEST, SHARED = "raybilevel", "raybilevel, lowest F", "one shared value"
 
+SHIFTED = {"train": 500, "validation": 500, "hidden": (50, 50, 50), "learning_rate": 0.1, "momentum": 0.9, "shift": 2}
+"""A small network with augmented data."""
+
 PROBLEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "digits-8": ("digits_logistic", {"groups": 8}),
     "digits-16": ("digits_logistic", {"groups": 16}),
     "digits-64": ("digits_logistic", {"groups": 64}),
     "cleaning-20": ("cleaning", {}),
     "income-20": ("income", {}),
+    "income-elastic-40": ("income", {"elastic": True}),
     "long-tail-20": ("long_tail", {}),
     "newsgroups-15": ("newsgroups", {}),
+    "newsgroups-elastic-25": ("newsgroups", {"elastic": True}),
+    "mnist-shifted-4": ("mnist", SHIFTED),
     "banded-ridge-4": ("banded_ridge", {"groups": 4}),
     "banded-ridge-20": ("banded_ridge", {"groups": 20}),
 }

@@ -31,7 +31,7 @@ from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic
 from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed
-from raybilevel.problems.mnist import Mnist1K
+from raybilevel.problems.mnist import Mnist, Mnist1K
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
@@ -47,6 +47,7 @@ PROBLEMS: dict[str, Callable[..., BilevelProblem]] = {
     "income": Income,
     "long_tail": LongTailed,
     "many_minimisers": ManyMinimisers,
+    "mnist": Mnist,
     "mnist_1k": Mnist1K,
     "mnist_1k_kinds": Mnist1KKinds,
     "newsgroups": Newsgroups,
