@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def test_every_method_has_the_same_splits() -> None:
     assert {run.problem.options.get("seed") for run in found if run.problem_name == "banded-ridge-4"} == {1, 2}
     for run in runs("data", 1, list(PROBLEMS), [OURS]):
         assert run.budget == 25
+    own = Counter(run.problem_name for run in runs("data", None, ["digits-8", "long-tail-20"], [OURS]))
+    assert own == {"digits-8": 10, "long-tail-20": 3}
 
 
 def test_the_measured_gap_is_beyond_that_of_the_first_training() -> None:
