@@ -36,6 +36,7 @@ from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
 from raybilevel.search import ForRefit, config_for_refit
+from raybilevel.search_state import Shrinkage
 from raybilevel.space import Space
 
 PEER_PACKAGES = ("scipy", "optuna", "cmaes")
@@ -301,7 +302,7 @@ def execute(run: Run) -> Record:
         optimum=getattr(problem, "optimum", None),
         versions={**versions(PEER_PACKAGES), "core": core_digest()},
         exhausted=exhausted,
-        refits={} if error else _refits(problem, observations, run),
+        refits={} if error else _refits(problem, observations, steps, run),
         seconds=round(time.perf_counter() - began, 2),
         spent=Spent(epochs=problem.epochs * len(observations)),
         observations=observations,
@@ -309,7 +310,9 @@ def execute(run: Run) -> Record:
     )
 
 
-def _refits(problem: BilevelProblem, observations: Sequence[Observation], run: Run) -> dict[int, dict[str, float]]:
+def _refits(
+    problem: BilevelProblem, observations: Sequence[Observation], steps: Sequence[Step], run: Run
+) -> dict[int, dict[str, float]]:
     """Metrics after a refit with the incumbent's hyperparameters, by the incumbent's position, for each mark.
 
     Of a method that holds hyperparameters of a kind together, as `config_for_refit` chooses, with its `spread`.
@@ -323,7 +326,8 @@ def _refits(problem: BilevelProblem, observations: Sequence[Observation], run: R
             continue
         chosen = ForRefit(observations[index].hyperparameters)
         if generalises:
-            chosen = config_for_refit(problem, chosen.config, box_of(problem), run.seed)
+            learned = _learned(observations, steps, mark)
+            chosen = config_for_refit(problem, chosen.config, box_of(problem), learned, run.seed)
         try:
             metrics = refit(problem, chosen.config, run.seed)
         # A refit that diverges has no metrics.
@@ -333,3 +337,10 @@ def _refits(problem: BilevelProblem, observations: Sequence[Observation], run: R
             return {}
         found[index] = {**metrics, "spread": chosen.spread} if generalises else metrics
     return found
+
+
+def _learned(observations: Sequence[Observation], steps: Sequence[Step], mark: float) -> Shrinkage | None:
+    """What the last step learned of groups that had proposed a training at a mark."""
+    proposed = [o.trace["step"] for o in observations if o.cost <= mark and o.trace["step"] is not None]
+    last = max(proposed, default=-1)
+    return next((s.shrinkage for s in reversed(steps) if s.number <= last and s.shrinkage is not None), None)

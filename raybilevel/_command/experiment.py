@@ -119,7 +119,7 @@ def conclude(plan: Plan, searcher: BilevelSearch, analysis: Any, place: Storage,
     test_loss_refit, gains, for_refit = None, Gains(), None
     if best is not None and not plan.space.of_starts:
         gains = gains_of(plan, searcher, best, results, place)
-        for_refit = chosen_for_refit(plan, configuration(searcher, best, results))
+        for_refit = chosen_for_refit(plan, configuration(searcher, best, results), searcher.state.shrinkage)
         test_loss_refit = loss_after_refit(plan, for_refit.config)
     return summary_of(
         searcher.state,

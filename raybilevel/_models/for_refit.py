@@ -6,15 +6,16 @@ means of its groups,
 
     x(s) = x - (1 - s) P x,   s = 1, 1/2, 1/4, 0,
 
-P the projection off the mean of each group (`shrinkage`). Each is trained on the training examples and one half
-of the validation examples and judged by the other half, and then the other way round. The next s is taken if its loss
-is lower by more than one standard error of the paired differences (Breiman et al. 1984, the one-standard-error rule).
+P the projection off the mean of each group (`shrinkage`). Each is trained on the training examples and one half of the
+validation examples and judged by the other half, and then the other way round. The examples have chosen x before, so F
+at x(s) is raised by its optimism, of which x(1/2) has half as much as x. The next s is taken if what it is then
+expected to be is lower by more than one standard error of the paired differences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from raybilevel._lower.paired import Gain, difference, upper_losses
 from raybilevel._lower.training import LowerLevelTraining
-from raybilevel._models.shrinkage import off_mean
+from raybilevel._models.shrinkage import expected_at_spread, off_mean
 from raybilevel.errors import NotFiniteError
 from raybilevel.problem import BilevelProblem, SupportsHalves
+from raybilevel.search_state import Shrinkage
 from raybilevel.space import Space, flatten, nest
 
 SPREADS = (0.5, 0.25, 0.0)
@@ -38,7 +40,8 @@ class ForRefit:
 
     config:    hyperparameters and constants, nested.
     spread:    of groups, relative to the result's: 1 for the result itself, 0 for one value in each group.
-    gain:      of the config over the result, by validation examples that were held out; None for the result itself.
+    gain:      of the config over the result, by validation examples that were held out, and by how much less of their
+        chance it follows; None for the result itself.
     trainings: that it took to know; 0 where there was nothing to compare.
     """
 
@@ -48,18 +51,25 @@ class ForRefit:
     trainings: int = 0
 
 
-def config_for_refit(problem: BilevelProblem, config: Mapping[str, Any], space: Space, seed: int = 0) -> ForRefit:
+def config_for_refit(
+    problem: BilevelProblem,
+    config: Mapping[str, Any],
+    space: Space,
+    shrinkage: Shrinkage | None = None,
+    seed: int = 0,
+) -> ForRefit:
     """The config to refit with, given that of a search's result: hyperparameters of a kind may be nearer to each other.
 
-        chosen = config_for_refit(problem, best.config, search.space)
+        chosen = config_for_refit(problem, best.config, search.space, search.state.shrinkage)
         metrics = refit(problem, chosen.config)
 
     It takes four to eight trainings, in this process, and none where no hyperparameters are of a kind, where they are
     equal already, where the problem has no `halves` (`SupportsHalves`), or where losses of single examples are not
     known.
 
-    config: hyperparameters and constants, nested.
-    space:  that was searched.
+    config:    hyperparameters and constants, nested.
+    space:     that was searched.
+    shrinkage: what the search learned of groups, and so of the optimism of F at its result.
     """
     groups = space.groups()
     unit = space.encode(config)
@@ -74,11 +84,22 @@ def config_for_refit(problem: BilevelProblem, config: Mapping[str, Any], space: 
     for spread in SPREADS:
         nearer = nest({**flatten(config), **flatten(space.to_config(unit - (1 - spread) * apart))})
         found, trainings = held_out_losses(halves, nearer, seed), trainings + len(halves)
-        gain = difference("upper_loss", losses, found)
+        gain = gain_of(shrinkage, losses, found, chosen.spread, spread)
         if found is None or gain is None or gain.mean <= gain.standard_error:
             break
-        chosen, losses = ForRefit(nearer, spread, difference("upper_loss", result, found)), found
-    return ForRefit(chosen.config, chosen.spread, chosen.gain, trainings)
+        chosen, losses = ForRefit(nearer, spread, gain_of(shrinkage, result, found, 1.0, spread)), found
+    return replace(chosen, trainings=trainings)
+
+
+def gain_of(
+    shrinkage: Shrinkage | None, before: Tensor, after: Tensor | None, spread_before: float, spread_after: float
+) -> Gain | None:
+    """Between losses of the same examples, both of shape (n,), in what is to be expected on new data."""
+    gain = difference("upper_loss", before, after)
+    if gain is None or after is None or shrinkage is None:
+        return gain
+    one = expected_at_spread(shrinkage, before.mean().item(), spread_before)
+    return replace(gain, mean=one - expected_at_spread(shrinkage, after.mean().item(), spread_after))
 
 
 def held_out_losses(halves: Sequence[BilevelProblem], config: Mapping[str, Any], seed: int) -> Tensor | None:

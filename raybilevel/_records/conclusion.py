@@ -147,8 +147,9 @@ def after_refit(summary: Mapping[str, Any]) -> list[str]:
     if chosen is None or chosen["gain"] is None:
         return words
     gain = chosen["gain"]
-    why = f"as F is lower by {with_error(gain)} so with half of the {gain['examples']} validation examples trained on"
-    return [*words, f"For the refit hyperparameters of a kind are {NEARER[chosen['spread']]}, {why}"]
+    nearer = f"For the refit hyperparameters of a kind are {NEARER[chosen['spread']]}"
+    why = f"by trainings on halves of the {gain['examples']} validation examples the loss is then lower"
+    return [*words, f"{nearer}: {why} by {with_error(gain)}"]
 
 
 def in_errors(gain: Mapping[str, Any], than: str = "") -> str:

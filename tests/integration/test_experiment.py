@@ -28,6 +28,7 @@ from raybilevel._records.run_folder import read_run
 from raybilevel.errors import ConfigError
 from raybilevel.problems.digits import DigitsLogistic
 from raybilevel.search import config_for_refit
+from raybilevel.search_state import Shrinkage
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -129,12 +130,13 @@ def test_the_refit_is_with_what_halves_of_the_validation_examples_say(
         return resolve(ExperimentConfig.model_validate(given))
 
     one = plan("digits_logistic")
-    chosen = chosen_for_refit(one, found)
+    shrinkage = Shrinkage(((0, 1, 2, 3),), "log_likelihood", 60, 2.0, 2.0, (0.5,) * 4, 3.0, applied=True)
+    chosen = chosen_for_refit(one, found, shrinkage)
     if not generalise:
         assert (chosen.config, chosen.trainings) == (found, 0)
         return
-    assert chosen == config_for_refit(one.problem, found, one.space, one.seed) and chosen.spread < 1
-    assert chosen_for_refit(plan("cannot be halved"), found).config == found
+    assert chosen == config_for_refit(one.problem, found, one.space, shrinkage, one.seed) and chosen.spread < 1
+    assert chosen_for_refit(plan("cannot be halved"), found, shrinkage).config == found
     assert "the refit is with the result of the search: " in caplog.text and "too few" in caplog.text
 
 

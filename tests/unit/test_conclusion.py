@@ -63,8 +63,8 @@ def test_a_gain_in_f_alone_is_not_sold_as_one(best: dict[str, Any], words: str) 
     ("spread", "nearer", "loss", "words"),
     [
         (0.5, True, 0.5, "Test loss 0.5 after a refit on all data. For the refit hyperparameters of a kind are half as "
-         "far apart, as F is lower by 0.341 ± 0.021 so with half of the 90 validation examples trained on"),
-        (0.0, True, None, "For the refit hyperparameters of a kind are equal, as F is"),
+         "far apart: by trainings on halves of the 90 validation examples the loss is then lower by 0.341 ± 0.021"),
+        (0.0, True, None, "For the refit hyperparameters of a kind are equal: by trainings on"),
         (1.0, False, 0.5, "Test loss 0.5 after a refit on all data"),
     ],
 )  # fmt: skip

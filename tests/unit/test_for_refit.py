@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.functional import mse_loss
 from raybilevel.problem import BilevelProblem, Hyperparameters, Level
 from raybilevel.problems.digits import DigitsLogistic
 from raybilevel.search import config_for_refit
+from raybilevel.search_state import Likelihood, Shrinkage
 from raybilevel.space import Parameter, Space
 from tests.tiny_problems import Parabola
 
@@ -76,6 +78,23 @@ def test_groups_are_as_near_together_as_examples_held_out_say(best: float, sprea
     gain = ((at(1) - at(best)).square() - (at(spread) - at(best)).square()).mean().item()
     assert found.gain is not None and found.gain.mean == pytest.approx(gain)
     assert (found.gain.of, found.gain.examples) == ("upper_loss", 16)
+
+
+@pytest.mark.parametrize(("kind", "optimism"), [("log_likelihood", 2.0), ("squared_error", None)])
+def test_a_result_that_has_followed_the_chance_of_the_examples_more_is_brought_nearer(
+    kind: Likelihood, optimism: float | None
+) -> None:
+    # Three hyperparameters are determined, two of them within the group, by one example.
+    shrinkage = Shrinkage(((0, 1, 2, 3),), kind, 1, 1.0, 1.0, (0.5,) * 4, 3.0, applied=True)
+    problem = Moved(at(1))
+    found = config_for_refit(problem, CONFIG, SPACE, shrinkage)
+    assert (found.spread, found.trainings) == (0.0, 8)
+    # F itself is lowest at the result. Its noise is 0.1.
+    result, equal = 0.01, 0.01 + (at(1) - 0.5).square().mean().item()
+    expected = result * math.exp(2 * 2) if optimism is None else result + optimism
+    assert found.gain is not None and found.gain.mean == pytest.approx(expected - equal)
+    # Of a group that follows no chance the result stays as it is.
+    assert config_for_refit(problem, CONFIG, SPACE, replace(shrinkage, supported=1.0)).spread == 1.0
 
 
 def test_where_there_is_nothing_to_compare_nothing_is_trained() -> None:
