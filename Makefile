@@ -90,8 +90,8 @@ bench-algorithm: $(STAMP)
 		--editable ".[bench]"
 	$(BIN)/python -m benchmarks configs/bench/algorithm.yaml --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
-# What many hyperparameters are worth on new data: records, tables and figures in OUT. Ten splits take hours, and
-# ARGS="--splits 3" one. It can be resumed.
+# What many hyperparameters are worth on new data: records, tables and figures in OUT. It takes hours, ten splits of
+# short problems and three of others, and can be resumed. A part: ARGS="--only digits-8,digits-16 --splits 3".
 bench-generalisation: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
 		--editable ".[bench]"

@@ -1,4 +1,4 @@
-"""Posts of five newsgroups: a logistic model on few of them, a decay per group of words, a weight for each class."""
+"""Posts of five newsgroups: a logistic model on few of them, penalties per group of words, a weight for each class."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Newsgroups(Logistic):
     F and the test loss have no weights. Test posts are the later ones of the published split by date, so they differ
     in more than chance.
 
+    elastic: adds sum_g l1_g |W_g|_1, smoothed (`Logistic.group_absolute`): an elastic net in each group.
     data: the folder of the data files. Its folder newsgroups20/ has 20news_bydate.npz, with the posts of scikit-learn's
         `fetch_20newsgroups` (headers and quotes included) as `data`, uint8, one after another, `offsets` of the posts
         and of the end, `labels`, `is_test` and `target_names`.
@@ -47,17 +48,20 @@ class Newsgroups(Logistic):
         train: int = 300,
         validation: int = 300,
         split_seed: int = 0,
+        elastic: bool = False,
     ) -> None:
         check_positive(groups=groups, words=words, train=train, validation=validation)
         self.data = data_folder(self, data)
         self.groups, self.features, self.split_seed = groups, words, split_seed
-        self.train, self.validation = train, validation
+        self.train, self.validation, self.elastic = train, validation, elastic
 
     @property
     def space(self) -> Space:
-        decays = [Parameter(("weight_decay", f"g{g}"), 1e-5, 1.0, log=True) for g in range(self.groups)]
+        bounds = {"weight_decay": (1e-5, 1.0), "l1": (1e-6, 1e-2)} if self.elastic else {"weight_decay": (1e-5, 1.0)}
+        paths = [(kind, f"g{g}") for kind in bounds for g in range(self.groups)]
+        penalties = [Parameter(path, *bounds[path[0]], log=True) for path in paths]
         weights = [Parameter(("weight", f"c{c}"), 0.1, 10.0, log=True) for c in range(self.classes)]
-        return Space((*decays, *weights))
+        return Space((*penalties, *weights))
 
     def load(self) -> dict[str, Examples]:
         posts, labels, is_test = _posts(Path(self.data) / "newsgroups20" / "20news_bydate.npz")
@@ -80,10 +84,10 @@ class Newsgroups(Logistic):
         }
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
-        decays = [hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)]
         weight = torch.stack([hyperparameters["weight"][f"c{c}"] for c in range(self.classes)])
-        loss = weight[batch.y] * cross_entropy(model(batch.x), batch.y, reduction="none")
-        return loss.mean() + self.group_penalty(model, decays)
+        loss = (weight[batch.y] * cross_entropy(model(batch.x), batch.y, reduction="none")).mean()
+        loss = loss + self.group_penalty(model, hyperparameters["weight_decay"])
+        return loss + self.group_absolute(model, hyperparameters["l1"]) if self.elastic else loss
 
 
 def _posts(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -31,10 +31,12 @@ from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic
 from raybilevel.problems.income import Income
 from raybilevel.problems.long_tail import LongTailed
-from raybilevel.problems.mnist import Mnist1K
+from raybilevel.problems.mnist import Mnist, Mnist1K
 from raybilevel.problems.mnist_kinds import Mnist1KKinds
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import ManyMinimisers, SeveralOptima
+from raybilevel.search import ForRefit, config_for_refit
+from raybilevel.search_state import Shrinkage
 from raybilevel.space import Space
 
 PEER_PACKAGES = ("scipy", "optuna", "cmaes")
@@ -46,6 +48,7 @@ PROBLEMS: dict[str, Callable[..., BilevelProblem]] = {
     "income": Income,
     "long_tail": LongTailed,
     "many_minimisers": ManyMinimisers,
+    "mnist": Mnist,
     "mnist_1k": Mnist1K,
     "mnist_1k_kinds": Mnist1KKinds,
     "newsgroups": Newsgroups,
@@ -299,7 +302,7 @@ def execute(run: Run) -> Record:
         optimum=getattr(problem, "optimum", None),
         versions={**versions(PEER_PACKAGES), "core": core_digest()},
         exhausted=exhausted,
-        refits={} if error else _refits(problem, observations, run),
+        refits={} if error else _refits(problem, observations, steps, run),
         seconds=round(time.perf_counter() - began, 2),
         spent=Spent(epochs=problem.epochs * len(observations)),
         observations=observations,
@@ -307,19 +310,37 @@ def execute(run: Run) -> Record:
     )
 
 
-def _refits(problem: BilevelProblem, observations: Sequence[Observation], run: Run) -> dict[int, dict[str, float]]:
-    """Metrics after a refit with the incumbent's hyperparameters, by the incumbent's position, for each mark."""
+def _refits(
+    problem: BilevelProblem, observations: Sequence[Observation], steps: Sequence[Step], run: Run
+) -> dict[int, dict[str, float]]:
+    """Metrics after a refit with the incumbent's hyperparameters, by the incumbent's position, for each mark.
+
+    Of a method that holds hyperparameters of a kind together, as `config_for_refit` chooses, with its `spread`.
+    """
     found: dict[int, dict[str, float]] = {}
+    method = run.method.method
+    generalises = method in METHODS and getattr(configured(method, run.method.settings), "generalise", False)
     for mark in (*run.marks, run.budget):
         index = incumbent_at(observations, mark)
         if index is None or index in found:
             continue
+        chosen = ForRefit(observations[index].hyperparameters)
+        if generalises:
+            learned = _learned(observations, steps, mark)
+            chosen = config_for_refit(problem, chosen.config, box_of(problem), learned, run.seed)
         try:
-            metrics = refit(problem, observations[index].hyperparameters, run.seed)
+            metrics = refit(problem, chosen.config, run.seed)
         # A refit that diverges has no metrics.
         except ArithmeticError:
             continue
         if metrics is None:
             return {}
-        found[index] = metrics
+        found[index] = {**metrics, "spread": chosen.spread} if generalises else metrics
     return found
+
+
+def _learned(observations: Sequence[Observation], steps: Sequence[Step], mark: float) -> Shrinkage | None:
+    """What the last step learned of groups that had proposed a training at a mark."""
+    proposed = [o.trace["step"] for o in observations if o.cost <= mark and o.trace["step"] is not None]
+    last = max(proposed, default=-1)
+    return next((s.shrinkage for s in reversed(steps) if s.number <= last and s.shrinkage is not None), None)

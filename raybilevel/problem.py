@@ -27,6 +27,7 @@ __all__ = [
     "Level",
     "Report",
     "SupportsAllExamples",
+    "SupportsHalves",
     "SupportsLowerMap",
     "SupportsRepeats",
     "SupportsShards",
@@ -260,6 +261,16 @@ class SupportsAllExamples(Protocol):
 
     def on_all_examples(self) -> BilevelProblem:
         """The problem whose lower level has all examples."""
+
+
+@runtime_checkable
+class SupportsHalves(Protocol):
+    """A problem whose validation examples can be halved. Before a refit, hyperparameters are then judged by trainings
+    on more examples than those of the search."""
+
+    def halves(self) -> Iterable[BilevelProblem]:
+        """The problem twice: its lower level has the training examples and one half of the validation examples, its
+        upper level the other half. Without `patience`, as a refit has none."""
 
 
 def trains_itself(problem: object) -> bool:

@@ -19,7 +19,7 @@ from raybilevel._command.folder import Options, keep, keep_options, prepare_fold
 from raybilevel._command.gain import Ended, gains_over
 from raybilevel._command.output import show
 from raybilevel._command.progress import Shown, make_view
-from raybilevel._command.refit import loss_after_refit
+from raybilevel._command.refit import chosen_for_refit, loss_after_refit
 from raybilevel._command.resources import check_room, with_room_for_steps
 from raybilevel._command.trials import configuration, searcher_of, train_all, trial_results
 from raybilevel._config.experiment import ExperimentConfig
@@ -116,10 +116,11 @@ def conclude(plan: Plan, searcher: BilevelSearch, analysis: Any, place: Storage,
     """
     results = trial_results(searcher, analysis)
     best = searcher.method.incumbent(searcher.state)
-    test_loss_refit, gains = None, Gains()
+    test_loss_refit, gains, for_refit = None, Gains(), None
     if best is not None and not plan.space.of_starts:
         gains = gains_of(plan, searcher, best, results, place)
-        test_loss_refit = loss_after_refit(plan, configuration(searcher, best, results))
+        for_refit = chosen_for_refit(plan, configuration(searcher, best, results), searcher.state.shrinkage)
+        test_loss_refit = loss_after_refit(plan, for_refit.config)
     return summary_of(
         searcher.state,
         plan.space,
@@ -136,6 +137,7 @@ def conclude(plan: Plan, searcher: BilevelSearch, analysis: Any, place: Storage,
         test_loss_refit,
         time.monotonic() - began,
         gains,
+        for_refit,
     )
 
 

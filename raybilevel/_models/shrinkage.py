@@ -107,6 +107,18 @@ def expected_loss(shrinkage: Shrinkage, unit: Unit, upper: float) -> float:
     return upper + optimism if shrinkage.likelihood == "log_likelihood" else upper * math.exp(2 * optimism)
 
 
+def expected_at_spread(shrinkage: Shrinkage, upper: float, spread: float) -> float:
+    """The same for differences within groups that are `spread` times those of the result, where F is `upper`.
+
+    The result follows the chance in the examples, and a point on the way to the means of its groups by so much less. So
+    what groups add to the optimism, sum_j e_j / (e_j + tau) / n, is `spread` times as large (a covariance penalty,
+    Efron 2004). That of other hyperparameters is left out, as it is the same at every spread.
+    """
+    free = len(shrinkage.mode) - sum(len(group) - 1 for group in shrinkage.groups)
+    optimism = spread * max(0.0, shrinkage.supported - free) / shrinkage.examples
+    return upper + optimism if shrinkage.likelihood == "log_likelihood" else upper * math.exp(2 * optimism)
+
+
 def _predicted(training: Training) -> float:
     predicted = training.proposal.predicted_upper_loss
     return float("nan") if predicted is None else predicted

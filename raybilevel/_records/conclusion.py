@@ -16,6 +16,9 @@ MOST_SHOWN = 5
 SAME = 0.01
 """Relative difference of F by the model up to which it is not worth a word."""
 
+NEARER = {0.5: "half as far apart", 0.25: "a quarter as far apart", 0.0: "equal"}
+"""In a refit, by their spread relative to the result's."""
+
 UNDER_WAY = "under way"
 HOW_SURE = {
     "converged": "the search had nothing better to propose",
@@ -122,8 +125,7 @@ def helped(summary: Mapping[str, Any]) -> str:
     if not start.get("feasible", True):
         at_start += ", which is not feasible"
     before, after = start["test_loss"], best["test_loss"]
-    refit = best["test_loss_refit"]
-    then = [] if refit is None else [f"Test loss {refit:.4g} after a refit on all data"]
+    then = after_refit(summary)
     if best["training"] == start["training"]:
         return ". ".join(["no", f"Nothing was better than {at_start}", *then])
     metric = name_of(summary).removesuffix(" (validation loss)")
@@ -135,6 +137,19 @@ def helped(summary: Mapping[str, Any]) -> str:
     sure = gain is None or gain["of"] != "test_loss" or beyond_errors(gain)
     verdict = "not on new data" if after >= before else "yes" if sure else "perhaps"
     return ". ".join([verdict, fell, *by_chance, *then])
+
+
+def after_refit(summary: Mapping[str, Any]) -> list[str]:
+    """The loss after the refit, and why it is not with the result of the search where that is so."""
+    # Summaries of earlier versions have no choice.
+    loss, chosen = summary["best"]["test_loss_refit"], summary.get("refit")
+    words = [] if loss is None else [f"Test loss {loss:.4g} after a refit on all data"]
+    if chosen is None or chosen["gain"] is None:
+        return words
+    gain = chosen["gain"]
+    nearer = f"For the refit hyperparameters of a kind are {NEARER[chosen['spread']]}"
+    why = f"by trainings on halves of the {gain['examples']} validation examples the loss is then lower"
+    return [*words, f"{nearer}: {why} by {with_error(gain)}"]
 
 
 def in_errors(gain: Mapping[str, Any], than: str = "") -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from raybilevel._lower.paired import Gains
 from raybilevel._metrics import HYPERPARAMETERS, UPPER_LOSS, problem_metrics
 from raybilevel._models.constraints import judged
+from raybilevel._models.for_refit import ForRefit
 from raybilevel._models.pareto import front
 from raybilevel._objectives import read_others
 from raybilevel._records.conclusion import conclude
@@ -34,6 +35,7 @@ def summary_of(
     test_loss_refit: float | None,
     wall_seconds: float,
     gains: Gains | None = None,
+    for_refit: ForRefit | None = None,
 ) -> dict[str, Any]:
     """The content of `summary.json`.
 
@@ -44,6 +46,7 @@ def summary_of(
     about:         problem, method and seed, of a search of another metric than F, metric and mode, and of other
         metrics, by their names, bounds as constraints and modes as other_objectives.
     gains:         of the result over the start and over the best shared value, by single examples.
+    for_refit:     what was chosen for the refit; None where that was not asked.
     """
     best, lowest = method.incumbent(state), state.best
     start, gains = state.start, gains or Gains()
@@ -88,6 +91,7 @@ def summary_of(
         "shared": None if shared is None else {**result(shared.training), "tried": shared.tried},
         "gain_over_shared": None if gains.shared is None else asdict(gains.shared),
         "new_data": None if expected is None else asdict(expected),
+        "refit": None if for_refit is None or not for_refit.trainings else of_refit(for_refit, space),
         "metrics": {} if best is None else problem_metrics(trial_results.get(best.index, {})),
         "trainings": len(state.told),
         "failed_trainings": sum(t.status == "failed" for t in state.told),
@@ -101,6 +105,15 @@ def summary_of(
         "history": history(state, space, test_losses, trial_results, sign),
     }
     return {**summary, "in_words": list(conclude(summary).lines)}
+
+
+def of_refit(chosen: ForRefit, space: Space) -> dict[str, Any]:
+    return {
+        "hyperparameters": space.part(chosen.config),
+        "spread": chosen.spread,
+        "gain": None if chosen.gain is None else asdict(chosen.gain),
+        "trainings": chosen.trainings,
+    }
 
 
 def found(trial_results: Mapping[int, Mapping[str, Any]], training: Training) -> Mapping[str, Any] | None:

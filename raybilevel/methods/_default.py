@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from statistics import median
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -198,7 +199,8 @@ class Default(Method):
         """The training expected to be best on new data: the lowest F at trained weights, with the penalty on groups.
 
         One whose F the model expects to be lower takes its place, if by more than the share `settled` of the spread of
-        F: where values are noisy, the lowest F seen is that of the luckiest training (the winner's curse).
+        F: where values are noisy, the lowest F seen is that of the luckiest training (the winner's curse). It must have
+        been seen below the median: a model of much noise may expect anything of one that was far worse than most.
         """
         seen, expected = judged(state), state.expected
         # With several objectives it is the end of the front at which F is lowest.
@@ -207,7 +209,12 @@ class Default(Method):
         best = seen.best.index
         if best in expected:
             modelled = (replace(t, upper_loss=expected[t.index]) for t in state.trainings if t.index in expected)
-            upper = {t.index: t.upper_loss for t in judged(replace(state, trainings=tuple(modelled))).done}
+            typical = median(t.upper_loss for t in seen.done)
+            upper = {
+                t.index: t.upper_loss
+                for t in judged(replace(state, trainings=tuple(modelled))).done
+                if seen.trainings[t.index].upper_loss <= typical
+            }
             lowest = min(upper, key=upper.__getitem__)
             if upper[best] - upper[lowest] > self.settled * seen.spread:
                 best = lowest

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class SplitData(BilevelProblem):
     """
 
     batch: int | None = None
+    _is_half = False
 
     @abstractmethod
     def load(self) -> dict[str, Examples]:
@@ -49,12 +51,22 @@ class SplitData(BilevelProblem):
     def splits(self) -> dict[str, Examples]:
         """The splits of `load`, and "refit": training and validation data together."""
         splits = self.load()
-        (x, y), (x_upper, y_upper) = splits["lower"], splits["upper"]
-        return {**splits, "refit": (torch.cat([x, x_upper]), torch.cat([y, y_upper]))}
+        return {**splits, "refit": joined(splits["lower"], splits["upper"])}
+
+    def halves(self) -> list[Self]:
+        """The problem twice, with one half of the validation examples for training and the other half for F."""
+        one, other = halved(self.splits["upper"])
+        found = []
+        for trained_on, held_out in ((one, other), (other, one)):
+            half = copy.copy(self)
+            half.splits = {**self.splits, "lower": joined(self.splits["lower"], trained_on), "upper": held_out}
+            half.patience, half._is_half = None, True
+            found.append(half)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without the data: little is sent to a worker, which reads the data itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "splits"}
+        """The state without the data: little is sent to a worker, which reads the data itself. Those of a half stay."""
+        return {name: value for name, value in self.__dict__.items() if name != "splits" or self._is_half}
 
     def batches(self, level: Level, generator: torch.Generator | None) -> Iterator[Minibatch]:
         return self._minibatches(level, generator)
@@ -155,6 +167,19 @@ class LayerDecay(Classification):
         return torch.optim.SGD(
             model.parameters(), lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0
         )
+
+
+def joined(one: Examples, other: Examples) -> Examples:
+    return torch.cat([one[0], other[0]]), torch.cat([one[1], other[1]])
+
+
+def halved(examples: Examples) -> tuple[Examples, Examples]:
+    """Two halves with as many examples of each class, but for one."""
+    x, y = examples
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    by_class = order[torch.argsort(y[order], stable=True)]
+    one, other = by_class[::2], by_class[1::2]
+    return (x[one], y[one]), (x[other], y[other])
 
 
 def data_folder(problem: BilevelProblem, data: str | None) -> str:

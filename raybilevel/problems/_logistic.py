@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
+from raybilevel.problem import Hyperparameters
 from raybilevel.problems._classification import Classification
+
+SMOOTHING = 0.01
+"""delta, in units of a weight."""
 
 
 class Logistic(Classification):
@@ -39,12 +41,22 @@ class Logistic(Classification):
             line_search_fn="strong_wolfe",
         )
 
-    def group_penalty(self, model: nn.Module, decays: Sequence[Tensor]) -> Tensor:
-        """sum_g decay_g |W_g|^2 / 2 over groups g of neighbouring inputs."""
-        decay = torch.stack(list(decays))
-        group = torch.arange(self.features, device=decay.device) * len(decay) // self.features
+    def group_penalty(self, model: nn.Module, decays: Hyperparameters) -> Tensor:
+        """sum_g decay_g |W_g|^2 / 2 over groups g0, g1, ... of neighbouring inputs."""
+        return self._weighted(decays, model.get_parameter("weight").square()) / 2
+
+    def group_absolute(self, model: nn.Module, strengths: Hyperparameters) -> Tensor:
+        """sum_g strength_g |W_g|_1 over the same groups, with sqrt(w^2 + delta^2) - delta for |w|, as L-BFGS needs a
+        slope at 0 (epsL1 of Schmidt, Fung & Rosales 2007). So small weights are not exactly 0."""
+        smooth = (model.get_parameter("weight").square() + SMOOTHING**2).sqrt() - SMOOTHING
+        return self._weighted(strengths, smooth)
+
+    def _weighted(self, strengths: Hyperparameters, terms: Tensor) -> Tensor:
+        """The sum of terms of the weights, (classes, features), times the strengths of their groups."""
+        strength = torch.stack([strengths[f"g{g}"] for g in range(len(strengths))])
+        group = torch.arange(self.features, device=strength.device) * len(strength) // self.features
         # Over classes first: (classes, features) -> (features,).
-        return (decay[group] * model.get_parameter("weight").square().sum(0)).sum() / 2
+        return (strength[group] * terms.sum(0)).sum()
 
 
 def pooled(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -92,5 +92,4 @@ class DigitsLogistic(Logistic):
         return digits_splits(self.train, self.validation, self.split_seed, self.dtype)
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
-        decays = [hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)]
-        return cross_entropy(model(batch.x), batch.y) + self.group_penalty(model, decays)
+        return cross_entropy(model(batch.x), batch.y) + self.group_penalty(model, hyperparameters["weight_decay"])

@@ -30,6 +30,7 @@ class Income(Logistic):
 
     f = cross-entropy + sum_g weight_decay_g |W_g|^2 / 2 over groups g of neighbouring binary features.
 
+    elastic: adds sum_g l1_g |W_g|_1, smoothed (`Logistic.group_absolute`): an elastic net in each group.
     data: the folder of the data files. Its folder libsvm/ has a9a and a9a.t, gzipped or not.
     """
 
@@ -43,6 +44,7 @@ class Income(Logistic):
         train: int = 500,
         validation: int = 500,
         split_seed: int = 0,
+        elastic: bool = False,
     ) -> None:
         check_positive(train=train, validation=validation, groups=groups)
         if train + validation > EXAMPLES or groups > FEATURES:
@@ -52,10 +54,13 @@ class Income(Logistic):
             )
         self.data = data_folder(self, data)
         self.groups, self.train, self.validation, self.split_seed = groups, train, validation, split_seed
+        self.elastic = elastic
 
     @property
     def space(self) -> Space:
-        return Space(tuple(Parameter(("weight_decay", f"g{g}"), 1e-6, 10.0, log=True) for g in range(self.groups)))
+        highest = {"weight_decay": 10.0, "l1": 0.1} if self.elastic else {"weight_decay": 10.0}
+        paths = [(kind, f"g{g}") for kind in highest for g in range(self.groups)]
+        return Space(tuple(Parameter(path, 1e-6, highest[path[0]], log=True) for path in paths))
 
     def load(self) -> dict[str, Examples]:
         x, y = _rows(self.data, TRAIN)
@@ -64,8 +69,9 @@ class Income(Logistic):
         return {"lower": (x[lower], y[lower]), "upper": (x[upper], y[upper]), "test": _rows(self.data, TEST)}
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
-        decays = [hyperparameters["weight_decay"][f"g{g}"] for g in range(self.groups)]
-        return cross_entropy(model(batch.x), batch.y) + self.group_penalty(model, decays)
+        loss = cross_entropy(model(batch.x), batch.y)
+        loss = loss + self.group_penalty(model, hyperparameters["weight_decay"])
+        return loss + self.group_absolute(model, hyperparameters["l1"]) if self.elastic else loss
 
 
 def _rows(folder: str, file: Published) -> Examples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +13,19 @@ from torch import Tensor, nn
 
 from raybilevel.errors import ConfigError
 from raybilevel.problems import _datasets as datasets
-from raybilevel.problems._classification import Examples, LayerDecay, PenaltyScale, Share, check_positive, data_folder
+from raybilevel.problems._classification import (
+    Examples,
+    LayerDecay,
+    Minibatch,
+    PenaltyScale,
+    Share,
+    check_positive,
+    data_folder,
+)
 from raybilevel.space import Parameter, Space
+
+SIDE = 28
+"""Pixels in a row and in a column."""
 
 
 class MnistPerceptron(LayerDecay):
@@ -78,18 +89,33 @@ class Mnist(MnistPerceptron):
     """MNIST by a ReLU network, with a decay for each layer.
 
     `train` and `validation` examples of the official 60,000, drawn by the seed. The test has the official 10,000.
+
+    shift: pixels by which each training image is moved at most, up or down and left or right, at random in each epoch.
     """
 
     def __init__(
-        self, data: str | None = None, train: int = 3000, validation: int = 2000, split_seed: int = 0, **options: Any
+        self,
+        data: str | None = None,
+        train: int = 3000,
+        validation: int = 2000,
+        split_seed: int = 0,
+        shift: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__(data, **options)
+        if shift < 0:
+            raise ConfigError(f"shift must be at least 0, got {shift}")
         if train < 1 or validation < 1 or train + validation > 60_000:
             raise ConfigError(
                 "MNIST has 60,000 training images to take train and validation examples from, at least one each; "
                 f"got {train} + {validation}"
             )
-        self.train, self.validation, self.split_seed = train, validation, split_seed
+        self.train, self.validation, self.split_seed, self.shift = train, validation, split_seed, shift
+
+    def _minibatches(self, split: str, generator: torch.Generator | None) -> Iterator[Minibatch]:
+        for batch in super()._minibatches(split, generator):
+            # Without a generator the data are asked for as they are.
+            yield batch if generator is None or not self.shift else shifted(batch, self.shift, generator)
 
     def load(self) -> dict[str, Examples]:
         (images, labels), test = datasets.mnist(self.data)
@@ -100,6 +126,15 @@ class Mnist(MnistPerceptron):
             "upper": (self.inputs(images[upper]), labels[upper]),
             "test": (self.inputs(test.images), test.labels),
         }
+
+
+def shifted(batch: Minibatch, most: int, generator: torch.Generator) -> Minibatch:
+    """A batch of images, (n, 784), each moved by up to `most` pixels in both directions, with zeros where it was."""
+    images = nn.functional.pad(batch.x.reshape(-1, SIDE, SIDE), (most,) * 4)
+    corners = torch.randint(0, 2 * most + 1, (2, len(images), 1), generator=generator)
+    rows, columns = corners + torch.arange(SIDE)
+    moved = images[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return batch._replace(x=moved.flatten(1))
 
 
 class Mnist1K(MnistPerceptron):

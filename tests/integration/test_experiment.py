@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from raybilevel import problems
 from raybilevel._command.cluster import joined
 from raybilevel._command.experiment import run
-from raybilevel._command.refit import loss_after_refit
+from raybilevel._command.refit import chosen_for_refit, loss_after_refit
 from raybilevel._command.resources import check_room, reuses_processes
 from raybilevel._config.experiment import ExperimentConfig
 from raybilevel._config.plan import resolve
@@ -26,6 +26,9 @@ from raybilevel._config.resources import ResourcesConfig
 from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE
 from raybilevel._records.run_folder import read_run
 from raybilevel.errors import ConfigError
+from raybilevel.problems.digits import DigitsLogistic
+from raybilevel.search import config_for_refit
+from raybilevel.search_state import Shrinkage
 from tests.tiny_problems import Parabola
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -60,6 +63,11 @@ class WithTestLosses(Parabola):
             raise RuntimeError("no test data here")
         loss = (model.get_parameter("weight").detach() - self.target).square().sum()
         return torch.stack([loss, 2 * loss])
+
+
+class CannotBeHalved(DigitsLogistic):
+    def halves(self) -> Any:
+        raise RuntimeError("too few")
 
 
 def config(problem: str, **options: Any) -> ExperimentConfig:
@@ -105,6 +113,31 @@ def test_the_gain_over_the_start_is_told_with_its_standard_error(
     assert summary["gain"]["standard_error"] == pytest.approx(lower / 2)
     assert " over 2 test examples, beyond two standard errors" in summary["in_words"][1]
     assert read_run(tmp_path / "out").gain is not None
+
+
+@pytest.mark.parametrize("generalise", [True, False])
+def test_the_refit_is_with_what_halves_of_the_validation_examples_say(
+    generalise: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(problems.PROBLEMS, "cannot be halved", CannotBeHalved)
+    decays = {f"g{g}": {"loguniform": [1e-6, 10.0]} for g in range(4)}
+    found = {"weight_decay": dict(zip(decays, (1.0, 1e-6, 1.0, 1e-6), strict=True))}
+
+    def plan(problem: str) -> Any:
+        options = {"groups": 4, "train": 30, "validation": 60}
+        given = {"problem": problem, "options": options, "space": {"weight_decay": decays},
+                 "search": {"trainings": 3, "settings": {"generalise": generalise}}}  # fmt: skip
+        return resolve(ExperimentConfig.model_validate(given))
+
+    one = plan("digits_logistic")
+    shrinkage = Shrinkage(((0, 1, 2, 3),), "log_likelihood", 60, 2.0, 2.0, (0.5,) * 4, 3.0, applied=True)
+    chosen = chosen_for_refit(one, found, shrinkage)
+    if not generalise:
+        assert (chosen.config, chosen.trainings) == (found, 0)
+        return
+    assert chosen == config_for_refit(one.problem, found, one.space, shrinkage, one.seed) and chosen.spread < 1
+    assert chosen_for_refit(plan("cannot be halved"), found, shrinkage).config == found
+    assert "the refit is with the result of the search: " in caplog.text and "too few" in caplog.text
 
 
 @pytest.mark.slow

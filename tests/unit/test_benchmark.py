@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from benchmarks import report
 from benchmarks.__main__ import main, narrowed, parser
 from benchmarks.made_up import Quadratic
 from benchmarks.objective import BudgetSpent, Objective
-from benchmarks.ours import bilevel
+from benchmarks.ours import Drive, bilevel, configured
 from benchmarks.reference import implicit_gradient
 from benchmarks.suite import PEERS, MethodEntry, ProblemEntry, Run, box_of, execute, read_suite
 from raybilevel._records import store as records
@@ -18,6 +19,7 @@ from raybilevel._records.record import Hyperparameter, Observation, Record, Sett
 from raybilevel.errors import ConfigError, NotFiniteError
 from raybilevel.problems.ridge import Ridge
 from raybilevel.problems.synthetic import SeveralOptima
+from raybilevel.search import BilevelOptimizer
 
 BENCH = Path(__file__).parents[2] / "configs" / "bench" / "algorithm.yaml"
 
@@ -88,6 +90,23 @@ def test_every_method_keeps_to_its_budget_and_repeats_itself(method: str) -> Non
     assert all(o.upper_loss is not None and o.lower_loss is not None and o.metrics for o in first.observations)
     assert first.versions["raybilevel"] and first.settings.seed == 0
     assert Record.model_validate_json(first.model_dump_json()) == first
+
+
+def test_the_last_training_is_told_though_the_clock_is_ahead() -> None:
+    class Dearer(Objective):
+        """Each training takes more passes than the one before, so that its share of the mean is above 1."""
+
+        def train(self, unit: torch.Tensor, trace: Any = None) -> Any:
+            trained, checkpoint = super().train(unit, trace)
+            passes = 4.0 ** len(self.observed)
+            self.observed[-1] = self.observed[-1].model_copy(update={"passes": passes})
+            return replace(trained, passes=passes), checkpoint  # type: ignore[type-var]
+
+    objective = Dearer(problem := Ridge(groups=2), problem.space, 0, 2.5)
+    drive = Drive(objective, BilevelOptimizer(problem.space, configured("default", {}), 0, 1), 1)
+    drive.run()
+    assert drive.clock > 2.5
+    assert len(drive.ended) == len(drive.optimizer.state.done) == len(objective.observed)
 
 
 @pytest.mark.parametrize("slots", [2, pytest.param(5, marks=pytest.mark.slow)])

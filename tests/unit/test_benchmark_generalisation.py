@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def test_every_method_has_the_same_splits() -> None:
     assert {run.problem.options.get("seed") for run in found if run.problem_name == "banded-ridge-4"} == {1, 2}
     for run in runs("data", 1, list(PROBLEMS), [OURS]):
         assert run.budget == 25
+    own = Counter(run.problem_name for run in runs("data", None, ["digits-8", "long-tail-20"], [OURS]))
+    assert own == {"digits-8": 10, "long-tail-20": 3}
 
 
 def test_the_measured_gap_is_beyond_that_of_the_first_training() -> None:
@@ -97,7 +100,10 @@ def test_a_benchmark_is_resumed(
     assert "| digits-8 | one shared value | 1 |" in (tmp_path / "generalisation.md").read_text()
     assert (tmp_path / "figures" / "digits-8.svg").exists()
     drawn = pd.read_csv(tmp_path / "figures" / "digits-8.csv").groupby("series")["y"].last()
-    assert dict(drawn) == {r.method_name: r.refits[r.observations[-1].incumbent]["test_loss"] for r in found}
+    refits = {r.method_name: r.refits[r.observations[-1].incumbent] for r in found}
+    assert dict(drawn) == {name: metrics["test_loss"] for name, metrics in refits.items()}
+    # All start points have equal hyperparameters, so that there is nothing to bring nearer together.
+    assert {name: metrics.get("spread") for name, metrics in refits.items()} == {OURS: 1.0, SHARED: None}
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--only", "nothing"])
     with pytest.raises(SystemExit):

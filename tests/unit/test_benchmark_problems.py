@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raybilevel._lower.training import refit, train
 from raybilevel.errors import ConfigError, DataError
@@ -56,7 +56,11 @@ def income_small(**options: Any) -> Income:
     return Income(**{"data": "data", "train": 40, "validation": 30, "groups": 3, **options})
 
 
-MAKERS = [cleaning, DigitsCleaning, long_tail, income_small, Ridge, SeveralOptima, ManyMinimisers]
+def income_elastic() -> Income:
+    return income_small(elastic=True)
+
+
+MAKERS = [cleaning, DigitsCleaning, long_tail, income_small, income_elastic, Ridge, SeveralOptima, ManyMinimisers]
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -198,6 +202,20 @@ def test_many_minimisers_trained_and_optimistic_optimum_differ() -> None:
 def test_wrong_options_are_named(make: Any, options: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         make(**options)
+
+
+def test_an_elastic_penalty_adds_the_absolute_weights_of_each_group() -> None:
+    plain, elastic = income_small(), income_elastic()
+    assert elastic.space.names == (*plain.space.names, *(f"l1/g{g}" for g in range(3)))
+    model = nn.Linear(123, 2).double()
+    nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(0))
+    hyperparameters = elastic.space.decode(torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9, 1.0], dtype=torch.double))
+    (batch,) = elastic.batches("lower", None)
+    added = elastic.lower_loss(model, hyperparameters, batch) - plain.lower_loss(model, hyperparameters, batch)
+    sums = model.weight.detach().abs().sum(0).reshape(3, 41).sum(1)
+    wanted = sum(hyperparameters["l1"][f"g{g}"] * sums[g] for g in range(3))
+    # Each weight counts for less by up to its smoothing, 0.01.
+    assert added.item() == pytest.approx(wanted.item(), rel=0.02)
 
 
 def test_income_names_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

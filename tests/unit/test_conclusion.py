@@ -59,6 +59,24 @@ def test_a_gain_in_f_alone_is_not_sold_as_one(best: dict[str, Any], words: str) 
     assert conclude(summary(best=best)).helped.startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("spread", "nearer", "loss", "words"),
+    [
+        (0.5, True, 0.5, "Test loss 0.5 after a refit on all data. For the refit hyperparameters of a kind are half as "
+         "far apart: by trainings on halves of the 90 validation examples the loss is then lower by 0.341 ± 0.021"),
+        (0.0, True, None, "For the refit hyperparameters of a kind are equal: by trainings on"),
+        (1.0, False, 0.5, "Test loss 0.5 after a refit on all data"),
+    ],
+)  # fmt: skip
+def test_a_refit_says_why_it_is_not_with_the_result(
+    spread: float, nearer: bool, loss: float | None, words: str
+) -> None:
+    chosen = {"spread": spread, "gain": None if not nearer else gain(0.3413, "upper_loss"), "trainings": 6}
+    told = conclude(summary(refit=chosen, best={"test_loss_refit": loss})).helped
+    assert words in told
+    assert ("For the refit" in told) == nearer
+
+
 def gain(mean: float, of: str = "test_loss") -> dict[str, Any]:
     return {"of": of, "mean": mean, "standard_error": 0.0214, "examples": 90}
 

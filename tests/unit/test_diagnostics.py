@@ -117,6 +117,10 @@ def test_the_incumbent_is_not_the_luckiest_where_values_are_noisy() -> None:
     assert best is not None and best.index == 2
     assert state.best is not None and state.best.index == 4
     assert diagnose(state).expected_upper_loss == state.expected[4]
+    # Whatever a model expects of the worst, noise has not made it so.
+    misled = replace(state, steps=(replace(noisy, expected=((0, 0.01), (2, 0.24))),))
+    best = method.incumbent(misled)
+    assert best is not None and best.index == 2
     sure = replace(state, steps=(replace(noisy, expected=((2, 0.25), (3, 0.09)), seen=4),))
     sure = sure.change(4, proposal=replace(proposal, gain=1.0))
     best = method.incumbent(sure)

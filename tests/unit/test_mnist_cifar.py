@@ -75,6 +75,24 @@ def cifar(**options: Any) -> CifarLenet:
     return CifarLenet(**{"data": "data", "train": 100, "validation": 60, "test": 25, "epochs": 1, **options})
 
 
+def test_images_are_moved_by_the_generator_alone() -> None:
+    problem = mnist(shift=2, batch=None)
+    (plain,), (again,) = problem.batches("lower", None), mnist(batch=None).batches("lower", None)
+    assert torch.equal(plain.x, again.x)
+    (moved,), (other,) = (problem.batches("lower", torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert not torch.equal(moved.x, other.x)
+    offsets = set()
+    for image, original in zip(moved.x.reshape(-1, 28, 28), plain.x.reshape(-1, 28, 28), strict=True):
+        inside = original[2:-2, 2:-2]
+        offsets |= {
+            (i, j) for i in range(5) for j in range(5) if torch.equal(image[i : i + 24, j : j + 24], inside)
+        }  # fmt: skip
+        assert image.sum() <= original.sum()
+    assert len(offsets) == 25
+    with pytest.raises(ConfigError, match="shift must be at least 0, got -1"):
+        mnist(shift=-1)
+
+
 ALL = pytest.mark.parametrize(("make", "config"), [(mnist, TWO), (mnist_1k, TWO), (cifar, FIVE)])
 
 

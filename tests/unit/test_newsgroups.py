@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.newsgroups import CLASSES, Newsgroups
-from raybilevel._lower.training import train
+from raybilevel._lower.training import LowerLevelTraining, train
 from raybilevel.errors import DataError
 from raybilevel.search import check_problem
 
@@ -37,7 +38,7 @@ def data(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def small(data: str, **options: int) -> Newsgroups:
+def small(data: str, **options: Any) -> Newsgroups:
     return Newsgroups(data, **{"groups": 3, "words": 27, "train": 50, "validation": 40, **options})
 
 
@@ -50,6 +51,19 @@ def test_it_is_a_problem_with_decays_and_class_weights(data: str) -> None:
     assert {level: len(y) for level, (_, y) in problem.splits.items()} == {
         "lower": 50, "upper": 40, "test": 51, "refit": 90,
     }  # fmt: skip
+
+
+def test_an_elastic_penalty_takes_words_out(data: str) -> None:
+    problem = small(data, elastic=True)
+    assert problem.space.dimension == 2 * 3 + 5
+    check_problem(problem, problem.space)
+    config = problem.space.to_config(torch.full((11,), 0.6, dtype=torch.double))
+    config["l1"]["g2"] = 1.0
+    training = LowerLevelTraining(problem, config)
+    training.run()
+    # (classes, words) of the groups
+    weight = training.model.get_parameter("weight").detach().abs().reshape(5, 3, 9)
+    assert weight[:, 2].max() < 0.01 < weight[:, 0].max()
 
 
 def test_groups_are_of_words_from_the_most_frequent_on(data: str) -> None:
