@@ -25,7 +25,7 @@ from raybilevel._lower.paired import Gain, difference, upper_losses
 from raybilevel._lower.training import LowerLevelTraining
 from raybilevel._models.shrinkage import expected_at_spread, off_mean
 from raybilevel.errors import NotFiniteError
-from raybilevel.problem import BilevelProblem, SupportsHalves
+from raybilevel.problem import BilevelProblem, SupportsHalves, trains_itself
 from raybilevel.search_state import Shrinkage
 from raybilevel.space import Space, flatten, nest
 
@@ -64,8 +64,8 @@ def config_for_refit(
         metrics = refit(problem, chosen.config)
 
     It takes four to eight trainings, in this process, and none where no hyperparameters are of a kind, where they are
-    equal already, where the problem has no `halves` (`SupportsHalves`), or where losses of single examples are not
-    known.
+    equal already, where the problem has no `halves` (`SupportsHalves`) or trains itself, or where losses of single
+    examples are not known.
 
     config:    hyperparameters and constants, nested.
     space:     that was searched.
@@ -74,7 +74,8 @@ def config_for_refit(
     groups = space.groups()
     unit = space.encode(config)
     apart = off_mean(unit, groups)
-    if not isinstance(problem, SupportsHalves) or not (apart.abs() > EQUAL).any():
+    # A problem that trains itself has no refit.
+    if not isinstance(problem, SupportsHalves) or trains_itself(problem) or not (apart.abs() > EQUAL).any():
         return ForRefit(config)
     halves = list(problem.halves())
     result = held_out_losses(halves, config, seed)

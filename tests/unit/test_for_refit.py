@@ -98,10 +98,15 @@ def test_a_result_that_has_followed_the_chance_of_the_examples_more_is_brought_n
 
 
 def test_where_there_is_nothing_to_compare_nothing_is_trained() -> None:
+    class TrainsItself(Moved):
+        def train(self, config: Any, report: Any, checkpoint: Any) -> nn.Module:
+            raise AssertionError("it has no refit")
+
     equal = {"x": dict.fromkeys(NAMES, 0.5)}
-    # Without halves, with equal values, and with three hyperparameters, which are no group.
+    # Without halves, without a refit, with equal values, and with three hyperparameters, which are no group.
     for problem, config, space in (
         (Parabola(NAMES), CONFIG, SPACE),
+        (TrainsItself(at(0)), CONFIG, SPACE),
         (Moved(at(0)), equal, SPACE),
         (Moved(at(0)), CONFIG, Space(SPACE.parameters[:3])),
     ):
