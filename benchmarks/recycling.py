@@ -126,9 +126,9 @@ def strategies(experiment: Experiment) -> dict[str, MinimalResidual]:
         selection = Selection(strategy, end, experiment.dimension, experiment.most_vectors)
         return MinimalResidual(experiment.residual, limit=5000, selection=selection)
 
-    plain = MinimalResidual(experiment.residual, limit=5000)
+    plain = MinimalResidual(experiment.residual, limit=5000, selection=None)
     return {
-        "none_cold_started": MinimalResidual(experiment.residual, limit=5000, warm_start=False),
+        "none_cold_started": MinimalResidual(experiment.residual, limit=5000, warm_start=False, selection=None),
         BASELINE: plain,
         "ritz": recycled("ritz", "smallest"),
         "harmonic_ritz": recycled("harmonic_ritz", "smallest"),
@@ -153,7 +153,7 @@ def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run
     memory: KrylovMemory | None = None
     reference: KrylovMemory | None = None
     # Solves with a memory of its own, `reference`, so that it does not help the solver that is measured.
-    exact = MinimalResidual(1e-9, limit=5000)
+    exact = MinimalResidual(1e-9, limit=5000, selection=None)
     norm = 0.0
     errors: list[float] = []
     ratios: list[float] = []
@@ -206,7 +206,8 @@ def run_all(experiments: Sequence[Experiment], data: str, out: Path, console: Co
             settings = {**asdict(experiment), "options": dict(experiment.options)}
             for strategy, solver in strategies(experiment).items():
                 selection = solver.selection
-                if criterion == "estimated error" and (selection is None or not selection.estimates_error):
+                estimates = isinstance(selection, Selection) and selection.estimates_error
+                if criterion == "estimated error" and not estimates:
                     continue
                 if criterion != "true error" and strategy.endswith(("_mixed", "_cold_started")):
                     continue
