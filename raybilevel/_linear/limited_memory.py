@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MOST_PAIRS = 60
+MOST_PAIRS = 40
 MOST_NUMBERS = 2**22
 """In all pairs: they are in every checkpoint of a descent, and in double precision this is 32 MiB."""
 LEAST_CURVATURE = 1e-2
@@ -62,7 +62,7 @@ class LimitedMemory:
     other way, with it or without it. It is used from then on if it has saved a fifth of the iterations against the
     neighbouring solve. A count decides and no clock, so that runs repeat.
 
-    pairs:      the newest last; at most 60, and fewer if n is large.
+    pairs:      the newest last; at most 40, and fewer if n is large.
     solves:     so far.
     iterations: of the last one.
     worth:      whether the preconditioner is used, except in a trial of the other way.
@@ -89,18 +89,20 @@ class LimitedMemory:
         if self.worth == self.in_trial or not self.pairs:
             return None
         vectors, images = (torch.stack(part) for part in zip(*self.pairs, strict=True))
-        lengths = vectors.norm(dim=1, keepdim=True)
-        vectors, images = vectors / lengths, images / lengths
         # A small matrix: in double precision and on the CPU, whatever the weights are.
         product = (vectors @ images.T).cpu().double()
         product = (product + product.T) / 2  # pairs of different systems make it unsymmetric
-        units = product.diagonal().abs().clamp_min(torch.finfo(product.dtype).tiny).rsqrt()
+        lengths, stretched = (part.norm(dim=1).cpu().double() for part in (vectors, images))
+        # By curvature, which may vanish: not by less than this share of the most that it can be.
+        size = product.diagonal().abs().maximum(LEAST_CURVATURE * lengths * stretched)
+        units = size.rsqrt().where(size > 0, 0)
         values, directions = torch.linalg.eigh(units[:, None] * product * units)
         kept = values > LEAST_CURVATURE * values[-1].abs()
         if not kept.any():  # no direction of positive curvature
             return None
         inverse = units[:, None] * (directions[:, kept] / values[kept] @ directions[:, kept].T) * units
-        return Preconditioner(vectors, images, inverse.to(vectors), (vectors.norm() / images.norm()).item())
+        scale = (stretched / lengths).square().mean().rsqrt().item()
+        return Preconditioner(vectors, images, inverse.to(vectors), scale)
 
     def after(self, krylov: Sequence[Pair], iterations: int, preconditioned: bool, met: bool) -> LimitedMemory:
         """The memory after one more solve.

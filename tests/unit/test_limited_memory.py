@@ -67,6 +67,16 @@ def test_directions_of_negative_curvature_are_dropped() -> None:
     assert LimitedMemory((Pair(eye[0], h @ eye[0]),)).preconditioner() is None
 
 
+def test_a_direction_without_curvature_does_not_spoil_the_others() -> None:
+    h = torch.diag(torch.tensor([1.0, -1.0, 2.0, 4.0, 0.0], dtype=torch.double))
+    eye = torch.eye(5, dtype=torch.double)
+    flat = eye[0] + eye[1] + 1e-9 * eye[2]  # <s, H s> = 2e-18, and |H s| = 1.4
+    preconditioner = LimitedMemory(tuple(Pair(v, h @ v) for v in (flat, *eye[2:]))).preconditioner()
+    assert preconditioner is not None
+    for one in eye[2:4]:
+        torch.testing.assert_close(preconditioner(h @ one), one, rtol=0, atol=1e-6)
+
+
 def test_auto_saves_iterations_without_other_products() -> None:
     drift = matrix(torch.linspace(-1, 1, N).double(), seed=2)
     matrices = [matrix(VALUES) + 1e-5 * k * drift for k in range(12)]
@@ -118,7 +128,7 @@ def test_a_solve_that_misses_its_tolerance_is_done_again_without() -> None:
 
 
 def test_memory_is_bounded_and_may_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert LimitedMemory.capacity(1000) == 60 and LimitedMemory.capacity(2**20) == 2
+    assert LimitedMemory.capacity(1000) == 40 and LimitedMemory.capacity(2**20) == 2
     assert LimitedMemory.capacity(10**8) == 0
     for numbers, pairs in ((7 * 2 * N, 7), (0, 0)):
         monkeypatch.setattr(limited_memory, "MOST_NUMBERS", numbers)
