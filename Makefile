@@ -106,7 +106,7 @@ compare: $(STAMP)
 		--editable ".[compare]"
 	$(BIN)/raybilevel compare "$(COMPARE)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-# Krylov iterations that recycling saves for filters of an image regulariser: table and recycling.json in OUT.
+# Iterations and time that recycling saves for filters of an image regulariser: table and recycling.json in OUT.
 bench-recycling: $(STAMP)
 	$(BIN)/python -m benchmarks.recycling --data "$(DATA)" --out "$(OUT)" $(ARGS)
 

@@ -2,13 +2,15 @@
 
     python -m benchmarks.recycling --data DIR --out DIR
 
-Fields-of-experts filters are learned for (a) inpainting an MNIST digit, (b) deblurring a crop of a photograph, each
-with every strategy and three criteria that end a linear solve: the relative residual, the estimated error of the
+Fields-of-experts filters are learned for inpainting an MNIST digit and for deblurring a crop of a photograph, each with
+every strategy and three criteria that end a linear solve: the relative residual, the estimated error of the
 hypergradient, and its true error, which needs the solution and so is a measurement only, in which all strategies are
-equally accurate.
+equally accurate. The strategies of an experiment take their steps in turn, in one process, so that their times can be
+compared on a busy machine.
 
-`recycling.json` has the figures at equal true error, both experiments together: iterations in all, and means of the
-relative hypergradient error and of the test images' PSNR. DIR/runs has every run; those there are not run again.
+`recycling.json` has the figures at equal true error, the first two experiments together: iterations and seconds in all,
+and means of the relative hypergradient error and of the test images' PSNR. DIR/runs has every run; those there are not
+run again.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from statistics import geometric_mean, mean
+from statistics import geometric_mean, mean, median
 from typing import Any
 
 import torch
@@ -33,12 +35,13 @@ from torch.nn.utils import parameters_to_vector
 from raybilevel._linear.krylov import KrylovMemory
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.variables import ModuleVariables, set_weights, weights_of
-from raybilevel.hypergradient import LinearSystem, MinimalResidual, Selection, solve_lower
+from raybilevel.hypergradient import LinearSolution, LinearSystem, MinimalResidual, Selection, solve_lower
 from raybilevel.problems.imaging import FieldsOfExperts
 from raybilevel.report._charts import Chart, Series
 from raybilevel.report._static import write_figures
 
 BASELINE = "none_warm_started"
+AUTO = "auto"
 CRITERIA = ("true error", "residual", "estimated error")
 
 
@@ -51,6 +54,7 @@ class Experiment:
     residual:  relative residual that ends a solve by that criterion.
     accuracy:  relative error of the hypergradient that ends a solve by the others.
     dimension: of the recycled space; most_vectors: Krylov vectors it is chosen from.
+    whole:     with every strategy and criterion; else a few strategies, at equal true error.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Experiment:
     dimension: int
     most_vectors: int = 60
     lower_tolerance: float = 1e-3
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Run:
     """A whole bilevel descent with one strategy and criterion.
 
     iterations: of the Krylov method, all solves; products with the Hessian, and jacobians with the Jacobian: those that
-        recycling itself takes included.
+        recycling itself takes included. seconds: of all solves, without what measures the error.
     hypergradient_error: true, relative, mean over the steps; upper_loss: F at the end.
     estimated: estimate of the hypergradient's error over the true one, geometric mean over the steps that have one;
         1 where there is none.
@@ -118,6 +123,37 @@ EXPERIMENTS = (
         accuracy=0.01,
         dimension=30,
     ),
+    # The size, expert, noise and step length of the authors' program, with one crop.
+    Experiment(
+        "BSDS 64, Lorentzian",
+        {
+            "task": "deblurring",
+            "filters": 24,
+            "start_weight": 0.1,
+            "noise": 0.2,
+            "blur": 3.0,
+            "size": 64,
+            "smoothing": 0.1,
+            "expert": "lorentzian",
+        },
+        steps=20,
+        rate=0.01,
+        residual=1e-3,
+        accuracy=0.01,
+        dimension=30,
+        whole=False,
+    ),
+    # A regulariser with nearly a kink: solves take a hundred iterations.
+    Experiment(
+        "MNIST, ill-conditioned",
+        {"task": "inpainting", "noise": 0.1, "smoothing": 0.001},
+        steps=12,
+        rate=0.02,
+        residual=1e-3,
+        accuracy=0.01,
+        dimension=30,
+        whole=False,
+    ),
 )
 
 
@@ -126,10 +162,13 @@ def strategies(experiment: Experiment) -> dict[str, MinimalResidual]:
         selection = Selection(strategy, end, experiment.dimension, experiment.most_vectors)
         return MinimalResidual(experiment.residual, limit=5000, selection=selection)
 
-    plain = MinimalResidual(experiment.residual, limit=5000)
+    def without(warm_start: bool) -> MinimalResidual:
+        return MinimalResidual(experiment.residual, limit=5000, warm_start=warm_start, selection=None)
+
     return {
-        "none_cold_started": MinimalResidual(experiment.residual, limit=5000, warm_start=False),
-        BASELINE: plain,
+        "none_cold_started": without(warm_start=False),
+        BASELINE: without(warm_start=True),
+        AUTO: MinimalResidual(experiment.residual, limit=5000),
         "ritz": recycled("ritz", "smallest"),
         "harmonic_ritz": recycled("harmonic_ritz", "smallest"),
         "ritz_generalized_singular": recycled("ritz_generalized_singular", "largest"),
@@ -137,64 +176,89 @@ def strategies(experiment: Experiment) -> dict[str, MinimalResidual]:
     }
 
 
-def run(experiment: Experiment, data: str, strategy: str, criterion: str) -> Run:
-    """One bilevel descent."""
-    solver = strategies(experiment)[strategy]
-    if criterion == "estimated error":
-        solver = MinimalResidual(experiment.residual, "error", limit=5000, selection=solver.selection)
-    problem = FieldsOfExperts(data, **experiment.options)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, module = problem.model().to(problem.dtype), problem.upper_variables().to(problem.dtype)
-    variables = ModuleVariables(module, {})
-    functions = Levels(problem, model, variables)
-    x = nn.Parameter(parameters_to_vector(module.parameters()).detach().clone())
-    y, adam = weights_of(model), torch.optim.Adam([x], lr=experiment.rate)
-    memory: KrylovMemory | None = None
-    reference: KrylovMemory | None = None
-    # Solves with a memory of its own, `reference`, so that it does not help the solver that is measured.
-    exact = MinimalResidual(1e-9, limit=5000)
-    norm = 0.0
-    errors: list[float] = []
-    ratios: list[float] = []
-    per_step: list[int] = []
-    products = jacobians = 0
-    seconds = 0.0
-    for _ in range(experiment.steps):
-        y = solve_lower(functions, x.detach(), y, experiment.lower_tolerance).y
-        upper, linear = functions.upper(x.detach(), y), functions.linearise(x.detach(), y)
+def ended_by(experiment: Experiment, criterion: str, strategy: str, solver: MinimalResidual) -> MinimalResidual | None:
+    """The strategy with that criterion; None if it has none, or is not measured with it."""
+    if criterion == "true error" and experiment.whole:
+        return solver
+    if strategy.endswith(("_mixed", "_cold_started")):
+        return None
+    if criterion == "true error":
+        return None if strategy == "harmonic_ritz" else solver
+    if criterion == "residual":
+        return solver
+    if not (isinstance(solver.selection, Selection) and solver.selection.estimates_error):
+        return None
+    return replace(solver, criterion="error")
+
+
+class Descent:
+    """A bilevel descent with one strategy and criterion, step by step."""
+
+    def __init__(self, experiment: Experiment, data: str, criterion: str, solver: MinimalResidual) -> None:
+        self.experiment, self.criterion, self.solver = experiment, criterion, solver
+        self.problem = FieldsOfExperts(data, **experiment.options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model, module = self.problem.model(), self.problem.upper_variables()
+        self.model, module = self.model.to(self.problem.dtype), module.to(self.problem.dtype)
+        self.functions = Levels(self.problem, self.model, ModuleVariables(module, {}))
+        self.x = nn.Parameter(parameters_to_vector(module.parameters()).detach().clone())
+        self.y, self.adam = weights_of(self.model), torch.optim.Adam([self.x], lr=experiment.rate)
+        self.memory: KrylovMemory | None = None
+        # Solves with a memory of its own, so that it does not help the solver that is measured.
+        self.exact = MinimalResidual(1e-8, limit=5000)
+        self.reference: KrylovMemory | None = None
+        self.norm = self.seconds = 0.0
+        self.errors: list[float] = []
+        self.ratios: list[float] = []
+        self.solved: list[LinearSolution] = []
+
+    def step(self) -> None:
+        experiment, x = self.experiment, self.x.detach()
+        self.y = solve_lower(self.functions, x, self.y, experiment.lower_tolerance).y
+        upper, linear = self.functions.upper(x, self.y), self.functions.linearise(x, self.y)
         # What measures the error is not counted.
-        solution, reference = exact.solve(LinearSystem(linear.hessian, upper.in_y, linear.mixed), reference)
+        system = LinearSystem(linear.hessian, upper.in_y, linear.mixed)
+        solution, self.reference = self.exact.solve(system, self.reference)
         truth = upper.in_x - linear.mixed(solution.solution)
         scale = truth.norm().item()
+        measuring = 0.0
 
-        def error(q: Tensor, upper: Any = upper, linear: Any = linear, truth: Tensor = truth) -> float:
-            return float((upper.in_x - linear.mixed(q) - truth).norm()) / float(truth.norm())
+        def error(q: Tensor) -> float:
+            return float((upper.in_x - linear.mixed(q) - truth).norm().item() / scale)
 
-        accept = (lambda q, error=error: error(q) <= experiment.accuracy) if criterion == "true error" else None
-        started = time.perf_counter()
+        def accept(q: Tensor) -> bool:
+            nonlocal measuring
+            started = time.perf_counter()
+            accepted = error(q) <= experiment.accuracy
+            measuring += time.perf_counter() - started
+            return accepted
+
         # `norm` is of the step before, as a descent has it. It is 0 in the first, which then ends by the residual.
-        system = LinearSystem(linear.hessian, upper.in_y, linear.mixed, experiment.accuracy * norm, accept)
-        found, memory = solver.solve(system, memory)
-        seconds += time.perf_counter() - started
-        per_step.append(found.iterations)
-        products += found.products
-        jacobians += found.jacobians
-        errors.append(error(found.solution))
+        target, ends = experiment.accuracy * self.norm, accept if self.criterion == "true error" else None
+        started = time.perf_counter()
+        found, self.memory = self.solver.solve(replace(system, target=target, accept=ends), self.memory)
+        self.seconds += time.perf_counter() - started - measuring
+        self.solved.append(found)
+        self.errors.append(error(found.solution))
         if found.error is not None:
             # The estimate is absolute, the error relative.
-            ratios.append(found.error / (errors[-1] * scale))
-        norm = scale
-        x.grad = upper.in_x - linear.mixed(found.solution)
-        adam.step()
-    y = solve_lower(functions, x.detach(), y, experiment.lower_tolerance).y
-    set_weights(model, y)
-    metrics = problem.evaluate(model, functions.hyperparameters(x.detach()))
-    return Run(
-        experiment.name, strategy, criterion, sum(per_step), products, jacobians, mean(errors),
-        functions.upper(x.detach(), y).value, metrics["test_psnr"], seconds,
-        geometric_mean(ratios) if ratios else 1.0, per_step, x.tolist(),
-    )  # fmt: skip
+            self.ratios.append(found.error / (self.errors[-1] * scale))
+        self.norm = scale
+        self.x.grad = upper.in_x - linear.mixed(found.solution)
+        self.adam.step()
+
+    def result(self, strategy: str) -> Run:
+        x, per_step = self.x.detach(), [found.iterations for found in self.solved]
+        y = solve_lower(self.functions, x, self.y, self.experiment.lower_tolerance).y
+        set_weights(self.model, y)
+        metrics = self.problem.evaluate(self.model, self.functions.hyperparameters(x))
+        return Run(
+            self.experiment.name, strategy, self.criterion, sum(per_step),
+            sum(found.products for found in self.solved), sum(found.jacobians for found in self.solved),
+            mean(self.errors), self.functions.upper(x, y).value, metrics["test_psnr"], self.seconds,
+            geometric_mean(self.ratios) if self.ratios else 1.0, per_step, x.tolist(),
+        )  # fmt: skip
 
 
 def run_all(experiments: Sequence[Experiment], data: str, out: Path, console: Console) -> list[Run]:
@@ -203,27 +267,51 @@ def run_all(experiments: Sequence[Experiment], data: str, out: Path, console: Co
     out.mkdir(parents=True, exist_ok=True)
     for criterion in CRITERIA:
         for experiment in experiments:
+            if criterion != "true error" and not experiment.whole:
+                continue
+            file = out / f"{experiment.name}-{criterion}.json".replace(" ", "_")
             settings = {**asdict(experiment), "options": dict(experiment.options)}
-            for strategy, solver in strategies(experiment).items():
-                selection = solver.selection
-                if criterion == "estimated error" and (selection is None or not selection.estimates_error):
-                    continue
-                if criterion != "true error" and strategy.endswith(("_mixed", "_cold_started")):
-                    continue
-                file = out / f"{experiment.name}-{criterion}-{strategy}.json".replace(" ", "_")
-                saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-                if saved.get("experiment") == settings:
-                    runs.append(Run(**saved["run"]))
-                    continue
-                record = run(experiment, data, strategy, criterion)
-                document = json.dumps({"experiment": settings, "run": asdict(record)})
-                file.write_text(document, encoding="utf-8")
-                runs.append(record)
-                console.print(
-                    f"{experiment.name}, {criterion}, {strategy}: {record.iterations} iterations, error "
-                    f"{record.hypergradient_error:.2g}", highlight=False, style="dim",
-                )  # fmt: skip
+            saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            if saved.get("experiment") != settings:
+                found = run_together(experiment, data, criterion)
+                saved = {"experiment": settings, "runs": [asdict(one) for one in found]}
+                file.write_text(json.dumps(saved), encoding="utf-8")
+                console.print(f"{experiment.name}, {criterion}: done", highlight=False, style="dim")
+            runs += [Run(**one) for one in saved["runs"]]
     return runs
+
+
+def run_together(experiment: Experiment, data: str, criterion: str) -> list[Run]:
+    """All strategies of an experiment with one criterion, a step of each in turn."""
+    descents = {
+        strategy: Descent(experiment, data, criterion, solver)
+        for strategy, start in strategies(experiment).items()
+        if (solver := ended_by(experiment, criterion, strategy, start)) is not None
+    }
+    for _ in range(experiment.steps):
+        for descent in descents.values():
+            descent.step()
+    return [descent.result(strategy) for strategy, descent in descents.items()]
+
+
+def batched_products(experiment: Experiment, data: str, count: int = 10, repeats: int = 15) -> dict[str, float]:
+    """Time of one batched product with `count` vectors, in units of that many single ones: with H and with J."""
+    descent = Descent(experiment, data, "residual", MinimalResidual())
+    x, y = descent.x.detach().requires_grad_(), descent.y.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(descent.functions.loss_at("lower", x, y), y, create_graph=True)
+    directions = torch.randn(count, len(y), generator=torch.Generator().manual_seed(0), dtype=y.dtype)
+
+    def seconds(wrt: Tensor, given: Sequence[Tensor], batched: bool) -> float:
+        started = time.perf_counter()
+        for one in given:
+            torch.autograd.grad(gradient, wrt, one, retain_graph=True, is_grads_batched=batched)
+        return time.perf_counter() - started
+
+    ratios: dict[str, list[float]] = {"H": [], "J": []}
+    for _ in range(repeats):
+        for name, wrt in (("H", y), ("J", x)):
+            ratios[name].append(seconds(wrt, [directions], True) / seconds(wrt, list(directions), False))
+    return {name: median(values) for name, values in ratios.items()}
 
 
 def table(runs: Sequence[Run]) -> Table:
@@ -233,6 +321,8 @@ def table(runs: Sequence[Run]) -> Table:
     for column in (
         "iterations",
         "saved",
+        "seconds",
+        "time",
         "H products",
         "J products",
         "error",
@@ -251,6 +341,7 @@ def table(runs: Sequence[Run]) -> Table:
         estimated = f"{one.estimated:.2f}" if one.strategy.startswith("ritz_generalized") else ""
         shown.add_row(
             one.experiment, one.criterion, one.strategy, f"{one.iterations}", f"{saved:.0%}",
+            f"{one.seconds:.2f}", f"{one.seconds / base.seconds:.2f}",
             f"{one.products}", f"{one.jacobians}", f"{one.hypergradient_error:.2g}", estimated,
             f"{one.upper_loss:.4g}", f"{one.psnr:.2f}", f"{distance:.1%}",
         )  # fmt: skip
@@ -258,11 +349,14 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def summary(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """At equal true error, by strategy, over both experiments."""
-    names = (BASELINE, "ritz", "harmonic_ritz", "ritz_generalized_singular")
-    chosen = {n: [r for r in runs if r.strategy == n and r.criterion == "true error"] for n in names}
+    """At equal true error, by strategy, over the first two experiments."""
+    names = (BASELINE, AUTO, "ritz", "harmonic_ritz", "ritz_generalized_singular")
+    whole = {e.name for e in EXPERIMENTS if e.whole}
+    equal = [r for r in runs if r.experiment in whole and r.criterion == "true error"]
+    chosen = {n: [r for r in equal if r.strategy == n] for n in names}
     return {
         "iterations": {n: sum(r.iterations for r in part) for n, part in chosen.items()},
+        "seconds": {n: sum(r.seconds for r in part) for n, part in chosen.items()},
         "hypergradient_error": {n: mean(r.hypergradient_error for r in part) for n, part in chosen.items()},
         "psnr": {n: mean(r.psnr for r in part) for n, part in chosen.items()},
     }
@@ -283,7 +377,7 @@ def figures(runs: Sequence[Run]) -> list[Chart]:
         last = ", ".join(f"{one.strategy.replace('_', ' ')} {one.iterations}" for one in chosen)
         charts.append(
             Chart(
-                f"recycling_{experiment.lower().replace(' ', '_')}",
+                f"recycling_{experiment.lower().replace(',', '').replace(' ', '_')}",
                 f"{experiment}: Krylov iterations of all solves so far",
                 "Every solve ends at the same true error of the hypergradient.",
                 f"Rising lines, one a strategy; at the end: {last}.",
@@ -303,11 +397,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     experiments: tuple[Experiment, ...] = EXPERIMENTS
     if given.steps is not None:
-        experiments = tuple(Experiment(**{**vars(e), "steps": given.steps}) for e in EXPERIMENTS)
+        experiments = tuple(replace(e, steps=given.steps) for e in EXPERIMENTS)
     console = Console(width=200)  # a table in a file keeps its columns
     runs = run_all(experiments, given.data, given.out / "runs", console)
     assert all(math.isfinite(r.upper_loss) for r in runs)
     console.print(table(runs), highlight=False)
+    for experiment in experiments:
+        ratio = batched_products(experiment, given.data)
+        console.print(
+            f"{experiment.name}: one batched product of ten takes {ratio['H']:.2f} of ten single ones with H, "
+            f"{ratio['J']:.2f} with J", highlight=False,
+        )  # fmt: skip
     (given.out / "recycling.json").write_text(json.dumps(summary(runs), indent=2) + "\n", encoding="utf-8")
     write_figures(figures(runs), given.out / "figures")
     console.print(f"written to {given.out / 'recycling.json'}")

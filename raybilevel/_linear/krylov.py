@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from raybilevel._linear.limited_memory import LimitedMemory, Pair, Preconditioner
 from raybilevel._linear.recycling import RecycleSpace, Selection, deflation
 from raybilevel.errors import ConfigError, NotFiniteError
 
@@ -64,6 +66,7 @@ class KrylovMemory:
 
     solution: Tensor
     space: RecycleSpace | None = None
+    recent: LimitedMemory | None = None
 
 
 class LinearSolver(Protocol):
@@ -165,6 +168,19 @@ class NeumannSeries:
         return LinearSolution(solution, residual, self.terms, products), KrylovMemory(solution)
 
 
+class _Solve(NamedTuple):
+    """A solve of MINRES.
+
+    krylov: Krylov vectors, each with its product with H.
+    met:    whether the criterion ended it.
+    """
+
+    found: LinearSolution
+    memory: KrylovMemory
+    krylov: list[Pair]
+    met: bool
+
+
 class _Iterate(NamedTuple):
     """An iterate of MINRES.
 
@@ -203,28 +219,51 @@ class MinimalResidual:
     criterion:  "residual", or "error": stop when the estimate of |J (q - H^-1 b)| is below the system's target. Without
         a target or an estimate "error" falls back to the residual.
     limit:      stop after this many iterations.
-    selection:  what to recycle in the next system; None for nothing.
+    selection:  what to recycle in the next system; None for nothing. "auto": the last Krylov vectors, as a
+        preconditioner, where that has paid (`LimitedMemory`). If such a solve misses the tolerance it is done again
+        without.
     """
 
     tolerance: float = 1e-6
     criterion: str = "residual"
     limit: int = 1000
     warm_start: bool = True
-    selection: Selection | None = None
+    selection: Selection | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
         if self.criterion not in ("residual", "error"):
             raise ConfigError(f"criterion must be 'residual' or 'error', got {self.criterion!r}")
-        if self.criterion == "error" and (self.selection is None or not self.selection.estimates_error):
+        if isinstance(self.selection, str) and self.selection != "auto":
+            raise ConfigError(f"selection must be the settings of one, 'auto' or None, got {self.selection!r}")
+        estimates = isinstance(self.selection, Selection) and self.selection.estimates_error
+        if self.criterion == "error" and not estimates:
             raise ConfigError("criterion='error' needs a selection by Ritz generalized singular vectors")
 
     def solve(self, system: LinearSystem, memory: KrylovMemory | None) -> tuple[LinearSolution, KrylovMemory]:
-        right = system.right
-        if right.norm() == 0:
-            return _zero(right, memory)
+        if system.right.norm() == 0:
+            return _zero(system.right, memory)
+        if self.selection != "auto":
+            solve = self._solve(system, memory)
+            return solve.found, solve.memory
+        recent = (memory.recent if memory is not None else None) or LimitedMemory()
+        preconditioner = recent.preconditioner()
+        solve = self._solve(system, memory, preconditioner)
+        if preconditioner is None or solve.met:
+            recent = recent.after(solve.krylov, solve.found.iterations, preconditioner is not None, solve.met)
+            return solve.found, replace(solve.memory, recent=recent)
+        missed, solve = solve.found, self._solve(system, memory)
+        recent = replace(recent.after(solve.krylov, solve.found.iterations, False, solve.met), worth=False)
+        iterations, products = missed.iterations + solve.found.iterations, missed.products + solve.found.products
+        found = replace(solve.found, iterations=iterations, products=products)
+        return found, replace(solve.memory, recent=recent)
+
+    def _solve(
+        self, system: LinearSystem, memory: KrylovMemory | None, preconditioner: Preconditioner | None = None
+    ) -> _Solve:
+        right, selection = system.right, self.selection if isinstance(self.selection, Selection) else None
         solution, residual, products = _start(system, memory if self.warm_start else None)
         scale = right.norm().item()
-        space = memory.space if memory is not None and self.selection is not None else None
+        space = memory.space if memory is not None and selection is not None else None
         # Without a recycled space U and C are (n, 0): their products vanish, and this is plain MINRES.
         u, c = (right.new_zeros(len(right), 0),) * 2
         if space is not None:
@@ -243,83 +282,100 @@ class MinimalResidual:
             estimate = error(r) if self.criterion == "error" and system.target > 0 else None
             return estimate <= system.target if estimate is not None else norm <= self.tolerance * scale
 
-        # Notation of Choi, Paige & Saunders 2011, Algorithm MINRES; `size` is an estimate of |H|.
-        beta = phi = residual.norm().item()
-        vector = residual / beta if beta > 0 else residual
+        # Notation of Choi, Paige & Saunders 2011, Algorithm MINRES; `size` is an estimate of |H|. With a preconditioner
+        # P the Lanczos vectors have <v, P v> = 1, H is multiplied with `along` = P v, and phi is <r, P r>^(1/2).
+        along, beta = _applied(preconditioner, residual)
+        phi, norm = beta, residual.norm().item()
+        if beta > 0:
+            along = along / beta
+        vector = along if preconditioner is None else residual / beta
         before = d1 = d2 = torch.zeros_like(right)
         t1 = t2 = t_sum = right.new_zeros(c.shape[1])
         cosine, sine, delta, epsilon = -1.0, 0.0, 0.0, 0.0
         best, size, singular, lost = _Iterate(math.inf, solution, t_sum, residual, phi), 0.0, False, False
-        basis: list[Tensor] = []
-        images: list[Tensor] = []
-        iterations = 0
-        while iterations < self.limit and beta > 0 and not done(solution, t_sum, residual, phi):
-            image = system.hessian(vector)
+        # The first Lanczos vectors to select from, or the last to precondition with. Each takes the memory of two more
+        # weight vectors.
+        krylov: deque[Pair] = deque(maxlen=LimitedMemory.capacity(len(right)) if self.selection == "auto" else None)
+        iterations, met = 0, False
+        while iterations < self.limit and beta > 0 and not (met := done(solution, t_sum, residual, norm)):
+            image = system.hessian(along)
             iterations += 1
             inner = c.T @ image
-            # The first Lanczos vectors only: each takes the memory of two more weight vectors.
-            if self.selection is not None and len(basis) < self.selection.most_vectors:
-                basis.append(vector)
-                images.append(image)
+            if self.selection == "auto" or (selection is not None and len(krylov) < selection.most_vectors):
+                krylov.append(Pair(along, image))
             # Lanczos on (I - C C^T) H: the tridiagonal matrix gets the column (beta, alpha, next beta).
             p = image - c @ inner
             p = p - c @ (c.T @ p)  # again: one projection leaves a part in C, of the size of rounding
-            alpha = vector.dot(p).item()
+            alpha = along.dot(p).item()
             p = p - alpha * vector - (beta * before if iterations > 1 else 0)
-            beta = p.norm().item()
+            ahead, beta = _applied(preconditioner, p)
             # The rotation of the step before, applied to this column.
             delta2 = cosine * delta + sine * alpha
             gamma = sine * delta - cosine * alpha
             epsilon_next, delta = sine * beta, -cosine * beta
             gamma2 = math.hypot(gamma, beta)
-            size, projected = max(size, math.hypot(alpha, beta)), phi * math.hypot(gamma, delta)
-            if projected <= best.projected:
-                best = _Iterate(projected, solution, t_sum, residual, phi)  # of the iterate before this step
-            singular = best.projected <= 3 * math.sqrt(torch.finfo(right.dtype).eps) * size * best.norm
-            lost = singular and projected > 100 * best.projected
+            if preconditioner is None:
+                size, projected = max(size, math.hypot(alpha, beta)), phi * math.hypot(gamma, delta)
+                if projected <= best.projected:
+                    best = _Iterate(projected, solution, t_sum, residual, phi)  # of the iterate before this step
+                singular = best.projected <= 3 * math.sqrt(torch.finfo(right.dtype).eps) * size * best.norm
+                lost = singular and projected > 100 * best.projected
             if lost or gamma2 == 0:
                 break
             # The rotation of this step leaves an upper triangular matrix, R. phi is the norm of the residual after it.
             cosine, sine = gamma / gamma2, beta / gamma2
             tau, phi = cosine * phi, sine * phi
             # Columns of V R^-1, the newest first: the iterate moves along d1. t1 and t2 are the same for C^T H V.
-            d1, d2 = (vector - delta2 * d1 - epsilon * d2) / gamma2, d1
+            d1, d2 = (along - delta2 * d1 - epsilon * d2) / gamma2, d1
             t1, t2 = (inner - delta2 * t1 - epsilon * t2) / gamma2, t1
             epsilon = epsilon_next
             solution, t_sum = solution + tau * d1, t_sum + tau * t1
             # The next Lanczos vector is rounding noise: the Krylov space is exhausted.
             if beta <= 1e-14 * abs(alpha):
                 residual = sine**2 * residual
+                norm = residual.norm().item()
                 break
-            before, vector = vector, p / beta
+            before, along = vector, ahead / beta
+            vector = along if preconditioner is None else p / beta
             # r_k = s_k^2 r_(k-1) - phi_k c_k v_(k+1)
             residual = sine**2 * residual - phi * cosine * vector
+            norm = phi if preconditioner is None else residual.norm().item()
         if singular and not lost:
             # phi comes from the recurrence, which does not see the growth in the null space.
             true = (right - system.hessian(solution - u @ t_sum)).norm().item()
             products, lost = products + 1, not true <= 0.9 * best.norm
         if lost:
-            _, solution, t_sum, residual, phi = best
+            _, solution, t_sum, residual, norm = best
         solution = solution - u @ t_sum
         if iterations > LONG:
             residual = right - system.hessian(solution)
-            products, phi = products + 1, residual.norm().item()
+            products, norm = products + 1, residual.norm().item()
+        met = not lost and (met or norm <= self.tolerance * scale)
         estimate, kept, jacobians = error(residual), space, 0
         # What the next system recycles.
-        if self.selection is not None and basis:
-            w, hw = torch.cat([u, torch.stack(basis, 1)], 1), torch.cat([c, torch.stack(images, 1)], 1)
-            chosen, jacobians = self.selection.select(w, hw, system.jacobian, space.estimator if space else None)
+        if selection is not None and krylov:
+            w = torch.cat([u, torch.stack([pair.vector for pair in krylov], 1)], 1)
+            hw = torch.cat([c, torch.stack([pair.image for pair in krylov], 1)], 1)
+            chosen, jacobians = selection.select(w, hw, system.jacobian, space.estimator if space else None)
             kept = chosen or space  # nothing can be chosen if H annihilates all of W
-        return (
-            LinearSolution(solution, phi / scale, iterations, products + iterations, jacobians, estimate),
-            KrylovMemory(solution, kept),
-        )
+        found = LinearSolution(solution, norm / scale, iterations, products + iterations, jacobians, estimate)
+        return _Solve(found, KrylovMemory(solution, kept), list(krylov), met)
+
+
+def _applied(preconditioner: Preconditioner | None, residual: Tensor) -> tuple[Tensor, float]:
+    """P r and <r, P r>^(1/2)."""
+    if preconditioner is None:
+        return residual, residual.norm().item()
+    applied = preconditioner(residual)
+    return applied, math.sqrt(max(0.0, residual.dot(applied).item()))
 
 
 def _zero(right: Tensor, memory: KrylovMemory | None) -> tuple[LinearSolution, KrylovMemory]:
-    """The solution of H q = 0, whose relative residual would be 0 / 0. The recycled space is kept."""
+    """The solution of H q = 0, whose relative residual would be 0 / 0. What is recycled is kept."""
     zero = torch.zeros_like(right)
-    return LinearSolution(zero, 0.0, 0, 0), KrylovMemory(zero, memory.space if memory is not None else None)
+    return LinearSolution(zero, 0.0, 0, 0), KrylovMemory(
+        zero, memory.space, memory.recent
+    ) if memory is not None else KrylovMemory(zero)
 
 
 def _start(system: LinearSystem, memory: KrylovMemory | None) -> tuple[Tensor, Tensor, int]:

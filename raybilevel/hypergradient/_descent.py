@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from raybilevel._linear.krylov import KrylovMemory
+from raybilevel._linear.limited_memory import LimitedMemory, Pair
 from raybilevel._linear.recycling import ErrorEstimator, RecycleSpace
 from raybilevel._lower import checkpoint
 from raybilevel._lower.hypergradient import Hypergradient
@@ -42,7 +43,7 @@ from raybilevel.space import Space, flatten, nest
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "bilevel.pt"
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 WRONG_PRODUCT = 0.1
 """A product farther from that of a difference, relatively, is wrong. Less may be the kinks of rectifiers."""
 FAILED_SOLVE_RESIDUAL = 0.1
@@ -295,16 +296,17 @@ class BilevelDescent:
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as named plain values and tensors, with the recycled space."""
+        """The state as named plain values and tensors, with what the next solve recycles."""
         memory = self.memory
         if isinstance(memory, KrylovMemory):
             space = memory.space
-            seen = space.estimator if space else None
+            seen, recent = space.estimator if space else None, memory.recent
             memory = {
                 "solution": memory.solution,
                 "vectors": space.vectors if space else None,
                 # Else the first solve after a restart would end by the residual, and the descent at another x.
                 "estimator": {"weighted": seen.weighted, "basis": seen.basis, "rest": seen.rest} if seen else None,
+                "recent": {**vars(recent), "pairs": [list(pair) for pair in recent.pairs]} if recent else None,
             }
         return {
             "format": CHECKPOINT_FORMAT,
@@ -351,7 +353,10 @@ class BilevelDescent:
             known = memory["estimator"]
             estimator = ErrorEstimator(**known) if known is not None else None
             space = RecycleSpace(memory["vectors"], estimator) if memory["vectors"] is not None else None
-            memory = KrylovMemory(memory["solution"], space)
+            recent = memory["recent"]
+            if recent is not None:
+                recent = LimitedMemory(**{**recent, "pairs": tuple(Pair(*pair) for pair in recent["pairs"])})
+            memory = KrylovMemory(memory["solution"], space, recent)
         self.memory = memory
 
 

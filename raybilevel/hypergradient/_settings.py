@@ -46,7 +46,8 @@ class DescentSettings:
     estimator:       "implicit", "unrolled", "first_order" (F2SA), "dynamic_barrier" (BOME), or, of a fixed point,
         "equilibrium"; `estimator_settings` are those of its class in `raybilevel.hypergradient`.
     solver:          of "implicit": "minres", "cg" or "neumann", with `solver_settings`; those of "minres" may name a
-        `selection` to recycle by, e.g. {strategy: ritz_generalized_singular, end: largest, dimension: 20}.
+        `selection` to recycle by: "auto", null for nothing, or for example {strategy: ritz_generalized_singular,
+        end: largest, dimension: 20}.
     lower:           "tolerance": L-BFGS on all lower data to |df/dy| <= lower_tolerance, or 1000 iterations;
         "optimizer": the problem's optimizer, its `epochs` at first and `lower_epochs` after each step; "fixed_point":
         of the problem's `lower_map`, by Anderson acceleration to |g(y) - y| <= lower_tolerance |g(y)|, or 100

@@ -15,6 +15,7 @@ from raybilevel import hypergradient_trainable
 from raybilevel._config.experiment import ExperimentConfig, read_config
 from raybilevel._config.plan import resolve, with_method
 from raybilevel.errors import CheckpointError, ConfigError, NotFiniteError, ProblemError
+from raybilevel.hypergradient import Hypergradient
 from raybilevel.hypergradient._descent import BilevelDescent, dump_checkpoint, load_checkpoint
 from raybilevel.methods import make_method
 from raybilevel.methods._hypergradient import HypergradientDescent
@@ -162,6 +163,14 @@ def test_a_linear_solve_that_fails_is_reported_and_warned_of_once(
         assert descent.run_step()["solver_residual"] == pytest.approx(residual, abs=0.2)
     assert len(caplog.messages) == (1 if residual > 0.5 else 0)
     assert all("step 1" in message and "decay" in message for message in caplog.messages)
+
+
+def test_a_residual_that_may_leave_half_an_error_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """0.15 did, at a condition of 1e8."""
+    descent = BilevelDescent(ModuleRidge(), {"start": 0.0}, HypergradientDescent(steps=1))
+    for residual, warnings in ((0.09, 0), (0.15, 1)):
+        descent._warn_of_failed_solve(Hypergradient(torch.zeros(1), 0.0, residual=residual), target=0.0)
+        assert len(caplog.messages) == warnings
 
 
 def test_a_descent_says_how_well_its_lower_level_was_solved() -> None:
