@@ -58,20 +58,23 @@ class LimitedMemory:
     """The last Krylov vectors, and whether they are worth their use.
 
     The preconditioner costs no products, but time, and may save nothing: where H changes much from one system to the
-    next, or where a few directions are not what slows the solves down. So solves number 4, 8, 16, ... are done the
-    other way, with it or without it. It is used from then on if it has saved a fifth of the iterations against the
-    neighbouring solve. A count decides and no clock, so that runs repeat.
+    next, or where a few directions are not what slows the solves down. So it is not used at first, and solves number 4,
+    8, 16, ... are done the other way, without it or with it. It is better if it has saved a fifth of the iterations
+    against the solve before. If that is news, the solve after the next is another trial, and two that agree decide. A
+    count decides and no clock, so that runs repeat.
 
     pairs:      the newest last; at most 40, and fewer if n is large.
     solves:     so far.
     iterations: of the last one.
     worth:      whether the preconditioner is used, except in a trial of the other way.
+    in_doubt:   whether the last trial says otherwise.
     """
 
     pairs: tuple[Pair, ...] = ()
     solves: int = 0
     iterations: int = 0
-    worth: bool = True
+    worth: bool = False
+    in_doubt: bool = False
 
     @staticmethod
     def capacity(size: int) -> int:
@@ -82,7 +85,7 @@ class LimitedMemory:
     def in_trial(self) -> bool:
         """Whether the next solve tries the other way."""
         number = self.solves + 1
-        return number >= 4 and number & (number - 1) == 0  # a power of two
+        return is_trial(number) or (self.in_doubt and is_trial(number - 2))
 
     def preconditioner(self) -> Preconditioner | None:
         """For the next solve; None if it does without."""
@@ -111,9 +114,16 @@ class LimitedMemory:
         met:    whether it met its criterion. If not, H may be singular and b not in its range. Such a system has other
             least-squares solutions with a preconditioner than without, so the pairs are dropped.
         """
-        worth = self.worth
+        worth, in_doubt = self.worth, self.in_doubt
         if self.in_trial and self.pairs:
             using, without = (iterations, self.iterations) if preconditioned else (self.iterations, iterations)
-            worth = using <= (1 - LEAST_SAVED) * without
+            news = (using <= (1 - LEAST_SAVED) * without) != worth
+            worth, in_doubt = worth != (news and in_doubt), news and not in_doubt
         most = self.capacity(len(krylov[0].vector)) if krylov else MOST_PAIRS
-        return LimitedMemory((*self.pairs, *krylov)[-most:] if met else (), self.solves + 1, iterations, worth)
+        pairs = (*self.pairs, *krylov)[-most:] if met else ()
+        return LimitedMemory(pairs, self.solves + 1, iterations, worth, in_doubt)
+
+
+def is_trial(number: int) -> bool:
+    """Whether a solve, counted from 1, is 4, 8, 16, ..."""
+    return number >= 4 and number & (number - 1) == 0
