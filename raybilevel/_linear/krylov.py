@@ -252,7 +252,9 @@ class MinimalResidual:
             recent = recent.after(solve.krylov, solve.found.iterations, preconditioner is not None, solve.met)
             return solve.found, replace(solve.memory, recent=recent)
         missed, solve = solve.found, self._solve(system, memory)
-        recent = replace(recent.after(solve.krylov, solve.found.iterations, False, solve.met), worth=False, in_doubt=False)
+        recent = replace(
+            recent.after(solve.krylov, solve.found.iterations, False, solve.met), worth=False, in_doubt=False
+        )
         iterations, products = missed.iterations + solve.found.iterations, missed.products + solve.found.products
         found = replace(solve.found, iterations=iterations, products=products)
         return found, replace(solve.memory, recent=recent)
