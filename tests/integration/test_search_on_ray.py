@@ -311,22 +311,31 @@ def test_a_run_whose_steps_all_fail_is_stopped_and_its_trainings_stay_good(tmp_p
     assert not list(tmp_path.glob("run/*/error.txt"))
 
 
+@dataclass(frozen=True)
 class BrokenSteps(Default):
-    def run(self, *arguments: Any, **options: Any) -> Any:
+    """Steps that fail as soon as there is a file of their number."""
+
+    folder: str = ""
+
+    def run(self, problem: Any, space: Any, constants: Any, step: UpperStep, *rest: Any, **options: Any) -> Any:
+        while not (Path(self.folder) / str(step.number)).exists():
+            time.sleep(0.01)
         raise RuntimeError("not here")
 
 
 def test_the_last_of_too_many_failed_steps_is_no_fault_of_the_trial_that_ends_then(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tune would take an exception at a trial's end for one of the trial's, and go on."""
     monkeypatch.setattr(pace, "WORKER_START_S", 0.0)  # so that `suggest` waits for no step
     space: dict[str, Any] = {"space": SPACE, "metric": "upper_loss", "mode": "min"}
-    search = BilevelSearch(Parabola(), method=BrokenSteps(), max_concurrent=2, **space)
+    search = BilevelSearch(Parabola(), method=BrokenSteps(folder=str(tmp_path)), max_concurrent=2, **space)
     found = {"upper_loss": 1.0, "lower_loss": 0.5, "lower_gradient/x/a": 0.25, "lower_passes": 3.0}
 
     def end(trial: str) -> None:
-        ray.wait(search._session.steps.dispatch.results or [ray.put(None)], timeout=60)
+        if results := search._session.steps.dispatch.results:
+            (tmp_path / str(len(search.state.steps))).touch()
+            ray.wait(results, timeout=60)
         search.on_trial_complete(trial, {**found, "lower_level_finished": True})
 
     assert search.suggest("a") and search.suggest("b")
