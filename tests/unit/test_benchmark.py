@@ -124,7 +124,8 @@ def test_slots_share_the_time(slots: int) -> None:
     best = [observations[o.incumbent].upper_loss for o in observations]
     lowest = [min(o.upper_loss for o in observations[: i + 1]) for i in range(len(observations))]
     # The method may return a training whose F is a trifle higher, where its model says that luck lowered the other.
-    assert best == pytest.approx(lowest, rel=1e-4)
+    spread = max(o.upper_loss for o in observations) - min(lowest)
+    assert best == pytest.approx(lowest, abs=5e-4 * spread)
 
 
 def test_seeds_and_ablations_make_a_difference() -> None:
