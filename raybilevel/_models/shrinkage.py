@@ -104,7 +104,7 @@ def expected_loss(shrinkage: Shrinkage, unit: Unit, upper: float) -> float:
     beyond = shrinkage.strength * (off_mean(mode, shrinkage.groups) @ (x - mode)).item()
     # In the unit of G. With G = log(F) / 2 that is a factor exp(2 optimism) of F.
     optimism = shrinkage.supported / shrinkage.examples + beyond
-    return upper + optimism if shrinkage.likelihood == "log_likelihood" else upper * math.exp(2 * optimism)
+    return raised(shrinkage, upper, optimism)
 
 
 def expected_at_spread(shrinkage: Shrinkage, upper: float, spread: float) -> float:
@@ -116,6 +116,11 @@ def expected_at_spread(shrinkage: Shrinkage, upper: float, spread: float) -> flo
     """
     free = len(shrinkage.mode) - sum(len(group) - 1 for group in shrinkage.groups)
     optimism = spread * max(0.0, shrinkage.supported - free) / shrinkage.examples
+    return raised(shrinkage, upper, optimism)
+
+
+def raised(shrinkage: Shrinkage, upper: float, optimism: float) -> float:
+    """F with the optimism of its negative log-likelihood an example added."""
     return upper + optimism if shrinkage.likelihood == "log_likelihood" else upper * math.exp(2 * optimism)
 
 
