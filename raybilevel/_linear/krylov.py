@@ -375,9 +375,8 @@ def _applied(preconditioner: Preconditioner | None, residual: Tensor) -> tuple[T
 def _zero(right: Tensor, memory: KrylovMemory | None) -> tuple[LinearSolution, KrylovMemory]:
     """The solution of H q = 0, whose relative residual would be 0 / 0. What is recycled is kept."""
     zero = torch.zeros_like(right)
-    return LinearSolution(zero, 0.0, 0, 0), KrylovMemory(
-        zero, memory.space, memory.recent
-    ) if memory is not None else KrylovMemory(zero)
+    kept = KrylovMemory(zero) if memory is None else replace(memory, solution=zero)
+    return LinearSolution(zero, 0.0, 0, 0), kept
 
 
 def _start(system: LinearSystem, memory: KrylovMemory | None) -> tuple[Tensor, Tensor, int]:
