@@ -15,6 +15,7 @@ from benchmarks.generalisation import (
     SHARED,
     Outcome,
     agreement,
+    at_other_splits,
     main,
     outcome,
     report,
@@ -38,7 +39,7 @@ def test_every_method_has_the_same_splits() -> None:
     assert own == {"digits-8": 10, "long-tail-20": 3}
 
 
-def test_the_measured_gap_is_beyond_that_of_the_first_training() -> None:
+def test_the_measured_gap_is_beyond_that_at_results_of_other_splits() -> None:
     shrinkage = Shrinkage(((0, 1),), "log_likelihood", 100, 2.0, 2.0, (0.4, 0.6), 3.0, applied=True)
     (run,) = runs(None, 1, ["banded-ridge-4"], [OURS])
     record = execute(replace(run, budget=2.0, marks=(2.0,)))
@@ -50,11 +51,32 @@ def test_the_measured_gap_is_beyond_that_of_the_first_training() -> None:
     )
     steps = tuple(Step(number=i, shrinkage=found) for i, found in enumerate((None, shrinkage, None)))
     changes = {"observations": (first, last), "refits": {1: {"test_loss": 0.8}}, "steps": steps}
-    found = outcome(record.model_copy(update=changes))
+    others = record.model_copy(update={"observations": (first, first.model_copy(update={"upper_loss": 0.9}))})
+    found = outcome(record.model_copy(update=changes), others)
     assert (found.upper, found.test, found.refit) == (0.6, 0.9, 0.8)
-    assert found.measured == pytest.approx(0.3 - 0.1)
+    assert found.measured == pytest.approx(0.3 - (0.1 + 0.2) / 2)
     assert found.predicted == pytest.approx(0.03 + 2 * 0.1 * (0.1 + 0.1))
     assert outcome(record.model_copy(update={**changes, "steps": ()})).predicted is None
+    assert outcome(record.model_copy(update=changes)).measured is None
+
+
+def test_results_of_a_search_are_trained_on_other_splits() -> None:
+    wanted = runs(None, 4, ["banded-ridge-4"], [OURS, SHARED])
+    record = execute(replace(wanted[0], budget=1.0, marks=()))
+    by_split = {
+        split: record.model_copy(
+            update={"observations": (record.observations[0].model_copy(update={"unit": (split / 10,) * 4}),)}
+        )
+        for split in range(4)
+    }
+    found = at_other_splits(wanted, {"banded-ridge-4": {OURS: by_split, SHARED: by_split}})
+    assert [run.seed for run in found] == [0, 1, 2, 3]
+    assert [run.problem.options["seed"] for run in found] == [1, 2, 3, 4]
+    points = [[point[0] for point in run.method.settings["points"]] for run in found]
+    assert points == [[0.1, 0.2], [0.2, 0.3], [0.3, 0.0], [0.0, 0.1]]
+    trained = execute(found[0])
+    assert [o.unit[0] for o in trained.observations] == [0.1, 0.2] and trained.status == "done"
+    assert at_other_splits(wanted, {"banded-ridge-4": {OURS: {0: by_split[0]}}}) == []
 
 
 def test_the_tables_say_who_wins() -> None:
