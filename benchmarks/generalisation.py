@@ -2,11 +2,11 @@
 
     python -m benchmarks.generalisation --data DIR --out DIR
 
-Each problem is run on ten splits of its data, or on three where a run takes longer, at a cost of 25 trainings. The
-first table has the test loss after a refit. The second adds F, the test loss of the trained weights, and the paired
-difference of the refit to raybilevel's. The third has the optimism of F: by how much the loss on new data is higher, as
-a search expects it and as it is. A figure for each problem has the test loss after a refit over the cost. DIR gets
-generalisation.md, figures/ and, in records/, every run. Those there are not run again.
+Each problem is run on ten splits of its data, or on three where a run takes longer, at a cost of 25 trainings or that
+of `--cost`. The first table has the test loss after a refit. The second adds F, the test loss of the trained weights,
+and the paired difference of the refit to raybilevel's. The third has the optimism of F: by how much the loss on new
+data is higher, as a search expects it and as it is. A figure for each problem has the test loss after a refit over the
+cost. DIR gets generalisation.md, figures/ and, in records/, every run. Those there are not run again.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from raybilevel.report._static import write_figures
 from raybilevel.report._statistics import Interval, bootstrap
 
 COST = 25.0
-MARKS = (2.0, 4.0, 6.0, 8.0, 10.0, 13.0, 16.0, 20.0, 25.0)
-"""Costs at which figures have the refit of the result so far."""
+MARKS = (0.08, 0.16, 0.24, 0.32, 0.4, 0.52, 0.64, 0.8, 1.0)
+"""Shares of the cost at which figures have the refit of the result so far."""
 MANY, FEW = 10, 3
 """Splits of the data."""
 OURS, LOWEST, SHARED = "raybilevel", "raybilevel, lowest F", "one shared value"
@@ -90,12 +90,16 @@ class Outcome:
     spread: float | None = None
 
 
-def runs(data: str | None, splits: int | None, problems: Sequence[str], methods: Sequence[str]) -> list[Run]:
+def runs(
+    data: str | None, splits: int | None, problems: Sequence[str], methods: Sequence[str], cost: float = COST
+) -> list[Run]:
     """The splits outermost, so that a part of them is a fair comparison already.
 
     splits: of each problem; None for those of `PROBLEMS`.
+    cost:   of each run.
     """
     found = []
+    marks = tuple(share * cost for share in MARKS)
     for split in range(splits or max(PROBLEMS[problem][2] for problem in problems)):
         for problem in problems:
             name, options, own = PROBLEMS[problem]
@@ -106,7 +110,7 @@ def runs(data: str | None, splits: int | None, problems: Sequence[str], methods:
             for method in methods:
                 kind, settings = METHODS[method]
                 searched = MethodEntry.model_validate({"method": kind, "settings": settings})
-                found.append(Run(problem, entry, method, searched, split, COST, MARKS, data))
+                found.append(Run(problem, entry, method, searched, split, cost, marks, data))
     return found
 
 
@@ -139,7 +143,7 @@ def gap(observation: Observation) -> float:
 
 
 def result_of(record: Record) -> Observation:
-    index = incumbent_at(record.observations, COST)
+    index = incumbent_at(record.observations, record.settings.budget)
     assert index is not None
     return record.observations[index]
 
@@ -159,13 +163,13 @@ def outcome(record: Record, others: Record | None = None) -> Outcome:
     )
 
 
-def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
+def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]], cost: float = COST) -> str:
     """outcomes: by problem, method and split."""
     return "\n\n".join(
         [
-            f"Test loss after a refit at cost {COST:g}, means over splits.",
+            f"Test loss after a refit at cost {cost:g}, means over splits.",
             overview(outcomes),
-            f"Means over splits at cost {COST:g} with 95 % bootstrap intervals. The last column is the paired "
+            f"Means over splits at cost {cost:g} with 95 % bootstrap intervals. The last column is the paired "
             "difference of the refit to raybilevel's: positive where raybilevel is better. The last but one is how "
             "far hyperparameters of a kind differ in the refit, relative to the result of the search.",
             losses(outcomes),
@@ -225,7 +229,7 @@ def figure(problem: str, methods: Mapping[str, Sequence[Record]]) -> Chart | Non
     series, told = [], []
     for method, found in methods.items():
         points = []
-        for mark in MARKS:
+        for mark in found[0].marks:
             values = [value for record in found if (value := refit_at(record, mark)) is not None]
             if len(values) == len(found):
                 points.append((mark, bootstrap(values)))
@@ -238,12 +242,13 @@ def figure(problem: str, methods: Mapping[str, Sequence[Record]]) -> Chart | Non
     if not series:
         return None
     splits = max(len(found) for found in methods.values())
+    cost = max(found[0].settings.budget for found in methods.values())
     dimension = len(next(iter(methods.values()))[0].space)
     return Chart(
         name=problem,
         title=f"{problem}: {dimension} hyperparameters, {splits} splits of the data",
         caption="The result so far, trained on all data. Bands are 95 % bootstrap intervals of the mean.",
-        alt=f"Test loss after a refit at cost {COST:g}: " + ", ".join(told) + ".",
+        alt=f"Test loss after a refit at cost {cost:g}: " + ", ".join(told) + ".",
         x_label="cost, in training runs (gradients of the search are charged)",
         y_label="test loss after a refit",
         series=tuple(series),
@@ -308,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", required=True, type=Path, help="folder of records and table; an earlier run is resumed"
     )
     parser.add_argument("--splits", type=int, help=f"of the data of each problem, by default {MANY} or {FEW}")
+    parser.add_argument("--cost", type=float, default=COST, help="of each run, in trainings, %(default)g by default")
     parser.add_argument("--only", default=",".join(PROBLEMS), help="problems, comma-separated")
     parser.add_argument("--methods", default=";".join(METHODS), help="semicolon-separated, as their names have commas")
     parser.add_argument("--workers", type=int, default=2)
@@ -316,8 +322,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for what, names, known in (("problem", problems, PROBLEMS), ("method", methods, METHODS)):
         if unknown := [name for name in names if name not in known]:
             parser.error(f"no {what} {unknown[0]!r}; choose from {', '.join(known)}")
+    if options.cost < 1:
+        parser.error(f"--cost must be 1 or more, got {options.cost:g}")
     data = str(Path(options.data).expanduser().absolute()) if options.data else None
-    wanted = runs(data, options.splits, problems, methods)
+    wanted = runs(data, options.splits, problems, methods, options.cost)
     done, failed = recorded(wanted, options.out, options.workers)
     others, failed_elsewhere = recorded(at_other_splits(wanted, done), options.out, options.workers)
     failed += failed_elsewhere
@@ -330,7 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for method, of in methods.items()
             }
             for problem, methods in done.items()
-        }
+        },
+        options.cost,
     )
     drawn = [figure(name, {m: list(found.values()) for m, found in methods.items()}) for name, methods in done.items()]
     write_figures([chart for chart in drawn if chart is not None], options.out / "figures")

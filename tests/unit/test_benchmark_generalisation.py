@@ -105,14 +105,9 @@ def test_whether_a_gap_was_foreseen_is_judged_by_its_interval(low: float, high: 
     assert agreement(0.02, Interval((low + high) / 2, low, high, 3)) == word
 
 
-def test_a_benchmark_is_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import benchmarks.generalisation as module
-
-    monkeypatch.setattr(module, "COST", 3.0)
+def test_a_benchmark_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--out", str(tmp_path), "--only", "digits-8", "--methods", f"{OURS};{SHARED}", "--splits", "1"]
-    arguments += ["--workers", "1"]
+    arguments += ["--workers", "1", "--cost", "3"]
     assert main(arguments) == 0
     assert "2 runs, 0 of them have a record" in capsys.readouterr().out
     assert main(arguments) == 0
@@ -130,3 +125,5 @@ def test_a_benchmark_is_resumed(
         main(["--out", str(tmp_path), "--only", "nothing"])
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--methods", "nothing"])
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--cost", "0"])
