@@ -210,6 +210,25 @@ def test_without_groups_every_hyperparameter_counts() -> None:
     assert (found.supported, found.strength, found.mode) == (D, 0.0, tuple(TARGET.tolist()))
 
 
+def test_hyperparameters_at_a_bound_do_not_follow_the_examples() -> None:
+    seen = tuple(observed(valley, sobol_points(D, 10, 1)))
+    centre = torch.tensor([-0.5, 0.4, 0.5, 0.6, 1.5], dtype=torch.double)
+    hessian = torch.diag(torch.tensor([9.0, 2.0, 1.0, 4.0, 9.0], dtype=torch.double))
+    around = centre.clamp(0, 1)
+    found = learn(Quadratic.make(hessian, centre), SearchState(seen), GROUP, 10_000, around)
+    assert [x in (0.0, 1.0) for x in found.mode] == [True, False, False, False, True]
+    # Of the three that are left: their mean, and two directions off it.
+    projection = torch.eye(3).double() - 1 / 3
+    basis = torch.linalg.eigh(projection).eigenvectors[:, 1:]
+    bends = torch.linalg.eigvalsh(basis.T @ hessian[1:4, 1:4] @ basis)
+    assert found.adapted == pytest.approx(1 + (bends / (bends + found.strength)).sum().item())
+    assert found.supported > found.adapted
+    inside = learn(Quadratic.make(hessian, TARGET), SearchState(seen), GROUP, 10_000, TARGET)
+    assert inside.adapted is None
+    alone = learn(Quadratic.make(hessian, centre), SearchState(seen), (), 100, around)
+    assert (alone.supported, alone.adapted) == (D, 3.0)
+
+
 def test_a_regions_next_point_minimises_f_with_the_penalty() -> None:
     model, low, high = fitted(), torch.full((D,), 0.25).double(), torch.full((D,), 0.65).double()
     surface = Surface.of(model, "log_likelihood")
@@ -299,9 +318,8 @@ def test_the_first_steps_are_plain() -> None:
 
 def test_seen_from_takes_points_with_hypergradients() -> None:
     state = SearchState(tuple(observed(valley, sobol_points(D, 4, 1))))
-    rows = seen_from(state, TARGET, GROUP)
     units = torch.tensor([t.unit for t in state.trainings], dtype=torch.double)
-    assert torch.allclose(rows, off_mean(units[[0, 2]] - TARGET, GROUP))
+    assert torch.equal(seen_from(state, TARGET), units[[0, 2]] - TARGET)
 
 
 @pytest.mark.slow
