@@ -21,11 +21,12 @@ from typing import Any
 
 from benchmarks.__main__ import run_all
 from benchmarks.families import shown
-from benchmarks.suite import MethodEntry, ProblemEntry, Run
+from benchmarks.suite import MethodEntry, ProblemEntry, Run, box_of, make_problem
 from raybilevel._models.shrinkage import expected_loss
 from raybilevel._records import store as records
 from raybilevel._records.incumbents import incumbent_at
 from raybilevel._records.record import Observation, Record
+from raybilevel.problems.banded_ridge import BandedRidge
 from raybilevel.report._charts import Chart, Series
 from raybilevel.report._static import write_figures
 from raybilevel.report._statistics import Interval, bootstrap
@@ -39,7 +40,7 @@ OURS, LOWEST, SHARED = "raybilevel", "raybilevel, lowest F", "one shared value"
 EXPECTING = (OURS, LOWEST)
 """Methods that say what to expect of new data."""
 OTHERS = 2
-"""Splits whose results are trained on a split, too."""
+"""Splits whose results are trained on a split as well."""
 
 SHIFTED = {"train": 500, "validation": 500, "hidden": (50, 50, 50), "learning_rate": 0.1, "momentum": 0.9, "shift": 2}
 """A small network with augmented data."""
@@ -78,8 +79,8 @@ class Outcome:
 
     spread: of groups in the refit, relative to the result's; None of a method that does not choose it.
     predicted: by how much the search expects the loss on new data to exceed F; None where it says nothing.
-    measured:  by how much it does, less the same at results of other splits, which this F has not chosen. They are
-        near, so that validation and test examples differ there as they do here. None without such trainings.
+    measured:  by how much it does, less the same at points that this F has not chosen (`not_chosen`). They are near, so
+        that validation and test examples differ there as they do here. None without such trainings.
     """
 
     upper: float
@@ -114,17 +115,23 @@ def runs(
     return found
 
 
-def at_other_splits(wanted: Sequence[Run], done: Done) -> list[Run]:
-    """Trainings on the split of each search at its results on the next splits."""
+def not_chosen(wanted: Sequence[Run], done: Done) -> list[Run]:
+    """Trainings on the split of each search at points near its result which that split has not chosen: results on the
+    next splits, or, where these have other optima, what a simulation says of its own."""
     found = []
     for run in wanted:
         results = done.get(run.problem_name, {}).get(run.method_name, {})
         if run.method_name not in EXPECTING or run.seed not in results:
             continue
-        splits = sorted(results)
-        after = splits.index(run.seed) + 1
-        if others := [*splits[after:], *splits[: after - 1]][:OTHERS]:
+        problem = make_problem(run.problem, run.data)
+        if isinstance(problem, BandedRidge):
+            points = [tuple(box_of(problem).encode(problem.true_decays).tolist())]
+        else:
+            splits = sorted(results)
+            after = splits.index(run.seed) + 1
+            others = [*splits[after:], *splits[: after - 1]][:OTHERS]
             points = [result_of(results[split]).unit for split in others]
+        if points:
             given = MethodEntry.model_validate({"method": "given", "settings": {"points": points}})
             name = elsewhere(run.method_name)
             found.append(replace(run, method_name=name, method=given, budget=float(len(points)), marks=()))
@@ -132,8 +139,8 @@ def at_other_splits(wanted: Sequence[Run], done: Done) -> list[Run]:
 
 
 def elsewhere(method: str) -> str:
-    """Of the trainings at its results on other splits."""
-    return f"{method}, other splits"
+    """Of the trainings at points that its split has not chosen."""
+    return f"{method}, elsewhere"
 
 
 def gap(observation: Observation) -> float:
@@ -149,7 +156,7 @@ def result_of(record: Record) -> Observation:
 
 
 def outcome(record: Record, others: Record | None = None) -> Outcome:
-    """others: of the run of `at_other_splits`."""
+    """others: of the run of `not_chosen`."""
     result = result_of(record)
     upper = result.upper_loss
     assert upper is not None
@@ -174,7 +181,7 @@ def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]], cost: fl
             "far hyperparameters of a kind differ in the refit, relative to the result of the search.",
             losses(outcomes),
             "By how much the loss on new data exceeds F, as the search expects and as measured: the test loss less F, "
-            "less the same at the results of other splits.",
+            "less the same at points that this F has not chosen: results of other splits, or the true penalties.",
             optimism(outcomes),
             "",
         ]
@@ -327,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = str(Path(options.data).expanduser().absolute()) if options.data else None
     wanted = runs(data, options.splits, problems, methods, options.cost)
     done, failed = recorded(wanted, options.out, options.workers)
-    others, failed_elsewhere = recorded(at_other_splits(wanted, done), options.out, options.workers)
+    others, failed_elsewhere = recorded(not_chosen(wanted, done), options.out, options.workers)
     failed += failed_elsewhere
     text = report(
         {

@@ -15,8 +15,8 @@ from benchmarks.generalisation import (
     SHARED,
     Outcome,
     agreement,
-    at_other_splits,
     main,
+    not_chosen,
     outcome,
     report,
     runs,
@@ -24,6 +24,7 @@ from benchmarks.generalisation import (
 from benchmarks.suite import execute
 from raybilevel._records import store as records
 from raybilevel._records.record import Step
+from raybilevel.problems.banded_ridge import BandedRidge
 from raybilevel.report._statistics import Interval
 from raybilevel.search_state import Shrinkage
 
@@ -61,22 +62,31 @@ def test_the_measured_gap_is_beyond_that_at_results_of_other_splits() -> None:
 
 
 def test_results_of_a_search_are_trained_on_other_splits() -> None:
-    wanted = runs(None, 4, ["banded-ridge-4"], [OURS, SHARED])
+    wanted = runs(None, 4, ["digits-8"], [OURS, SHARED])
     record = execute(replace(wanted[0], budget=1.0, marks=()))
     by_split = {
         split: record.model_copy(
-            update={"observations": (record.observations[0].model_copy(update={"unit": (split / 10,) * 4}),)}
+            update={"observations": (record.observations[0].model_copy(update={"unit": (split / 10,) * 8}),)}
         )
         for split in range(4)
     }
-    found = at_other_splits(wanted, {"banded-ridge-4": {OURS: by_split, SHARED: by_split}})
+    found = not_chosen(wanted, {"digits-8": {OURS: by_split, SHARED: by_split}})
     assert [run.seed for run in found] == [0, 1, 2, 3]
-    assert [run.problem.options["seed"] for run in found] == [1, 2, 3, 4]
+    assert [run.problem.options["split_seed"] for run in found] == [1, 2, 3, 4]
     points = [[point[0] for point in run.method.settings["points"]] for run in found]
     assert points == [[0.1, 0.2], [0.2, 0.3], [0.3, 0.0], [0.0, 0.1]]
     trained = execute(found[0])
     assert [o.unit[0] for o in trained.observations] == [0.1, 0.2] and trained.status == "done"
-    assert at_other_splits(wanted, {"banded-ridge-4": {OURS: {0: by_split[0]}}}) == []
+    assert not_chosen(wanted, {"digits-8": {OURS: {0: by_split[0]}}}) == []
+
+
+def test_a_simulation_is_trained_at_its_true_penalties() -> None:
+    wanted = runs(None, 2, ["banded-ridge-4"], [OURS])
+    record = execute(replace(wanted[0], budget=1.0, marks=()))
+    one, _ = not_chosen(wanted, {"banded-ridge-4": {OURS: {0: record, 1: record}}})
+    (trained,) = execute(one).observations
+    problem = BandedRidge(groups=4, seed=1)
+    assert trained.hyperparameters["decay"] == pytest.approx(problem.true_decays["decay"])
 
 
 def test_the_tables_say_who_wins() -> None:
