@@ -41,6 +41,8 @@ EXPECTING = (OURS, LOWEST)
 """Methods that say what to expect of new data."""
 OTHERS = 2
 """Splits whose results are trained on a split as well."""
+LEAST_SHOWN = 1e-3
+"""Of the optimism in the figure, whose axes are logarithmic."""
 
 SHIFTED = {"train": 500, "validation": 500, "hidden": (50, 50, 50), "learning_rate": 0.1, "momentum": 0.9, "shift": 2}
 """A small network with augmented data."""
@@ -182,7 +184,7 @@ def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]], cost: fl
             losses(outcomes),
             "By how much the loss on new data exceeds F, as the search expects and as measured: the test loss less F, "
             "less the same at points that this F has not chosen: results of other splits, or the true penalties.",
-            optimism(outcomes),
+            optimism(optimism_of(outcomes)),
             "",
         ]
     )
@@ -272,21 +274,80 @@ def mean(splits: Mapping[int, Outcome], value: Callable[[Outcome], float | None]
     return shown(bootstrap(known)) if known else "-"
 
 
-def optimism(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
-    lines = ["| problem | result of | expected | measured | ratio | within a factor of two |", "| --- " * 6 + "|"]
+@dataclass(frozen=True)
+class Optimism:
+    """By how much the loss on new data exceeds F at the result of a method, expected by the search and measured."""
+
+    problem: str
+    method: str
+    expected: Interval
+    measured: Interval
+
+    @property
+    def ratio(self) -> float | None:
+        """Of the means; None where that of the measured is not positive."""
+        return self.expected.mean / self.measured.mean if self.measured.mean > 0 else None
+
+    @property
+    def close(self) -> bool:
+        return self.ratio is not None and 0.5 <= self.ratio <= 2
+
+
+def optimism_of(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> list[Optimism]:
+    found = []
     for problem, methods in outcomes.items():
         for method in EXPECTING:
-            known = {s: o for s, o in methods.get(method, {}).items() if None not in (o.predicted, o.measured)}
-            if not known:
-                continue
-            expected = statistics.fmean(o.predicted or 0.0 for o in known.values())
-            measured = bootstrap([o.measured or 0.0 for o in known.values()])
-            ratio = f"{expected / measured.mean:.2f}" if measured.mean > 0 else "-"
-            lines.append(
-                f"| {problem} | {method} | {mean(known, lambda o: o.predicted)} | {shown(measured)} | {ratio} "
-                f"| {agreement(expected, measured)} |"
-            )
+            pairs = [(o.predicted, o.measured) for o in methods.get(method, {}).values()]
+            known = [(one, other) for one, other in pairs if one is not None and other is not None]
+            if known:
+                expected, measured = (bootstrap(values) for values in zip(*known, strict=True))
+                found.append(Optimism(problem, method, expected, measured))
+    return found
+
+
+def optimism(found: Sequence[Optimism]) -> str:
+    lines = ["| problem | result of | expected | measured | ratio | within a factor of two |", "| --- " * 6 + "|"]
+    for each in found:
+        ratio = "-" if each.ratio is None else f"{each.ratio:.2f}"
+        lines.append(
+            f"| {each.problem} | {each.method} | {shown(each.expected)} | {shown(each.measured)} | {ratio} "
+            f"| {agreement(each.expected.mean, each.measured)} |"
+        )
+    for method in EXPECTING:
+        if own := [each for each in found if each.method == method]:
+            close = sum(each.close for each in own)
+            lines += ["", f"{method}: {close} of {len(own)} means are within a factor of two."]
     return "\n".join(lines)
+
+
+def calibration(found: Sequence[Optimism]) -> Chart:
+    """The measured optimism over the expected one, a point for each problem."""
+    ends = [min(each.expected.mean for each in found) / 1.5, max(each.expected.mean for each in found) * 1.5]
+    lines = tuple(
+        Series(name, "line", ends, [factor * end for end in ends], colour=7, in_legend=factor == 1)
+        for name, factor in (("half", 0.5), ("as expected, half and twice as much", 1.0), ("twice", 2.0))
+    )
+    points = []
+    for colour, method in enumerate(EXPECTING):
+        own = [each for each in found if each.method == method]
+        at = [max(each.measured.mean, LEAST_SHOWN) for each in own]
+        errors = [(each.measured.ends[1] - each.measured.ends[0]) / 2 for each in own]
+        expected, notes = [each.expected.mean for each in own], [each.problem for each in own]
+        points.append(Series(method, "points", expected, at, error=errors, colour=colour, notes=notes))
+    close = sum(each.close for each in found)
+    return Chart(
+        name="optimism",
+        title="By how much the loss on new data exceeds F",
+        caption="A point for each problem, the mean over splits of its data, with 95 % bootstrap intervals. "
+        f"What is below {LEAST_SHOWN} is drawn at the lower edge.",
+        alt=f"Measured over expected optimism of F; {close} of {len(found)} points are within a factor of two.",
+        x_label="expected by the search",
+        y_label="measured",
+        series=(*lines, *points),
+        x_log=True,
+        y_log=True,
+        bounds=(LEAST_SHOWN, 2 * max(each.measured.ends[1] for each in found)),
+    )
 
 
 def agreement(expected: float, measured: Interval) -> str:
@@ -336,19 +397,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done, failed = recorded(wanted, options.out, options.workers)
     others, failed_elsewhere = recorded(not_chosen(wanted, done), options.out, options.workers)
     failed += failed_elsewhere
-    text = report(
-        {
-            problem: {
-                method: {
-                    s: outcome(r, others.get(problem, {}).get(elsewhere(method), {}).get(s)) for s, r in of.items()
-                }
-                for method, of in methods.items()
-            }
-            for problem, methods in done.items()
-        },
-        options.cost,
-    )
+    outcomes = {
+        problem: {
+            method: {s: outcome(r, others.get(problem, {}).get(elsewhere(method), {}).get(s)) for s, r in of.items()}
+            for method, of in methods.items()
+        }
+        for problem, methods in done.items()
+    }
+    text = report(outcomes, options.cost)
     drawn = [figure(name, {m: list(found.values()) for m, found in methods.items()}) for name, methods in done.items()]
+    if gaps := optimism_of(outcomes):
+        drawn.append(calibration(gaps))
     write_figures([chart for chart in drawn if chart is not None], options.out / "figures")
     (options.out / "generalisation.md").write_text(text, encoding="utf-8")
     print(text)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.generalisation import (
+    LEAST_SHOWN,
     LOWEST,
     METHODS,
     OURS,
@@ -15,8 +16,10 @@ from benchmarks.generalisation import (
     SHARED,
     Outcome,
     agreement,
+    calibration,
     main,
     not_chosen,
+    optimism_of,
     outcome,
     report,
     runs,
@@ -104,6 +107,21 @@ def test_the_tables_say_who_wins() -> None:
         line.split(" | ")[-2:] for line in lines if line.startswith((f"| p | {OURS} | 0.0", f"| p | {LOWEST} | 0.2"))
     ]
     assert gaps == [["0.50", "yes |"], ["2.00", "yes |"]]
+    assert f"{OURS}: 1 of 1 means are within a factor of two." in lines
+
+
+def test_the_figure_of_the_optimism_has_a_point_for_each_problem() -> None:
+    def of(predicted: float, measured: float) -> dict[int, Outcome]:
+        return {s: Outcome(0.2, 0.2, None, predicted, measured + 0.001 * s) for s in range(3)}
+
+    found = optimism_of({"p": {OURS: of(0.02, 0.01), LOWEST: of(0.03, -0.05)}, "q": {OURS: of(0.1, 0.02)}})
+    assert [each.close for each in found] == [True, False, False]
+    chart = calibration(found)
+    ours, lowest = chart.series[-2:]
+    assert ours.notes == ["p", "q"]
+    assert (ours.x, ours.y) == (pytest.approx([0.02, 0.1]), pytest.approx([0.011, 0.021]))
+    assert lowest.y == [LEAST_SHOWN] and ours.error is not None and min(ours.error) > 0
+    assert "1 of 3 points" in chart.alt
 
 
 @pytest.mark.parametrize(
