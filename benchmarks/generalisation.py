@@ -164,8 +164,8 @@ def outcome(record: Record, others: Record | None = None) -> Outcome:
     assert upper is not None
     learned = [step.shrinkage for step in record.steps if step.shrinkage is not None]
     predicted = expected_loss(learned[-1], result.unit, upper) - upper if learned else None
-    elsewhere = [gap(o) for o in others.observations if o.status == "done"] if others else []
-    measured = gap(result) - statistics.fmean(elsewhere) if elsewhere else None
+    beside = [gap(o) for o in others.observations if o.status == "done"] if others else []
+    measured = gap(result) - statistics.fmean(beside) if beside else None
     refits = record.refits.get(record.observations.index(result), {})
     return Outcome(
         upper, result.metrics["test_loss"], refits.get("test_loss"), predicted, measured, refits.get("spread")
