@@ -252,6 +252,8 @@ def adapted_at(surface: LogLikelihood, groups: Groups, mode: Mode, seen: Tensor)
     if len(free) == len(mode.x):
         return None
     rank = sum(len(group) - 1 for group in within)
+    if not rank:
+        return float(len(free))
     bends = curvatures(surface.hessian(mode.x)[free][:, free], orthonormal(off_mean(seen[:, free], within)), rank)
     return len(free) - rank + (bends / (bends + mode.strength)).sum().item()
 

@@ -223,6 +223,9 @@ def test_hyperparameters_at_a_bound_do_not_follow_the_examples() -> None:
     bends = torch.linalg.eigvalsh(basis.T @ hessian[1:4, 1:4] @ basis)
     assert found.adapted == pytest.approx(1 + (bends / (bends + found.strength)).sum().item())
     assert found.supported > found.adapted
+    # At a corner of the cube nothing is left.
+    corner = torch.tensor([-9.0, 9.0, -9.0, 9.0, 9.0], dtype=torch.double)
+    assert learn(Quadratic.make(hessian, corner), SearchState(seen), GROUP, 10_000, corner.clamp(0, 1)).adapted == 0
     inside = learn(Quadratic.make(hessian, TARGET), SearchState(seen), GROUP, 10_000, TARGET)
     assert inside.adapted is None
     alone = learn(Quadratic.make(hessian, centre), SearchState(seen), (), 100, around)
