@@ -329,7 +329,8 @@ def calibration(found: Sequence[Optimism]) -> Chart:
     )
     points = []
     for colour, method in enumerate(EXPECTING):
-        own = [each for each in found if each.method == method]
+        if not (own := [each for each in found if each.method == method]):
+            continue
         at = [max(each.measured.mean, LEAST_SHOWN) for each in own]
         errors = [(each.measured.ends[1] - each.measured.ends[0]) / 2 for each in own]
         expected, notes = [each.expected.mean for each in own], [each.problem for each in own]
