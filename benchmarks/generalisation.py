@@ -2,11 +2,11 @@
 
     python -m benchmarks.generalisation --data DIR --out DIR
 
-Each problem is run on ten splits of its data, or on three where a run takes longer, at a cost of 25 trainings. The
-first table has the test loss after a refit. The second adds F, the test loss of the trained weights, and the paired
-difference of the refit to raybilevel's. The third holds the loss that a search expects on new data against the test
-loss. A figure for each problem has the test loss after a refit over the cost. DIR gets generalisation.md, figures/ and,
-in records/, every run. Those there are not run again.
+Each problem is run on ten splits of its data, or on three where a run takes longer, at a cost of 25 trainings or that
+of `--cost`. The first table has the test loss after a refit. The second adds F, the test loss of the trained weights,
+and the paired difference of the refit to raybilevel's. The third has the optimism of F: by how much the loss on new
+data is higher, as a search expects it and as it is. A figure for each problem has the test loss after a refit over the
+cost. DIR gets generalisation.md, figures/ and, in records/, every run. Those there are not run again.
 """
 
 from __future__ import annotations
@@ -15,27 +15,34 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import run_all
 from benchmarks.families import shown
-from benchmarks.suite import MethodEntry, ProblemEntry, Run
+from benchmarks.suite import MethodEntry, ProblemEntry, Run, box_of, make_problem
 from raybilevel._models.shrinkage import expected_loss
 from raybilevel._records import store as records
 from raybilevel._records.incumbents import incumbent_at
-from raybilevel._records.record import Record
+from raybilevel._records.record import Observation, Record
+from raybilevel.problems.banded_ridge import BandedRidge
 from raybilevel.report._charts import Chart, Series
 from raybilevel.report._static import write_figures
 from raybilevel.report._statistics import Interval, bootstrap
 
 COST = 25.0
-MARKS = (2.0, 4.0, 6.0, 8.0, 10.0, 13.0, 16.0, 20.0, 25.0)
-"""Costs at which figures have the refit of the result so far."""
+MARKS = (0.08, 0.16, 0.24, 0.32, 0.4, 0.52, 0.64, 0.8, 1.0)
+"""Shares of the cost at which figures have the refit of the result so far."""
 MANY, FEW = 10, 3
 """Splits of the data."""
 OURS, LOWEST, SHARED = "raybilevel", "raybilevel, lowest F", "one shared value"
+EXPECTING = (OURS, LOWEST)
+"""Methods that say what to expect of new data."""
+OTHERS = 2
+"""Splits whose results are trained on a split as well."""
+LEAST_SHOWN = 1e-3
+"""Of the optimism in the figure, whose axes are logarithmic."""
 
 SHIFTED = {"train": 500, "validation": 500, "hidden": (50, 50, 50), "learning_rate": 0.1, "momentum": 0.9, "shift": 2}
 """A small network with augmented data."""
@@ -64,30 +71,38 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random", {}),
 }
 
+Done = dict[str, dict[str, dict[int, Record]]]
+"""Records by problem, method and split."""
+
 
 @dataclass(frozen=True)
 class Outcome:
     """Of one run: F and test losses of its result, and what the search expected of new data.
 
     spread: of groups in the refit, relative to the result's; None of a method that does not choose it.
-    predicted, measured: by how much the loss on new data exceeds F, against the same for the first training, whose
-        hyperparameters were not chosen by F; None where the search says nothing.
+    predicted: by how much the search expects the loss on new data to exceed F; None where it says nothing.
+    measured:  by how much it does, less the same at points that this F has not chosen (`not_chosen`). They are near, so
+        that validation and test examples differ there as they do here. None without such trainings.
     """
 
     upper: float
     test: float
     refit: float | None
     predicted: float | None
-    measured: float
+    measured: float | None
     spread: float | None = None
 
 
-def runs(data: str | None, splits: int | None, problems: Sequence[str], methods: Sequence[str]) -> list[Run]:
+def runs(
+    data: str | None, splits: int | None, problems: Sequence[str], methods: Sequence[str], cost: float = COST
+) -> list[Run]:
     """The splits outermost, so that a part of them is a fair comparison already.
 
     splits: of each problem; None for those of `PROBLEMS`.
+    cost:   of each run.
     """
     found = []
+    marks = tuple(share * cost for share in MARKS)
     for split in range(splits or max(PROBLEMS[problem][2] for problem in problems)):
         for problem in problems:
             name, options, own = PROBLEMS[problem]
@@ -98,36 +113,78 @@ def runs(data: str | None, splits: int | None, problems: Sequence[str], methods:
             for method in methods:
                 kind, settings = METHODS[method]
                 searched = MethodEntry.model_validate({"method": kind, "settings": settings})
-                found.append(Run(problem, entry, method, searched, split, COST, MARKS, data))
+                found.append(Run(problem, entry, method, searched, split, cost, marks, data))
     return found
 
 
-def outcome(record: Record) -> Outcome:
-    index = incumbent_at(record.observations, COST)
+def not_chosen(wanted: Sequence[Run], done: Done) -> list[Run]:
+    """Trainings on the split of each search at points near its result which that split has not chosen: results on the
+    next splits, or, where these have other optima, what a simulation says of its own."""
+    found = []
+    for run in wanted:
+        results = done.get(run.problem_name, {}).get(run.method_name, {})
+        if run.method_name not in EXPECTING or run.seed not in results:
+            continue
+        problem = make_problem(run.problem, run.data)
+        if isinstance(problem, BandedRidge):
+            points = [tuple(box_of(problem).encode(problem.true_decays).tolist())]
+        else:
+            splits = sorted(results)
+            after = splits.index(run.seed) + 1
+            others = [*splits[after:], *splits[: after - 1]][:OTHERS]
+            points = [result_of(results[split]).unit for split in others]
+        if points:
+            given = MethodEntry.model_validate({"method": "given", "settings": {"points": points}})
+            name = elsewhere(run.method_name)
+            found.append(replace(run, method_name=name, method=given, budget=float(len(points)), marks=()))
+    return found
+
+
+def elsewhere(method: str) -> str:
+    """Of the trainings at points that its split has not chosen."""
+    return f"{method}, elsewhere"
+
+
+def gap(observation: Observation) -> float:
+    """By how much the test loss exceeds F."""
+    assert observation.upper_loss is not None
+    return observation.metrics["test_loss"] - observation.upper_loss
+
+
+def result_of(record: Record) -> Observation:
+    index = incumbent_at(record.observations, record.settings.budget)
     assert index is not None
-    result, first = record.observations[index], record.observations[0]
-    upper, upper_of_first = result.upper_loss, first.upper_loss
-    assert upper is not None and upper_of_first is not None
+    return record.observations[index]
+
+
+def outcome(record: Record, others: Record | None = None) -> Outcome:
+    """others: of the run of `not_chosen`."""
+    result = result_of(record)
+    upper = result.upper_loss
+    assert upper is not None
     learned = [step.shrinkage for step in record.steps if step.shrinkage is not None]
     predicted = expected_loss(learned[-1], result.unit, upper) - upper if learned else None
-    # Less the same for the first training: validation and test examples differ by chance as well.
-    measured = result.metrics["test_loss"] - upper - (first.metrics["test_loss"] - upper_of_first)
-    spread = record.refits.get(index, {}).get("spread")
-    return Outcome(upper, result.metrics["test_loss"], refit_at(record, COST), predicted, measured, spread)
+    beside = [gap(o) for o in others.observations if o.status == "done"] if others else []
+    measured = gap(result) - statistics.fmean(beside) if beside else None
+    refits = record.refits.get(record.observations.index(result), {})
+    return Outcome(
+        upper, result.metrics["test_loss"], refits.get("test_loss"), predicted, measured, refits.get("spread")
+    )
 
 
-def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
+def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]], cost: float = COST) -> str:
     """outcomes: by problem, method and split."""
     return "\n\n".join(
         [
-            f"Test loss after a refit at cost {COST:g}, means over splits.",
+            f"Test loss after a refit at cost {cost:g}, means over splits.",
             overview(outcomes),
-            f"Means over splits at cost {COST:g} with 95 % bootstrap intervals. The last column is the paired "
+            f"Means over splits at cost {cost:g} with 95 % bootstrap intervals. The last column is the paired "
             "difference of the refit to raybilevel's: positive where raybilevel is better. The last but one is how "
             "far hyperparameters of a kind differ in the refit, relative to the result of the search.",
             losses(outcomes),
-            "By how much the loss on new data exceeds F, expected and measured, against the first training.",
-            optimism(outcomes),
+            "By how much the loss on new data exceeds F, as the search expects and as measured: the test loss less F, "
+            "less the same at points that this F has not chosen: results of other splits, or the true penalties.",
+            optimism(optimism_of(outcomes)),
             "",
         ]
     )
@@ -181,7 +238,7 @@ def figure(problem: str, methods: Mapping[str, Sequence[Record]]) -> Chart | Non
     series, told = [], []
     for method, found in methods.items():
         points = []
-        for mark in MARKS:
+        for mark in found[0].marks:
             values = [value for record in found if (value := refit_at(record, mark)) is not None]
             if len(values) == len(found):
                 points.append((mark, bootstrap(values)))
@@ -194,12 +251,13 @@ def figure(problem: str, methods: Mapping[str, Sequence[Record]]) -> Chart | Non
     if not series:
         return None
     splits = max(len(found) for found in methods.values())
+    cost = max(found[0].settings.budget for found in methods.values())
     dimension = len(next(iter(methods.values()))[0].space)
     return Chart(
         name=problem,
         title=f"{problem}: {dimension} hyperparameters, {splits} splits of the data",
         caption="The result so far, trained on all data. Bands are 95 % bootstrap intervals of the mean.",
-        alt=f"Test loss after a refit at cost {COST:g}: " + ", ".join(told) + ".",
+        alt=f"Test loss after a refit at cost {cost:g}: " + ", ".join(told) + ".",
         x_label="cost, in training runs (gradients of the search are charged)",
         y_label="test loss after a refit",
         series=tuple(series),
@@ -216,21 +274,81 @@ def mean(splits: Mapping[int, Outcome], value: Callable[[Outcome], float | None]
     return shown(bootstrap(known)) if known else "-"
 
 
-def optimism(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
-    lines = ["| problem | result of | expected | measured | ratio | within a factor of two |", "| --- " * 6 + "|"]
+@dataclass(frozen=True)
+class Optimism:
+    """By how much the loss on new data exceeds F at the result of a method, expected by the search and measured."""
+
+    problem: str
+    method: str
+    expected: Interval
+    measured: Interval
+
+    @property
+    def ratio(self) -> float | None:
+        """Of the means; None where that of the measured is not positive."""
+        return self.expected.mean / self.measured.mean if self.measured.mean > 0 else None
+
+    @property
+    def close(self) -> bool:
+        return self.ratio is not None and 0.5 <= self.ratio <= 2
+
+
+def optimism_of(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> list[Optimism]:
+    found = []
     for problem, methods in outcomes.items():
-        for method in (OURS, LOWEST):
-            known = {s: o for s, o in methods.get(method, {}).items() if o.predicted is not None}
-            if not known:
-                continue
-            expected = statistics.fmean(o.predicted or 0.0 for o in known.values())
-            measured = bootstrap([o.measured for o in known.values()])
-            ratio = f"{expected / measured.mean:.2f}" if measured.mean > 0 else "-"
-            lines.append(
-                f"| {problem} | {method} | {mean(known, lambda o: o.predicted)} | {shown(measured)} | {ratio} "
-                f"| {agreement(expected, measured)} |"
-            )
+        for method in EXPECTING:
+            pairs = [(o.predicted, o.measured) for o in methods.get(method, {}).values()]
+            known = [(one, other) for one, other in pairs if one is not None and other is not None]
+            if known:
+                expected, measured = (bootstrap(values) for values in zip(*known, strict=True))
+                found.append(Optimism(problem, method, expected, measured))
+    return found
+
+
+def optimism(found: Sequence[Optimism]) -> str:
+    lines = ["| problem | result of | expected | measured | ratio | within a factor of two |", "| --- " * 6 + "|"]
+    for each in found:
+        ratio = "-" if each.ratio is None else f"{each.ratio:.2f}"
+        lines.append(
+            f"| {each.problem} | {each.method} | {shown(each.expected)} | {shown(each.measured)} | {ratio} "
+            f"| {agreement(each.expected.mean, each.measured)} |"
+        )
+    for method in EXPECTING:
+        if own := [each for each in found if each.method == method]:
+            close = sum(each.close for each in own)
+            lines += ["", f"{method}: {close} of {len(own)} means are within a factor of two."]
     return "\n".join(lines)
+
+
+def calibration(found: Sequence[Optimism]) -> Chart:
+    """The measured optimism over the expected one, a point for each problem."""
+    ends = [min(each.expected.mean for each in found) / 1.5, max(each.expected.mean for each in found) * 1.5]
+    lines = tuple(
+        Series(name, "line", ends, [factor * end for end in ends], colour=7, in_legend=factor == 1)
+        for name, factor in (("half", 0.5), ("as expected, half and twice as much", 1.0), ("twice", 2.0))
+    )
+    points = []
+    for colour, method in enumerate(EXPECTING):
+        if not (own := [each for each in found if each.method == method]):
+            continue
+        at = [max(each.measured.mean, LEAST_SHOWN) for each in own]
+        errors = [(each.measured.ends[1] - each.measured.ends[0]) / 2 for each in own]
+        expected, notes = [each.expected.mean for each in own], [each.problem for each in own]
+        points.append(Series(method, "points", expected, at, error=errors, colour=colour, notes=notes))
+    close = sum(each.close for each in found)
+    return Chart(
+        name="optimism",
+        title="By how much the loss on new data exceeds F",
+        caption="A point for each problem, the mean over splits of its data, with 95 % bootstrap intervals. "
+        f"What is below {LEAST_SHOWN} is drawn at the lower edge.",
+        alt=f"Measured over expected optimism of F; {close} of {len(found)} points are within a factor of two.",
+        x_label="expected by the search",
+        y_label="measured",
+        series=(*lines, *points),
+        x_log=True,
+        y_log=True,
+        bounds=(LEAST_SHOWN, 2 * max(each.measured.ends[1] for each in found)),
+    )
 
 
 def agreement(expected: float, measured: Interval) -> str:
@@ -242,6 +360,20 @@ def agreement(expected: float, measured: Interval) -> str:
     return "no" if high < expected / 2 or low > 2 * expected else "undecided"
 
 
+def recorded(wanted: Sequence[Run], out: Path, workers: int) -> tuple[Done, int]:
+    """Records of all runs, of which those that are missing are run, and how many failed."""
+    run_all(wanted, out, workers)
+    done: Done = {}
+    failed = 0
+    for run in wanted:
+        record = records.read(out / run.path)
+        if record.status == "done":
+            done.setdefault(run.problem_name, {}).setdefault(run.method_name, {})[run.seed] = record
+        else:
+            failed += 1
+    return done, failed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generalisation", description=__doc__.split("\n")[0])
@@ -250,6 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", required=True, type=Path, help="folder of records and table; an earlier run is resumed"
     )
     parser.add_argument("--splits", type=int, help=f"of the data of each problem, by default {MANY} or {FEW}")
+    parser.add_argument("--cost", type=float, default=COST, help="of each run, in trainings, %(default)g by default")
     parser.add_argument("--only", default=",".join(PROBLEMS), help="problems, comma-separated")
     parser.add_argument("--methods", default=";".join(METHODS), help="semicolon-separated, as their names have commas")
     parser.add_argument("--workers", type=int, default=2)
@@ -258,24 +391,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for what, names, known in (("problem", problems, PROBLEMS), ("method", methods, METHODS)):
         if unknown := [name for name in names if name not in known]:
             parser.error(f"no {what} {unknown[0]!r}; choose from {', '.join(known)}")
+    if options.cost < 1:
+        parser.error(f"--cost must be 1 or more, got {options.cost:g}")
     data = str(Path(options.data).expanduser().absolute()) if options.data else None
-    wanted = runs(data, options.splits, problems, methods)
-    run_all(wanted, options.out, options.workers)
-    done: dict[str, dict[str, dict[int, Record]]] = {}
-    failed = 0
-    for run in wanted:
-        record = records.read(options.out / run.path)
-        if record.status == "done":
-            done.setdefault(run.problem_name, {}).setdefault(run.method_name, {})[run.seed] = record
-        else:
-            failed += 1
-    text = report(
-        {
-            problem: {method: {s: outcome(r) for s, r in splits.items()} for method, splits in methods.items()}
-            for problem, methods in done.items()
+    wanted = runs(data, options.splits, problems, methods, options.cost)
+    done, failed = recorded(wanted, options.out, options.workers)
+    others, failed_elsewhere = recorded(not_chosen(wanted, done), options.out, options.workers)
+    failed += failed_elsewhere
+    outcomes = {
+        problem: {
+            method: {s: outcome(r, others.get(problem, {}).get(elsewhere(method), {}).get(s)) for s, r in of.items()}
+            for method, of in methods.items()
         }
-    )
+        for problem, methods in done.items()
+    }
+    text = report(outcomes, options.cost)
     drawn = [figure(name, {m: list(found.values()) for m, found in methods.items()}) for name, methods in done.items()]
+    if gaps := optimism_of(outcomes):
+        drawn.append(calibration(gaps))
     write_figures([chart for chart in drawn if chart is not None], options.out / "figures")
     (options.out / "generalisation.md").write_text(text, encoding="utf-8")
     print(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,6 +20,12 @@ def random(objective: Objective, seed: int) -> None:
     draws = generator(seed)
     while True:
         objective.value(torch.rand(objective.space.dimension, generator=draws, dtype=torch.double))
+
+
+def given(objective: Objective, seed: int, points: Sequence[Sequence[float]]) -> None:
+    """Points of the unit cube, one after the other."""
+    for point in points:
+        objective.value(torch.tensor(point, dtype=torch.double))
 
 
 def diagonal(objective: Objective, seed: int) -> None:

@@ -68,6 +68,7 @@ class Peer:
 PEERS: dict[str, Peer] = {
     "cma-es": Peer(peers.cma_es),
     "diagonal": Peer(peers.diagonal, (2, math.inf)),
+    "given": Peer(peers.given),
     "grid": Peer(peers.grid, (1, 2)),
     "lbfgsb-centre": Peer(reference.lbfgsb_centre),
     "lbfgsb-random": Peer(reference.lbfgsb_random),
@@ -131,7 +132,7 @@ class MethodEntry(Entry):
             raise ValueError(f"unknown method {self.method!r}; choose one of {', '.join(sorted([*METHODS, *PEERS]))}")
         elif self.slots > 1:
             raise ValueError(f"method {self.method!r} runs in one slot")
-        elif self.settings and not self.method.startswith("lbfgsb"):
+        elif self.settings and not self.method.startswith(("lbfgsb", "given")):
             raise ValueError(f"method {self.method!r} has no settings")
         return self
 

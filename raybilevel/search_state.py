@@ -134,6 +134,8 @@ class Shrinkage:
     mode:       where the model of F has its minimum under that penalty, shape (d,), in the unit cube.
     supported:  how many hyperparameters the examples determine.
     applied:    the search uses the penalty; otherwise it only says what it would be.
+    adapted:    how many of those that are determined are off their bounds, and so follow the chance in the examples;
+        None where the mode is at no bound, and they are all.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -144,6 +146,7 @@ class Shrinkage:
     mode: Unit
     supported: float
     applied: bool
+    adapted: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from raybilevel._cluster.shared import Shared
 from raybilevel._cluster.time_limit import time_limit
 from raybilevel._config.plan import Plan
 from raybilevel._lower.training import refit
-from raybilevel._models.for_refit import SPREADS, ForRefit, config_for_refit
-from raybilevel.problem import BilevelProblem, SupportsHalves
+from raybilevel._models.for_refit import SPREADS, ForRefit, can_be_nearer, config_for_refit
+from raybilevel.problem import BilevelProblem
 from raybilevel.search_state import Shrinkage
 from raybilevel.space import Space
 
@@ -28,7 +28,7 @@ def chosen_for_refit(plan: Plan, found: Mapping[str, Any], shrinkage: Shrinkage 
     found:     the config of the training, nested.
     shrinkage: what the search learned of groups.
     """
-    if not (getattr(plan.method, "generalise", False) and isinstance(plan.problem, SupportsHalves)):
+    if not getattr(plan.method, "generalise", False) or not can_be_nearer(plan.problem, found, plan.space):
         return ForRefit(found)
     # For all trainings, each with epochs of up to twice the time.
     limit = plan.epoch_time_limit and 2 * (1 + len(SPREADS)) * 2 * plan.problem.epochs * plan.epoch_time_limit

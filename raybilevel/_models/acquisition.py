@@ -24,6 +24,8 @@ from raybilevel._models.value_function import nearest, thinned
 from raybilevel.search_state import Training, or_zero
 from raybilevel.space import sobol_points
 
+RAW, RAW_BY_VALUES = 64, 512
+"""Scrambled Sobol points from the best of which an acquisition is maximised, and that of a search by values alone."""
 ROUNDS = 2
 """Of settings of the discrete coordinates that are tried in one maximisation."""
 
@@ -275,7 +277,9 @@ def expected_improvement(
     acquisition = WeightedImprovement(model.process.model, best_f=model.best, maximize=False)
     acquisition.factors = factors
     low, high = torch.zeros(dimension).double(), torch.ones(dimension).double()
-    return maximise(acquisition, low, high, starts, seed, discrete=discrete, at_rest=at_rest)
+    # By values alone it has a hill at each place that is little known.
+    raw = RAW if model.process.model.has_derivatives else RAW_BY_VALUES
+    return maximise(acquisition, low, high, starts, seed, discrete=discrete, at_rest=at_rest, raw_points=raw)
 
 
 class LogFeasibility(AcquisitionFunction):  # type: ignore[misc]
@@ -313,15 +317,16 @@ def maximise(
     restarts: int = 4,
     discrete: Levels = NONE,
     at_rest: AtRest = all_active,
+    raw_points: int = RAW,
 ) -> Tensor:
-    """Multi-start L-BFGS-B in a box, from `starts` and the best of 64 scrambled Sobol points.
+    """Multi-start L-BFGS-B in a box, from `starts` and the best of some scrambled Sobol points.
 
     discrete: coordinates that have a few values. They are free of the box. The continuous ones are optimised at the
         most promising settings of the others, then at the neighbours of the best.
     at_rest:  of a conditional space: at a setting of the discrete coordinates, those that are not active stay at rest.
     """
     low, high = widened(low, high, discrete)
-    raw, _ = at_rest(snapped(low + sobol_points(len(low), 64, seed) * (high - low), discrete))
+    raw, _ = at_rest(snapped(low + sobol_points(len(low), raw_points, seed) * (high - low), discrete))
     with torch.no_grad():
         # Stable: points of equal acquisition, e.g. far from all data, keep their order on every machine.
         order = acquisition(raw.unsqueeze(1)).argsort(descending=True, stable=True)

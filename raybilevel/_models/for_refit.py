@@ -71,12 +71,11 @@ def config_for_refit(
     space:     that was searched.
     shrinkage: what the search learned of groups, and so of the optimism of F at its result.
     """
-    groups = space.groups()
-    unit = space.encode(config)
-    apart = off_mean(unit, groups)
-    # A problem that trains itself has no refit.
-    if not isinstance(problem, SupportsHalves) or trains_itself(problem) or not (apart.abs() > EQUAL).any():
+    if not can_be_nearer(problem, config, space):
         return ForRefit(config)
+    assert isinstance(problem, SupportsHalves)
+    unit = space.encode(config)
+    apart = off_mean(unit, space.groups())
     halves = list(problem.halves())
     result = held_out_losses(halves, config, seed)
     if result is None:
@@ -90,6 +89,14 @@ def config_for_refit(
             break
         chosen, losses = ForRefit(nearer, spread, gain_of(shrinkage, result, found, 1.0, spread)), found
     return replace(chosen, trainings=trainings)
+
+
+def can_be_nearer(problem: BilevelProblem, config: Mapping[str, Any], space: Space) -> bool:
+    """Whether hyperparameters of a kind differ, and the problem can tell if they should. Nothing is trained."""
+    # A problem that trains itself has no refit.
+    if not isinstance(problem, SupportsHalves) or trains_itself(problem):
+        return False
+    return bool((off_mean(space.encode(config), space.groups()).abs() > EQUAL).any())
 
 
 def gain_of(

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from raybilevel._models.acquisition import UpperModel
 from raybilevel._models.gaussian_process import SAME_CHOICE
-from raybilevel._models.shrinkage import SMALLEST_ERROR, Groups, off_mean
+from raybilevel._models.shrinkage import SMALLEST_ERROR, Groups, off_bounds, off_mean
 from raybilevel.search_state import Likelihood, SearchState, Shrinkage
 
 Array = np.ndarray[Any, Any]
@@ -179,8 +179,11 @@ def learn(
     """Of the model of F, with x_tau sought around a point of the unit cube, shape (d,)."""
     if not groups:
         unit = tuple(around.tolist())
-        return Shrinkage(groups, surface.likelihood, examples, 0.0, 0.0, unit, float(len(unit)), applied)
-    found = list(modes(surface, groups, examples, around, seen_from(state, around, groups)))
+        free, _ = off_bounds(around, groups)
+        moving = None if len(free) == len(unit) else float(len(free))
+        return Shrinkage(groups, surface.likelihood, examples, 0.0, 0.0, unit, float(len(unit)), applied, moving)
+    seen = seen_from(state, around)
+    found = list(modes(surface, groups, examples, around, off_mean(seen, groups)))
     learned = strongest(found)
     before = [step.shrinkage.learned for step in state.steps if step.shrinkage is not None]
     # This step and the last STEADY - 1. In logarithms, as tau spans six decades and two have their mean for a median.
@@ -195,6 +198,7 @@ def learn(
         tuple(mode.x.tolist()),
         mode.supported,
         applied,
+        adapted_at(surface, groups, mode, seen),
     )
 
 
@@ -239,6 +243,21 @@ def modes(
         yield Mode(strength, x, evidence, supported)
 
 
+def adapted_at(surface: LogLikelihood, groups: Groups, mode: Mode, seen: Tensor) -> float | None:
+    """How many of the hyperparameters that the examples determine are at no bound; None where all of them are at none.
+
+    seen: points at which hypergradients are known, less some point, shape (k, d).
+    """
+    free, within = off_bounds(mode.x, groups)
+    if len(free) == len(mode.x):
+        return None
+    rank = sum(len(group) - 1 for group in within)
+    if not rank:
+        return float(len(free))
+    bends = curvatures(surface.hessian(mode.x)[free][:, free], orthonormal(off_mean(seen[:, free], within)), rank)
+    return len(free) - rank + (bends / (bends + mode.strength)).sum().item()
+
+
 def strongest(found: Sequence[Mode]) -> Mode:
     """The strongest within a nat of the best, of modes in the order strong to weak."""
     best = max(mode.evidence for mode in found)
@@ -272,10 +291,10 @@ def penalised_minimum(
     return torch.from_numpy(found.x).clamp(low, high)
 
 
-def seen_from(state: SearchState, around: Tensor, groups: Groups) -> Tensor:
-    """P (x_i - x) of the trainings whose hypergradients are known, shape (k, d)."""
+def seen_from(state: SearchState, around: Tensor) -> Tensor:
+    """x_i - x of the trainings whose hypergradients are known, shape (k, d)."""
     known = [t.unit for t in state.done if t.hypergradient]
-    return off_mean(torch.tensor(known, dtype=torch.double).reshape(-1, len(around)) - around, groups)
+    return torch.tensor(known, dtype=torch.double).reshape(-1, len(around)) - around
 
 
 def orthonormal(rows: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from raybilevel.search_state import Likelihood, SearchState, Shrinkage, Training
 
 Groups = Sequence[Sequence[int]]
 SMALLEST_ERROR = 1e-300
+AT_BOUND = 1e-6
+"""Distance from a bound of the unit cube up to which a coordinate is at it."""
 
 
 def off_mean(x: Tensor, groups: Groups) -> Tensor:
@@ -32,6 +34,15 @@ def off_mean(x: Tensor, groups: Groups) -> Tensor:
         members = list(group)
         result[..., members] = x[..., members] - x[..., members].mean(-1, keepdim=True)
     return result
+
+
+def off_bounds(x: Tensor, groups: Groups) -> tuple[list[int], Groups]:
+    """The coordinates of x, shape (d,), that are at no bound of the unit cube, and the groups of two and more among
+    them, whose members are places in that list."""
+    free = [j for j, at in enumerate(x.tolist()) if AT_BOUND < at < 1 - AT_BOUND]
+    places = {j: place for place, j in enumerate(free)}
+    left = (tuple(places[j] for j in group if j in places) for group in groups)
+    return free, tuple(group for group in left if len(group) > 1)
 
 
 def negative_log_likelihood(upper: Tensor, likelihood: Likelihood) -> Tensor:
@@ -97,13 +108,15 @@ def expected_loss(shrinkage: Shrinkage, unit: Unit, upper: float) -> float:
         s / n + tau x_tau' P (x - x_tau)
 
     with s the hyperparameters that the examples determine. At x_tau this is the optimism of a maximum of likelihood
-    (Akaike 1974). The second term is -grad G(x_tau) . (x - x_tau): what has been gained beyond x_tau, to first order,
-    is chance, and is lost again on new data.
+    (Akaike 1974). One at a bound stays there whatever the chance in the examples, and does not count: the degrees of
+    freedom of a minimum on a polyhedron are those of its face (Meyer & Woodroofe 2000). The second term is
+    -grad G(x_tau) . (x - x_tau): what has been gained beyond x_tau, to first order, is chance, and is lost again on new
+    data.
     """
     mode, x = (torch.tensor(point, dtype=torch.double) for point in (shrinkage.mode, unit))
     beyond = shrinkage.strength * (off_mean(mode, shrinkage.groups) @ (x - mode)).item()
     # In the unit of G. With G = log(F) / 2 that is a factor exp(2 optimism) of F.
-    optimism = shrinkage.supported / shrinkage.examples + beyond
+    optimism = adapted(shrinkage) / shrinkage.examples + beyond
     return raised(shrinkage, upper, optimism)
 
 
@@ -114,9 +127,15 @@ def expected_at_spread(shrinkage: Shrinkage, upper: float, spread: float) -> flo
     what groups add to the optimism, sum_j e_j / (e_j + tau) / n, is `spread` times as large (a covariance penalty,
     Efron 2004). That of other hyperparameters is left out, as it is the same at every spread.
     """
-    free = len(shrinkage.mode) - sum(len(group) - 1 for group in shrinkage.groups)
-    optimism = spread * max(0.0, shrinkage.supported - free) / shrinkage.examples
+    free, groups = off_bounds(torch.tensor(shrinkage.mode), shrinkage.groups)
+    others = len(free) - sum(len(group) - 1 for group in groups)
+    optimism = spread * max(0.0, adapted(shrinkage) - others) / shrinkage.examples
     return raised(shrinkage, upper, optimism)
+
+
+def adapted(shrinkage: Shrinkage) -> float:
+    """s of `expected_loss`."""
+    return shrinkage.supported if shrinkage.adapted is None else shrinkage.adapted
 
 
 def raised(shrinkage: Shrinkage, upper: float, optimism: float) -> float:

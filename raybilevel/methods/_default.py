@@ -291,11 +291,10 @@ class Default(Method):
             found[index], passes = looked.gradient, passes + looked.passes
             if looked.unreadable is not None:
                 unreadable[index] = looked.unreadable
-            if looked.descent is None:
-                continue
             # So that the models below learn from it.
             state = state.change(index, hypergradient=found[index])
-            record = {"multiplier": looked.descent.multiplier, "decrease": looked.descent.decrease}
+            if looked.descent is not None:
+                record = {"multiplier": looked.descent.multiplier, "decrease": looked.descent.decrease}
         # The models: of F, of where trainings are feasible, and of how far groups may differ. None of v: it would
         # decide nothing (method.md).
         centre = torch.tensor(state.trainings[step.centre].unit, dtype=torch.double)
@@ -313,6 +312,8 @@ class Default(Method):
             found = self._propose(step, space, model_of_upper, feasibility, centre, penalty, front_model)
             return snap(found, space)
 
+        if step.origin == "region" and self._by_values(state, space):
+            step = replace(step, origin="global", region=None)
         asked, (step, unit) = step, new_point(step, propose, penalty)
         if asked.origin == "region" and step is not asked:
             record["settled"] = asked.region
@@ -382,6 +383,15 @@ class Default(Method):
             logger.warning("no hypergradient at training %d: %s", index, error)
             return Looked(passes=levels.passes)
         return Looked(space.known(descent.known.tolist(), unit), levels.passes, descent)
+
+    def _by_values(self, state: SearchState, space: Space) -> bool:
+        """Whether steps look at the whole box, as there are no hypergradients, and none where they were looked for.
+
+        A user's prior would weigh on all of them, so with one there are regions.
+        """
+        looked_at = [t.hypergradient for t in state.trainings if t.hypergradient is not None]
+        none = bool(looked_at) and not any(looked_at)
+        return not space.has_priors and (none or not self.hypergradients or not any(space.smooth))
 
     @staticmethod
     def _due(state: SearchState) -> bool:

@@ -77,6 +77,15 @@ class BandedRidge(BilevelProblem):
         return Space(tuple(Parameter(("decay", f"g{g}"), LOW, HIGH, log=True) for g in range(self.groups)))
 
     @cached_property
+    def shares(self) -> Tensor:
+        """Of the groups in the variance of the targets without their noise, shape (groups,)."""
+        with torch.random.fork_rng(devices=[]):
+            # torch's distributions take no generator.
+            torch.manual_seed(self.seed)
+            found: Tensor = torch.distributions.Dirichlet(torch.full((self.groups,), 0.3, dtype=self.dtype)).sample()
+        return found
+
+    @cached_property
     def data(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Inputs and targets of "train" and "test"."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -84,11 +93,7 @@ class BandedRidge(BilevelProblem):
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=self.dtype)
 
-        with torch.random.fork_rng(devices=[]):
-            # torch's distributions take no generator.
-            torch.manual_seed(self.seed)
-            shares = torch.distributions.Dirichlet(torch.full((self.groups,), 0.3, dtype=self.dtype)).sample()
-        weight = normal(self.groups * self.features) * shares.sqrt().repeat_interleave(self.features)
+        weight = normal(self.groups * self.features) * self.shares.sqrt().repeat_interleave(self.features)
         x, x_test = (normal(count, len(weight)) for count in (self.examples, self.tested))
         scale = (x @ weight).std()
         return {
@@ -96,9 +101,17 @@ class BandedRidge(BilevelProblem):
             for name, inputs in (("train", x), ("test", x_test))
         }
 
+    @property
+    def true_decays(self) -> dict[str, dict[str, float]]:
+        """The decays that the true variances of the weights and of the noise give to the training part of a fold: its
+        weights are then their posterior mean. No example has a part in them."""
+        trained = self.examples * (self.folds - 1) / self.folds
+        decays = (self.noise**2 * self.features / (trained * self.shares)).clamp(LOW, HIGH)
+        return {"decay": {f"g{g}": decay for g, decay in enumerate(decays.tolist())}}
+
     def __getstate__(self) -> dict[str, Any]:
         # Each process draws the data itself, from the seed.
-        return {name: value for name, value in self.__dict__.items() if name != "data"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("data", "shares")}
 
     def model(self) -> nn.Module:
         return Folds(self.groups * self.features, self.folds)

@@ -27,7 +27,7 @@ from raybilevel._records.names import CONFIG_FILE, SUMMARY_FILE
 from raybilevel._records.run_folder import read_run
 from raybilevel.errors import ConfigError
 from raybilevel.problems.digits import DigitsLogistic
-from raybilevel.search import config_for_refit
+from raybilevel.search import ForRefit, config_for_refit
 from raybilevel.search_state import Shrinkage
 from tests.tiny_problems import Parabola
 
@@ -138,6 +138,10 @@ def test_the_refit_is_with_what_halves_of_the_validation_examples_say(
     assert chosen == config_for_refit(one.problem, found, one.space, shrinkage, one.seed) and chosen.spread < 1
     assert chosen_for_refit(plan("cannot be halved"), found, shrinkage).config == found
     assert "the refit is with the result of the search: " in caplog.text and "too few" in caplog.text
+    # Where there is nothing to compare, no task is begun.
+    monkeypatch.setattr("raybilevel._command.refit.choice_task", None)
+    equal = {"weight_decay": dict.fromkeys(decays, 1.0)}
+    assert chosen_for_refit(one, equal, shrinkage) == ForRefit(equal)
 
 
 @pytest.mark.slow

@@ -47,3 +47,17 @@ def test_settings_are_checked() -> None:
         BandedRidge(examples=5, folds=6)
     with pytest.raises(ConfigError, match="noise must be positive"):
         BandedRidge(noise=0)
+
+
+def test_no_penalties_are_better_on_average_than_the_true_ones() -> None:
+    errors: dict[float, float] = {}
+    for seed in range(40):
+        problem = BandedRidge(groups=3, features=4, examples=24, tested=400, folds=4, seed=seed)
+        (x, target), (x_test, target_test) = problem.data["train"], problem.data["test"]
+        # As many as a fold is trained on.
+        x, target = x[:18], target[:18]
+        true = torch.tensor(list(problem.true_decays["decay"].values()), dtype=torch.double).repeat_interleave(4)
+        for factor in (0.25, 1.0, 4.0):
+            error = (x_test @ solve(x, target, factor * true) - target_test).square().mean().item()
+            errors[factor] = errors.get(factor, 0.0) + error
+    assert errors[1.0] < min(errors[0.25], errors[4.0])

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.generalisation import (
+    LEAST_SHOWN,
     LOWEST,
     METHODS,
     OURS,
@@ -15,7 +16,10 @@ from benchmarks.generalisation import (
     SHARED,
     Outcome,
     agreement,
+    calibration,
     main,
+    not_chosen,
+    optimism_of,
     outcome,
     report,
     runs,
@@ -23,6 +27,7 @@ from benchmarks.generalisation import (
 from benchmarks.suite import execute
 from raybilevel._records import store as records
 from raybilevel._records.record import Step
+from raybilevel.problems.banded_ridge import BandedRidge
 from raybilevel.report._statistics import Interval
 from raybilevel.search_state import Shrinkage
 
@@ -38,7 +43,7 @@ def test_every_method_has_the_same_splits() -> None:
     assert own == {"digits-8": 10, "long-tail-20": 3}
 
 
-def test_the_measured_gap_is_beyond_that_of_the_first_training() -> None:
+def test_the_measured_gap_is_beyond_that_at_results_of_other_splits() -> None:
     shrinkage = Shrinkage(((0, 1),), "log_likelihood", 100, 2.0, 2.0, (0.4, 0.6), 3.0, applied=True)
     (run,) = runs(None, 1, ["banded-ridge-4"], [OURS])
     record = execute(replace(run, budget=2.0, marks=(2.0,)))
@@ -50,11 +55,41 @@ def test_the_measured_gap_is_beyond_that_of_the_first_training() -> None:
     )
     steps = tuple(Step(number=i, shrinkage=found) for i, found in enumerate((None, shrinkage, None)))
     changes = {"observations": (first, last), "refits": {1: {"test_loss": 0.8}}, "steps": steps}
-    found = outcome(record.model_copy(update=changes))
+    others = record.model_copy(update={"observations": (first, first.model_copy(update={"upper_loss": 0.9}))})
+    found = outcome(record.model_copy(update=changes), others)
     assert (found.upper, found.test, found.refit) == (0.6, 0.9, 0.8)
-    assert found.measured == pytest.approx(0.3 - 0.1)
+    assert found.measured == pytest.approx(0.3 - (0.1 + 0.2) / 2)
     assert found.predicted == pytest.approx(0.03 + 2 * 0.1 * (0.1 + 0.1))
     assert outcome(record.model_copy(update={**changes, "steps": ()})).predicted is None
+    assert outcome(record.model_copy(update=changes)).measured is None
+
+
+def test_results_of_a_search_are_trained_on_other_splits() -> None:
+    wanted = runs(None, 4, ["digits-8"], [OURS, SHARED])
+    record = execute(replace(wanted[0], budget=1.0, marks=()))
+    by_split = {
+        split: record.model_copy(
+            update={"observations": (record.observations[0].model_copy(update={"unit": (split / 10,) * 8}),)}
+        )
+        for split in range(4)
+    }
+    found = not_chosen(wanted, {"digits-8": {OURS: by_split, SHARED: by_split}})
+    assert [run.seed for run in found] == [0, 1, 2, 3]
+    assert [run.problem.options["split_seed"] for run in found] == [1, 2, 3, 4]
+    points = [[point[0] for point in run.method.settings["points"]] for run in found]
+    assert points == [[0.1, 0.2], [0.2, 0.3], [0.3, 0.0], [0.0, 0.1]]
+    trained = execute(found[0])
+    assert [o.unit[0] for o in trained.observations] == [0.1, 0.2] and trained.status == "done"
+    assert not_chosen(wanted, {"digits-8": {OURS: {0: by_split[0]}}}) == []
+
+
+def test_a_simulation_is_trained_at_its_true_penalties() -> None:
+    wanted = runs(None, 2, ["banded-ridge-4"], [OURS])
+    record = execute(replace(wanted[0], budget=1.0, marks=()))
+    one, _ = not_chosen(wanted, {"banded-ridge-4": {OURS: {0: record, 1: record}}})
+    (trained,) = execute(one).observations
+    problem = BandedRidge(groups=4, seed=1)
+    assert trained.hyperparameters["decay"] == pytest.approx(problem.true_decays["decay"])
 
 
 def test_the_tables_say_who_wins() -> None:
@@ -72,6 +107,21 @@ def test_the_tables_say_who_wins() -> None:
         line.split(" | ")[-2:] for line in lines if line.startswith((f"| p | {OURS} | 0.0", f"| p | {LOWEST} | 0.2"))
     ]
     assert gaps == [["0.50", "yes |"], ["2.00", "yes |"]]
+    assert f"{OURS}: 1 of 1 means are within a factor of two." in lines
+
+
+def test_the_figure_of_the_optimism_has_a_point_for_each_problem() -> None:
+    def of(predicted: float, measured: float) -> dict[int, Outcome]:
+        return {s: Outcome(0.2, 0.2, None, predicted, measured + 0.001 * s) for s in range(3)}
+
+    found = optimism_of({"p": {OURS: of(0.02, 0.01), LOWEST: of(0.03, -0.05)}, "q": {OURS: of(0.1, 0.02)}})
+    assert [each.close for each in found] == [True, False, False]
+    chart = calibration(found)
+    ours, lowest = chart.series[-2:]
+    assert ours.notes == ["p", "q"]
+    assert (ours.x, ours.y) == (pytest.approx([0.02, 0.1]), pytest.approx([0.011, 0.021]))
+    assert lowest.y == [LEAST_SHOWN] and ours.error is not None and min(ours.error) > 0
+    assert "1 of 3 points" in chart.alt
 
 
 @pytest.mark.parametrize(
@@ -83,14 +133,9 @@ def test_whether_a_gap_was_foreseen_is_judged_by_its_interval(low: float, high: 
     assert agreement(0.02, Interval((low + high) / 2, low, high, 3)) == word
 
 
-def test_a_benchmark_is_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import benchmarks.generalisation as module
-
-    monkeypatch.setattr(module, "COST", 3.0)
+def test_a_benchmark_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--out", str(tmp_path), "--only", "digits-8", "--methods", f"{OURS};{SHARED}", "--splits", "1"]
-    arguments += ["--workers", "1"]
+    arguments += ["--workers", "1", "--cost", "3"]
     assert main(arguments) == 0
     assert "2 runs, 0 of them have a record" in capsys.readouterr().out
     assert main(arguments) == 0
@@ -108,3 +153,5 @@ def test_a_benchmark_is_resumed(
         main(["--out", str(tmp_path), "--only", "nothing"])
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--methods", "nothing"])
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--cost", "0"])

@@ -134,7 +134,7 @@ def test_the_evidence_of_a_quadratic_is_exact() -> None:
     )  # where L-BFGS-B ends
     for mode in found:
         exact = torch.linalg.solve(hessian + mode.strength * projection, hessian @ centre)
-        assert torch.allclose(mode.x, exact, atol=1e-4)
+        assert torch.allclose(mode.x, exact, atol=1e-3)  # as far as L-BFGS-B goes for a gain of 1e-7
         assert mode.supported == pytest.approx(1 + (bends[1:] / (bends[1:] + mode.strength)).sum().item())
 
 
@@ -208,6 +208,28 @@ def test_the_strength_in_use_is_the_median_of_three_steps() -> None:
 def test_without_groups_every_hyperparameter_counts() -> None:
     found = learn(Quadratic.make(torch.diag(BENT), TARGET), SearchState(), (), 100, TARGET)
     assert (found.supported, found.strength, found.mode) == (D, 0.0, tuple(TARGET.tolist()))
+
+
+def test_hyperparameters_at_a_bound_do_not_follow_the_examples() -> None:
+    seen = tuple(observed(valley, sobol_points(D, 10, 1)))
+    centre = torch.tensor([-0.5, 0.4, 0.5, 0.6, 1.5], dtype=torch.double)
+    hessian = torch.diag(torch.tensor([9.0, 2.0, 1.0, 4.0, 9.0], dtype=torch.double))
+    around = centre.clamp(0, 1)
+    found = learn(Quadratic.make(hessian, centre), SearchState(seen), GROUP, 10_000, around)
+    assert [x in (0.0, 1.0) for x in found.mode] == [True, False, False, False, True]
+    # Of the three that are left: their mean, and two directions off it.
+    projection = torch.eye(3).double() - 1 / 3
+    basis = torch.linalg.eigh(projection).eigenvectors[:, 1:]
+    bends = torch.linalg.eigvalsh(basis.T @ hessian[1:4, 1:4] @ basis)
+    assert found.adapted == pytest.approx(1 + (bends / (bends + found.strength)).sum().item())
+    assert found.supported > found.adapted
+    # At a corner of the cube nothing is left.
+    corner = torch.tensor([-9.0, 9.0, -9.0, 9.0, 9.0], dtype=torch.double)
+    assert learn(Quadratic.make(hessian, corner), SearchState(seen), GROUP, 10_000, corner.clamp(0, 1)).adapted == 0
+    inside = learn(Quadratic.make(hessian, TARGET), SearchState(seen), GROUP, 10_000, TARGET)
+    assert inside.adapted is None
+    alone = learn(Quadratic.make(hessian, centre), SearchState(seen), (), 100, around)
+    assert (alone.supported, alone.adapted) == (D, 3.0)
 
 
 def test_a_regions_next_point_minimises_f_with_the_penalty() -> None:
@@ -299,9 +321,8 @@ def test_the_first_steps_are_plain() -> None:
 
 def test_seen_from_takes_points_with_hypergradients() -> None:
     state = SearchState(tuple(observed(valley, sobol_points(D, 4, 1))))
-    rows = seen_from(state, TARGET, GROUP)
     units = torch.tensor([t.unit for t in state.trainings], dtype=torch.double)
-    assert torch.allclose(rows, off_mean(units[[0, 2]] - TARGET, GROUP))
+    assert torch.equal(seen_from(state, TARGET), units[[0, 2]] - TARGET)
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raybilevel._models.shrinkage import GroupPenalty, expected_loss, off_mean, penalised
+from raybilevel._models.shrinkage import GroupPenalty, expected_at_spread, expected_loss, off_mean, penalised
 from raybilevel.search_state import Likelihood, Proposal, SearchState, Shrinkage, StepRecord, Training
 
 GROUPS = ((0, 2), (1, 3, 4))
@@ -116,3 +117,28 @@ def test_the_loss_on_new_data_of_a_gaussian_mean() -> None:
 def test_a_squared_error_grows_by_a_factor() -> None:
     shrinkage = Shrinkage(((0, 1),), "squared_error", 10, 1.0, 1.0, (0.5, 0.5), 2.0, applied=True)
     assert expected_loss(shrinkage, (0.5, 0.5), 4.0) == pytest.approx(4.0 * math.exp(2 * 2.0 / 10))
+
+
+def test_the_loss_on_new_data_at_bounds() -> None:
+    # As above, without a group, for a minimum in the unit cube. Half of the truths are beyond it.
+    d, n, draws = 8, 400, 200_000
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.tensor([0.4, 0.5] * 2 + [-1.0, 2.0] * 2, dtype=torch.double)
+    mean = truth + torch.randn(draws, d, generator=generator, dtype=torch.double) / math.sqrt(n)
+    x = mean.clamp(0, 1)
+    seen = (x - mean).square().sum(1) / 2 - (truth - mean).square().sum(1) / 2
+    measured = ((x - truth).square().sum(1) / 2 - seen).mean().item()
+    shrinkage = Shrinkage((), "log_likelihood", n, 0.0, 0.0, tuple(x[0].tolist()), d, applied=True, adapted=4.0)
+    assert expected_loss(shrinkage, tuple(x[0].tolist()), 0.0) == pytest.approx(4 / n)
+    assert measured == pytest.approx(4 / n, rel=0.2)  # of chance
+
+
+def test_what_a_group_adds_is_that_of_its_members_off_their_bounds() -> None:
+    group = ((0, 1, 2, 3),)
+    inside = Shrinkage(group, "log_likelihood", 10, 1.0, 1.0, (0.2, 0.4, 0.6, 0.8), 3.0, applied=True)
+    # Of 3.0 one is the mean of the group.
+    assert expected_at_spread(inside, 1.0, 0.5) == pytest.approx(1 + 0.5 * 2.0 / 10)
+    two = replace(inside, mode=(0.0, 0.4, 0.6, 1.0), adapted=1.5)
+    assert expected_at_spread(two, 1.0, 0.5) == pytest.approx(1 + 0.5 * 0.5 / 10)
+    # One alone has no other from which to differ.
+    assert expected_at_spread(replace(two, mode=(0.0, 0.0, 0.6, 1.0), adapted=1.0), 1.0, 0.5) == 1.0
