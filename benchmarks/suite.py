@@ -132,6 +132,8 @@ class MethodEntry(Entry):
             raise ValueError(f"unknown method {self.method!r}; choose one of {', '.join(sorted([*METHODS, *PEERS]))}")
         elif self.slots > 1:
             raise ValueError(f"method {self.method!r} runs in one slot")
+        elif (self.method == "given") != ("points" in self.settings):
+            raise ValueError("the method 'given', and no other, has the setting `points`, of points of the unit cube")
         elif self.settings and not self.method.startswith(("lbfgsb", "given")):
             raise ValueError(f"method {self.method!r} has no settings")
         return self

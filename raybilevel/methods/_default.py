@@ -171,7 +171,8 @@ class Default(Method):
         region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper_loss))
         # Steps under way are finding these hypergradients.
         claimed = {index for step in running for index in step.targets}
-        newest = state.region(region.began).done[-1].index
+        # Where hypergradients were looked for in vain there are no trainings in regions.
+        newest = (done if in_vain(plain) else state.region(region.began).done)[-1].index
         lacking = [i for i in dict.fromkeys((region.centre, newest)) if state.trainings[i].hypergradient is None]
         if not self.hypergradients or not self._due(plain):
             lacking = []
@@ -389,9 +390,7 @@ class Default(Method):
 
         A user's prior would weigh on all of them, so with one there are regions.
         """
-        looked_at = [t.hypergradient for t in state.trainings if t.hypergradient is not None]
-        none = bool(looked_at) and not any(looked_at)
-        return not space.has_priors and (none or not self.hypergradients or not any(space.smooth))
+        return not space.has_priors and (in_vain(state) or not self.hypergradients or not any(space.smooth))
 
     @staticmethod
     def _due(state: SearchState) -> bool:
@@ -474,6 +473,12 @@ class Looked:
     passes: float = 0.0
     descent: LagrangianPoint | None = None
     unreadable: str | None = None
+
+
+def in_vain(state: SearchState) -> bool:
+    """Whether hypergradients have been looked for, and none was found."""
+    looked_at = [t.hypergradient for t in state.trainings if t.hypergradient is not None]
+    return bool(looked_at) and not any(looked_at)
 
 
 def stopped_as_done(state: SearchState) -> SearchState:
