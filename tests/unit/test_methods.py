@@ -164,8 +164,11 @@ def test_a_hypergradient_is_asked_for_once():
 
 
 def test_a_hypergradient_that_was_not_found_is_not_asked_for_again():
-    tried = state(THREE[0], replace(THREE[1], hypergradient=()), THREE[2])
-    step = plan(tried)
+    tried, newest = replace(THREE[1], hypergradient=()), replace(THREE[2], hypergradient=())
+    step = plan(state(THREE[0], tried, THREE[2]))
+    # Of the newest training there may be one.
+    assert step is not None and step.targets == (2,)
+    step = plan(state(THREE[0], tried, newest))
     assert step is not None and step.targets == ()
 
 
