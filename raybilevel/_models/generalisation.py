@@ -177,12 +177,10 @@ def learn(
     applied: bool = True,
 ) -> Shrinkage:
     """Of the model of F, with x_tau sought around a point of the unit cube, shape (d,)."""
-    if not groups:
-        unit = tuple(around.tolist())
-        free, _ = off_bounds(around, groups)
-        moving = None if len(free) == len(unit) else float(len(free))
-        return Shrinkage(groups, surface.likelihood, examples, 0.0, 0.0, unit, float(len(unit)), applied, moving)
     seen = seen_from(state, around)
+    if not groups:
+        unit, moving = tuple(around.tolist()), adapted_at(surface, groups, 0.0, around, seen)
+        return Shrinkage(groups, surface.likelihood, examples, 0.0, 0.0, unit, float(len(unit)), applied, moving)
     found = list(modes(surface, groups, examples, around, off_mean(seen, groups)))
     learned = strongest(found)
     before = [step.shrinkage.learned for step in state.steps if step.shrinkage is not None]
@@ -198,7 +196,7 @@ def learn(
         tuple(mode.x.tolist()),
         mode.supported,
         applied,
-        adapted_at(surface, groups, mode, seen),
+        adapted_at(surface, groups, mode.strength, mode.x, seen),
     )
 
 
@@ -243,19 +241,20 @@ def modes(
         yield Mode(strength, x, evidence, supported)
 
 
-def adapted_at(surface: LogLikelihood, groups: Groups, mode: Mode, seen: Tensor) -> float | None:
+def adapted_at(surface: LogLikelihood, groups: Groups, strength: float, x: Tensor, seen: Tensor) -> float | None:
     """How many of the hyperparameters that the examples determine are at no bound; None where all of them are at none.
 
+    x:    the mode, shape (d,).
     seen: points at which hypergradients are known, less some point, shape (k, d).
     """
-    free, within = off_bounds(mode.x, groups)
-    if len(free) == len(mode.x):
+    free, within = off_bounds(x, groups)
+    if len(free) == len(x):
         return None
     rank = sum(len(group) - 1 for group in within)
     if not rank:
         return float(len(free))
-    bends = curvatures(surface.hessian(mode.x)[free][:, free], orthonormal(off_mean(seen[:, free], within)), rank)
-    return len(free) - rank + (bends / (bends + mode.strength)).sum().item()
+    bends = curvatures(surface.hessian(x)[free][:, free], orthonormal(off_mean(seen[:, free], within)), rank)
+    return len(free) - rank + (bends / (bends + strength)).sum().item()
 
 
 def strongest(found: Sequence[Mode]) -> Mode:

@@ -127,7 +127,7 @@ def expected_at_spread(shrinkage: Shrinkage, upper: float, spread: float) -> flo
     what groups add to the optimism, sum_j e_j / (e_j + tau) / n, is `spread` times as large (a covariance penalty,
     Efron 2004). That of other hyperparameters is left out, as it is the same at every spread.
     """
-    free, groups = off_bounds(torch.tensor(shrinkage.mode), shrinkage.groups)
+    free, groups = off_bounds(torch.tensor(shrinkage.mode, dtype=torch.double), shrinkage.groups)
     others = len(free) - sum(len(group) - 1 for group in groups)
     optimism = spread * max(0.0, adapted(shrinkage) - others) / shrinkage.examples
     return raised(shrinkage, upper, optimism)

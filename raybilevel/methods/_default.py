@@ -171,7 +171,7 @@ class Default(Method):
         region = min(regions, key=lambda r: (busy[r.began], state.trainings[r.centre].upper_loss))
         # Steps under way are finding these hypergradients.
         claimed = {index for step in running for index in step.targets}
-        # Where hypergradients were looked for in vain there are no trainings in regions.
+        # Where hypergradients were looked for in vain, other trainings may still have one.
         newest = (done if in_vain(plain) else state.region(region.began).done)[-1].index
         lacking = [i for i in dict.fromkeys((region.centre, newest)) if state.trainings[i].hypergradient is None]
         if not self.hypergradients or not self._due(plain):
