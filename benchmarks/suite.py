@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -59,7 +60,10 @@ PROBLEMS: dict[str, Callable[..., BilevelProblem]] = {
 
 @dataclass(frozen=True)
 class Peer:
-    """A method of the benchmark that is not raybilevel's; `dimensions` for which it makes sense."""
+    """A method of the benchmark that is not raybilevel's; `dimensions` for which it makes sense.
+
+    search: of an objective, a seed and its settings.
+    """
 
     search: Callable[..., None]
     dimensions: tuple[float, float] = (1, math.inf)
@@ -132,10 +136,11 @@ class MethodEntry(Entry):
             raise ValueError(f"unknown method {self.method!r}; choose one of {', '.join(sorted([*METHODS, *PEERS]))}")
         elif self.slots > 1:
             raise ValueError(f"method {self.method!r} runs in one slot")
-        elif (self.method == "given") != ("points" in self.settings):
-            raise ValueError("the method 'given', and no other, has the setting `points`, of points of the unit cube")
-        elif self.settings and not self.method.startswith(("lbfgsb", "given")):
-            raise ValueError(f"method {self.method!r} has no settings")
+        else:
+            try:
+                inspect.signature(PEERS[self.method].search).bind(None, 0, **self.settings)
+            except TypeError as error:
+                raise ValueError(f"settings of the method {self.method!r}: {error}") from error
         return self
 
 
