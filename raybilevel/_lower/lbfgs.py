@@ -15,10 +15,18 @@ Merit = Callable[[Tensor], tuple[float, Tensor]]
 
 
 class Minimum(NamedTuple):
-    """Where a minimisation ended, and after how many iterations."""
+    """Where a minimisation ended, and after how many iterations.
+
+    enough: whether `enough` ended it, at the last point that the merit was asked for.
+    """
 
     at: Tensor
     iterations: int
+    enough: bool = False
+
+
+class _Enough(Exception):  # noqa: N818  not an error: how torch's optimizer is stopped within a line search
+    """A point is good enough."""
 
 
 def minimise(
@@ -28,8 +36,10 @@ def minimise(
     tolerance: float,
     max_iterations: int | None = None,
     history: int = 20,
+    enough: Callable[[float, Tensor], bool] | None = None,
 ) -> Minimum:
-    """L-BFGS with strong Wolfe line search from a vector, until no entry of the gradient is above `tolerance`."""
+    """L-BFGS with strong Wolfe line search from a vector, until no entry of the gradient is above `tolerance`, or until
+    `enough` of a value and a gradient."""
     variable = start.detach().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [variable],
@@ -44,11 +54,17 @@ def minimise(
 
     def closure() -> float:
         value, gradient = merit(variable.detach())
+        if enough is not None and enough(value, gradient):
+            raise _Enough
         variable.grad = gradient.to(variable)
         return value
 
-    optimizer.step(closure)
-    return Minimum(variable.detach(), int(optimizer.state[variable]["n_iter"]))
+    stopped = False
+    try:
+        optimizer.step(closure)
+    except _Enough:  # torch leaves the variable where the merit was asked for
+        stopped = True
+    return Minimum(variable.detach(), int(optimizer.state[variable].get("n_iter", 0)), stopped)
 
 
 def curvature(merit: Merit, at: Tensor, gradient: Tensor, along: Tensor, difference: float) -> float:

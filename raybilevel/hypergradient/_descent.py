@@ -17,6 +17,7 @@ from raybilevel._linear.krylov import KrylovMemory
 from raybilevel._linear.limited_memory import LimitedMemory, Pair
 from raybilevel._linear.recycling import ErrorEstimator, RecycleSpace
 from raybilevel._lower import checkpoint
+from raybilevel._lower.functions import LevelGradient
 from raybilevel._lower.hypergradient import Hypergradient
 from raybilevel._lower.levels import Levels
 from raybilevel._lower.linearisation import Differences, NoisyError
@@ -131,7 +132,8 @@ class BilevelDescent:
         # A copy, as Adam changes self.x in place and `best` may keep this one.
         settings, x = self.settings, self.x.detach().clone()
         # The first step begins at initial weights and needs a whole training. The later ones begin at trained weights.
-        y = self._train(self.model, self.optimizer, x, settings.lower_epochs if self.step else self.problem.epochs)
+        epochs = settings.lower_epochs if self.step else self.problem.epochs
+        y, lower = self._train(self.model, self.optimizer, x, epochs)
         if self.step == 0 and self.estimator.second_derivatives:
             self._compare_second_derivatives(x, y)
         # 0 in the first step, where no norm is known: the solver then goes by its own tolerance.
@@ -159,7 +161,7 @@ class BilevelDescent:
         self.last = {"upper_loss": upper, "hypergradient_norm": found.gradient.norm().item()}
         if selection is not None:
             self.last["selection_loss"] = selection
-        lower = self.levels.lower(x, y)
+        lower = lower or self.levels.lower(x, y)
         residuals = {"solver_residual": found.residual, "lower_residual": self.lower_residual}
         return {
             **self.last,
@@ -216,11 +218,11 @@ class BilevelDescent:
             optimizer = make_optimizer(self.problem, model, self.config)
         # The order of the batches must not depend on how much the descent has drawn.
         self.generator.manual_seed(self.seed)
-        y = self._train(model, optimizer, x, self.problem.epochs)
+        y, known = self._train(model, optimizer, x, self.problem.epochs)
         # Buffers as well, which y does not hold, e.g. the statistics of batch norm.
         self.model.load_state_dict(model.state_dict())
         self.x.data = x.clone()
-        upper, lower = self.levels.value("upper", x, y), self.levels.lower(x, y)
+        upper, lower = self.levels.value("upper", x, y), known or self.levels.lower(x, y)
         if not (math.isfinite(upper) and math.isfinite(lower.value)):
             raise NotFiniteError(f"after training anew the losses are {upper} and {lower.value}")
         norm = lower.in_y.norm().item()
@@ -258,16 +260,19 @@ class BilevelDescent:
             given = self.levels.hyperparameters(self.x.detach())
             return evaluate(self.problem, self.model, given)
 
-    def _train(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, epochs: int) -> Tensor:
-        """Minimise f(x, .) from the model's weights. The result stays in the model and is returned flat, shape (n,)."""
+    def _train(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, epochs: int
+    ) -> tuple[Tensor, LevelGradient | None]:
+        """Minimise f(x, .) from the model's weights. The result stays in the model, and is returned flat, shape (n,),
+        with f and its gradients there if they are known."""
         if self.settings.lower == "tolerance":
-            y = solve_lower(self.levels, x, weights_of(model), self.settings.lower_tolerance).y
-            set_weights(model, y)
-            return y
+            found = solve_lower(self.levels, x, weights_of(model), self.settings.lower_tolerance)
+            set_weights(model, found.y)
+            return found.y, found.here
         if self.settings.lower == "fixed_point":
             y = self._fixed_point(x, weights_of(model))
             set_weights(model, y)
-            return y
+            return y, None
         problem, given = self.problem, self.levels.hyperparameters(x)
         with self._random():
             for _ in range(epochs):
@@ -276,7 +281,7 @@ class BilevelDescent:
                     lambda batch: problem.lower_loss(model, given, batch), self.levels.ledger,
                     f"in step {self.step + 1}",
                 )  # fmt: skip
-        return weights_of(model)
+        return weights_of(model), None
 
     def _fixed_point(self, x: Tensor, y: Tensor) -> Tensor:
         # Only g itself tells how y divides into rows.

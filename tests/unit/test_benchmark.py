@@ -227,7 +227,7 @@ def test_the_command_narrows_the_suite_and_refuses_unknown_names(
         ("methods: {}\nproblems: {a: {problem: rigde}}", "unknown problem 'rigde'"),
         ("methods: {m: {method: tpe}}\nproblems: {}", "unknown method 'tpe'"),
         ("methods: {m: {method: given}}\nproblems: {}", "'given': missing a required argument: 'points'"),
-        ("methods: {m: {method: random, settings: {points: []}}}\nproblems: {}", "unexpected keyword argument 'points'"),
+        ("methods: {m: {method: random, settings: {points: []}}}\nproblems: {}", "unexpected keyword"),
         ("methods: {m: {method: default, settings: {warp: 1}}}\nproblems: {}", "no setting 'warp'"),
         ("methods: {m: {method: random}}\nproblems: {a: {problem: ridge, caps: {n: 1}}}", "'n'"),
         ("methods: {m: {method: random, only: [b]}}\nproblems: {a: {problem: ridge}}", "'b'"),

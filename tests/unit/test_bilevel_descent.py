@@ -158,7 +158,7 @@ def test_a_linear_solve_that_fails_is_reported_and_warned_of_once(
 
     method = HypergradientDescent(steps=2, solver=solver)
     descent = BilevelDescent(Curved(dimension, rows=2 if dimension == 6 else 4), {"start": 0.0}, method)
-    descent._train = lambda *_: torch.ones(dimension, dtype=torch.double)  # type: ignore[method-assign]
+    descent._train = lambda *_: (torch.ones(dimension, dtype=torch.double), None)  # type: ignore[method-assign]
     for _ in range(2):
         assert descent.run_step()["solver_residual"] == pytest.approx(residual, abs=0.2)
     assert len(caplog.messages) == (1 if residual > 0.5 else 0)

@@ -235,6 +235,30 @@ def test_the_lower_level_is_solved_to_the_tolerance(example: Example) -> None:
     torch.testing.assert_close(found.y, example.y, rtol=0, atol=1e-5)
 
 
+def test_the_lower_level_is_solved_no_further_than_to_the_tolerance() -> None:
+    # f = |y|^2 / 2 in so many directions that no entry of the gradient is near the tolerance where the norm is.
+    functions = BilevelFunctions([], [lambda x, y: y.square().sum() / 2])
+    start = torch.full((400,), 0.01, dtype=torch.double)
+    found = solve_lower(functions, start[:0], start, 0.2)
+    assert torch.equal(found.y, start) and found.iterations == 0
+    assert found.gradient_norm == pytest.approx(0.2)
+    assert functions.passes == 1
+    # Nor is what was seen there asked for again.
+    found = solve_lower(functions, start[:0], start, 1e-9)
+    here = functions.lower(start[:0], found.y)
+    torch.testing.assert_close(found.here, here)
+    assert functions.passes == 1 + found.iterations + 2
+
+
+def test_a_plain_above_the_start_is_no_solution() -> None:
+    # A narrow well: the first step of L-BFGS, of length 1, leaves it for where f is flat.
+    functions = BilevelFunctions([], [lambda x, y: -torch.exp(-50 * y.square()).sum()])
+    start = torch.tensor([0.1], dtype=torch.double)
+    assert functions.lower(start[:0], start - 1).in_y.abs().item() < 1e-6
+    found = solve_lower(functions, start[:0], start, 1e-6)
+    assert found.y.item() == pytest.approx(0, abs=1e-6)
+
+
 def test_functions_of_a_problem_on_its_box() -> None:
     problem = Logistic(dimension=3)
     model = problem.model().to(problem.dtype)
