@@ -31,7 +31,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export RAY_worker_niceness ?= 0
 
 .PHONY: setup run test test-all test-cluster test-ray test-pythons compare check format docs clean bench-algorithm bench-scale bench-recycling bench-scripts \
-	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-generalisation bench-hypergradient \
+	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-memory bench-generalisation bench-hypergradient \
 	bench-physics bench-paper bench-example-weights
 
 setup: $(STAMP)
@@ -156,6 +156,10 @@ bench-peers: $(STAMP)
 	$(PEERS)/bin/python -m pip install --quiet "pip==24.0"
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --ignore-requires-python betty-ml==0.2.1
 	$(PEERS)/bin/python -W ignore -m benchmarks.hypergradient_peers --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# Memory and time of one hypergradient of a transformer with 1.2 and 9.7 million weights: table and memory.json in OUT.
+bench-memory: $(STAMP)
+	$(BIN)/python -m benchmarks.memory --out "$(OUT)" $(ARGS)
 
 # Learned edges of Cora and Citeseer against the remaining ones and a nearest-neighbour graph: table, graph.json, figures.
 bench-graph: $(STAMP)
