@@ -185,9 +185,12 @@ class Default(Method):
             rank=busy[region.began],
         )
 
-    @staticmethod
-    def _look(step: UpperStep, running: tuple[UpperStep, ...]) -> UpperStep:
+    def _look(self, step: UpperStep, running: tuple[UpperStep, ...]) -> UpperStep:
         """The step as a look at the whole box, of the kind of which there have been fewer."""
+        if in_vain(step.state) or not self.hypergradients:
+            # All steps look at it there, and each second of these looks fills.
+            fills = step.number % (2 * self.explore_every) == 2 * self.explore_every - 1
+            return replace(step, origin="fill" if fills else "global")
         origins = [t.proposal.origin for t in step.state.trainings] + [other.origin for other in running]
         return replace(step, origin="fill" if origins.count("fill") < origins.count("global") else "global")
 

@@ -230,6 +230,16 @@ def test_half_of_the_explorations_fill_the_box():
     assert step is not None and step.origin == "global"
 
 
+@pytest.mark.parametrize(("number", "origin"), [(5, "global"), (11, "fill"), (17, "global"), (23, "fill")])
+@pytest.mark.parametrize("looked", [True, False])
+def test_where_all_steps_look_at_the_box_one_in_twelve_fills_it(number: int, origin: str, looked: bool):
+    explored = [training(3 + i, 0.9 - 0.01 * i, origin="global") for i in range(5)]
+    in_vain = replace(THREE[0], hypergradient=()) if looked else THREE[0]
+    found = state(in_vain, *THREE[1:], *explored, steps=number)
+    step = plan(found, method=METHOD if looked else replace(METHOD, hypergradients=False))
+    assert step is not None and step.origin == origin
+
+
 def test_no_region_begins_beside_a_better_training():
     # of those outside, the best lies within a region's first radius of the left region's centre
     beside = training(3, 1.1, unit=0.55, origin="global")
