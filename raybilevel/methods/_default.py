@@ -203,21 +203,22 @@ class Default(Method):
         """The training expected to be best on new data: the lowest F at trained weights, with the penalty on groups.
 
         One whose F the model expects to be lower takes its place, if by more than the share `settled` of the spread of
-        F: where values are noisy, the lowest F seen is that of the luckiest training (the winner's curse). It must have
-        been seen below the median: a model of much noise may expect anything of one that was far worse than most.
+        F: where values are noisy, the lowest F seen is that of the luckiest training (the winner's curse). It is never
+        one that was far worse than most, whatever the penalty or the model say (`not_far_worse`): a model of much noise
+        may expect anything of such a training, and a strong penalty leaves few to choose from.
         """
         seen, expected = judged(state), state.expected
         # With several objectives it is the end of the front at which F is lowest.
         if seen.best is None or state.others:
             return super().incumbent(state)
-        best = seen.best.index
+        usual = not_far_worse(state)
+        best = min((t for t in seen.done if t.index in usual), key=lambda t: t.upper_loss).index
         if best in expected:
             modelled = (replace(t, upper_loss=expected[t.index]) for t in state.trainings if t.index in expected)
-            typical = median(t.upper_loss for t in seen.done)
             upper = {
                 t.index: t.upper_loss
                 for t in judged(replace(state, trainings=tuple(modelled))).done
-                if seen.trainings[t.index].upper_loss <= typical
+                if t.index in usual
             }
             lowest = min(upper, key=upper.__getitem__)
             if upper[best] - upper[lowest] > self.settled * seen.spread:
@@ -476,6 +477,16 @@ class Looked:
     passes: float = 0.0
     descent: LagrangianPoint | None = None
     unreadable: str | None = None
+
+
+def not_far_worse(state: SearchState) -> set[int]:
+    """The trainings whose F is no farther above the median than the lowest is below it, of those that keep the
+    constraints; all where none does."""
+    upper = {t.index: t.upper_loss for t in state.done if t.feasible}
+    if not upper:
+        return {t.index for t in state.done}
+    most = 2 * median(upper.values()) - min(upper.values())
+    return {index for index, value in upper.items() if value <= most}
 
 
 def in_vain(state: SearchState) -> bool:

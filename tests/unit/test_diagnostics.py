@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from raybilevel._models.constraints import judged
 from raybilevel._records.summary import summary_of
 from raybilevel.methods import make_method
 from raybilevel.search._diagnostics import diagnose, verdict
@@ -120,6 +121,15 @@ def test_the_incumbent_is_not_the_luckiest_where_values_are_noisy() -> None:
     # Whatever a model expects of the worst, noise has not made it so.
     misled = replace(state, steps=(replace(noisy, expected=((0, 0.01), (2, 0.24))),))
     best = method.incumbent(misled)
+    assert best is not None and best.index == 2
+    # Nor what a strong penalty leaves, which tells only that one apart from the others.
+    strong = Shrinkage(((0, 1, 2, 3),), "log_likelihood", 100, 1e3, 1e3, (0.5,) * 4, 1.0, applied=True)
+    apart = [replace(t.proposal, unit=(0.5, 0.5, 0.5, 0.5 if t.index == 0 else 0.1)) for t in state.trainings]
+    held = replace(misled, steps=(replace(misled.steps[0], shrinkage=strong),))
+    for index, proposal_of in enumerate(apart):
+        held = held.change(index, proposal=proposal_of)
+    assert judged(held).best == judged(held).trainings[0]
+    best = method.incumbent(held)
     assert best is not None and best.index == 2
     sure = replace(state, steps=(replace(noisy, expected=((2, 0.25), (3, 0.09)), seen=4),))
     sure = sure.change(4, proposal=replace(proposal, gain=1.0))
