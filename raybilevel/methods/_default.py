@@ -32,7 +32,7 @@ from raybilevel._models.acquisition import (
     minimise_in_box,
     most_feasible,
 )
-from raybilevel._models.constraints import Feasible, fit_metrics, judged
+from raybilevel._models.constraints import Feasible, feasible_first, fit_metrics, judged
 from raybilevel._models.discrete import covering
 from raybilevel._models.feasibility import fit_feasibility
 from raybilevel._models.generalisation import Surface, learn
@@ -203,25 +203,26 @@ class Default(Method):
         """The training expected to be best on new data: the lowest F at trained weights, with the penalty on groups.
 
         One whose F the model expects to be lower takes its place, if by more than the share `settled` of the spread of
-        F: where values are noisy, the lowest F seen is that of the luckiest training (the winner's curse). It is never
-        one that was far worse than most, whatever the penalty or the model say (`not_far_worse`): a model of much noise
-        may expect anything of such a training, and a strong penalty leaves few to choose from.
+        F: where values are noisy, the lowest F seen is that of the luckiest training (the winner's curse). It must have
+        been seen below the median: a model of much noise may expect anything of one that was far worse than most. Nor
+        may the penalty choose such a one, where it is so strong that it leaves few to choose from.
         """
         seen, expected = judged(state), state.expected
         # With several objectives it is the end of the front at which F is lowest.
         if seen.best is None or state.others:
             return super().incumbent(state)
-        usual = not_far_worse(state)
-        best = min((t for t in seen.done if t.index in usual), key=lambda t: t.upper_loss).index
+        # F without the penalty.
+        upper = {t.index: t.upper_loss for t in feasible_first(state).done}
+        typical = median(upper.values())
+        # No farther above the median than the lowest is below it.
+        most = 2 * typical - min(upper.values())
+        best = min((t for t in seen.done if upper[t.index] <= most), key=lambda t: t.upper_loss).index
         if best in expected:
             modelled = (replace(t, upper_loss=expected[t.index]) for t in state.trainings if t.index in expected)
-            upper = {
-                t.index: t.upper_loss
-                for t in judged(replace(state, trainings=tuple(modelled))).done
-                if t.index in usual
-            }
-            lowest = min(upper, key=upper.__getitem__)
-            if upper[best] - upper[lowest] > self.settled * seen.spread:
+            by_model = judged(replace(state, trainings=tuple(modelled)))
+            merits = {t.index: t.upper_loss for t in by_model.done if t.index == best or upper[t.index] <= typical}
+            lowest = min(merits, key=merits.__getitem__)
+            if merits[best] - merits[lowest] > self.settled * seen.spread:
                 best = lowest
         return state.trainings[best]
 
@@ -477,16 +478,6 @@ class Looked:
     passes: float = 0.0
     descent: LagrangianPoint | None = None
     unreadable: str | None = None
-
-
-def not_far_worse(state: SearchState) -> set[int]:
-    """The trainings whose F is no farther above the median than the lowest is below it, of those that keep the
-    constraints; all where none does."""
-    upper = {t.index: t.upper_loss for t in state.done if t.feasible}
-    if not upper:
-        return {t.index for t in state.done}
-    most = 2 * median(upper.values()) - min(upper.values())
-    return {index for index, value in upper.items() if value <= most}
 
 
 def in_vain(state: SearchState) -> bool:
