@@ -113,8 +113,8 @@ def origins(space: Space, constants: Any = None, **settings: Any) -> set[str]:
 def test_by_values_alone_every_step_looks_at_the_whole_box() -> None:
     constants = {"a": 0.3, "b": 0.6, "decay": 1e-3}
     space = Space(tuple(p for p in SPACE.parameters if p.name in ("kind", "layers", "rate")))
-    assert origins(space, constants) == {"global", "fill"}
-    assert origins(SPACE, hypergradients=False) == {"global", "fill"}
+    assert origins(space, constants) == {"global"}
+    assert origins(SPACE, hypergradients=False) == {"global"}
     # A user's prior would weigh on all of them.
     assert "region" in origins(with_priors(space, {"rate": (1e-2, 0.5)}), constants)
 
@@ -125,7 +125,7 @@ def test_where_hypergradients_are_looked_for_in_vain_steps_look_at_the_whole_box
     assert "region" in origins(SPACE)
     # Of trainings that are too short to pay for one.
     monkeypatch.setattr(Mixed, "epochs", 2)
-    assert origins(SPACE) == {"global", "fill"}
+    assert origins(SPACE) == {"global"}
 
 
 @pytest.mark.parametrize("method", ["paper", "hypergradient"])
