@@ -140,7 +140,7 @@ bench-equilibrium: $(STAMP)
 bench-few-shot: $(STAMP)
 	$(BIN)/python -m benchmarks.few_shot --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
-# Hypergradients of the default method against differences of trained F: table and hypergradient.json in OUT (twenty
+# Hypergradients of the default method against differences of trained F: table and hypergradient.json in OUT (ten
 # minutes on one core). A part: ARGS="--kinds LSTM Adam --dtypes float32 --points 1".
 bench-hypergradient: $(STAMP)
 	$(BIN)/python -m benchmarks.hypergradient --out "$(OUT)" $(ARGS)
