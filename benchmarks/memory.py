@@ -11,7 +11,6 @@ transformer with Adam: its weights, their two moments, and what a gradient makes
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.families import table, wide_console, write_json
-from benchmarks.hypergradient_peers import PeakBytes
+from benchmarks.hypergradient_peers import PeakBytes, seconds
 from raybilevel._lower.variables import weights_of
+from raybilevel.functional import weight_decay
 from raybilevel.hypergradient import (
     ConjugateGradients,
     DescentSettings,
@@ -93,8 +93,7 @@ class WeightedSequences(LargeUpperLevel):
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Tensor) -> Tensor:
         losses = self.losses(model, batch)
         weights: Tensor = hyperparameters["upper"](losses.detach()[:, None])[:, 0]
-        squares = torch.stack([weight.square().sum() for weight in model.parameters()]).sum()
-        return (weights * losses).mean() + self.decay / 2 * squares
+        return (weights * losses).mean() + weight_decay(model.parameters(), self.decay)
 
     def upper_loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         return self.losses(model, batch).mean()
@@ -129,8 +128,8 @@ def measured(width: int, layers: int, products: int) -> list[Row]:
     gradient_bytes, unit = spent(lambda: functions.lower(x, y))
     rows = []
     for name, estimator in estimators(products).items():
-        peak, seconds = spent(lambda estimator=estimator: estimator(functions, x, y))  # type: ignore[misc]
-        rows.append(Row(y.numel(), name, peak, (kept + peak) / (kept + gradient_bytes), seconds / unit))
+        peak, duration = spent(lambda estimator=estimator: estimator(functions, x, y))  # type: ignore[misc]
+        rows.append(Row(y.numel(), name, peak, (kept + peak) / (kept + gradient_bytes), duration / unit))
     return rows
 
 
@@ -138,9 +137,7 @@ def spent(call: Callable[[], Any]) -> tuple[int, float]:
     """The most bytes alive at once of tensors that a call makes, and its seconds, without the counting."""
     with PeakBytes() as memory:
         call()
-    begun = time.perf_counter()
-    call()
-    return memory.peak, time.perf_counter() - begun
+    return memory.peak, seconds(call, repeats=1)
 
 
 def size(text: str) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,14 +16,10 @@ Merit = Callable[[Tensor], tuple[float, Tensor]]
 
 
 class Minimum(NamedTuple):
-    """Where a minimisation ended, and after how many iterations.
-
-    enough: whether `enough` ended it, at the last point that the merit was asked for.
-    """
+    """Where a minimisation ended, and after how many iterations."""
 
     at: Tensor
     iterations: int
-    enough: bool = False
 
 
 class _Enough(Exception):  # noqa: N818  not an error: how torch's optimizer is stopped within a line search
@@ -39,7 +36,7 @@ def minimise(
     enough: Callable[[float, Tensor], bool] | None = None,
 ) -> Minimum:
     """L-BFGS with strong Wolfe line search from a vector, until no entry of the gradient is above `tolerance`, or until
-    `enough` of a value and a gradient."""
+    `enough` of a value and a gradient: then at the last point that the merit was asked for."""
     variable = start.detach().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [variable],
@@ -59,12 +56,9 @@ def minimise(
         variable.grad = gradient.to(variable)
         return value
 
-    stopped = False
-    try:
+    with contextlib.suppress(_Enough):  # torch leaves the variable where the merit was asked for
         optimizer.step(closure)
-    except _Enough:  # torch leaves the variable where the merit was asked for
-        stopped = True
-    return Minimum(variable.detach(), int(optimizer.state[variable].get("n_iter", 0)), stopped)
+    return Minimum(variable.detach(), int(optimizer.state[variable]["n_iter"]))
 
 
 def curvature(merit: Merit, at: Tensor, gradient: Tensor, along: Tensor, difference: float) -> float:

@@ -53,7 +53,8 @@ def solve_lower(
     # Torch's own tolerance is on the largest entry of the gradient.
     found = minimise(lower, y, 2 * limit, 0.0, limit, history, solved)
     # L-BFGS does not say what it reached where it gave up.
-    here = seen[-1] if found.enough else functions.lower(x, found.at)
+    last = seen[-1]
+    here = last if solved(last.value, last.in_y) else functions.lower(x, found.at)
     if not math.isfinite(here.value):
         raise NotFiniteError(f"the lower-level loss is {here.value} after {found.iterations} L-BFGS iterations")
     return LowerSolution(found.at, here, found.iterations)

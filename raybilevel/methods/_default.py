@@ -187,7 +187,7 @@ class Default(Method):
 
     def _look(self, step: UpperStep, running: tuple[UpperStep, ...]) -> UpperStep:
         """The step as a look at the whole box, of the kind of which there have been fewer."""
-        if in_vain(step.state) or not self.hypergradients:
+        if self._without_hypergradients(step.state):
             # All steps look at it there, and each second of these looks fills.
             fills = step.number % (2 * self.explore_every) == 2 * self.explore_every - 1
             return replace(step, origin="fill" if fills else "global")
@@ -395,7 +395,11 @@ class Default(Method):
 
         A user's prior would weigh on all of them, so with one there are regions.
         """
-        return not space.has_priors and (in_vain(state) or not self.hypergradients or not any(space.smooth))
+        return not space.has_priors and (self._without_hypergradients(state) or not any(space.smooth))
+
+    def _without_hypergradients(self, state: SearchState) -> bool:
+        """Whether none are taken, or none was found where they were looked for."""
+        return in_vain(state) or not self.hypergradients
 
     @staticmethod
     def _due(state: SearchState) -> bool:

@@ -124,10 +124,9 @@ def test_the_incumbent_is_not_the_luckiest_where_values_are_noisy() -> None:
     assert best is not None and best.index == 2
     # Nor what a strong penalty leaves, which tells only that one apart from the others.
     strong = Shrinkage(((0, 1, 2, 3),), "log_likelihood", 100, 1e3, 1e3, (0.5,) * 4, 1.0, applied=True)
-    apart = [replace(t.proposal, unit=(0.5, 0.5, 0.5, 0.5 if t.index == 0 else 0.1)) for t in state.trainings]
     held = replace(misled, steps=(replace(misled.steps[0], shrinkage=strong),))
-    for index, proposal_of in enumerate(apart):
-        held = held.change(index, proposal=proposal_of)
+    for t in state.trainings:
+        held = held.change(t.index, proposal=replace(t.proposal, unit=(0.5, 0.5, 0.5, 0.1 if t.index else 0.5)))
     assert judged(held).best == judged(held).trainings[0]
     best = method.incumbent(held)
     assert best is not None and best.index == 2

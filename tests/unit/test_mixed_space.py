@@ -106,15 +106,15 @@ def test_without_any_gradient_the_search_goes_by_values() -> None:
 def origins(space: Space, constants: Any = None, **settings: Any) -> set[str]:
     """Of all proposals of a search but its start design."""
     optimizer = BilevelOptimizer(space, Default(**settings), seed=0)
-    search(Mixed(), optimizer, 12, constants)
+    search(Mixed(), optimizer, 20, constants)
     return {t.proposal.origin for t in optimizer.state.trainings} - {"start"}
 
 
 def test_by_values_alone_every_step_looks_at_the_whole_box() -> None:
     constants = {"a": 0.3, "b": 0.6, "decay": 1e-3}
     space = Space(tuple(p for p in SPACE.parameters if p.name in ("kind", "layers", "rate")))
-    assert origins(space, constants) == {"global"}
-    assert origins(SPACE, hypergradients=False) == {"global"}
+    assert origins(space, constants) == {"global", "fill"}
+    assert origins(SPACE, hypergradients=False) == {"global", "fill"}
     # A user's prior would weigh on all of them.
     assert "region" in origins(with_priors(space, {"rate": (1e-2, 0.5)}), constants)
 
@@ -125,7 +125,7 @@ def test_where_hypergradients_are_looked_for_in_vain_steps_look_at_the_whole_box
     assert "region" in origins(SPACE)
     # Of trainings that are too short to pay for one.
     monkeypatch.setattr(Mixed, "epochs", 2)
-    assert origins(SPACE) == {"global"}
+    assert origins(SPACE) == {"global", "fill"}
 
 
 @pytest.mark.parametrize("method", ["paper", "hypergradient"])
