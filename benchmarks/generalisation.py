@@ -32,7 +32,7 @@ from raybilevel.report._static import write_figures
 from raybilevel.report._statistics import Interval, bootstrap
 
 COST = 25.0
-MARKS = (0.08, 0.16, 0.24, 0.32, 0.4, 0.52, 0.64, 0.8, 1.0)
+MARKS = (0.12, 0.24, 0.4, 0.6, 1.0)
 """Shares of the cost at which figures have the refit of the result so far."""
 MANY, FEW = 10, 3
 """Splits of the data."""

@@ -40,7 +40,8 @@ LEAST_SHARE = 0.1
 """Of the lowest squared error seen, below which the model is not believed: it may even be negative there, and its
 logarithm would draw the search to where nothing is known."""
 NAT = 1.0
-"""The strongest tau within so much of the best log evidence is taken: the evidence is flat, the model too hopeful."""
+"""The strongest tau within so much of the best log evidence is taken: the evidence is flat, the model too hopeful.
+Where even the weakest is within it, F is noise or has no bends that are seen, and nothing is held."""
 STEADY = 3
 """Steps of whose strengths the median is in use."""
 SAME_MERIT = 1e-6
@@ -258,9 +259,10 @@ def adapted_at(surface: LogLikelihood, groups: Groups, strength: float, x: Tenso
 
 
 def strongest(found: Sequence[Mode]) -> Mode:
-    """The strongest within a nat of the best, of modes in the order strong to weak."""
+    """The strongest within a nat of the best, of modes in the order strong to weak; the weakest where all are."""
     best = max(mode.evidence for mode in found)
-    return next(mode for mode in found if mode.evidence >= best - NAT)
+    within = [mode for mode in found if mode.evidence >= best - NAT]
+    return within[-1] if len(within) == len(found) else within[0]
 
 
 def merit(surface: LogLikelihood, groups: Groups, strength: float, x: Tensor) -> float:

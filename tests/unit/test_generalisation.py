@@ -186,6 +186,12 @@ def test_the_strongest_within_a_nat_is_taken() -> None:
     assert strongest(found).strength == 10.0
 
 
+def test_evidence_that_is_flat_holds_nothing() -> None:
+    x = torch.zeros(2, dtype=torch.double)
+    found = [Mode(tau, x, evidence, 1.0) for tau, evidence in ((100.0, 0.0), (10.0, -0.1), (1.0, -0.5), (0.1, -0.9))]
+    assert strongest(found).strength == 0.1
+
+
 def test_the_strength_in_use_is_the_median_of_three_steps() -> None:
     surface = Quadratic.make(torch.diag(BENT), TARGET)
     seen = tuple(observed(valley, sobol_points(D, 10, 1)))
