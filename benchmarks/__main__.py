@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -96,7 +97,7 @@ def run_all(runs: Sequence[Run], out: Path, workers: int, redo: Sequence[str] = 
     # Before the workers start: each is one thread, and they are started afresh, not forked from a threaded process.
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(missing)), context, end_with_parent) as pool:
         waiting = {pool.submit(execute, run): run for run in missing}
         for number, future in enumerate(as_completed(waiting), 1):
             run, record = waiting[future], future.result()
@@ -108,6 +109,18 @@ def run_all(runs: Sequence[Run], out: Path, workers: int, redo: Sequence[str] = 
                 f"seed {run.seed}: {told} ({record.seconds:.0f} s)",
                 flush=True,
             )
+
+
+def end_with_parent() -> None:
+    """End this worker when the process that started it has been killed, which it would not notice."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def settled(path: Path, redo: bool) -> bool:

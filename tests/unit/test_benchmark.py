@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,30 @@ def test_where_every_training_failed_the_table_says_so() -> None:
 def test_a_problem_without_a_box_is_refused() -> None:
     with pytest.raises(ConfigError, match="Quadratic has no `space` of its own"):
         box_of(Quadratic())
+
+
+ENDLESS = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from benchmarks.__main__ import end_with_parent
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)
+    pool.submit(os.getpid).result()
+    pool.submit(time.sleep, 600)
+    print("begun", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS, encoding="utf-8")
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "begun\n"
+        parent.kill()
+        parent.communicate(timeout=60)  # until the worker's end of the pipe is closed, too
 
 
 def small_suite(folder: Path) -> Path:
