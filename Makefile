@@ -32,7 +32,7 @@ export RAY_worker_niceness ?= 0
 
 .PHONY: setup run test test-all test-cluster test-ray test-pythons compare check format docs clean bench-algorithm bench-scale bench-recycling bench-scripts \
 	bench-graph bench-architecture bench-treatment bench-equilibrium bench-few-shot bench-peers bench-memory bench-generalisation bench-hypergradient \
-	bench-physics bench-paper bench-example-weights
+	bench-physics bench-paper bench-example-weights bench-networks
 
 setup: $(STAMP)
 
@@ -90,12 +90,19 @@ bench-algorithm: $(STAMP)
 		--editable ".[bench]"
 	$(BIN)/python -m benchmarks configs/bench/algorithm.yaml --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
-# What many hyperparameters are worth on new data: records, tables and figures in OUT. It takes hours, ten splits of
-# short problems and three of others, and can be resumed. A part: ARGS="--only digits-8,digits-16 --splits 3".
+# What many hyperparameters are worth on new data: records, tables and figures in OUT. It takes an hour of two cores, ten
+# splits of short problems and three of others, and can be resumed. A part: ARGS="--only digits-8,digits-16 --splits 3".
 bench-generalisation: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
 		--editable ".[bench]"
 	$(BIN)/python -m benchmarks.generalisation --data "$(DATA)" --out "$(OUT)" $(ARGS)
+
+# Searches on networks trained by SGD and AdamW, their results trained again under other seeds: records and a table in
+# OUT, in an hour of two cores. A part: ARGS="--only mnist-1k-2 --seeds 3".
+bench-networks: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat \
+		--editable ".[bench]"
+	$(BIN)/python -m benchmarks.networks --data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 # What a search costs its driver, and how many slots it keeps busy. A part: ARGS=steps|latency|memory|slots|overhead|sharing.
 bench-scale: $(STAMP)

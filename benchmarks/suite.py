@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -18,16 +19,19 @@ from benchmarks import peers, reference
 from benchmarks.newsgroups import Newsgroups
 from benchmarks.objective import BudgetSpent, Objective
 from benchmarks.ours import bilevel, configured
+from benchmarks.regularised import RegularisedNetwork
 from raybilevel._config.files import read_mapping, validated
-from raybilevel._lower.training import refit
+from raybilevel._lower.training import refit, train
+from raybilevel._metrics import UPPER_LOSS, problem_metrics
 from raybilevel._records.incumbents import incumbent_at
 from raybilevel._records.record import Observation, Record, Settings, Spent, Step, box
 from raybilevel._records.store import path_of
 from raybilevel._records.versions import core_digest, versions
-from raybilevel.errors import ConfigError, RaybilevelError
+from raybilevel.errors import ConfigError, NotFiniteError, RaybilevelError
 from raybilevel.methods import METHODS
 from raybilevel.problem import BilevelProblem
 from raybilevel.problems.banded_ridge import BandedRidge
+from raybilevel.problems.cifar import CifarLenet
 from raybilevel.problems.cleaning import HyperCleaning
 from raybilevel.problems.digits import DigitsLogistic
 from raybilevel.problems.income import Income
@@ -44,6 +48,7 @@ PEER_PACKAGES = ("scipy", "optuna", "cmaes")
 
 PROBLEMS: dict[str, Callable[..., BilevelProblem]] = {
     "banded_ridge": BandedRidge,
+    "cifar_lenet": CifarLenet,
     "cleaning": HyperCleaning,
     "digits_logistic": DigitsLogistic,
     "income": Income,
@@ -53,6 +58,7 @@ PROBLEMS: dict[str, Callable[..., BilevelProblem]] = {
     "mnist_1k": Mnist1K,
     "mnist_1k_kinds": Mnist1KKinds,
     "newsgroups": Newsgroups,
+    "regularised_network": RegularisedNetwork,
     "ridge": Ridge,
     "several_optima": SeveralOptima,
 }
@@ -206,7 +212,10 @@ def read_suite(path: str | Path) -> Suite:
 
 @dataclass(frozen=True)
 class Run:
-    """One problem, one method, one seed; `data` and `marks` have no part in what it is known by."""
+    """One problem, one method, one seed; `data`, `marks` and `retrainings` have no part in what it is known by.
+
+    retrainings: of each result at a mark, under other seeds of the training.
+    """
 
     problem_name: str
     problem: ProblemEntry
@@ -216,6 +225,7 @@ class Run:
     budget: float
     marks: tuple[float, ...]
     data: str | None
+    retrainings: int = 0
 
     @property
     def settings(self) -> Settings:
@@ -310,7 +320,8 @@ def execute(run: Run) -> Record:
         optimum=getattr(problem, "optimum", None),
         versions={**versions(PEER_PACKAGES), "core": core_digest()},
         exhausted=exhausted,
-        refits={} if error else _refits(problem, observations, steps, run),
+        refits={} if error or run.retrainings else _refits(problem, observations, steps, run),
+        retrained={} if error else _retrained(problem, observations, run),
         seconds=round(time.perf_counter() - began, 2),
         spent=Spent(epochs=problem.epochs * len(observations)),
         observations=observations,
@@ -344,6 +355,24 @@ def _refits(
         if metrics is None:
             return {}
         found[index] = {**metrics, "spread": chosen.spread} if generalises else metrics
+    return found
+
+
+def _retrained(
+    problem: BilevelProblem, observations: Sequence[Observation], run: Run
+) -> dict[int, tuple[dict[str, float], ...]]:
+    """F and metrics of the incumbent's hyperparameters under other seeds of the training, by the incumbent's position,
+    for each mark. The seeds are those of every method; a training that diverges is left out."""
+    found: dict[int, tuple[dict[str, float], ...]] = {}
+    positions = {incumbent_at(observations, mark) for mark in (*run.marks, run.budget)} - {None}
+    for index in positions if run.retrainings else ():
+        assert index is not None
+        trained = []
+        for number in range(1, run.retrainings + 1):
+            with contextlib.suppress(NotFiniteError):
+                one, _ = train(problem, observations[index].hyperparameters, 1000 * number + run.seed)
+                trained.append({UPPER_LOSS: one.upper_loss, **problem_metrics(one.metrics)})
+        found[index] = tuple(trained)
     return found
 
 

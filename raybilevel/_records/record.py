@@ -186,6 +186,7 @@ class Record(Stored):
     versions:   of packages, and of the algorithm's code ("core"); None for a package that is not installed.
     exhausted:  whether the method had nothing more to try before its budget was spent.
     refits:     metrics after a training on all data, by the position of the training with the same hyperparameters.
+    retrained:  F and metrics of trainings with the same hyperparameters under other seeds, by that position.
     search:     the content of the state file, for raybilevel's own methods; see `search_of`.
     metric:     what was optimised.
     gain:       of the result over the start, by single examples; None where it is not known.
@@ -216,6 +217,7 @@ class Record(Stored):
     trials: tuple[TrialLog, ...] = ()
     steps: tuple[Step, ...] = ()
     refits: dict[int, dict[str, float]] = {}
+    retrained: dict[int, tuple[dict[str, float], ...]] = {}
     overhead: Overhead | None = None
     search: dict[str, Any] | None = None
     verdict: str | None = None

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from raybilevel.errors import ConfigError
 from raybilevel.problems import _datasets as datasets
 from raybilevel.problems._classification import Examples, LayerDecay, check_positive, data_folder
+from raybilevel.space import Parameter, Space
+
+LAYERS = ("conv1", "conv2", "fc1", "fc2", "fc3")
 
 
 class CifarLenet(LayerDecay):
@@ -36,6 +39,10 @@ class CifarLenet(LayerDecay):
         self.data = data_folder(self, data)
         check_positive(train=train, validation=validation, test=test)
         self.train, self.validation, self.test, self.split_seed = train, validation, test, split_seed
+
+    @property
+    def space(self) -> Space:
+        return Space(tuple(Parameter(("weight_decay", layer), 1e-2, 3e2, log=True) for layer in LAYERS))
 
     def load(self) -> dict[str, Examples]:
         total = self.train + self.validation
