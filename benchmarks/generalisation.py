@@ -47,21 +47,32 @@ LEAST_SHOWN = 1e-3
 SHIFTED = {"train": 500, "validation": 500, "hidden": (50, 50, 50), "learning_rate": 0.1, "momentum": 0.9, "shift": 2}
 """A small network with augmented data."""
 
-PROBLEMS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "digits-8": ("digits_logistic", {"groups": 8}, MANY),
-    "digits-16": ("digits_logistic", {"groups": 16}, MANY),
-    "digits-64": ("digits_logistic", {"groups": 64}, MANY),
-    "cleaning-20": ("cleaning", {}, FEW),
-    "income-20": ("income", {}, FEW),
-    "income-elastic-40": ("income", {"elastic": True}, FEW),
-    "long-tail-20": ("long_tail", {}, FEW),
-    "newsgroups-15": ("newsgroups", {}, FEW),
-    "newsgroups-elastic-25": ("newsgroups", {"elastic": True}, FEW),
-    "mnist-shifted-4": ("mnist", SHIFTED, FEW),
-    "banded-ridge-4": ("banded_ridge", {"groups": 4}, MANY),
-    "banded-ridge-20": ("banded_ridge", {"groups": 20}, MANY),
+
+@dataclass(frozen=True)
+class Data:
+    """A problem of `benchmarks.suite` with its options, so many splits of its data, and the option that draws them."""
+
+    problem: str
+    options: Mapping[str, Any]
+    splits: int = FEW
+    seed: str = "split_seed"
+
+
+PROBLEMS: dict[str, Data] = {
+    "digits-8": Data("digits_logistic", {"groups": 8}, MANY),
+    "digits-16": Data("digits_logistic", {"groups": 16}, MANY),
+    "digits-64": Data("digits_logistic", {"groups": 64}, MANY),
+    "cleaning-20": Data("cleaning", {}),
+    "income-20": Data("income", {}),
+    "income-elastic-40": Data("income", {"elastic": True}),
+    "long-tail-20": Data("long_tail", {}),
+    "newsgroups-15": Data("newsgroups", {}),
+    "newsgroups-elastic-25": Data("newsgroups", {"elastic": True}),
+    "mnist-shifted-4": Data("mnist", SHIFTED),
+    # Each split is another simulation.
+    "banded-ridge-4": Data("banded_ridge", {"groups": 4}, MANY, "seed"),
+    "banded-ridge-20": Data("banded_ridge", {"groups": 20}, MANY, "seed"),
 }
-"""Their names in `benchmarks.suite`, options, and splits of the data unless `--splits` says otherwise."""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     OURS: ("default", {}),
     LOWEST: ("default", {"generalise": False}),
@@ -103,13 +114,13 @@ def runs(
     """
     found = []
     marks = tuple(share * cost for share in MARKS)
-    for split in range(splits or max(PROBLEMS[problem][2] for problem in problems)):
+    for split in range(splits or max(PROBLEMS[problem].splits for problem in problems)):
         for problem in problems:
-            name, options, own = PROBLEMS[problem]
-            if split >= (splits or own):
+            given = PROBLEMS[problem]
+            if split >= (splits or given.splits):
                 continue
-            seed = "seed" if name == "banded_ridge" else "split_seed"
-            entry = ProblemEntry(problem=name, options={**options, seed: split + 1})  # split 0 is the other benchmark's
+            # Split 0 is the other benchmark's.
+            entry = ProblemEntry(problem=given.problem, options={**given.options, given.seed: split + 1})
             for method in methods:
                 kind, settings = METHODS[method]
                 searched = MethodEntry.model_validate({"method": kind, "settings": settings})
