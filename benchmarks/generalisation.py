@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,9 @@ def report(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]], cost: fl
         [
             f"Test loss after a refit at cost {cost:g}, means over splits.",
             overview(outcomes),
-            f"Means over splits at cost {cost:g} with 95 % bootstrap intervals. The last column is the paired "
-            "difference of the refit to raybilevel's: positive where raybilevel is better. The last but one is how "
-            "far hyperparameters of a kind differ in the refit, relative to the result of the search.",
+            f"Means over splits at cost {cost:g} with 95 % bootstrap intervals. The spread is how far hyperparameters "
+            "of a kind differ in the refit, relative to the result of the search. The last two columns are paired "
+            "differences to raybilevel's: positive where raybilevel is better.",
             losses(outcomes),
             "By how much the loss on new data exceeds F, as the search expects and as measured: the test loss less F, "
             "less the same at points that this F has not chosen: results of other splits, or the true penalties.",
@@ -216,21 +217,24 @@ def overview(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str
 
 def losses(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
     lines = [
-        "| problem | method | splits | F | test loss | after a refit | spread | refit, less raybilevel's |",
-        "| --- " * 8 + "|",
+        "| problem | method | splits | F | test loss | after a refit | spread | test loss, less raybilevel's "
+        "| refit, less raybilevel's |",
+        "| --- " * 9 + "|",
     ]
     for problem, methods in outcomes.items():
         for method, splits in methods.items():
-            ours = methods.get(OURS, {})
-            paired = [(splits[s].refit, ours[s].refit) for s in splits if s in ours]
-            differences = [other - own for other, own in paired if other is not None and own is not None]
-            spread = mean(splits, lambda o: o.spread)
-            against = "" if method == OURS or not differences else judged(bootstrap(differences))
-            lines.append(
-                f"| {problem} | {method} | {len(splits)} | {mean(splits, lambda o: o.upper)} "
-                f"| {mean(splits, lambda o: o.test)} | {mean(splits, lambda o: o.refit)} | {spread} | {against} |"
-            )
+            ours = {} if method == OURS else methods.get(OURS, {})
+            cells = [mean(splits, attrgetter(name)) for name in ("upper", "test", "refit", "spread")]
+            cells += [above(splits, ours, attrgetter(name)) for name in ("test", "refit")]
+            lines.append(f"| {problem} | {method} | {len(splits)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def above(splits: Mapping[int, Outcome], ours: Mapping[int, Outcome], value: Callable[[Outcome], float | None]) -> str:
+    """The difference to raybilevel's, by splits, and the word for it."""
+    paired = [(value(splits[split]), value(ours[split])) for split in splits if split in ours]
+    differences = [other - own for other, own in paired if other is not None and own is not None]
+    return judged(bootstrap(differences)) if differences else ""
 
 
 def judged(difference: Interval) -> str:

@@ -101,8 +101,8 @@ def test_the_tables_say_who_wins() -> None:
     assert "| p | 4 | 0.115 | **0.105** | 0.165 | - | - | - |" in lines
     (against_shared,) = (line for line in lines if line.startswith(f"| p | {SHARED} | 4 |"))
     (against_lowest,) = (line for line in lines if line.startswith(f"| p | {LOWEST} | 4 |"))
-    assert against_shared.endswith("| 0.050 [0.050, 0.050] win |")
-    assert against_lowest.endswith("| -0.010 [-0.010, -0.010] loss |")
+    assert against_shared.endswith("| 0.000 [0.000, 0.000] tie | 0.050 [0.050, 0.050] win |")
+    assert against_lowest.endswith("| 0.100 [0.100, 0.100] win | -0.010 [-0.010, -0.010] loss |")
     gaps = [
         line.split(" | ")[-2:] for line in lines if line.startswith((f"| p | {OURS} | 0.0", f"| p | {LOWEST} | 0.2"))
     ]
