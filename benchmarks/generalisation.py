@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.__main__ import run_all
 from benchmarks.families import shown
@@ -83,6 +83,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random", {}),
 }
 
+T = TypeVar("T")
 Done = dict[str, dict[str, dict[int, Record]]]
 """Records by problem, method and split."""
 
@@ -230,7 +231,7 @@ def losses(outcomes: Mapping[str, Mapping[str, Mapping[int, Outcome]]]) -> str:
     return "\n".join(lines)
 
 
-def above(splits: Mapping[int, Outcome], ours: Mapping[int, Outcome], value: Callable[[Outcome], float | None]) -> str:
+def above(splits: Mapping[int, T], ours: Mapping[int, T], value: Callable[[T], float | None]) -> str:
     """The difference to raybilevel's, by splits, and the word for it."""
     paired = [(value(splits[split]), value(ours[split])) for split in splits if split in ours]
     differences = [other - own for other, own in paired if other is not None and own is not None]
@@ -425,7 +426,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if gaps := optimism_of(outcomes):
         drawn.append(calibration(gaps))
     write_figures([chart for chart in drawn if chart is not None], options.out / "figures")
-    (options.out / "generalisation.md").write_text(text, encoding="utf-8")
+    return told(text, options.out / "generalisation.md", failed)
+
+
+def told(text: str, file: Path, failed: int) -> int:
+    """The exit status, when the table is written and printed."""
+    file.write_text(text, encoding="utf-8")
     print(text)
     if failed:
         print(f"{failed} runs failed", file=sys.stderr)

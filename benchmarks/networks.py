@@ -16,15 +16,15 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generalisation import Done, judged, recorded
+from benchmarks.generalisation import Done, above, recorded, told
 from benchmarks.suite import MethodEntry, ProblemEntry, Run
 from raybilevel._metrics import UPPER_LOSS
 from raybilevel._records.incumbents import incumbent_at
 from raybilevel._records.record import Record
-from raybilevel.report._statistics import bootstrap
 
 SEEDS = 5
 FIRST_SEED = 11
@@ -100,10 +100,9 @@ def rows(done: Done) -> Iterator[str]:
                 method: {seed: outcome(record, mark) for seed, record in found.items()}
                 for method, found in methods.items()
             }
-            ours = outcomes.get(OURS, {})
             for method, found in outcomes.items():
-                differences = [found[seed].upper - ours[seed].upper for seed in found if seed in ours]
-                against = "" if method == OURS or not differences else judged(bootstrap(differences))
+                ours = {} if method == OURS else outcomes.get(OURS, {})
+                against = above(found, ours, attrgetter("upper"))
                 seen, upper, test = (
                     statistics.fmean(getattr(one, name) for one in found.values()) for name in ("seen", "upper", "test")
                 )
@@ -140,12 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     data = str(Path(options.data).expanduser().absolute()) if options.data else None
     done, failed = recorded(runs(data, options.seeds, options.only, options.methods), options.out, options.workers)
-    text = report(done)
-    (options.out / "networks.md").write_text(text, encoding="utf-8")
-    print(text)
-    if failed:
-        print(f"{failed} runs failed", file=sys.stderr)
-    return 1 if failed else 0
+    return told(report(done), options.out / "networks.md", failed)
 
 
 if __name__ == "__main__":
