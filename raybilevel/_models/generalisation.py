@@ -31,7 +31,7 @@ from torch import Tensor
 from raybilevel._models.acquisition import UpperModel
 from raybilevel._models.gaussian_process import SAME_CHOICE
 from raybilevel._models.shrinkage import SMALLEST_ERROR, Groups, off_bounds, off_mean
-from raybilevel.search_state import Likelihood, SearchState, Shrinkage
+from raybilevel.search_state import Likelihood, Shrinkage
 
 Array = np.ndarray[Any, Any]
 STRENGTHS = tuple(10 ** (3 - i / 4) for i in range(25))
@@ -107,6 +107,11 @@ class Surface:
             gaussian.categorical,
         )
 
+    @property
+    def differentiated(self) -> Tensor:
+        """Points whose hypergradients the process holds, shape (k, d): not all that are known, where rows run out."""
+        return self.points[self.derivative_weights.any(1)]
+
     def value(self, x: Tensor) -> float:
         return self.value_and_gradient(x)[0]
 
@@ -171,20 +176,22 @@ class Mode:
 
 def learn(
     surface: Surface,
-    state: SearchState,
     groups: tuple[tuple[int, ...], ...],
     examples: int,
     around: Tensor,
+    before: Sequence[float] = (),
     applied: bool = True,
 ) -> Shrinkage:
-    """Of the model of F, with x_tau sought around a point of the unit cube, shape (d,)."""
-    seen = seen_from(state, around)
+    """Of the model of F, with x_tau sought around a point of the unit cube, shape (d,).
+
+    before: strengths that earlier steps have learned.
+    """
+    seen = surface.differentiated - around
     if not groups:
         unit, moving = tuple(around.tolist()), adapted_at(surface, groups, 0.0, around, seen)
         return Shrinkage(groups, surface.likelihood, examples, 0.0, 0.0, unit, float(len(unit)), applied, moving)
     found = list(modes(surface, groups, examples, around, off_mean(seen, groups)))
     learned = strongest(found)
-    before = [step.shrinkage.learned for step in state.steps if step.shrinkage is not None]
     # This step and the last STEADY - 1. In logarithms, as tau spans six decades and two have their mean for a median.
     in_use = math.exp(median(math.log(strength) for strength in [*before[1 - STEADY :], learned.strength]))
     mode = min(found, key=lambda m: abs(math.log(m.strength / in_use)))
@@ -290,12 +297,6 @@ def penalised_minimum(
     options = {"maxiter": 200, "ftol": SAME_MERIT / 10}
     found = minimize(differentiated, start.numpy(), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return torch.from_numpy(found.x).clamp(low, high)
-
-
-def seen_from(state: SearchState, around: Tensor) -> Tensor:
-    """x_i - x of the trainings whose hypergradients are known, shape (k, d)."""
-    known = [t.unit for t in state.done if t.hypergradient]
-    return torch.tensor(known, dtype=torch.double).reshape(-1, len(around)) - around
 
 
 def orthonormal(rows: Tensor) -> Tensor:

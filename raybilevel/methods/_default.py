@@ -310,7 +310,7 @@ class Default(Method):
         model_of_upper = fit_upper_model(state.measured, believed, centre, self.max_rows, space.unordered, trusted)
         front_model = FrontModel.of(state, model_of_upper, pending, centre, self.max_rows, space.unordered)
         feasibility = self._feasibility(state, centre, space)
-        shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper)
+        shrinkage = self._shrinkage(problem, space, constants, state, model_of_upper, step.centre)
         # The next training, and what is noted of the step.
         penalty = GroupPenalty.of(shrinkage) if shrinkage is not None and shrinkage.applied else None
 
@@ -415,8 +415,12 @@ class Default(Method):
         constants: Mapping[str, Any],
         state: SearchState,
         model: UpperModel,
+        centre: int,
     ) -> Shrinkage | None:
-        """How far hyperparameters of a kind may differ; None while too little is known, or if F is no likelihood."""
+        """How far hyperparameters of a kind may differ; None while too little is known, or if F is no likelihood.
+
+        centre: the training around which the model is.
+        """
         # With several objectives every training of the front is a result, and none is the best on new data.
         if state.others:
             return None
@@ -433,7 +437,16 @@ class Default(Method):
             if groups and self.generalise and problem.upper_likelihood == "auto":
                 say_once(type(problem).__name__)
             return None
-        return learn(Surface.of(model, known.kind), state, groups, known.examples, around, self.generalise)
+        surface = Surface.of(model, known.kind)
+        # It is the bends of F at the result that are asked for. Where rows run out, a model around another training
+        # has few of the hypergradients that say them.
+        if incumbent.index != centre and len(surface.differentiated) < sum(bool(t.hypergradient) for t in state.done):
+            nearer = fit_upper_model(state.measured, [], around, self.max_rows, space.unordered, trust(promises(state)))
+            if not nearer.process.model.has_derivatives:
+                return None
+            surface = Surface.of(nearer, known.kind)
+        before = [step.shrinkage.learned for step in state.steps if step.shrinkage is not None]
+        return learn(surface, groups, known.examples, around, before, self.generalise)
 
     def _propose(
         self,

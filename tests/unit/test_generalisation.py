@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,15 +17,15 @@ from raybilevel._models.generalisation import (
     modes,
     orthonormal,
     penalised_minimum,
-    seen_from,
     strongest,
 )
 from raybilevel._models.shrinkage import GroupPenalty, negative_log_likelihood, off_mean
+from raybilevel._models.trust import promises, trust
 from raybilevel.errors import SpaceError
 from raybilevel.methods import Default
 from raybilevel.methods._default import PLAIN_STEPS, say_once
 from raybilevel.search import BilevelOptimizer, new_data, search
-from raybilevel.search_state import Likelihood, Proposal, SearchState, Shrinkage, StepRecord, Training
+from raybilevel.search_state import Likelihood, Proposal, Shrinkage, Training
 from raybilevel.space import sobol_points
 from raybilevel.tune._view import SearchView
 from tests.problems_for_tests import vector
@@ -76,6 +75,10 @@ class Quadratic(Surface):
     def make(cls, hessian: Tensor, centre: Tensor) -> Quadratic:
         made = cls(centre, centre, hessian, centre, 0.0, 0.0, 1.0, 0.0, 0.0, "log_likelihood")
         return made
+
+    @property
+    def differentiated(self) -> Tensor:
+        return sobol_points(D, 5, 1)
 
     def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
         slope = self.derivative_weights @ (x - self.points)
@@ -194,34 +197,25 @@ def test_evidence_that_is_flat_holds_nothing() -> None:
 
 def test_the_strength_in_use_is_the_median_of_three_steps() -> None:
     surface = Quadratic.make(torch.diag(BENT), TARGET)
-    seen = tuple(observed(valley, sobol_points(D, 10, 1)))
-
-    def before(*learned: float) -> SearchState:
-        shrinkage = Shrinkage(GROUP, "log_likelihood", 100, 0.0, 0.0, (), 0.0, True)
-        return SearchState(
-            seen, tuple(StepRecord(i, 0, 1.0, shrinkage=replace(shrinkage, learned=t)) for i, t in enumerate(learned))
-        )
-
-    found = learn(surface, before(), GROUP, 100, TARGET)
+    found = learn(surface, GROUP, 100, TARGET)
     assert found.learned in STRENGTHS and found.strength == pytest.approx(found.learned)
-    assert learn(surface, before(1000.0, 1000.0), GROUP, 100, TARGET).strength == pytest.approx(1000.0)
+    assert learn(surface, GROUP, 100, TARGET, (1000.0, 1000.0)).strength == pytest.approx(1000.0)
     # of two, their geometric mean; of those before the last two, nothing
-    found = learn(surface, before(100 * found.learned), GROUP, 100, TARGET)
+    found = learn(surface, GROUP, 100, TARGET, (100 * found.learned,))
     assert found.strength == pytest.approx(10 * found.learned)
-    assert learn(surface, before(1e-3, 1e3, 1e3), GROUP, 100, TARGET).strength == pytest.approx(1e3)
+    assert learn(surface, GROUP, 100, TARGET, (1e-3, 1e3, 1e3)).strength == pytest.approx(1e3)
 
 
 def test_without_groups_every_hyperparameter_counts() -> None:
-    found = learn(Quadratic.make(torch.diag(BENT), TARGET), SearchState(), (), 100, TARGET)
+    found = learn(Quadratic.make(torch.diag(BENT), TARGET), (), 100, TARGET)
     assert (found.supported, found.strength, found.mode) == (D, 0.0, tuple(TARGET.tolist()))
 
 
 def test_hyperparameters_at_a_bound_do_not_follow_the_examples() -> None:
-    seen = tuple(observed(valley, sobol_points(D, 10, 1)))
     centre = torch.tensor([-0.5, 0.4, 0.5, 0.6, 1.5], dtype=torch.double)
     hessian = torch.diag(torch.tensor([9.0, 2.0, 1.0, 4.0, 9.0], dtype=torch.double))
     around = centre.clamp(0, 1)
-    found = learn(Quadratic.make(hessian, centre), SearchState(seen), GROUP, 10_000, around)
+    found = learn(Quadratic.make(hessian, centre), GROUP, 10_000, around)
     assert [x in (0.0, 1.0) for x in found.mode] == [True, False, False, False, True]
     # Of the three that are left: their mean, and two directions off it.
     projection = torch.eye(3).double() - 1 / 3
@@ -231,10 +225,10 @@ def test_hyperparameters_at_a_bound_do_not_follow_the_examples() -> None:
     assert found.supported > found.adapted
     # At a corner of the cube nothing is left.
     corner = torch.tensor([-9.0, 9.0, -9.0, 9.0, 9.0], dtype=torch.double)
-    assert learn(Quadratic.make(hessian, corner), SearchState(seen), GROUP, 10_000, corner.clamp(0, 1)).adapted == 0
-    inside = learn(Quadratic.make(hessian, TARGET), SearchState(seen), GROUP, 10_000, TARGET)
+    assert learn(Quadratic.make(hessian, corner), GROUP, 10_000, corner.clamp(0, 1)).adapted == 0
+    inside = learn(Quadratic.make(hessian, TARGET), GROUP, 10_000, TARGET)
     assert inside.adapted is None
-    alone = learn(Quadratic.make(hessian, centre), SearchState(seen), (), 100, around)
+    alone = learn(Quadratic.make(hessian, centre), (), 100, around)
     assert (alone.supported, alone.adapted) == (D, 3.0)
 
 
@@ -325,10 +319,34 @@ def test_the_first_steps_are_plain() -> None:
     assert known == [False] * PLAIN_STEPS + [True] * (len(known) - PLAIN_STEPS)
 
 
-def test_seen_from_takes_points_with_hypergradients() -> None:
-    state = SearchState(tuple(observed(valley, sobol_points(D, 4, 1))))
-    units = torch.tensor([t.unit for t in state.trainings], dtype=torch.double)
-    assert torch.equal(seen_from(state, TARGET), units[[0, 2]] - TARGET)
+def test_derivatives_are_known_where_the_model_holds_them() -> None:
+    points = sobol_points(D, 10, 1)
+    trainings, near = observed(valley, points), points[2]
+    known = points[::2]
+
+    def held(rows: int) -> list[list[float]]:
+        return sorted(Surface.of(fit_upper_model(trainings, [], near, rows), "log_likelihood").differentiated.tolist())
+
+    assert held(500) == sorted(known.tolist())
+    nearest = (known - near).norm(dim=1).argsort()[:3]
+    assert held(12 + 3 * D) == sorted(known[nearest].tolist())
+
+
+def test_where_rows_run_out_the_evidence_is_that_of_a_model_around_the_result() -> None:
+    problem = Means((0.4,) * 8)
+    state = run(problem).state
+
+    def learned(method: Default, centre: Training) -> Shrinkage | None:
+        near = torch.tensor(centre.unit, dtype=torch.double)
+        model = fit_upper_model(state.measured, [], near, method.max_rows, (), trust(promises(state)))
+        return method._shrinkage(problem, problem.space, {}, state, model, centre.index)
+
+    few = Default(max_rows=60)
+    result = few.incumbent(state)
+    assert result is not None
+    x = torch.tensor(result.unit)
+    other = max((t for t in state.done if t.hypergradient), key=lambda t: (torch.tensor(t.unit) - x).norm().item())
+    assert learned(few, other) == learned(few, result) != learned(Default(), result)
 
 
 @pytest.mark.slow
