@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,26 @@ from raybilevel._lower.training import load_checkpoint
 from raybilevel._lower.variables import BoxVariables
 from raybilevel.problem import make_model
 from raybilevel.space import sobol_points
+
+TOLERANCE, MAX_SOLVE = 1e-3, 1.0
+
+
+def differentiated(
+    objective: Objective, unit: Tensor, trace: Mapping[str, Any], tolerance: float, max_solve: float
+) -> tuple[float, Tensor]:
+    """F and its implicit gradient, shape (d,), after a training; where that fails, the worst F so far and no slope.
+
+    Raises:
+        BudgetSpent: before the training, or before a solve that no training would follow.
+    """
+    trained, checkpoint = objective.train(unit, trace)
+    if trained is None:
+        return objective.worst(), torch.zeros_like(unit)
+    if objective.cost >= objective.budget:
+        raise BudgetSpent
+    found = implicit_gradient(objective, unit, checkpoint, tolerance, max_solve)
+    objective.note(hypergradient=found.gradient.tolist(), residual=found.residual, products=found.iterations)
+    return trained.upper_loss, found.gradient
 
 
 def implicit_gradient(
@@ -45,12 +66,12 @@ def implicit_gradient(
     return found
 
 
-def lbfgsb_centre(objective: Objective, seed: int, tolerance: float = 1e-3, max_solve: float = 1.0) -> None:
+def lbfgsb_centre(objective: Objective, seed: int, tolerance: float = TOLERANCE, max_solve: float = MAX_SOLVE) -> None:
     """From the centre of the box; after it has converged, from random points."""
     _lbfgsb(objective, seed, True, tolerance, max_solve)
 
 
-def lbfgsb_random(objective: Objective, seed: int, tolerance: float = 1e-3, max_solve: float = 1.0) -> None:
+def lbfgsb_random(objective: Objective, seed: int, tolerance: float = TOLERANCE, max_solve: float = MAX_SOLVE) -> None:
     """From random points, one after another."""
     _lbfgsb(objective, seed, False, tolerance, max_solve)
 
@@ -63,16 +84,8 @@ def _lbfgsb(objective: Objective, seed: int, centre: bool, tolerance: float, max
 
         def both(point: Any, number: int = number) -> tuple[float, Any]:
             unit = torch.from_numpy(point).clamp(0, 1)
-            trained, checkpoint = objective.train(unit, {"start": number})
-            if trained is None:
-                # No slope is known where a training failed.
-                return objective.worst(), 0 * point
-            # Before a solve that no training would follow.
-            if objective.cost >= objective.budget:
-                raise BudgetSpent
-            found = implicit_gradient(objective, unit, checkpoint, tolerance, max_solve)
-            objective.note(hypergradient=found.gradient.tolist(), residual=found.residual, products=found.iterations)
-            return trained.upper_loss, found.gradient.numpy()
+            value, gradient = differentiated(objective, unit, {"start": number}, tolerance, max_solve)
+            return value, gradient.numpy()
 
         options = {"maxiter": 10_000, "maxfun": 100_000, "ftol": 1e-7, "gtol": 1e-6}
         minimize(both, start.numpy(), jac=True, method="L-BFGS-B", bounds=[(0.0, 1.0)] * dimension, options=options)

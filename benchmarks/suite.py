@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from benchmarks import peers, reference
+from benchmarks.lago import lago
 from benchmarks.newsgroups import Newsgroups
 from benchmarks.objective import BudgetSpent, Objective
 from benchmarks.ours import bilevel, configured
@@ -80,6 +81,7 @@ PEERS: dict[str, Peer] = {
     "diagonal": Peer(peers.diagonal, (2, math.inf)),
     "given": Peer(peers.given),
     "grid": Peer(peers.grid, (1, 2)),
+    "lago": Peer(lago),
     "lbfgsb-centre": Peer(reference.lbfgsb_centre),
     "lbfgsb-random": Peer(reference.lbfgsb_random),
     "optuna-gp": Peer(peers.optuna_gp),
