@@ -20,8 +20,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.__main__ import run_all
 from benchmarks.families import shown
+from benchmarks.pool import run_all
 from benchmarks.suite import MethodEntry, ProblemEntry, Run, box_of, make_problem
 from raybilevel._models.shrinkage import expected_loss
 from raybilevel._records import store as records

@@ -178,7 +178,7 @@ ENDLESS = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from benchmarks.__main__ import end_with_parent
+from benchmarks.pool import end_with_parent
 
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)
@@ -233,6 +233,20 @@ def test_the_command_resumes_and_redoes_what_is_half_written(
     assert records.read(written[0]).status == "done"
     assert written[1].read_text() == good
     assert (written[0].with_name(f"{written[0].name}.old1")).exists()
+
+
+def test_the_command_runs_as_a_program(tmp_path: Path) -> None:
+    """Workers are new processes, which do not have what the program's own module defines."""
+    command = [sys.executable, "-m", "benchmarks", str(small_suite(tmp_path)), "--out", str(tmp_path / "out")]
+    ended = subprocess.run(
+        [*command, "--methods", "random", "--seeds", "1"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert len(list((tmp_path / "out").glob("records/ridge/*.json"))) == 1
 
 
 def test_the_command_narrows_the_suite_and_refuses_unknown_names(
