@@ -191,7 +191,7 @@ def learn(
         unit, moving = tuple(around.tolist()), adapted_at(surface, groups, 0.0, around, seen)
         return Shrinkage(groups, surface.likelihood, examples, 0.0, 0.0, unit, float(len(unit)), applied, moving)
     found = list(modes(surface, groups, examples, around, off_mean(seen, groups)))
-    learned = strongest(found)
+    learned = selected(found)
     # This step and the last STEADY - 1. In logarithms, as tau spans six decades and two have their mean for a median.
     in_use = math.exp(median(math.log(strength) for strength in [*before[1 - STEADY :], learned.strength]))
     mode = min(found, key=lambda m: abs(math.log(m.strength / in_use)))
@@ -265,7 +265,7 @@ def adapted_at(surface: LogLikelihood, groups: Groups, strength: float, x: Tenso
     return len(free) - rank + (bends / (bends + strength)).sum().item()
 
 
-def strongest(found: Sequence[Mode]) -> Mode:
+def selected(found: Sequence[Mode]) -> Mode:
     """The strongest within a nat of the best, of modes in the order strong to weak; the weakest where all are."""
     best = max(mode.evidence for mode in found)
     within = [mode for mode in found if mode.evidence >= best - NAT]

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from raybilevel._models.generalisation import Mode, modes, penalised_minimum, strongest
+from raybilevel._models.generalisation import Mode, modes, penalised_minimum, selected
 from raybilevel._models.shrinkage import off_mean
 from raybilevel.sklearn._folds import FoldLoss
 
@@ -50,7 +50,7 @@ def choose(loss: FoldLoss, generalise: bool, repeats: float = 1.0) -> Choice:
         found.append(mode)
         if mode.evidence < max(m.evidence for m in found) - BEHIND:
             break
-    mode = strongest(found)
+    mode = selected(found)
     return Choice(mode.x, shared, mode.supported)
 
 

@@ -17,7 +17,7 @@ from raybilevel._models.generalisation import (
     modes,
     orthonormal,
     penalised_minimum,
-    strongest,
+    selected,
 )
 from raybilevel._models.shrinkage import GroupPenalty, negative_log_likelihood, off_mean
 from raybilevel._models.trust import promises, trust
@@ -169,7 +169,7 @@ def test_a_valley_on_the_way_from_the_mean_does_not_hide_the_one_around_the_best
     found = list(modes(surface, GROUP, 500, around, off_mean(torch.eye(D).double(), GROUP)))
     assert (found[0].x - 0.2).abs().max() < 0.05  # under the strongest the other valley is lower
     assert (found[-1].x - around).abs().max() < 0.05
-    best = strongest(found)
+    best = selected(found)
     assert (best.x - around).abs().max() < 0.1 and best.supported > 3
 
 
@@ -186,13 +186,13 @@ def test_directions_that_were_not_seen_get_the_median_curvature() -> None:
 def test_the_strongest_within_a_nat_is_taken() -> None:
     x = torch.zeros(1)
     found = [Mode(tau, x, evidence, 1.0) for tau, evidence in ((100.0, -3.0), (10.0, -0.9), (1.0, 0.0), (0.1, -0.5))]
-    assert strongest(found).strength == 10.0
+    assert selected(found).strength == 10.0
 
 
 def test_evidence_that_is_flat_holds_nothing() -> None:
     x = torch.zeros(2, dtype=torch.double)
     found = [Mode(tau, x, evidence, 1.0) for tau, evidence in ((100.0, 0.0), (10.0, -0.1), (1.0, -0.5), (0.1, -0.9))]
-    assert strongest(found).strength == 0.1
+    assert selected(found).strength == 0.1
 
 
 def test_the_strength_in_use_is_the_median_of_three_steps() -> None:
