@@ -13,7 +13,8 @@ that is the best. Gradients are those of `lbfgsb-centre`, at the same price.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from botorch.acquisition import LogExpectedImprovement
@@ -70,17 +71,13 @@ class Region:
         """The minimiser of the model in the box, and how far F is predicted to fall."""
         low, high = self.box
 
-        def model(x: Tensor) -> tuple[float, Tensor]:
-            step = x - self.centre.x
+        def model(x: Any) -> tuple[float, Any]:
+            step = torch.from_numpy(x) - self.centre.x
             bent = self.hessian @ step
-            return (self.centre.gradient @ step + step @ bent / 2).item(), self.centre.gradient + bent
-
-        def differentiated(x: object) -> tuple[float, object]:
-            value, slope = model(torch.as_tensor(x))
-            return value, slope.numpy()
+            return (self.centre.gradient @ step + step @ bent / 2).item(), (self.centre.gradient + bent).numpy()
 
         bounds = list(zip(low.tolist(), high.tolist(), strict=True))
-        found = minimize(differentiated, self.centre.x.numpy(), jac=True, method="L-BFGS-B", bounds=bounds)
+        found = minimize(model, self.centre.x.numpy(), jac=True, method="L-BFGS-B", bounds=bounds)
         return torch.from_numpy(found.x).clamp(low, high), -float(found.fun)
 
     def told(self, point: Point, predicted: float) -> Region:
@@ -107,7 +104,7 @@ class Lago:
 
     points: tuple[Point, ...]
     global_points: tuple[Point, ...]
-    region: Region = field(repr=False)
+    region: Region
 
     @classmethod
     def of(cls, points: Sequence[Point]) -> Lago:
