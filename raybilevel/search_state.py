@@ -129,24 +129,25 @@ class Shrinkage:
     groups:     the coordinates of each group.
     likelihood: what makes a likelihood of F.
     examples:   of the upper level, n.
-    learned:    tau by the evidence at this step.
-    strength:   tau by this step and those before.
+    strength:   tau, by the evidence of this step and of those before.
     mode:       where the model of F has its minimum under that penalty, shape (d,), in the unit cube.
     supported:  how many hyperparameters the examples determine.
     applied:    the search uses the penalty; otherwise it only says what it would be.
     adapted:    how many of those that are determined are off their bounds, and so follow the chance in the examples;
         None where the mode is at no bound, and they are all.
+    evidence:   of this step, in nats less the highest, for each of `_models.generalisation.STRENGTHS`; empty without
+        groups.
     """
 
     groups: tuple[tuple[int, ...], ...]
     likelihood: Likelihood
     examples: int
-    learned: float
     strength: float
     mode: Unit
     supported: float
     applied: bool
     adapted: float | None = None
+    evidence: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
+from statistics import fmean
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,10 +40,10 @@ LEAST_SHARE = 0.1
 """Of the lowest squared error seen, below which the model is not believed: it may even be negative there, and its
 logarithm would draw the search to where nothing is known."""
 NAT = 1.0
-"""The strongest tau within so much of the best log evidence is taken: the evidence is flat, the model too hopeful.
+"""The strongest tau within so much of the best log evidence is taken: it is flat there, and the model too hopeful.
 Where even the weakest is within it, F is noise or has no bends that are seen, and nothing is held."""
 STEADY = 3
-"""Steps of whose strengths the median is in use."""
+"""Steps over which the log evidence is averaged: each has another model of F, and sees the bends anew."""
 SAME_MERIT = 1e-6
 """Two minima that differ by less are one, found twice."""
 REACH = 0.2
@@ -179,32 +179,31 @@ def learn(
     groups: tuple[tuple[int, ...], ...],
     examples: int,
     around: Tensor,
-    before: Sequence[float] = (),
+    before: Sequence[Sequence[float]] = (),
     applied: bool = True,
 ) -> Shrinkage:
     """Of the model of F, with x_tau sought around a point of the unit cube, shape (d,).
 
-    before: strengths that earlier steps have learned.
+    before: the evidence that earlier steps have found.
     """
     seen = surface.differentiated - around
     if not groups:
         unit, moving = tuple(around.tolist()), adapted_at(surface, groups, 0.0, around, seen)
-        return Shrinkage(groups, surface.likelihood, examples, 0.0, 0.0, unit, float(len(unit)), applied, moving)
+        return Shrinkage(groups, surface.likelihood, examples, 0.0, unit, float(len(unit)), applied, moving)
     found = list(modes(surface, groups, examples, around, off_mean(seen, groups)))
-    learned = selected(found)
-    # This step and the last STEADY - 1. In logarithms, as tau spans six decades and two have their mean for a median.
-    in_use = math.exp(median(math.log(strength) for strength in [*before[1 - STEADY :], learned.strength]))
-    mode = min(found, key=lambda m: abs(math.log(m.strength / in_use)))
+    best = max(mode.evidence for mode in found)
+    evidence = tuple(mode.evidence - best for mode in found)
+    mode = found[selected([fmean(step) for step in zip(*before[1 - STEADY :], evidence, strict=True)])]
     return Shrinkage(
         groups,
         surface.likelihood,
         examples,
-        learned.strength,
-        in_use,
+        mode.strength,
         tuple(mode.x.tolist()),
         mode.supported,
         applied,
         adapted_at(surface, groups, mode.strength, mode.x, seen),
+        evidence,
     )
 
 
@@ -265,11 +264,11 @@ def adapted_at(surface: LogLikelihood, groups: Groups, strength: float, x: Tenso
     return len(free) - rank + (bends / (bends + strength)).sum().item()
 
 
-def selected(found: Sequence[Mode]) -> Mode:
-    """The strongest within a nat of the best, of modes in the order strong to weak; the weakest where all are."""
-    best = max(mode.evidence for mode in found)
-    within = [mode for mode in found if mode.evidence >= best - NAT]
-    return within[-1] if len(within) == len(found) else within[0]
+def selected(evidence: Sequence[float]) -> int:
+    """The place of the strongest within a nat of the best, of log evidence in the order strong to weak; that of the
+    weakest where all are."""
+    within = [place for place, value in enumerate(evidence) if value >= max(evidence) - NAT]
+    return within[-1] if len(within) == len(evidence) else within[0]
 
 
 def merit(surface: LogLikelihood, groups: Groups, strength: float, x: Tensor) -> float:

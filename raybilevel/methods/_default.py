@@ -445,7 +445,7 @@ class Default(Method):
             if not nearer.process.model.has_derivatives:
                 return None
             surface = Surface.of(nearer, known.kind)
-        before = [step.shrinkage.learned for step in state.steps if step.shrinkage is not None]
+        before = [step.shrinkage.evidence for step in state.steps if step.shrinkage and step.shrinkage.evidence]
         return learn(surface, groups, known.examples, around, before, self.generalise)
 
     def _propose(

@@ -50,7 +50,7 @@ def choose(loss: FoldLoss, generalise: bool, repeats: float = 1.0) -> Choice:
         found.append(mode)
         if mode.evidence < max(m.evidence for m in found) - BEHIND:
             break
-    mode = selected(found)
+    mode = found[selected([mode.evidence for mode in found])]
     return Choice(mode.x, shared, mode.supported)
 
 

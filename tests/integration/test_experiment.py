@@ -130,7 +130,7 @@ def test_the_refit_is_with_what_halves_of_the_validation_examples_say(
         return resolve(ExperimentConfig.model_validate(given))
 
     one = plan("digits_logistic")
-    shrinkage = Shrinkage(((0, 1, 2, 3),), "log_likelihood", 60, 2.0, 2.0, (0.5,) * 4, 3.0, applied=True)
+    shrinkage = Shrinkage(((0, 1, 2, 3),), "log_likelihood", 60, 2.0, (0.5,) * 4, 3.0, applied=True)
     chosen = chosen_for_refit(one, found, shrinkage)
     if not generalise:
         assert (chosen.config, chosen.trainings) == (found, 0)

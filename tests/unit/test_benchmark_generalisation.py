@@ -44,7 +44,7 @@ def test_every_method_has_the_same_splits() -> None:
 
 
 def test_the_measured_gap_is_beyond_that_at_results_of_other_splits() -> None:
-    shrinkage = Shrinkage(((0, 1),), "log_likelihood", 100, 2.0, 2.0, (0.4, 0.6), 3.0, applied=True)
+    shrinkage = Shrinkage(((0, 1),), "log_likelihood", 100, 2.0, (0.4, 0.6), 3.0, applied=True)
     (run,) = runs(None, 1, ["banded-ridge-4"], [OURS])
     record = execute(replace(run, budget=2.0, marks=(2.0,)))
     first, last = (

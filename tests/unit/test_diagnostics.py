@@ -123,7 +123,7 @@ def test_the_incumbent_is_not_the_luckiest_where_values_are_noisy() -> None:
     best = method.incumbent(misled)
     assert best is not None and best.index == 2
     # Nor what a strong penalty leaves, which tells only that one apart from the others.
-    strong = Shrinkage(((0, 1, 2, 3),), "log_likelihood", 100, 1e3, 1e3, (0.5,) * 4, 1.0, applied=True)
+    strong = Shrinkage(((0, 1, 2, 3),), "log_likelihood", 100, 1e3, (0.5,) * 4, 1.0, applied=True)
     held = replace(misled, steps=(replace(misled.steps[0], shrinkage=strong),))
     for t in state.trainings:
         held = held.change(t.index, proposal=replace(t.proposal, unit=(0.5, 0.5, 0.5, 0.1 if t.index else 0.5)))
@@ -170,7 +170,7 @@ def test_what_is_expected_of_new_data() -> None:
         Training(i, Proposal(unit, "start"), "done", i, upper_loss=upper, lower_loss=0.0)
         for i, (unit, upper) in enumerate((((0.5, 0.5, 0.2), 0.30), ((0.1, 0.9, 0.2), 0.21)))
     )
-    shrinkage = Shrinkage(((0, 1),), "log_likelihood", 100, 2.0, 2.0, (0.45, 0.55, 0.2), 2.125, applied=True)
+    shrinkage = Shrinkage(((0, 1),), "log_likelihood", 100, 2.0, (0.45, 0.55, 0.2), 2.125, applied=True)
     state = SearchState(trainings, (StepRecord(0, 0, 1.0, shrinkage=shrinkage),))
     found = new_data(state, make_method("default").incumbent(state))
     assert found is not None

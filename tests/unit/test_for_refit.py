@@ -85,7 +85,7 @@ def test_a_result_that_has_followed_the_chance_of_the_examples_more_is_brought_n
     kind: Likelihood, optimism: float | None
 ) -> None:
     # Three hyperparameters are determined, two of them within the group, by one example.
-    shrinkage = Shrinkage(((0, 1, 2, 3),), kind, 1, 1.0, 1.0, (0.5,) * 4, 3.0, applied=True)
+    shrinkage = Shrinkage(((0, 1, 2, 3),), kind, 1, 1.0, (0.5,) * 4, 3.0, applied=True)
     problem = Moved(at(1))
     found = config_for_refit(problem, CONFIG, SPACE, shrinkage)
     assert (found.spread, found.trainings) == (0.0, 8)

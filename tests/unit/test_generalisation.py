@@ -10,7 +10,6 @@ from torch import Tensor
 from raybilevel._models.acquisition import UpperModel, fit_upper_model, minimise_in_box
 from raybilevel._models.generalisation import (
     STRENGTHS,
-    Mode,
     Surface,
     curvatures,
     learn,
@@ -169,7 +168,7 @@ def test_a_valley_on_the_way_from_the_mean_does_not_hide_the_one_around_the_best
     found = list(modes(surface, GROUP, 500, around, off_mean(torch.eye(D).double(), GROUP)))
     assert (found[0].x - 0.2).abs().max() < 0.05  # under the strongest the other valley is lower
     assert (found[-1].x - around).abs().max() < 0.05
-    best = selected(found)
+    best = found[selected([mode.evidence for mode in found])]
     assert (best.x - around).abs().max() < 0.1 and best.supported > 3
 
 
@@ -184,26 +183,24 @@ def test_directions_that_were_not_seen_get_the_median_curvature() -> None:
 
 
 def test_the_strongest_within_a_nat_is_taken() -> None:
-    x = torch.zeros(1)
-    found = [Mode(tau, x, evidence, 1.0) for tau, evidence in ((100.0, -3.0), (10.0, -0.9), (1.0, 0.0), (0.1, -0.5))]
-    assert selected(found).strength == 10.0
+    assert selected([-3.0, -0.9, 0.0, -0.5]) == 1
 
 
 def test_evidence_that_is_flat_holds_nothing() -> None:
-    x = torch.zeros(2, dtype=torch.double)
-    found = [Mode(tau, x, evidence, 1.0) for tau, evidence in ((100.0, 0.0), (10.0, -0.1), (1.0, -0.5), (0.1, -0.9))]
-    assert selected(found).strength == 0.1
+    assert selected([0.0, -0.1, -0.5, -0.9]) == 3
 
 
-def test_the_strength_in_use_is_the_median_of_three_steps() -> None:
+def test_the_evidence_of_the_last_three_steps_counts_alike() -> None:
     surface = Quadratic.make(torch.diag(BENT), TARGET)
     found = learn(surface, GROUP, 100, TARGET)
-    assert found.learned in STRENGTHS and found.strength == pytest.approx(found.learned)
-    assert learn(surface, GROUP, 100, TARGET, (1000.0, 1000.0)).strength == pytest.approx(1000.0)
-    # of two, their geometric mean; of those before the last two, nothing
-    found = learn(surface, GROUP, 100, TARGET, (100 * found.learned,))
-    assert found.strength == pytest.approx(10 * found.learned)
-    assert learn(surface, GROUP, 100, TARGET, (1e-3, 1e3, 1e3)).strength == pytest.approx(1e3)
+    assert max(found.evidence) == 0 and len(found.evidence) == len(STRENGTHS)
+    assert found.strength == STRENGTHS[selected(found.evidence)]
+    strongest = tuple(-100.0 * place for place in range(len(STRENGTHS)))
+    both = learn(surface, GROUP, 100, TARGET, (strongest, strongest))
+    assert both.evidence == found.evidence and both.strength == STRENGTHS[0]
+    mean = [(one + other) / 2 for one, other in zip(found.evidence, strongest, strict=True)]
+    assert learn(surface, GROUP, 100, TARGET, (strongest,)).strength == STRENGTHS[selected(mean)]
+    assert learn(surface, GROUP, 100, TARGET, (strongest, found.evidence, found.evidence)).strength == found.strength
 
 
 def test_without_groups_every_hyperparameter_counts() -> None:

@@ -26,7 +26,7 @@ def search(
         for i, (unit, upper) in enumerate(zip(units, uppers, strict=True))
     )
     values: dict[str, object] = {"mode": tuple(units[0]), "supported": 2.0, "applied": True} | others
-    found = Shrinkage(((0, 1),), likelihood, 10, strength, strength, **values)  # type: ignore[arg-type]
+    found = Shrinkage(((0, 1),), likelihood, 10, strength, **values)  # type: ignore[arg-type]
     return SearchState(trainings, (StepRecord(0, 0, 1.0, shrinkage=found),))
 
 
@@ -107,7 +107,7 @@ def test_the_loss_on_new_data_of_a_gaussian_mean() -> None:
         seen = seen - (truth - mean).square().sum(1) / 2
         measured = (new - seen).mean().item()
         shrinkages = (
-            Shrinkage(group, "log_likelihood", n, tau, tau, tuple(point), supported, applied=True)
+            Shrinkage(group, "log_likelihood", n, tau, tuple(point), supported, applied=True)
             for point in mode[:500].tolist()
         )
         told = [expected_loss(s, tuple(point), 0.0) for s, point in zip(shrinkages, x[:500].tolist(), strict=True)]
@@ -115,7 +115,7 @@ def test_the_loss_on_new_data_of_a_gaussian_mean() -> None:
 
 
 def test_a_squared_error_grows_by_a_factor() -> None:
-    shrinkage = Shrinkage(((0, 1),), "squared_error", 10, 1.0, 1.0, (0.5, 0.5), 2.0, applied=True)
+    shrinkage = Shrinkage(((0, 1),), "squared_error", 10, 1.0, (0.5, 0.5), 2.0, applied=True)
     assert expected_loss(shrinkage, (0.5, 0.5), 4.0) == pytest.approx(4.0 * math.exp(2 * 2.0 / 10))
 
 
@@ -128,14 +128,14 @@ def test_the_loss_on_new_data_at_bounds() -> None:
     x = mean.clamp(0, 1)
     seen = (x - mean).square().sum(1) / 2 - (truth - mean).square().sum(1) / 2
     measured = ((x - truth).square().sum(1) / 2 - seen).mean().item()
-    shrinkage = Shrinkage((), "log_likelihood", n, 0.0, 0.0, tuple(x[0].tolist()), d, applied=True, adapted=4.0)
+    shrinkage = Shrinkage((), "log_likelihood", n, 0.0, tuple(x[0].tolist()), d, applied=True, adapted=4.0)
     assert expected_loss(shrinkage, tuple(x[0].tolist()), 0.0) == pytest.approx(4 / n)
     assert measured == pytest.approx(4 / n, rel=0.2)  # of chance
 
 
 def test_what_a_group_adds_is_that_of_its_members_off_their_bounds() -> None:
     group = ((0, 1, 2, 3),)
-    inside = Shrinkage(group, "log_likelihood", 10, 1.0, 1.0, (0.2, 0.4, 0.6, 0.8), 3.0, applied=True)
+    inside = Shrinkage(group, "log_likelihood", 10, 1.0, (0.2, 0.4, 0.6, 0.8), 3.0, applied=True)
     # Of 3.0 one is the mean of the group.
     assert expected_at_spread(inside, 1.0, 0.5) == pytest.approx(1 + 0.5 * 2.0 / 10)
     two = replace(inside, mode=(0.0, 0.4, 0.6, 1.0), adapted=1.5)
