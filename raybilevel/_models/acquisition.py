@@ -32,7 +32,7 @@ ROUNDS = 2
 
 LEAST_TRUST = 0.05
 """Below it hypergradients would say that F is flat."""
-FEWEST_GRADIENTS, MOST_POINTS = 5, 30
+FEWEST_GRADIENTS, MOST_POINTS = 8, 30
 """With room for fewer gradients than these, all of the nearest points are kept, so many, with one length scale."""
 ENOUGH_TO_CONTRADICT = 6
 POOR = 0.7

@@ -8,12 +8,16 @@ derivatives along Q, and those along each of them have the same m x m covariance
     M_ij = (variance / l^2) w_i w_j exp(-|x_i - x_j|^2 / (2 l^2)) + noise_ij.
 
 What is left is a process in the r coordinates Q' (x - mean), with n + m r rows, and M, whatever d is.
+
+Where coordinates differ in how far they matter, one length is wrong along each of them, and so many equal errors of
+derivatives would outweigh the values: these were taken for noise, and the function for a plane. So values have no more
+noise than they have without derivatives.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,6 +47,8 @@ SCREENING, ITERATIONS = 6, 40
 """L-BFGS-B iterations from each start of the noise, and from the better one."""
 ROWS = 250
 """Of values and derivatives along Q in the likelihood. The process is conditioned on all."""
+VALUE_NOISE = 3
+"""Its place among the hyperparameters."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,13 @@ class Observed:
 
 
 class OneLengthLikelihood:
-    """As `MarginalLikelihood`, of all gradients: hyperparameters are the mean, variance, length and both noises."""
+    """As `MarginalLikelihood`, of all values and gradients, those along Q evenly spaced; hyperparameters are the mean,
+    variance, length and both noises."""
 
     def __init__(self, observed: Observed, priors: Priors) -> None:
         rows, targets = observed.inside
-        r = observed.basis.shape[1]
-        chosen = spaced(rows[:, -r:].sign(), ROWS)
+        n, r = len(observed.points), observed.basis.shape[1]
+        chosen = torch.cat([torch.arange(n), n + spaced(rows[n:, -r:].sign(), ROWS - n)])
         self.observed, self.priors = observed, priors
         self.inside = MarginalLikelihood(rows[chosen], targets[chosen], (), priors, NUGGET)
         self.squares = observed.outside @ observed.outside.T
@@ -130,6 +137,12 @@ class OneLengthLikelihood:
         whole = rows + free * count
         total = rows * value + outside.item() + free * count / 2 * math.log(2 * math.pi)
         return total / whole, (rows * gradient + np.concatenate([[0.0], extra])) / whole
+
+
+def likelihood_of_values(observed: Observed, priors: Priors) -> MarginalLikelihood:
+    rows, targets = observed.inside
+    n = len(observed.points)
+    return MarginalLikelihood(rows[:n], targets[:n], (), priors, NUGGET)
 
 
 class OneLengthGP(Model):  # type: ignore[misc]
@@ -274,14 +287,15 @@ def fit_one_length(x: Tensor, values: Tensor, gradients: Mapping[int, Tensor]) -
     one = [0, 1, 2, -2, -1]
     priors = Priors(*(column[[0, 1, -2, -1]] for column in model.priors))
     low, high, start = model.bounds.lb[one], model.bounds.ub[one], model.hyperparameters[one]
-    likelihood, as_noise = OneLengthLikelihood(observed, priors), start.copy()
-    as_noise[-1] = math.log((observed.gradients * observed.weights.unsqueeze(1)).square().mean().clamp(1e-6, 10.0))
 
-    def descend(begin: Row, iterations: int) -> Any:
+    def descend(likelihood: Callable[[Row], tuple[float, Row]], begin: Row, iterations: int = ITERATIONS) -> Any:
         options = {"maxiter": iterations, "ftol": 1e-7}
         bounds = list(zip(low, high, strict=True))
         return minimize(likelihood, begin.clip(low, high), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
 
+    high[VALUE_NOISE] = descend(likelihood_of_values(observed, priors), start).x[VALUE_NOISE]
+    likelihood, as_noise = OneLengthLikelihood(observed, priors), start.copy()
+    as_noise[-1] = math.log((observed.gradients * observed.weights.unsqueeze(1)).square().mean().clamp(1e-6, 10.0))
     # From where derivatives are exact and from where they are noise, as there.
-    better = min((descend(begin, SCREENING) for begin in (start, as_noise)), key=lambda found: found.fun)
-    return FittedGP(OneLengthGP(observed, descend(better.x, ITERATIONS).x, priors), shift, scale)
+    better = min((descend(likelihood, begin, SCREENING) for begin in (start, as_noise)), key=lambda found: found.fun)
+    return FittedGP(OneLengthGP(observed, descend(likelihood, better.x).x, priors), shift, scale)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raybilevel._models.gaussian_process import NUGGET, DerivativeGP, derivative_rows, relative, value_rows
 from raybilevel._models.marginal_likelihood import MarginalLikelihood, Priors
-from raybilevel._models.one_length import Observed, OneLengthGP, OneLengthLikelihood, fit_one_length
+from raybilevel._models.one_length import ROWS, Observed, OneLengthGP, OneLengthLikelihood, fit_one_length
 from raybilevel.space import sobol_points
 from tests.problems_for_tests import vector
 
@@ -49,6 +49,28 @@ def test_the_likelihood_is_that_of_all_rows():
     assert model.observed.free == D - (COUNT - 1)
     assert value == pytest.approx(expected, rel=1e-9)
     assert gradient.tolist() == pytest.approx(theirs.tolist(), abs=1e-8)
+
+
+def test_the_likelihood_has_every_value_however_many_derivatives_there_are():
+    x = sobol_points(60, 30, 1)
+    gradients = torch.randn(30, 60, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    observed = Observed(x, bowl(x), torch.arange(30), gradients, torch.ones(30, dtype=torch.double))
+    found = OneLengthLikelihood(observed, both()[2]).inside
+    assert len(found.targets) == ROWS and found.values == 30
+    assert torch.equal(found.targets[:30], observed.values)
+
+
+def test_values_have_no_more_noise_than_without_derivatives():
+    # Values along a line, whose bend is in one direction of 120. In the others the derivatives are those of a plane.
+    d, count = 120, 9
+    generator = torch.Generator().manual_seed(0)
+    slope, *errors = torch.randn(count + 1, d, dtype=torch.double, generator=generator) / math.sqrt(d)
+    along = torch.linspace(0, -0.5, count, dtype=torch.double)
+    values = along * slope.square().sum() + 0.3 * torch.cos(9 * along)
+    x = 0.5 + along.unsqueeze(1) * slope
+    found = fit_one_length(x, values, {i: slope + 0.1 * error for i, error in enumerate(errors)})
+    assert isinstance(found.model, OneLengthGP) and found.model.value_noise < 1e-3
+    assert torch.stack([found.mean(point) for point in x]).tolist() == pytest.approx(values.tolist(), abs=0.05)
 
 
 @pytest.mark.parametrize("pending", [False, True])
