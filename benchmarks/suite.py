@@ -16,11 +16,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from benchmarks import peers, reference
+from benchmarks.descent import descent
 from benchmarks.lago import lago
 from benchmarks.newsgroups import Newsgroups
 from benchmarks.objective import BudgetSpent, Objective
 from benchmarks.ours import bilevel, configured
 from benchmarks.regularised import RegularisedNetwork
+from benchmarks.turbo import turbo
 from raybilevel._config.files import read_mapping, validated
 from raybilevel._lower.training import refit, train
 from raybilevel._metrics import UPPER_LOSS, problem_metrics
@@ -78,6 +80,7 @@ class Peer:
 
 PEERS: dict[str, Peer] = {
     "cma-es": Peer(peers.cma_es),
+    "descent": Peer(descent),
     "diagonal": Peer(peers.diagonal, (2, math.inf)),
     "given": Peer(peers.given),
     "grid": Peer(peers.grid, (1, 2)),
@@ -88,6 +91,7 @@ PEERS: dict[str, Peer] = {
     "optuna-tpe": Peer(peers.optuna_tpe),
     "qlogei": Peer(peers.qlogei),
     "random": Peer(peers.random),
+    "turbo": Peer(turbo),
 }
 
 

@@ -74,22 +74,36 @@ class DigitsLogistic(Logistic):
     """Multinomial logistic regression, one weight decay per group of neighbouring pixels, trained to the optimum:
 
     f = cross-entropy + sum_g weight_decay_g |W_g|^2 / 2, by full-batch L-BFGS in double precision.
+
+    per_class: a weight decay for each class and group, up to 640.
     """
 
     features, classes, iterations = PIXELS, CLASSES, 100
 
-    def __init__(self, groups: int = 8, train: int = 300, validation: int = 300, split_seed: int = 0) -> None:
+    def __init__(
+        self, groups: int = 8, train: int = 300, validation: int = 300, split_seed: int = 0, per_class: bool = False
+    ) -> None:
         check_split(train, validation)
         if not 1 <= groups <= PIXELS:
             raise ConfigError(f"groups: from 1 to {PIXELS}, got {groups}")
         self.groups, self.train, self.validation, self.split_seed = groups, train, validation, split_seed
+        self.per_class = per_class
 
     @property
     def space(self) -> Space:
-        return Space(tuple(Parameter(("weight_decay", f"g{g}"), 1e-6, 10.0, log=True) for g in range(self.groups)))
+        count = self.groups * CLASSES if self.per_class else self.groups
+        return Space(tuple(Parameter(("weight_decay", f"g{g}"), 1e-6, 10.0, log=True) for g in range(count)))
 
     def load(self) -> dict[str, Examples]:
         return digits_splits(self.train, self.validation, self.split_seed, self.dtype)
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
         return cross_entropy(model(batch.x), batch.y) + self.group_penalty(model, hyperparameters["weight_decay"])
+
+    def group_penalty(self, model: nn.Module, decays: Hyperparameters) -> Tensor:
+        if not self.per_class:
+            return super().group_penalty(model, decays)
+        # Names count through the groups of the first class, then through those of the second.
+        strength = torch.stack([decays[f"g{g}"] for g in range(len(decays))]).view(CLASSES, self.groups)
+        group = torch.arange(PIXELS, device=strength.device) * self.groups // PIXELS
+        return (strength[:, group] * model.get_parameter("weight").square()).sum() / 2
