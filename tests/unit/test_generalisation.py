@@ -317,7 +317,7 @@ def test_the_first_steps_are_plain() -> None:
 
 
 def test_derivatives_are_known_where_the_model_holds_them() -> None:
-    points = sobol_points(D, 10, 1)
+    points = sobol_points(D, 20, 1)
     trainings, near = observed(valley, points), points[2]
     known = points[::2]
 
@@ -325,8 +325,8 @@ def test_derivatives_are_known_where_the_model_holds_them() -> None:
         return sorted(Surface.of(fit_upper_model(trainings, [], near, rows), "log_likelihood").differentiated.tolist())
 
     assert held(500) == sorted(known.tolist())
-    nearest = (known - near).norm(dim=1).argsort()[:3]
-    assert held(12 + 3 * D) == sorted(known[nearest].tolist())
+    nearest = (known - near).norm(dim=1).argsort()[:4]
+    assert held(20 + 4 * D) == sorted(known[nearest].tolist())
 
 
 def test_where_rows_run_out_the_evidence_is_that_of_a_model_around_the_result() -> None:
