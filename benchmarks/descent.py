@@ -8,17 +8,13 @@ from benchmarks.objective import Objective
 from raybilevel.hypergradient import BilevelDescent, DescentSettings
 
 
-def descent(objective: Objective, seed: int, steps: int | None = None) -> None:
-    """From the centre of the box, whose training says what gradients cost.
-
-    steps: of Adam, at most; as many as the settings of the method have, if not given. It ends when no more than the
-        cost of the last training is left.
-    """
+def descent(objective: Objective, seed: int) -> None:
+    """With default settings, from the centre of the box, whose training says what gradients cost. It ends early when no
+    more than the cost of the last training is left."""
     space = objective.space
     centre = torch.full((space.dimension,), 0.5, dtype=torch.double)
     objective.value(centre)
-    settings = DescentSettings() if steps is None else DescentSettings(steps=steps)
-    found = BilevelDescent(objective.problem, space.to_config(centre), settings, space, seed)
+    found = BilevelDescent(objective.problem, space.to_config(centre), DescentSettings(), space, seed)
     while not found.finished:
         # The next step is taken to cost what the last did.
         before = found.passes

@@ -17,6 +17,7 @@ class Logistic(Classification):
 
     features, classes: sizes of the inputs and of the outputs.
     iterations:        limit of L-BFGS iterations in an epoch.
+    per_class:         groups are of the inputs of each class, those of the first class first.
     """
 
     epochs = 5
@@ -24,6 +25,7 @@ class Logistic(Classification):
     features: int
     classes: int = 10
     iterations: int = 60
+    per_class: bool = False
 
     def model(self) -> nn.Module:
         model = nn.Linear(self.features, self.classes)
@@ -54,9 +56,10 @@ class Logistic(Classification):
     def _weighted(self, strengths: Hyperparameters, terms: Tensor) -> Tensor:
         """The sum of terms of the weights, (classes, features), times the strengths of their groups."""
         strength = torch.stack([strengths[f"g{g}"] for g in range(len(strengths))])
-        group = torch.arange(self.features, device=strength.device) * len(strength) // self.features
         # Over classes first: (classes, features) -> (features,).
-        return (strength[group] * terms.sum(0)).sum()
+        terms = terms.flatten() if self.per_class else terms.sum(0)
+        group = torch.arange(len(terms), device=strength.device) * len(strength) // len(terms)
+        return (strength[group] * terms).sum()
 
 
 def pooled(images: Tensor, dtype: torch.dtype) -> Tensor:

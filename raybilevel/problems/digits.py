@@ -99,11 +99,3 @@ class DigitsLogistic(Logistic):
 
     def lower_loss(self, model: nn.Module, hyperparameters: Hyperparameters, batch: Minibatch) -> Tensor:
         return cross_entropy(model(batch.x), batch.y) + self.group_penalty(model, hyperparameters["weight_decay"])
-
-    def group_penalty(self, model: nn.Module, decays: Hyperparameters) -> Tensor:
-        if not self.per_class:
-            return super().group_penalty(model, decays)
-        # Names count through the groups of the first class, then through those of the second.
-        strength = torch.stack([decays[f"g{g}"] for g in range(len(decays))]).view(CLASSES, self.groups)
-        group = torch.arange(PIXELS, device=strength.device) * self.groups // PIXELS
-        return (strength[:, group] * model.get_parameter("weight").square()).sum() / 2

@@ -345,11 +345,11 @@ def test_known_optimum_counts_as_best_seen() -> None:
 
 def test_a_descent_is_charged_and_ends_with_a_training_at_its_best_x() -> None:
     objective = Objective(problem := Ridge(5), problem.space, seed=0, budget=60)
-    descent(objective, 0, steps=20)
+    descent(objective, 0)
     first, last = (o.upper_loss for o in objective.observed)
     assert first is not None and last is not None and last < 0.6 * first
     assert objective.observed[1].extra_passes == objective.charged > 0
     # It ends within its budget, where that does not hold all steps.
     short = Objective(problem, problem.space, seed=0, budget=10)
-    descent(short, 0, steps=20)
+    descent(short, 0)
     assert short.charged < objective.charged and 8 < short.observations()[1].cost <= 10

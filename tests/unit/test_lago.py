@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.lago import APART, FIRST_RADIUS, LARGEST_RADIUS, Lago, Point, Region, lago
-from benchmarks.objective import BudgetSpent, Objective
-from raybilevel.problems.synthetic import SeveralOptima
 from raybilevel.space import sobol_points
 from tests.problems_for_tests import vector
+from tests.rivals import until_spent
 
 HESSIAN = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, -0.5], [0.0, -0.5, 1.0]], dtype=torch.double)
 LOWEST = vector(0.4, 0.55, 0.6)
@@ -79,14 +78,9 @@ def test_the_region_moves_to_a_better_point_found_outside() -> None:
 
 
 def test_a_search_descends_and_is_charged_for_gradients() -> None:
-    problem = SeveralOptima(dimension=2)
-    assert problem.space is not None
-    objective = Objective(problem, problem.space, 0, 15)
-    with pytest.raises(BudgetSpent):
-        lago(objective, 0)
-    upper = [o.upper_loss for o in objective.observed if o.upper_loss is not None]
+    objective, upper, optimum = until_spent(lago, 15)
     origins = [o.trace["origin"] for o in objective.observed]
     assert {"start", "global", "region"} == set(origins)
     first = min(value for value, origin in zip(upper, origins, strict=True) if origin == "start")
-    assert min(upper) - problem.optimum < 0.1 * (first - problem.optimum)
+    assert min(upper) - optimum < 0.1 * (first - optimum)
     assert objective.charged > 0

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.objective import BudgetSpent, Objective
 from benchmarks.peers import START_DESIGN
 from benchmarks.turbo import FIRST_LENGTH, LARGEST_LENGTH, PERTURBED, SUCCESSES, Region, candidates, turbo
-from raybilevel.problems.synthetic import SeveralOptima
 from tests.problems_for_tests import vector
+from tests.rivals import until_spent
 
 
 def test_a_region_grows_after_successes_and_shrinks_after_as_many_failures_as_coordinates() -> None:
@@ -39,11 +38,6 @@ def test_candidates_differ_from_the_centre_in_some_of_many_coordinates() -> None
 
 
 def test_a_search_goes_below_its_start_design() -> None:
-    problem = SeveralOptima(dimension=2)
-    assert problem.space is not None
-    objective = Objective(problem, problem.space, 0, 25)
-    with pytest.raises(BudgetSpent):
-        turbo(objective, 0)
-    upper = [o.upper_loss for o in objective.observed if o.upper_loss is not None]
+    _, upper, optimum = until_spent(turbo, 25)
     assert len(upper) == 25
-    assert min(upper) - problem.optimum < 0.7 * (min(upper[:START_DESIGN]) - problem.optimum)
+    assert min(upper) - optimum < 0.7 * (min(upper[:START_DESIGN]) - optimum)
